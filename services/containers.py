@@ -1,4 +1,4 @@
-"""Reads a training file in any supported format as JSON Lines.
+"""Reads a data file in any supported file format as JSON Lines.
 
 The formats are plain, gzip and zstd JSON Lines, Parquet, and Arrow; the first bytes of a file identify its format. Each
 row of a table becomes one line, without the row's null values.
@@ -30,7 +30,8 @@ MAX_EXPANSION = 1000  # a file may unpack to so many times its size; real text d
 
 
 def is_plain(file: BinaryIO) -> bool:
-    """Whether the file is uncompressed JSON Lines. The file must be at its start, and this function leaves it there."""
+    """Whether the file is JSON Lines without compression. The file must be at its start, and this function leaves it
+    there."""
     return _unpacker(file) is None
 
 
@@ -97,9 +98,9 @@ def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _as_json(value: object) -> object:
-    """Returns a JSON value for a table's value of another type. Bytes and dates become text, decimals become floats.
+    """Returns a JSON value for a value of a table that JSON cannot hold.
 
-    Bytes that are no text become {"bytes": length}.
+    Decimals become floats. Dates, and bytes in UTF-8, become text. Other bytes become {"bytes": length}.
     """
     if isinstance(value, Decimal):
         return float(value)
@@ -113,10 +114,9 @@ def _as_json(value: object) -> object:
 
 
 def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a record batch as dictionaries.
+    """Yields the rows of a record batch as dictionaries, and converts a few rows at a time.
 
-    Converts a few rows at a time, because rows may share values, and each converted row may be as large as the whole
-    batch.
+    Rows may share values, so each converted row may be as large as the whole batch.
     """
     _refuse_unwritable(pa.struct(list(batch.schema)))
     step = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME // max(1, batch.get_total_buffer_size())))
@@ -125,9 +125,10 @@ def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_unwritable(kind: Any, *, shared: bool = False) -> None:
-    """Raises an ArrowException if the type `kind` cannot be written as JSON. Columns must have different names.
+    """Raises an ArrowException if values of the type `kind` cannot be written as JSON.
 
-    Rows must not share lists, because each level of shared lists would multiply the size of the JSON.
+    Columns must have different names. Rows must not share lists, because each level of shared lists would multiply the
+    size of the JSON.
     """
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or (shared and kind.num_fields):
         raise pa.ArrowNotImplementedError(f"a column has the type {kind}, which cannot be written as JSON lines")
@@ -143,7 +144,7 @@ def _refuse_unwritable(kind: Any, *, shared: bool = False) -> None:
 
 
 class _KeptOpen(io.RawIOBase):
-    """A reader of a file. The file stays open when Arrow closes the reader."""
+    """A reader of `file` that does not close `file` when Arrow closes the reader."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -167,7 +168,7 @@ class _KeptOpen(io.RawIOBase):
 
 
 class Reader(io.RawIOBase):
-    """A binary file object whose content is the given lines."""
+    """A readable binary file whose content is the given lines, one after the other."""
 
     def __init__(self, lines: Iterator[bytes]) -> None:
         self._lines = lines

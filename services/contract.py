@@ -1,7 +1,8 @@
-"""Defines the Pydantic models that the service's processes exchange: jobs, attempts, events, checkpoints, deployments.
+"""Defines the Pydantic models that the service's processes exchange: jobs, attempts, reports, checkpoints, deployments.
 
-An attempt is one run of a job's driver; a group is a prompt with its completions. Sender and receiver share these
-classes, so each field is defined once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
+A group is a prompt with its completions. An attempt is one run of a job on Ray. Its driver is the program that Ray
+starts; the driver sends reports, such as metrics, to the control plane. Sender and receiver share these classes, so
+each field is defined once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
 
 Sender and receiver may be of different releases, because attempts of the previous release still run while an operator
 installs the next one. A receiver therefore ignores unknown keys, and replaces a report of an unknown type by a message
@@ -60,7 +61,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _tolerant(kind: Any) -> BeforeValidator:
     """Returns a validator of the type `kind` that ignores unknown keys at every depth.
 
-    Types that refuse unknown keys in users' requests are included.
+    It does so for types that refuse unknown keys in users' requests, too.
     """
     return BeforeValidator(lambda value: _adapter(kind).validate_python(value, extra="ignore"))
 
@@ -68,7 +69,7 @@ def _tolerant(kind: Any) -> BeforeValidator:
 def storable(text: str) -> str:
     """Returns the text in a form that PostgreSQL can store.
 
-    NUL becomes U+FFFD, half a character becomes `?`, and text is cut to LONGEST_TEXT characters.
+    NUL becomes U+FFFD, an unpaired surrogate becomes `?`, and the text is cut to LONGEST_TEXT characters.
     """
     clean = text.encode(errors="replace").decode().replace("\0", "\ufffd")
     return clean if len(clean) <= LONGEST_TEXT else f"{clean[: LONGEST_TEXT - 1]}…"
@@ -86,7 +87,8 @@ Purpose = Literal["answers", "scores", "both"]
 
 
 class Deployment(Contract):
-    """A model to deploy as one Ray Serve application. `services.serving.app:build` receives these fields."""
+    """Describes a model that is to run as one Ray Serve application. `services.serving.app:build` receives these
+    fields."""
 
     app_name: str  # names the application and its route `/<app_name>`; letters, digits and dashes
     model_id: str  # the `model` of clients' requests, such as `tiny`, or `ft:tiny:org::` and digits
@@ -100,12 +102,12 @@ class Deployment(Contract):
 
     @property
     def most_gpus(self) -> float:
-        """Returns the number of GPUs for all replicas at the maximum number of replicas."""
+        """Returns the number of GPUs that all replicas need together, at the maximum number of replicas."""
         return self.num_gpus * self.engine.replicas.max
 
 
 class Adapter(Contract):
-    """A LoRA adapter, which the engine of its base model attaches when a request first needs it."""
+    """Names a LoRA adapter, which the engine of its base model attaches when a request first needs it."""
 
     id: str  # the public id of the model, which no other model ever has
     source: str  # storage URI or local folder in PEFT's format
@@ -124,15 +126,20 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Score(NamedTuple):
-    """The reference model's log-probability of one completion. The class is a tuple, because one call returns thousands
-    of scores."""
+    """Holds the reference model's log-probability of one completion.
+
+    The class is a tuple, because one call returns thousands of scores.
+    """
 
     logp: float  # sum over the completion's tokens, in nats
     num_tokens: int
 
 
 class TextGroup(Contract):
-    """A prompt and its completions, to be scored. All are texts or all are lists of messages, and have been checked."""
+    """Holds a prompt and its completions, which a model is to score. The sender has checked them.
+
+    Prompt and completions are all texts, or all lists of chat messages.
+    """
 
     prompt: Any
     completions: tuple[Any, ...]
@@ -141,14 +148,14 @@ class TextGroup(Contract):
 
 
 class TextsToScore(Contract):
-    """The body of a POST to a model's `SCORE_TEXTS`."""
+    """The body of a POST to SCORE_TEXTS: prompts and completions that the model is to encode and score."""
 
     groups: list[TextGroup]
     today: date | None = None  # for chat templates that write the date; None: the current date
 
 
 class TokenGroup(Contract):
-    """The ids of a prompt and its completions, as the policy's tokenizer gives them."""
+    """Holds the token ids of a prompt and its completions, as the policy's tokenizer gives them."""
 
     prompt_ids: list[int]
     completion_ids: tuple[list[int], ...]
@@ -156,14 +163,14 @@ class TokenGroup(Contract):
 
 
 class TokensToScore(Contract):
-    """The body of a POST to a model's `SCORE_TOKENS`."""
+    """The body of a POST to SCORE_TOKENS: token ids that the model is to score."""
 
     groups: list[TokenGroup]
     vocabulary: str  # digest of the vocabulary that the ids belong to
 
 
 class Scored(Contract):
-    """A model's answer to TextsToScore and TokensToScore."""
+    """A model's response to TextsToScore or TokensToScore: the token ids, and the outputs for each completion."""
 
     groups: list[TokenGroup]
     vocabulary: str
@@ -182,10 +189,8 @@ Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"
 
 
 class Wandb(UserInput):
-    """The run in Weights & Biases that receives a job's metrics.
-
-    The host and key of W&B are settings of the cluster.
-    """
+    """Names the run in Weights & Biases that receives a job's metrics. The cluster's settings hold the host and key of
+    W&B."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
     name: Line | None = None  # None: the job's id
@@ -201,14 +206,14 @@ class WandbIntegration(UserInput):
 
 
 class Mlflow(UserInput):
-    """The run in MLflow that receives a job's metrics. The tracking server is a setting of the cluster."""
+    """Names the run in MLflow that receives a job's metrics. The tracking server is a setting of the cluster."""
 
     experiment: Line
     run_name: Line | None = None  # None: the job's id
 
 
 class Integrations(Contract):
-    """The external services that receive a job's metrics. The job's own events have the metrics in any case."""
+    """Lists the external services that receive a job's metrics. The job's own events have the metrics in any case."""
 
     wandb: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] = ()
     mlflow: Mlflow | None = None
@@ -225,9 +230,10 @@ MIN_EXAMPLES = 10  # least number of rows in a training file
 
 
 class InvalidRows(UserInput):
-    """The treatment of rows that cannot be used: `refuse` refuses the whole file, `drop` leaves such rows out.
+    """Says what happens to rows of a data file that cannot be used.
 
-    `drop` still refuses a file of which more than the share `max_share` of the rows cannot be used.
+    `refuse` refuses the whole file. `drop` leaves such rows out, but refuses a file if they are more than the share
+    `max_share` of its rows.
     """
 
     how: Literal["refuse", "drop"] = "refuse"
@@ -240,7 +246,7 @@ ReadIntegrations = Annotated[Integrations, _tolerant(Integrations)]
 
 
 class Reading(Contract):
-    """Settings for reading the rows of a data file."""
+    """Holds the settings for reading the rows of a data file: names of columns, and what happens to invalid rows."""
 
     invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the file's column
@@ -250,7 +256,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Weights(Contract):
-    """The weights of the model that a job trains (all weights or an adapter), and the precision of the computation."""
+    """Says which weights a job trains (all weights of the model, or an adapter), and in which precision."""
 
     adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
     precision: Precision = "float32"  # with both values, trained weights have float32 masters
@@ -262,7 +268,7 @@ Policy = Literal["last", "best"]
 
 
 class JobSpec(Contract):
-    """A user's request for a job, after all checks. The request is stored with the job and never changes."""
+    """Holds a user's request for a job, after all checks. The request is stored with the job and never changes."""
 
     model: str  # a base model's name or an `ft:` id
     training_file: str  # an uploaded file's id, or the URI of x_raydpo.dataset
@@ -289,19 +295,25 @@ class JobSpec(Contract):
 
     @property
     def may_be_served(self) -> bool:
-        """Whether vLLM may score the job's rows with the reference model. No engine has a base model in NF4."""
+        """Whether vLLM may compute the reference's log-probabilities of the job's rows.
+
+        It may not if the objective needs no reference, if the user chose the trainer, or if the base model is quantized
+        to NF4, which no engine here serves.
+        """
         by_trainer = self.reference_source == "trainer" or self.weights.quantization is not None
         return self.config.objective.traits.needs_reference and not by_trainer
 
     @property
     def is_at_uri(self) -> bool:
-        """Whether the training file is at the user's own URI and is not an uploaded file."""
+        """Whether `training_file` is the user's own URI, and not the id of an uploaded file."""
         return "://" in self.training_file
 
 
 class AttemptAddress(Contract):
-    """The fields of an attempt's settings that say where the attempt (one run of a job's driver) sends its reports. A
-    driver of any release can read these fields."""
+    """Says where an attempt (one run of a job on Ray) sends its reports.
+
+    These are the first fields of `AttemptSpec`. A driver of any release can read them.
+    """
 
     # The value 1 is not written: the first release does not know this field and refuses unknown fields.
     wire: int = Field(default=1, exclude_if=lambda wire: wire == 1)
@@ -312,7 +324,7 @@ class AttemptAddress(Contract):
 
 
 class AttemptSpec(AttemptAddress):
-    """All settings of one attempt. The driver reads this spec from `<run_uri>/attempts/<attempt>.json`."""
+    """Holds all settings of one attempt. The attempt's driver reads them from `<run_uri>/attempts/<attempt>.json`."""
 
     job_id: str
     config: ReadConfig
@@ -345,7 +357,7 @@ class AttemptSpec(AttemptAddress):
 
 
 class Recipe(Contract):
-    """The settings that determine how a training file is encoded as token ids."""
+    """Holds all that determines how a training file becomes token ids: the file, the model, and the options."""
 
     training_uri: str
     model_source: str
@@ -359,21 +371,27 @@ class Recipe(Contract):
 
 
 class CheckRequest(Contract):
-    """The input of `services.training.check_program`, which writes a SideJobResult to `<folder_uri>/report.json`."""
+    """The input of `services.training.check_program`: the data file and settings to check.
+
+    The program writes its result, a SideJobResult, to `<folder_uri>/report.json`.
+    """
 
     recipe: Recipe
     folder_uri: str
 
 
 class MergeRequest(Contract):
-    """The input of `services.training.merge_program`, which writes a SideJobResult to `<folder_uri>/report.json`."""
+    """The input of `services.training.merge_program`: the adapter to merge into its base model.
+
+    The program writes its result, a SideJobResult, to `<folder_uri>/report.json`.
+    """
 
     adapter_uri: str
     folder_uri: str  # the merged model is written to `<folder_uri>/model`
 
 
 class MergeReport(Contract):
-    """The report of a merge: where the merged model is, and how much its outputs differ from the adapter's."""
+    """Says where a merged model is, and how much its outputs differ from those of the base model with the adapter."""
 
     model_uri: str
     largest_difference: float  # between the outputs of the merged model and of the base with its adapter attached
@@ -385,7 +403,7 @@ class MergeReport(Contract):
 
 
 class Message(Contract):
-    """Reports a sentence for the user."""
+    """A report of an attempt: a sentence for the user."""
 
     kind: Literal["message"] = "message"
     level: Literal["info", "warn", "error"] = "info"
@@ -396,9 +414,10 @@ Stage = Literal["downloading", "encoding", "loading reference", "scoring", "trai
 
 
 class Progress(Contract):
-    """Reports the progress of a stage of an attempt.
+    """A report of an attempt: how far a stage has come.
 
-    `done` and `total` are bytes in downloading, and rows in encoding and scoring. Loading the reference has no count.
+    `done` and `total` are bytes while files are downloaded, and rows while they are encoded or scored. The stage
+    `loading reference` has no count.
     """
 
     kind: Literal["progress"] = "progress"
@@ -408,7 +427,7 @@ class Progress(Contract):
 
 
 class ReferenceWanted(Contract):
-    """Reports that the attempt needs the deployment of its reference model from now on.
+    """A report of an attempt: from now on, the attempt needs the deployment of its reference model.
 
     The attempt waits until the deployment is loaded.
     """
@@ -417,13 +436,13 @@ class ReferenceWanted(Contract):
 
 
 class ReferenceReleased(Contract):
-    """Reports that the attempt no longer needs the deployment of its reference model."""
+    """A report of an attempt: the attempt no longer needs the deployment of its reference model."""
 
     kind: Literal["reference released"] = "reference released"
 
 
 class Started(Contract):
-    """Reports that the data are ready and training begins. Every option of `config` has its final value."""
+    """A report of an attempt: the data are ready and training begins. Every option of `config` has its final value."""
 
     kind: Literal["started"] = "started"
     config: ReadConfig
@@ -433,7 +452,7 @@ class Started(Contract):
 
 
 class StepMetrics(Contract):
-    """Reports the metrics of one optimizer step, under the keys that TRL logs."""
+    """A report of an attempt: the metrics of one optimizer step, under the keys that TRL logs."""
 
     kind: Literal["metrics"] = "metrics"
     step: Step  # from 1
@@ -442,7 +461,7 @@ class StepMetrics(Contract):
 
 
 class CheckpointSaved(Contract):
-    """Reports that a complete checkpoint is at `uri`. The folder `<uri>/model` has Hugging Face's format."""
+    """A report of an attempt: a complete checkpoint is at `uri`. The folder `<uri>/model` has Hugging Face's format."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: Step
@@ -482,18 +501,15 @@ class Died(Contract):
 
 
 class Alive(Contract):
-    """A heartbeat in the spool (the attempt's reports in storage).
-
-    An attempt writes it if its posts do not reach the control plane.
-    """
+    """A heartbeat, which an attempt writes to storage if its HTTP posts do not reach the control plane."""
 
     kind: Literal["alive"] = "alive"
 
 
 class SideJobResult(Contract):
-    """The result of a program that ran in a Ray job beside training, written to the folder of its request.
+    """The result of a program that ran as a Ray job beside training (a check of a file, or a merge of an adapter).
 
-    Either `report` or `error` is set.
+    The program writes this result to the folder of its request. Either `report` or `error` is set.
     """
 
     finished_at: float
@@ -504,9 +520,9 @@ class SideJobResult(Contract):
 
 
 def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
-    """Returns the parsed report, or a Message if this release cannot parse the report.
+    """Parses a report with `read`, and returns a Message instead if this release cannot parse the report.
 
-    Later reports are then still read.
+    So a report of a newer release does not stop the reading of later reports.
     """
     try:
         return read(value)
@@ -524,7 +540,7 @@ def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
 
 
 def first_error(error: ValidationError) -> str:
-    """Returns the first validation error as one line: the path of the field and the reason."""
+    """Returns the first error of a failed validation as one line: the path of the field and the reason."""
     first = error.errors(include_input=False, include_url=False)[0]
     return ": ".join([*([where] if (where := ".".join(map(str, first["loc"]))) else []), first["msg"]])
 
@@ -550,7 +566,7 @@ Report = Annotated[
 class JobEvent(Contract):
     """A report with its number in the attempt.
 
-    Job, attempt and `seq` identify an event, so an event may be sent twice.
+    Job, attempt and `seq` together identify an event, so a receiver recognizes an event that is sent twice.
     """
 
     seq: Annotated[int, Field(ge=0, lt=2**62)]  # number of the event in the attempt: from 0, without gaps
@@ -559,7 +575,8 @@ class JobEvent(Contract):
 
 
 class EventBatch(Contract):
-    """A list of events: the content of a file of the spool, or the body of a post to `events_url`.
+    """A list of events: the content of a file of the spool (the attempt's reports in storage), or of a post to
+    `events_url`.
 
     A post without events is a heartbeat.
     """
@@ -571,7 +588,7 @@ Desired = Literal["run", "pause", "cancel"]
 
 
 def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
-    """Returns the parsed value of `desired`, or "run" if this release does not know the value."""
+    """Parses the value of `desired` with `read`, and returns "run" instead if this release does not know the value."""
     try:
         return read(value)
     except ValidationError:

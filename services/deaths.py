@@ -1,4 +1,4 @@
-"""Finds the reason why processes died in long messages of Ray and Python, and returns one sentence for the user."""
+"""Finds the reason why processes died in long messages of Ray and Python, and words it as one sentence for the user."""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ MEANINGS: Sequence[tuple[str, str]] = (  # Ray 2.60's messages without figures: 
 
 
 def cause_in(text: str) -> str | None:
-    """Returns the reason in `text` why processes died, or else the last Python error in `text`.
+    """Returns the reason that `text` gives for the end of processes, or else the last Python error in `text`.
 
     The result is lower case without a full stop, or None if `text` has neither.
     """
@@ -31,7 +31,8 @@ def cause_in(text: str) -> str | None:
 
 
 def killer_in(text: str) -> str | None:
-    """Returns how the cluster lost or killed processes according to `text`, or None if `text` reports no such loss."""
+    """Returns how Ray, or the loss of a node, ended processes according to `text`, or None if `text` reports no such
+    end."""
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
         held = [float(gigabytes) for gigabytes in HELD.findall(text)]

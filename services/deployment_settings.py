@@ -34,7 +34,7 @@ Mode = Literal["auto", "merged"]
 
 
 class Replicas(BaseModel):
-    """The number of replicas of a model. Ray Serve adapts the number to the load, between `min` and `max`."""
+    """Sets how many replicas a model has. Ray Serve adapts the number to the load, between `min` and `max`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     min: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -51,12 +51,12 @@ class Replicas(BaseModel):
 
 
 def _as_range(value: object) -> object:
-    """Returns a single number n of replicas as the range from n to n. Returns any other value unchanged."""
+    """Returns a single number n of replicas as the range from n to n, and any other value unchanged."""
     return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class EngineSettings(BaseModel):
-    """The settings that are passed unchanged to a model's replicas and their engines."""
+    """Holds the settings that a model's replicas and their vLLM engines get unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     replicas: Annotated[Replicas, BeforeValidator(_as_range)] = Replicas()
@@ -71,7 +71,7 @@ class EngineSettings(BaseModel):
 
 
 class DeploymentSettings(EngineSettings):
-    """The settings of a model's deployment."""
+    """Holds all settings of a model's deployment: those of its engine, and those that the control plane uses."""
 
     mode: Mode = "auto"  # of an adapter: attached to its base's engine if it can be (auto), or merged into its base
     pinned: bool = False  # whether the model is loaded without a request, and never evicted

@@ -1,4 +1,4 @@
-"""Makes HTTP clients for hosts that users name.
+"""Makes HTTP clients for hosts that users name, such as those of webhooks and training files.
 
 The clients connect to public IP addresses only, unless a prefix in the service's settings names the host. A host name
 may resolve to another address each time. Therefore each request resolves its host once, checks the addresses, and
@@ -63,9 +63,9 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 
 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if the URL's host is a private IP address, in any notation, that no prefix names.
+    """Raises InvalidUri if the URL's host is written as a private IP address, in any notation, that no prefix names.
 
-    Accepts a host that is a name, without a request to a name server.
+    If the host is a name, the URL is accepted, and no name server is asked.
     """
     split = urlsplit(url)
     host, port = split.hostname or "", split.port or PORTS[split.scheme]
@@ -129,7 +129,7 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
 
 
 def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str) -> list[str]:
-    """Returns the addresses of the request's host.
+    """Resolves the request's host, and returns its IP addresses.
 
     Raises InvalidUri if an address is private and no prefix names the host.
     """
@@ -141,7 +141,7 @@ def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str
 
 
 def _pinned(request: httpx.Request, address: str) -> httpx.Request:
-    """Returns a copy of the request that connects to `address`.
+    """Returns a copy of the request that connects to the IP address `address`.
 
     The Host header and the check of the certificate still use the name of the host.
     """

@@ -1,7 +1,8 @@
-"""Reads and writes the spool: the files in storage that hold the reports of an attempt (one run of a job's driver).
+"""Reads and writes the spool: the files in storage that hold the reports of an attempt (one run of a job on Ray).
 
-A segment is one of these files, `<run>/spool/<attempt>/<first seq>.json`, where `first seq` is the number of its first
-report. Each segment is written once and has two lines: an `EventBatch`, and the sha256 of the first line.
+A report is a message of the attempt to the control plane, such as metrics. A file of the spool is called a segment. Its
+path is `<run>/spool/<attempt>/<first seq>.json`, where `first seq` is the number of its first report. Each segment is
+written once and has two lines: an `EventBatch`, and the sha256 of the first line.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from services.contract import EventBatch
 
 
 class DamagedSegment(ValueError):
-    """Raised if a file of the spool does not match its sha256 or cannot be parsed."""
+    """Raised if a file of the spool (an attempt's reports in storage) does not match its sha256 or cannot be parsed."""
 
 
 def folder(run_uri: str, attempt: int) -> str:
@@ -25,21 +26,22 @@ def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
 
 
 def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
-    """Returns the files of an attempt's spool in order: for each, the number of its first report and its URI."""
+    """Returns the number of the first report, and the URI, of each file in an attempt's spool, in order."""
     names = storage.list_files(folder(run_uri, attempt))
     firsts = [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
     return [(first, segment_uri(run_uri, attempt, first)) for first in sorted(firsts)]
 
 
 def write(uri: str, body: bytes) -> None:
-    """Writes a file of the spool with its sha256. `body` must be an EventBatch as JSON without line feeds."""
+    """Writes `body`, the reports of an EventBatch as JSON without line feeds, to a file of the spool with its
+    sha256."""
     storage.write_bytes(uri, body + b"\n" + _digest(body))
 
 
 def read_body(uri: str) -> bytes:
-    """Returns the EventBatch in the spool's file `uri` as JSON.
+    """Returns the content of one file of the spool, an EventBatch as JSON, after a check of its sha256.
 
-    Raises FileNotFoundError if the file is missing, and DamagedSegment if the file's sha256 is wrong.
+    Raises FileNotFoundError if the file is missing, and DamagedSegment if the sha256 is wrong.
     """
     body, _, digest = storage.read_bytes(uri).partition(b"\n")
     if digest != _digest(body):
@@ -48,7 +50,7 @@ def read_body(uri: str) -> bytes:
 
 
 def read(uri: str) -> EventBatch:
-    """Returns the EventBatch in the spool's file `uri`.
+    """Returns the reports in one file of the spool.
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if the file does not match its sha256 or cannot
     be parsed.

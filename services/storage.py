@@ -1,7 +1,7 @@
 """Reads and writes files at URIs (`file://`, `s3://`, `gs://`) or local paths.
 
-A file is written as a whole or not at all. A folder that must be complete as well (a checkpoint, prepared data) has a
-`manifest.json`, which `publish` writes last. A folder without this manifest is incomplete.
+A file is written as a whole or not at all. A folder that must be complete as well, such as a checkpoint, has a file
+`manifest.json`, which `publish` writes last. A folder of this kind without a manifest is incomplete.
 """
 
 import ctypes
@@ -26,15 +26,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the error says that storage is full."""
+    """Whether the error says that the disk, or the user's share of it, is full."""
     return getattr(error, "errno", None) in FULL
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the error means that remote storage did not answer or refused the request.
-
-    Arrow raises an OSError without errno for both.
-    """
+    """Whether the error means that a bucket did not answer, or refused the request. Arrow raises OSError without errno
+    for both."""
     return type(error) is OSError and error.errno is None
 
 
@@ -126,7 +124,8 @@ def list_files(uri: str) -> list[str]:
 def list_ages(uri: str) -> list[tuple[str, float]]:
     """Returns the name of each file directly in the folder `uri`, with the seconds since the file was written.
 
-    In a local folder, files that are being written, or whose writing was interrupted, are included.
+    In a local folder, unfinished files are included: those that are being written, and those whose writing was
+    interrupted.
     """
     now = time.time()
     return [(info.base_name, now - info.mtime_ns / 1e9) for info in _infos(uri) if info.type == fs.FileType.File]
@@ -138,10 +137,10 @@ def list_folders(uri: str) -> list[str]:
 
 
 def list_tree(uri: str) -> list[tuple[str, int, int]]:
-    """Returns every file in the folder `uri` and its subfolders, sorted by name; [] if there is no folder.
+    """Returns every file in the folder `uri` and its subfolders, sorted by name, or [] if there is no folder.
 
-    Each file is its name relative to the folder, its size in bytes, and its modification time in nanoseconds. Hidden
-    files, such as those that are being written, are left out.
+    Each entry has the file's path below the folder, its size in bytes, and its modification time in nanoseconds. Hidden
+    files, such as files that are being written, are left out.
     """
     filesystem, path = _resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
@@ -150,7 +149,10 @@ def list_tree(uri: str) -> list[tuple[str, int, int]]:
 
 
 def version(uri: str) -> tuple[int, int] | None:
-    """Returns a file's size and modification time, which show whether the file has changed, or None without a file."""
+    """Returns the size in bytes and the modification time of the file at `uri`, or None if there is no file.
+
+    Two different results show that the file has changed.
+    """
     info = _info(uri)
     return (info.size, info.mtime_ns) if info.type == fs.FileType.File else None
 
@@ -182,17 +184,18 @@ def move(uri: str, target: str) -> None:
 
 
 def publish(folder: Path, uri: str) -> None:
-    """Copies a local folder to `uri`, the file `manifest.json` last. Existing files are overwritten one by one."""
+    """Copies a local folder to `uri`, and its file `manifest.json` last. Overwrites existing files one by one."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: (file == Path(MANIFEST), file)):
         write_file(join(uri, *file.parts), folder / file)
 
 
 def fetch(uri: str, cache: Path | None = None) -> Path:
-    """Returns a local path with the content of `uri`. Remote content is downloaded once, to the folder `cache`.
+    """Returns a local path with the content of the file or folder at `uri`.
 
-    A local `uri` is returned as a path and not copied. The content at a remote `uri` must not change after the first
-    download, because the copy in the cache is named by the URI alone.
+    Remote content is downloaded once, to the folder `cache`. A local `uri` is returned as a path and not copied, and a
+    hub id is returned unchanged. The content at a remote `uri` must not change after the first download, because the
+    copy in the cache is named by the URI alone.
     """
     if "://" not in uri:
         return Path(uri)

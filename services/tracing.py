@@ -1,8 +1,8 @@
-"""Records traces with OpenTelemetry. Nothing is recorded or imported unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
+"""Records OpenTelemetry traces of the service. Does nothing unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
 
 A job outlives the processes that work on it. The trace of a job is therefore passed on as text: a W3C traceparent,
-which is stored with the job and given to each attempt (one run of the job's driver). `record` writes a long span, such
-as an attempt, when the work has ended.
+which is stored with the job and given to each attempt (one run of the job on Ray). A long span, such as that of an
+attempt, is written by `record` when the work has ended.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ def is_on() -> bool:
 def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
     """Runs the block in a new span and yields the span, or yields None while tracing is off.
 
-    The span is a child of `parent`, a traceparent, or, without one, of the span that is open.
+    The new span is a child of the span with the traceparent `parent`, or, if `parent` is None, of the span that is
+    open.
     """
     if not is_on():
         yield None
@@ -52,7 +53,7 @@ def current() -> str | None:
 
 
 def child(parent: str, key: str) -> str:
-    """Returns the traceparent of a child span of `parent`. Equal arguments always give the same traceparent."""
+    """Returns the traceparent for a child span of `parent`. Equal arguments always give the same traceparent."""
     version, trace_id, _, flags = parent.split("-")
     return "-".join([version, trace_id, hashlib.sha256(key.encode()).hexdigest()[:16], flags])
 
@@ -60,7 +61,10 @@ def child(parent: str, key: str) -> str:
 def record(
     name: str, *, parent: str | None, key: str, start: float, end: float, attributes: Mapping[str, str | int | float]
 ) -> None:
-    """Writes a finished span with the traceparent `child(parent, key)`. `start` and `end` are Unix seconds."""
+    """Writes a span whose work has ended, under the traceparent that `child(parent, key)` returns.
+
+    `start` and `end` are Unix seconds.
+    """
     if not is_on() or parent is None:
         return
     from opentelemetry.sdk.trace import ReadableSpan

@@ -19,11 +19,12 @@ MAX_LENGTH = 8192  # characters; servers may redirect to signed URLs, which are 
 
 
 class InvalidUri(ValueError):
-    """Raised for a URI that cannot or must not be read. The message names the reason and the remedy."""
+    """Raised for a URI that cannot be read, or that the settings do not allow. The message names the reason and the
+    remedy."""
 
 
 class _Place(NamedTuple):
-    """The normalized parts of a URI. A URI and a prefix are compared by these parts."""
+    """Holds the normalized parts of a URI. A URI lies under a prefix if these parts of both match."""
 
     path: str  # begins with the scheme and host
     options: list[tuple[str, str]]  # options of Arrow's filesystem in the query, such as endpoint_override
@@ -81,7 +82,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
-    """Returns the (host, port) pairs in the http and https prefixes.
+    """Returns the host and port of each http or https prefix that names a host.
 
     Requests to these hosts may go to private addresses.
     """
@@ -90,9 +91,9 @@ def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
 
 
 def names_organization(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether a prefix that admits the Hugging Face dataset `uri` names the dataset's organization.
+    """Whether a prefix that admits the Hugging Face dataset `uri` names an organization, and not only `hf://datasets/`.
 
-    If so, the operator has chosen whose datasets are read.
+    If so, the operator has chosen whose datasets may be read.
     """
     with_organization = [prefix for prefix in prefixes if re.match("hf://datasets/[^/]+(/|$)", prefix)]
     return any(_is_under(_place(uri), _place(prefix)) for prefix in with_organization)
@@ -130,7 +131,7 @@ def _place(uri: str) -> _Place:
 
 
 def _split(uri: str) -> SplitResult:
-    """Returns the parsed URI.
+    """Parses the URI, and checks the rules for URIs of every scheme.
 
     Raises InvalidUri for characters that two parsers might read differently, and for credentials, because a job shows
     its URI.

@@ -1,12 +1,13 @@
-"""Runs a fork server on a Ray node: a process that has done the imports of workers and drivers, and forks them.
+"""Makes Python processes start fast on a Ray node, as forks of a process that has imported the large libraries already.
 
-Importing torch, transformers and Ray costs a process ten CPU seconds; a fork costs a tenth of a second. `start_ray`
-makes Ray start its workers with a client in place of Python. The client passes the worker's command line, environment
-and open files to a fork server, and ends. If no server answers, the client runs the command itself.
+This process is the fork server. Importing torch, transformers and Ray costs a process ten CPU seconds; a fork costs a
+tenth of a second. `start_ray` makes Ray start its workers with a client in place of Python. The client passes the
+worker's command line, environment and open files to a fork server, and ends. If no server answers, the client runs the
+command itself.
 
 The first server does not import Ray, because Ray reads its settings, such as the job of a worker, on import. So each
-Ray job has its own server: a fork of the first server, which imports Ray with the job's settings. All drivers share one
-more server.
+Ray job has its own server: a fork of the first server, which imports Ray with the job's settings. All drivers (the main
+programs of training jobs) share one more server.
 """
 
 from pathlib import Path
@@ -18,12 +19,13 @@ JOB_VARIABLE = "RAY_JOB_ID"
 
 
 def launcher_of(path: str) -> str:
-    """Returns the path of the program that Ray starts in place of Python. It asks the server at `path` for a fork."""
+    """Returns the path of the program that Ray starts in place of Python, and that asks the server at `path` for a
+    fork."""
     return f"{path}.python"
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process with the id `pid` exists and has not ended."""
+    """Whether the process `pid` exists and has not ended. A zombie has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -39,7 +39,8 @@ IDLE_SECONDS = 60.0  # between the end of a job's last fork and the end of the j
 
 @dataclass
 class Launch:
-    """A command to run in a fork, the server that makes the fork, and whether the client waits for the fork's end."""
+    """Describes a command to run in a fork: the server that makes the fork, and whether the client waits for the fork's
+    end."""
 
     command: list[str]  # a script, -m and a module, or -c and a program, followed by arguments
     server: str | None = None  # name of the server; None: the first server
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _launch_of(arguments: list[str]) -> Launch | None:
-    """Returns the launch with which a fork server runs the command, or None if this process must run the command."""
+    """Returns the server and options for running the command in a fork, or None if this process must run it itself."""
     if arguments[:1] == ["--wait"]:
         command = arguments[1:]
         if command[:2] == ["-m", DRIVER]:
@@ -158,10 +159,8 @@ def prepare_drivers(path: str) -> None:
 def _start_server(path: str, name: str, modules: Sequence[str], idle_seconds: float | None = None) -> None:
     """Starts the fork server `name` at the socket `<path>.<name>`, as a fork of the server that listens at `path`.
 
-    It starts nothing if a server runs there already.
-
-    Returns when the server listens. The server answers requests after it has imported `modules`. Raises OSError if the
-    first server does not answer or the new one does not listen.
+    Does not start a second server if one of this name runs. Returns when the server listens; it answers requests after
+    it has imported `modules`. Raises OSError if the first server does not answer or the new one does not listen.
     """
     pid = _read_pid(_send(path, _server_request(path, name, modules, idle_seconds)))
     _wait_until_listening(f"{path}.{name}", lambda: is_alive(pid))
@@ -175,7 +174,7 @@ def _server_request(path: str, name: str, modules: Sequence[str], idle_seconds: 
 
 
 def spawn_forks() -> None:
-    """Makes `multiprocessing` start the children of this process as forks of a fork server from now on.
+    """Makes child processes that `multiprocessing` starts from now on forks of a fork server, which start faster.
 
     Does nothing on a node without a fork server.
     """
@@ -184,7 +183,7 @@ def spawn_forks() -> None:
 
 
 def preload(job_id: str, modules: Sequence[str], *, wait: bool = False) -> None:
-    """Asks the fork server of a Ray job to import `modules`, which the job's workers need.
+    """Asks the fork server of a Ray job to import `modules`, so that later forks have them already.
 
     The server imports them while it has no fork to make. Does nothing if the job has no server. With `wait`, returns
     when the modules are imported.

@@ -1,4 +1,4 @@
-"""Imports Ray without drawing one of Ray's random ids. A fork server must import this module before any other of Ray.
+"""Imports Ray in a fork server without drawing one of Ray's random ids. No other module of Ray may be imported earlier.
 
 Ray seeds its random generator when it draws the first id. All forks of a process that has drawn an id draw the same
 ids, and two workers crash if they store objects under the same id at the same time.

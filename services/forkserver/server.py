@@ -97,9 +97,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class ForkServer:
-    """Listens on the socket `path` and makes forks on request.
+    """Listens on the socket `path`, and makes a fork of this process for each client that asks.
 
-    `ours` holds the server's own open files, which every fork closes.
+    `ours` holds the server's own open files, which every fork closes. The server ends `idle_seconds` after its last
+    fork.
     """
 
     def __init__(self, path: str, ours: ExitStack, *, idle_seconds: float = math.inf) -> None:
@@ -125,9 +126,9 @@ class ForkServer:
         self._path = path
 
     def serve(self, modules: Sequence[str]) -> Request | None:
-        """Imports modules and answers requests until the server ends.
+        """Imports `modules`, and then answers requests until the server ends.
 
-        Returns the request of the fork in each fork, and None in the server.
+        Returns the client's request in each fork, which must then run the request's command, and None in the server.
         """
         for module in modules:
             importlib.import_module(module)
@@ -181,7 +182,10 @@ class ForkServer:
             return None
 
     def _read(self, client: socket.socket) -> Request:
-        """Reads a request from a client. Clients are our own programs, which write a whole request at once."""
+        """Reads one request, and the open files that come with it, from a client's connection.
+
+        Clients are our own programs, which write a whole request at once.
+        """
         client.settimeout(5)
         head, files, _, _ = socket.recv_fds(client, 4, MAX_FILES)
         with client.makefile("rb") as body:
@@ -261,7 +265,10 @@ def _answer(client: socket.socket, number: int) -> None:
 
 
 def become(request: Request) -> NoReturn:
-    """Runs the request's command as if Python had been started with the command, and exits with its exit status."""
+    """Runs the request's command in this fork, as if Python had been started with the command, and ends the process.
+
+    The exit status is the command's.
+    """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _take_files(request.files, request.descriptors)

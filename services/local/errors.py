@@ -1,4 +1,4 @@
-"""Defines the error for a local stack (PostgreSQL and Ray on this machine) that cannot run."""
+"""Defines the error that `raydpo up` raises if PostgreSQL or Ray cannot run on this machine."""
 
 
 class StackError(RuntimeError):

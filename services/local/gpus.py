@@ -10,10 +10,11 @@ SECONDS = 10  # a working driver answers within this time
 
 
 def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
-    """Returns defaults for the settings of NAMES that `configured` lacks, and a sentence that reports them.
+    """Returns defaults for those settings in NAMES that `configured` (the names of settings with a value) does not
+    contain.
 
-    Each default is one whole GPU; jobs and models take turns if the machine has fewer GPUs than they need. Both
-    results are empty on a machine without a GPU.
+    The second result is a sentence that reports these defaults. Each default is one whole GPU; jobs and models take
+    turns if the machine has fewer GPUs than they need. Both results are empty on a machine without a GPU.
     """
     chosen = {name: 1.0 for name in NAMES if name not in configured}
     if not chosen or not (number := _count()):
@@ -23,9 +24,10 @@ def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
 
 
 def _count() -> int:
-    """Returns the number of GPUs that Ray will find: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves visible.
+    """Returns the number of GPUs that Ray will find.
 
-    The number is 0 if PyTorch is built for CPUs, as after `make setup ACCELERATOR=cpu`.
+    These are the GPUs of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves visible. The number is 0 if PyTorch is built
+    for CPUs, as after `make setup ACCELERATOR=cpu`.
     """
     try:
         if version("torch").endswith("+cpu"):

@@ -69,7 +69,7 @@ def stop_postgres(folder: Path) -> None:
 
 
 def _settled(folder: Path) -> bool:
-    """Whether the PostgreSQL server on `folder` is down or ready.
+    """Whether the PostgreSQL server on `folder` is either down or ready, and not just starting or stopping.
 
     Removes the pid file of a server that has ended, because this file would mislead the package.
     """

@@ -1,4 +1,4 @@
-"""Runs a Ray head node on this machine. The head outlives the process that started it, until `stop_ray` ends the head.
+"""Runs a Ray head node on this machine, which outlives the process that started it, until `stop_ray` ends it.
 
 Every process of the head inherits a random identifier in its environment. A process with this identifier belongs to the
 head, even if the process has detached itself. Processes without the identifier are never stopped.
@@ -34,7 +34,7 @@ STOP_SECONDS = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class RayHead:
-    """The data of a Ray head in `stack.json`.
+    """Describes a Ray head node: its identifier, folder, ports and versions. The file `stack.json` holds these fields.
 
     The file is written before the head's first process starts, so that every process can be found and stopped.
     """
@@ -53,9 +53,10 @@ class RayHead:
 
 
 def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> RayHead:
-    """Starts a Ray head and records it in `home`, or adopts the recorded head if that still answers.
+    """Starts a Ray head node and records it in the folder `home`. Returns the head when jobs can be submitted to it.
 
-    Returns the head.
+    If a recorded head still answers, it is returned instead. `token_file` has the token that Ray's clients need, and
+    `say` prints what happens. Raises StackError if Ray does not start.
     """
     recorded = _read(home)
     if recorded and _adoptable(recorded, token_file):
@@ -96,9 +97,9 @@ def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> Ra
 
 
 def stop_ray(home: Path) -> None:
-    """Stops the Ray head that is recorded in `home`, adopted or not, and every process that the head started.
+    """Stops the Ray head node that is recorded in `home`, and every process that belongs to it.
 
-    The head's last logs stay in `home`.
+    The head's last logs stay in `home`. Raises StackError if processes do not end.
     """
     head = _read(home)
     if head is None:

@@ -1,4 +1,4 @@
-"""Runs PostgreSQL and a Ray cluster for the control plane on one machine, with all data in one home folder."""
+"""Runs what the control plane needs on one machine: PostgreSQL and a Ray cluster, with all data in one folder."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ from services.local.errors import StackError
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The addresses of the control plane's database and Ray cluster.
+    """Holds the addresses of the control plane's database and Ray cluster.
 
     A database or cluster that the caller provides is neither started nor stopped.
     """
@@ -32,10 +32,11 @@ def running_stack(
     database_url: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Stack]:
-    """Starts PostgreSQL and Ray in the folder `home`, and stops both at the end of the block.
+    """Starts PostgreSQL and Ray with their data in the folder `home`, and stops both at the end of the block.
 
-    Adopts a server that a killed process left running. `database_url` names a database to use in place of PostgreSQL,
-    `ray_address` the dashboard of a running cluster to use in place of Ray.
+    Adopts a server that a killed process left running. If `database_url` names a database, PostgreSQL is not started.
+    If `ray_address`, the URL of a running cluster's dashboard, is given, Ray is not started. Raises StackError if
+    another process uses the folder.
     """
     home = home.expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
