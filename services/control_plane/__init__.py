@@ -1,4 +1,4 @@
-"""The control plane: the REST API, the database of jobs, and the reconciler.
+"""The control plane: the server with the REST API, the database of jobs, and the loop that runs jobs on Ray.
 
 Nothing in this package imports torch or ray.
 """

@@ -1,1 +1,4 @@
-"""Answers completions: forwards them to the engines of models, passes streams on, and counts tokens."""
+"""Answers requests for completions.
+
+Requests go to engines (the servers of models on Ray Serve), streamed answers are passed on, and tokens are counted.
+"""

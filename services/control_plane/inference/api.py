@@ -1,4 +1,4 @@
-"""The routes /v1/chat/completions and /v1/completions, which forward requests to Ray Serve."""
+"""The routes /v1/chat/completions and /v1/completions, which forward requests to the models on Ray Serve."""
 
 import math
 from collections.abc import Coroutine
@@ -19,8 +19,8 @@ from services.control_plane.tenants.usage import UsageRecorder
 
 router = APIRouter()
 
-MOST_NESTED = 100  # levels of objects and lists; the model's server may not parse deeper bodies
-CLIENT_CLOSED_REQUEST = 499  # only the log shows this status, because the client has left
+MOST_NESTED = 100  # levels of objects and lists in a body; vLLM may not parse deeper ones
+CLIENT_CLOSED_REQUEST = 499  # a status that only the access log shows, because the client has left
 
 
 async def _inference(request: Request) -> Inference:
@@ -31,7 +31,7 @@ InferencePart = Annotated[Inference, Depends(_inference)]
 
 
 class InferenceBody(BaseModel):
-    """The fields of a completion's body that the control plane reads. The model's server checks all other fields."""
+    """The fields of a completion request that the control plane itself reads. vLLM checks all other fields."""
 
     model_config = ConfigDict(extra="allow")
     model: Text
@@ -65,7 +65,10 @@ async def _forward(
 def note(
     request: Request, model_id: str, prompt_tokens: int, completion_tokens: int, accelerator_seconds: float
 ) -> None:
-    """Adds the tokens and seconds of an answer to the usage of the request's key."""
+    """Adds an answer's tokens and its GPU seconds to the recorded usage of the API key that sent the request.
+
+    If the key has a limit of tokens per minute, the tokens count against that limit as well.
+    """
     parts, caller = request.app.state, request.state.caller
     if limit := tokens_per_minute(caller, parts.settings):
         cast(RateLimits, parts.token_limits).count(caller.key_id, limit, prompt_tokens + completion_tokens)
@@ -80,13 +83,16 @@ def note(
 
 
 async def answered(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """Returns the response of `work`, which is cancelled as soon as the client disconnects."""
+    """Runs `work`, which makes the response to this request, and returns the response.
+
+    Cancels `work` as soon as the client disconnects; the response then is empty and has the status 499.
+    """
     return await while_connected(request.receive, work) or Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Raises InvalidRequest, with the name of the field, for values that Python's JSON parser accepts but other parsers
-    refuse."""
+    """Checks all values in a request's JSON object. Raises InvalidRequest, which names the field, for values that
+    Python's JSON parser accepts and other parsers refuse: NaN, infinity, half characters and deep nesting."""
     left: list[tuple[str, int, Any]] = [("", 0, body)]
     while left:
         where, depth, value = left.pop()
@@ -110,7 +116,8 @@ def _check(body: dict[str, Any]) -> None:
 
 
 def _text(where: str, text: str) -> str:
-    """Returns the text. Raises InvalidRequest if it holds one half of a surrogate pair."""
+    """Returns `text` unchanged. Raises InvalidRequest, which names the field `where`, if the text holds half of a
+    surrogate pair."""
     if not text.isascii():
         try:
             text.encode()

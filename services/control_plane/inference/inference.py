@@ -1,4 +1,11 @@
-"""Forwards requests for completions to Ray Serve. A model is loaded on first use. Errors have OpenAI's JSON form."""
+"""Forwards requests for completions to the models on Ray Serve.
+
+The first request to a model also has the model loaded. If a model fails or refuses a request, the client gets an error
+in OpenAI's JSON form.
+
+The database holds a mark for each model and each control plane that has requests to the model in flight. A model with a
+mark is not unloaded. Marks expire, so each control plane renews its own.
+"""
 
 import asyncio
 import json
@@ -30,15 +37,15 @@ RETRY_AFTER_SECONDS = 15
 ANSWER_SECONDS = 600  # the longest silence of a model before its request fails
 POOL_SECONDS = 5  # the longest wait for one of the `max_requests` connections
 LOOK_SECONDS = 0.5  # how often a waiting request checks whether its model runs
-ASK_SECONDS = 2.0  # how often waiting requests ask for their model again, in case its row was deleted
-STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; it expires after MARK_SECONDS
-LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, so that the next one finds it
+ASK_SECONDS = 2.0  # how often waiting requests have their model's row in `deployments` written again
+STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; a mark expires after MARK_SECONDS
+LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, because the next request often follows soon
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
 
 
 @dataclass
 class _Use:
-    """The requests of this control plane to one model. Times are in seconds of the monotonic clock."""
+    """What this control plane knows about its own requests to one model. Times are seconds of the monotonic clock."""
 
     in_flight: int = 0
     asked_at: float = float("-inf")
@@ -46,23 +53,27 @@ class _Use:
     is_open: bool = False  # whether the model accepted new requests when the database was last read
     told_at: float = float("-inf")  # when the database was last read
     left_at: float = 0.0  # when the last request ended
-    share: float = 0.0  # seconds of the model that one request had that has been in flight since the beginning
+    share: float = 0.0  # seconds that one request would have had of the model, had it always been in flight
     shared_at: float = 0.0  # when `share` was brought up to date
 
     def must_ask(self) -> bool:
-        """Whether the database must be read again before another request may be sent to the model."""
+        """Whether this control plane must read the model's row again before it sends the model another request."""
         return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
 
     def change(self, in_flight: int, now: float) -> None:
-        """Adds a number of requests (negative to remove) to the requests in flight, which share the model's time
-        evenly."""
+        """Adds `in_flight` (a negative number removes) to the number of requests in flight.
+
+        Before that, adds the time since the last change, divided by the number of requests, to `share`. So the requests
+        in flight share the model's time evenly.
+        """
         if self.in_flight:
             self.share += (now - self.shared_at) / self.in_flight
         self.in_flight, self.shared_at = self.in_flight + in_flight, now
 
 
 class Inference:
-    """Forwards OpenAI's completion calls to the model's Serve application."""
+    """Forwards requests for completions to the Ray Serve applications of models, and keeps models with requests
+    loaded."""
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
         self._store, self._ray_api, self._settings = store, ray_api, settings
@@ -74,8 +85,7 @@ class Inference:
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
-        """Keeps recording in the database which models have requests in flight, so that these models stay loaded, until
-        cancelled."""
+        """Calls `mark` about every second, so that models with requests in flight stay loaded. Runs until cancelled."""
         while True:
             try:
                 await self.mark()
@@ -86,8 +96,12 @@ class Inference:
             await asyncio.sleep(LEAVE_SECONDS)
 
     async def mark(self) -> None:
-        """Renews the database's records of models with requests in flight, where a renewal is due, and removes the
-        records of all other models."""
+        """Renews the marks of models with requests in flight that are due, and removes the marks of models without
+        requests.
+
+        A mark is the database's record that this control plane has requests to a model in flight. It keeps the model
+        loaded.
+        """
         async with self._marking:
             now, marked = time.monotonic(), {name: use for name, use in self._uses.items() if use.is_marked}
             stay = {name for name, use in marked.items() if use.in_flight and now - use.told_at >= STAY_SECONDS}
@@ -106,10 +120,11 @@ class Inference:
     async def forward(
         self, caller: ProjectStore, path: str, name: str, body: bytes, meter: Meter, *, streams: bool
     ) -> Response:
-        """Forwards the request `POST /v1/<path>` to the model that its body names, and returns the model's response. A
-        streamed answer is streamed to the client.
+        """Sends a client's request `POST /v1/<path>` to the model called `name`, and returns the model's response.
 
-        `meter` counts the answer's tokens.
+        `body` is the request's JSON, and `meter` counts the tokens of the answer. If `streams`, the response passes the
+        answer on in pieces, as it arrives. Raises NotFound for an unknown model, InvalidRequest for a reward model, and
+        Unavailable if the model is not ready in time.
         """
         async with caller.look() as session:
             model = await models.find(session, self._settings, name)
@@ -124,21 +139,24 @@ class Inference:
         return await self._forwarded(engine, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
-        """Requests that the model is loaded, and returns without waiting for it."""
+        """Requests that the model's engine is loaded, and returns without waiting until it is."""
         async with self._store.begin() as session:
             engine = await engine_of(session, self._settings, model)
         await self._ask(engine)
 
     async def ask(self, model: NamedModel, path: str, body: bytes, meter: Meter) -> bytes:
-        """Sends `POST /v1/<path>` to the model's application and returns the answer. Some of these paths are internal:
-        clients cannot reach them."""
+        """Sends the service's own request `POST /v1/<path>` to the engine of the model, and returns the body of its
+        answer.
+
+        Waits until the model is loaded. `path` may be an internal path, which no client of the API can reach.
+        """
         async with self._store.begin() as session:
             engine = await self._engine_of(session, model, meter)
         await self._note_use(model, engine)
         return bytes((await self._forwarded(engine, path, body, meter, streams=False)).body)
 
     async def _engine_of(self, session: AsyncSession, model: NamedModel, meter: Meter) -> Engine:
-        """Returns the engine that answers for the model. Tells the meter the number of the engine's GPUs."""
+        """Returns the engine that answers for the model, and sets the meter's number of GPUs to that of the engine."""
         engine = await engine_of(session, self._settings, model)
         own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
         num_gpus = self._settings.num_gpus_of(own)
@@ -146,7 +164,8 @@ class Inference:
         return engine
 
     async def _note_use(self, model: NamedModel, engine: Engine) -> None:
-        """Records now and then that an adapter is used, because only its base has a row in `deployments`."""
+        """Records every few minutes that an adapter is in use. This is needed because the engine's row in `deployments`
+        names only the adapter's base model."""
         if engine.adapter and models.must_note_use(model):
             async with self._store.begin() as session:
                 await models.note_use(session, model)
@@ -179,8 +198,11 @@ class Inference:
                 self._end(engine, answer, meter, share)
 
     def _end(self, engine: Engine, answer: Answer | None, meter: Meter, share: float) -> None:
-        """Records the end of a request in flight. `share` is the value of the model's shared time when the request
-        began."""
+        """Counts a request as ended: closes the model's answer, and has the meter record the tokens and the seconds
+        used.
+
+        `share` is the value of the model's `_Use.share` when the request began.
+        """
         use = self._uses[engine.app_name]
         use.left_at = time.monotonic()
         use.change(-1, use.left_at)
@@ -214,7 +236,8 @@ class Inference:
         raise self._unavailable(engine, f"{trouble or 'finished loading only now'}; {most}")
 
     async def _ask(self, engine: Engine) -> None:
-        """Requests that the model is loaded, at most once every ASK_SECONDS for all waiting requests to the model."""
+        """Requests that the engine's model is loaded. All requests that wait for the model together do so at most once
+        in ASK_SECONDS."""
         use = self._uses.setdefault(engine.app_name, _Use())
         if time.monotonic() - use.asked_at >= ASK_SECONDS:
             use.asked_at = time.monotonic()
@@ -222,7 +245,10 @@ class Inference:
                 await deployments.use(session, engine.loaded)
 
     async def _enter(self, engine: Engine) -> bool:
-        """Counts a request as in flight. Returns False, and counts nothing, if the model accepts no new requests."""
+        """Counts one more request to the model as in flight, and returns True.
+
+        Returns False, and counts nothing, if the database says that the model accepts no new requests.
+        """
         use = self._uses.setdefault(engine.app_name, _Use())
         use.change(1, time.monotonic())
         entered = False
@@ -246,8 +272,10 @@ class Inference:
         )
 
     def _refusal(self, engine: Engine, status: int, content: bytes) -> ApiError:
-        """Returns an error of the model's server in OpenAI's JSON form, also if the server's own error has another
-        form."""
+        """Returns an error in OpenAI's JSON form for an answer of the model's engine that has an error status.
+
+        `content` is the body of that answer, in any form; its message and field are kept if they can be read.
+        """
         try:
             said = json.loads(content)
         except (ValueError, RecursionError):

@@ -1,5 +1,8 @@
-"""Counts the tokens of answers while the answers pass through. The service asks the model's server for the count of a
-stream, and removes the count from the stream unless the client also asked for it."""
+"""Counts the tokens of answers while the answers pass through to the client.
+
+The service asks vLLM to add the count of tokens to each stream. It removes the count again, unless the client asked for
+it too.
+"""
 
 import re
 from collections.abc import Callable
@@ -7,7 +10,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-NO_CHOICES = re.compile(rb'"choices":\s*\[\]')  # in the event with the count; JSON escapes quotes in texts
+NO_CHOICES = re.compile(rb'"choices":\s*\[\]')  # only in the event with the count: JSON escapes quotes in texts
 EVENT_END = b"\n\n"
 ASKED = b',"stream_options":{"include_usage":true}}'
 
@@ -15,15 +18,16 @@ Note = Callable[[int, int, float], None]  # takes tokens of the prompt and of th
 
 
 def asks_for_usage(options: Any) -> bool:
-    """Whether the client's `stream_options` ask for the count of tokens."""
+    """Whether the field `stream_options` of a client's request asks for the count of tokens."""
     return isinstance(options, dict) and bool(options.get("include_usage"))
 
 
 def asking_for_usage(body: bytes) -> bytes:
-    """Returns the JSON object `body` with an added field `stream_options` that asks for the count of tokens.
+    """Adds a field `stream_options`, which asks for the count of tokens, at the end of the JSON object `body`, and
+    returns the result.
 
-    All other bytes are unchanged. If the body already has the field `stream_options`, the added field at the end
-    overrides it. A body in UTF-16 or UTF-32, which is JSON as well, stays as it is.
+    All other bytes are unchanged. If the body already has the field `stream_options`, the added field overrides it. A
+    body in UTF-16 or UTF-32, which is JSON as well, is returned unchanged.
     """
     if b"\0" in body:
         return body
@@ -31,7 +35,10 @@ def asking_for_usage(body: bytes) -> bytes:
 
 
 class Meter:
-    """Counts the tokens of one answer, and records the count once, when the answer ends."""
+    """Counts the tokens of one answer, and reports the count once, when the answer ends, by calling `note`.
+
+    `shows_usage` says whether the client sees the event of a stream that holds the count.
+    """
 
     def __init__(self, note: Note, *, shows_usage: bool) -> None:
         self._note, self._shows_usage = note, shows_usage
@@ -40,11 +47,15 @@ class Meter:
         self._num_events = 0
 
     def whole(self, body: bytes) -> None:
-        """Counts the tokens of an answer that is not a stream."""
+        """Reads the count of tokens from the body of an answer that is not a stream."""
         self._read(body)
 
     def lines(self, lines: bytes) -> bytes:
-        """Counts the tokens in lines of a stream, and returns the lines to send to the client."""
+        """Reads the count of tokens from lines of a stream, if they hold it, and returns the lines to send to the
+        client.
+
+        The event with the count is left out unless the client asked for it.
+        """
         self._num_events += lines.count(EVENT_END)
         if self._counted or not NO_CHOICES.search(lines):
             return lines
@@ -52,9 +63,10 @@ class Meter:
         return EVENT_END.join(kept)
 
     def end(self, seconds: float) -> None:
-        """Records the answer's tokens, and the engine seconds that the answer used.
+        """Reports the answer's tokens, and its GPU seconds: `seconds` times the number of the engine's GPUs.
 
-        If the client left a stream before its end, each event so far counts as one token of the completion.
+        `seconds` is the answer's share of the engine's time. If the client left a stream before its end, each event so
+        far counts as one token of the completion. Nothing is reported for an answer without tokens.
         """
         prompt, completion = self._counted or (0, self._num_events)
         if prompt or completion:
@@ -64,7 +76,8 @@ class Meter:
         return bool(NO_CHOICES.search(event)) and self._read(event.partition(b"data:")[2])
 
     def _read(self, text: bytes) -> bool:
-        """Reads the count of tokens from a JSON object, and returns whether the object has one."""
+        """Reads the count of tokens from the field `usage` of a JSON object. Returns whether the object has this
+        field."""
         try:
             usage = from_json(text)["usage"]
             self._counted = int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)

@@ -1,4 +1,4 @@
-"""Answers a client as long as the client stays connected, and forwards the stream of events of a model's answer."""
+"""Stops work on an answer when the client disconnects, and passes on answers that a model streams as events."""
 
 import asyncio
 import json
@@ -16,7 +16,10 @@ Result = TypeVar("Result")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """Returns the result of `work`. Cancels `work` and returns None if the client disconnects first."""
+    """Runs `work` while the client is connected, and returns its result.
+
+    `receive` is the request's ASGI channel. If the client disconnects first, cancels `work` and returns None.
+    """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -33,9 +36,10 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class Stream(Response):
-    """Forwards whole lines as they arrive. Calls `end` when the stream ends, even if the client reads no line.
+    """A response that passes a model's streamed answer on to the client, in whole lines, as they arrive.
 
-    If the model stops in the middle of its answer, an event with an error replaces the incomplete line.
+    Calls `end` once when the stream is over, also if the client leaves before the first line. If the model stops in the
+    middle of its answer, an event with an error replaces the incomplete line.
     """
 
     media_type = "text/event-stream"

@@ -1,8 +1,8 @@
-"""An HTTP client for the engines' servers. Forwarding an answer costs little even if it arrives in many small chunks.
+"""An HTTP client for sending requests to engines (the servers of models on Ray Serve).
 
 A stream of tokens arrives in one chunk per token, and a general HTTP client takes more time per chunk than the rest of
 the control plane. This client returns all bytes that have arrived since the last call. Each connection serves one
-request and is closed at its end, so that the engine stops generating when the user's client has left.
+request and is closed when the answer ends. So an engine notices that a client has left, and stops generating.
 """
 
 import asyncio
@@ -13,30 +13,33 @@ from urllib.parse import urlsplit
 import httptools
 
 CONNECT_SECONDS = 5.0
-MOST_WAITING = 2**20  # bytes that wait for a slow client before the engine's server has to wait
+MOST_WAITING = 2**20  # bytes of an answer that wait for a slow client before reading from the engine pauses
 
 
 class Broken(Exception):
-    """Raised if the server cannot be reached, closes the connection early, is silent for too long, or does not speak
+    """Raised if an engine cannot be reached, ends the connection early, is silent for too long, or does not speak
     HTTP."""
 
 
 class Busy(Exception):
-    """Raised if all connections are in use."""
+    """Raised if all connections stayed in use for the longest time that a request waits for one."""
 
 
 class Upstream:
-    """Sends requests to engines, over at most `connections` connections at the same time."""
+    """Sends requests to engines, over at most `connections` connections at the same time.
+
+    A request waits at most `wait_seconds` for a free connection. An engine may be silent for at most `silence_seconds`.
+    """
 
     def __init__(self, *, connections: int, silence_seconds: float, wait_seconds: float) -> None:
         self._free = asyncio.Semaphore(connections)
         self._silence, self._wait = silence_seconds, wait_seconds
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> "Answer":
-        """Sends a JSON body to an engine, and returns the answer once its status and headers have arrived. The caller
-        must close the answer.
+        """Sends a JSON body to the engine at `url`, and returns the answer once its status and headers have arrived.
 
-        Raises Busy, and Broken if the server does not answer.
+        The caller reads the answer's body, and must close the answer. Raises Busy if no connection is free, and Broken
+        if the engine does not answer.
         """
         try:
             async with asyncio.timeout(self._wait):
@@ -60,7 +63,7 @@ def _head(url: str, headers: Mapping[str, str], length: int) -> bytes:
 
 
 class Answer(asyncio.Protocol):
-    """An engine's answer to one request."""
+    """An engine's answer to one request: its status, its headers, and its body, which is read in pieces."""
 
     status: int
     headers: dict[str, str]  # names in lower case
@@ -76,7 +79,11 @@ class Answer(asyncio.Protocol):
         self.headers = {}
 
     async def open(self, url: str, request: bytes) -> None:
-        """Connects, sends the request, and waits for the status and the headers. Raises Broken."""
+        """Connects to the host of `url`, sends the bytes of `request`, and waits for the status and headers of the
+        answer.
+
+        Raises Broken.
+        """
         place = urlsplit(url)
         secure = place.scheme == "https"
         port = place.port or (443 if secure else 80)
@@ -91,15 +98,18 @@ class Answer(asyncio.Protocol):
         await self._wait_for(lambda: self._begun)
 
     def close(self) -> None:
-        """Ends the connection. Closing twice is harmless."""
+        """Closes the connection, and gives it back to the client's limit of connections. Closing twice is harmless."""
         if self._transport:
             self._transport.abort()
         self._on_close()
         self._on_close = _nothing
 
     async def piece(self) -> bytes:
-        """Returns the bytes of the body that have arrived since the last call, at least one byte; b"" at the end.
-        Raises Broken."""
+        """Waits for bytes of the body, and returns all that have arrived since the last call. Returns b"" at the body's
+        end.
+
+        Raises Broken.
+        """
         if self.headers.get("content-encoding", "identity") != "identity":
             raise Broken(f"it answers in {self.headers['content-encoding']}, for which nobody asked")
         await self._wait_for(lambda: self._waiting or self._whole)
@@ -111,7 +121,7 @@ class Answer(asyncio.Protocol):
         return piece
 
     async def body(self) -> bytes:
-        """Returns the rest of the body."""
+        """Reads and returns the rest of the body. Raises Broken."""
         parts = []
         while piece := await self.piece():
             parts.append(piece)

@@ -1,1 +1,2 @@
-"""Finds, lists, shares, deploys and downloads base models and trained models."""
+"""Finds, lists, shares, deletes, serves and downloads models: base models from the settings, and trained models of
+jobs."""

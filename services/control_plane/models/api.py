@@ -44,10 +44,11 @@ async def content(
     model_id: str,
     format: Format | None = None,
 ) -> Response:
-    """Returns a trained model as a tar of a Hugging Face folder, whole or the part that the header `Range` names.
+    """Returns the files of a trained model as a tar of a Hugging Face folder, or the bytes of the tar that the header
+    `Range` names.
 
-    An adapter is merged into its base first if `format` is `merged`. Until that is done, the answer is 503 with
-    `retry-after`.
+    An adapter is merged into its base first if `format` is `merged`. Until the merge has finished, the answer is 503
+    with `retry-after`.
     """
     async with store.look() as session:
         model = await models.find_to_download(session, settings, model_id)
@@ -69,7 +70,7 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 @router.delete("/{model_id:path}")
 async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str) -> Response:
-    """Deletes a trained model: the service stops offering and serving the model, and deletes its weights."""
+    """Deletes a trained model: removes it from the lists, stops its engine, and deletes its weights."""
     removed: list[NamedModel] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Checks the settings of a deployment (how a model is served), and refuses settings that cannot work or that the caller
-may not choose."""
+"""Checks the settings of a deployment (how a model is served) that a client sends.
+
+Refuses settings that cannot work, and settings that the client may not choose.
+"""
 
 import asyncio
 from collections.abc import Mapping
@@ -18,13 +20,13 @@ from services.control_plane.models.shapes import NoShapes, shapes_of
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings
 
-OF_REWARD_MODELS = {"replicas", "pinned", "idle_seconds", "dtype", "num_gpus", "max_model_len"}
+OF_REWARD_MODELS = {"replicas", "pinned", "idle_seconds", "dtype", "num_gpus", "max_model_len"}  # the rest are vLLM's
 
 
 async def check_rights(session: AsyncSession, settings: Settings, caller: Caller, model: NamedModel) -> None:
-    """Raises Forbidden unless the caller may change the model's deployment.
+    """Raises Forbidden unless the caller may change the model's deployment (how the model is served).
 
-    Admins of the default project may change the deployments of base models; a project may change the deployments of its
+    Admins of the default project may change the deployments of base models. A project may change the deployments of its
     own trained models.
     """
     if model.job_id is not None:
@@ -45,9 +47,11 @@ async def check(
     chosen: DeploymentSettings,
     capacity: Mapping[str, float],
 ) -> None:
-    """Raises InvalidRequest, with the field, the limit and the remedy, if the settings `chosen` cannot work.
+    """Raises InvalidRequest if the deployment settings `chosen` cannot work for the model, or exceed the limits of a
+    project.
 
-    `capacity` holds the numbers of CPUs and GPUs that the cluster has or may grow to; {} means that they are unknown.
+    The error names the field, the limit and the remedy. `capacity` holds the numbers of CPUs and GPUs that the cluster
+    has or may grow to; {} means that they are unknown.
     """
     if model.num_outputs:
         _check_reward_model(model, chosen)
@@ -122,7 +126,8 @@ async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedM
 async def check_reference(
     session: AsyncSession, settings: Settings, model: NamedModel, full: DeploymentSettings
 ) -> None:
-    """Raises InvalidRequest if a running job is scored by this model's engine, which would no longer score."""
+    """Raises InvalidRequest if the model's engine computes the log-probabilities of a running job's reference model,
+    and with the settings `full` could not do so."""
     scored = select(Attempt.job_id).where(Attempt.state != "ended", Attempt.reference == model.app_name)
     if settings.scores_apart(full) and await session.scalar(scored.limit(1)):
         message = f"'{model.id}' is the reference of a running job, and with these settings its engine could not score"
@@ -132,8 +137,10 @@ async def check_reference(
 async def _check_attached(
     session: AsyncSession, settings: Settings, model: NamedModel, chosen: DeploymentSettings
 ) -> None:
-    """Raises InvalidRequest for settings that need a separate engine, if the model is attached to the engine of its
-    base model."""
+    """Raises InvalidRequest if the model has no engine of its own, and `chosen` sets something that only an engine has.
+
+    An adapter has no engine of its own if the engine of its base model attaches it.
+    """
     engine, fields = await engine_of(session, settings, model), sorted(chosen.model_fields_set - {"mode"})
     if engine.adapter and fields:
         base = engine.loaded.id
@@ -156,8 +163,8 @@ async def _check_length(model: NamedModel, max_model_len: int) -> None:
 
 
 def own_limit(config: Mapping[str, Any]) -> int | None:
-    """Returns the maximum number of tokens that a model with this config.json takes; None if the config does not state
-    it."""
+    """Returns the maximum number of tokens that a model with this config.json takes. Returns None if the config does
+    not state it."""
     text = config.get("text_config") or config
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     limit = text.get("max_position_embeddings")

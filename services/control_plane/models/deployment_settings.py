@@ -1,7 +1,7 @@
-"""Reads and stores the settings of models' deployments. They come from the settings file or were chosen through the
-API.
+"""Reads and stores the settings of deployments (how models are served).
 
-A trained model inherits the settings of its base model, except the number of replicas and `pinned`.
+Settings come from the service's settings file, and from clients through the API. A trained model inherits the settings
+of its base model, except the number of replicas and `pinned`.
 """
 
 import logging
@@ -18,14 +18,17 @@ from services.deployment_settings import DeploymentSettings
 
 log = logging.getLogger(__name__)
 
-OWN = {"replicas", "pinned"}  # what a trained model does not inherit
+OWN = {"replicas", "pinned"}  # settings that a trained model does not inherit
 
 
 async def of(
     session: AsyncSession, settings: Settings, model_ids: Collection[str], *, without_choice: bool = False
 ) -> dict[str, DeploymentSettings]:
-    """Returns the deployment settings of these models, by id. With `without_choice`, ignores settings chosen through
-    the API."""
+    """Returns the deployment settings of the models with these ids, by id.
+
+    With `without_choice`, ignores what clients chose for these models through the API. Choices for their base models
+    count.
+    """
     models = Model.__table__.c  # models of all projects
     trained = select(models.id, models.root).where(models.id.in_(model_ids))
     roots: dict[str, str] = dict((await session.execute(trained)).all())
@@ -48,7 +51,8 @@ def _of(
 
 
 def _readable(values: Mapping[str, Any]) -> DeploymentSettings:
-    """Returns the settings. Leaves out fields and values that another release stored and this one does not know."""
+    """Returns stored values as DeploymentSettings. Leaves out fields and values that another release stored and this
+    release does not know."""
     try:
         return DeploymentSettings.model_validate(values, extra="ignore")
     except ValidationError as error:
@@ -62,7 +66,7 @@ def _readable(values: Mapping[str, Any]) -> DeploymentSettings:
 async def with_choice(
     session: AsyncSession, settings: Settings, model_id: str, chosen: DeploymentSettings
 ) -> DeploymentSettings:
-    """Returns the deployment settings that the model would have with these chosen settings."""
+    """Returns all deployment settings that the model would have if a client chose the settings `chosen`."""
     inherited = (await of(session, settings, [model_id], without_choice=True))[model_id]
     return DeploymentSettings.model_validate(
         inherited.model_dump(exclude_unset=True) | chosen.model_dump(exclude_unset=True)
@@ -78,20 +82,21 @@ async def pinned(session: AsyncSession, settings: Settings) -> set[str]:
 
 
 async def chosen(session: AsyncSession, model_id: str) -> dict[str, Any]:
-    """Returns the settings that were chosen for the model through the API."""
+    """Returns the settings that clients chose for the model through the API; {} if there are none."""
     query = select(ModelSettings.values).where(ModelSettings.model_id == model_id)
     return await session.scalar(query) or {}
 
 
 async def choose(session: AsyncSession, model_id: str, values: Mapping[str, Any] | None) -> None:
-    """Stores the settings chosen for the model in place of earlier ones. None resets the model to the defaults."""
+    """Stores the settings that a client chose for the model, in place of earlier ones. None deletes the earlier ones,
+    so that the model has the defaults again."""
     await session.execute(delete(ModelSettings).where(ModelSettings.model_id == model_id))
     if values is not None:
         await session.execute(insert(ModelSettings).values(model_id=model_id, values=dict(values)))
 
 
 async def use_gpus(session: AsyncSession, settings: Settings) -> bool:
-    """Whether the settings of at least one model place it on GPUs."""
+    """Whether the settings of at least one model place the model on GPUs."""
     configured = (settings.num_gpus_of(model.deployment) for model in settings.models.values())
     if settings.num_gpus_per_model or any(configured):
         return True

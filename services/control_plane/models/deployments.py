@@ -1,5 +1,9 @@
-"""Stores, in the database, which models requests and jobs have asked for, and which of them are loaded. All control
-planes share these rows."""
+"""Stores which models are requested, loaded and in use, in the table `deployments`, which all control planes share.
+
+A row stands for a model's engine, the Ray Serve application that loads the model. Requests and jobs write rows to have
+models loaded. About once a second the reconciler decides which of these models Ray Serve runs (`place`). A mark is a
+record in a row that a control plane has requests to the model in flight; a model with a mark stays loaded.
+"""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -23,14 +27,15 @@ from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings, EngineSettings
 
 MARK_SECONDS = 30.0  # a mark that its control plane does not renew expires after this time
-DELETED_SECONDS = 3600.0  # a request that began before its adapter was deleted has reached the engine by then
+DELETED_SECONDS = 3600.0  # a request that began before its adapter was deleted reaches the engine within this time
 SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
 async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None) -> None:
-    """Requests that the model is loaded, and records that it is in use. `app_name` is the application of the model's
-    engine that only scores, if that engine is meant.
+    """Requests that the model is loaded, by writing its row in `deployments`, or records in that row that the model is
+    used.
 
+    `app_name` is given only to load a second engine of the model, which only scores (computes log-probabilities).
     Raises Unavailable if another model has the same application name on the cluster.
     """
     named = {"app_name": app_name or model.app_name, "model_id": model.id, "source": model.source}
@@ -47,8 +52,7 @@ async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None 
 
 @dataclass(frozen=True)
 class Reference:
-    """The application that computes the log-probabilities of a job's reference model, and the application's number of
-    GPUs."""
+    """The Ray Serve application that computes the log-probabilities of a job's reference model."""
 
     app_name: str
     num_gpus: float
@@ -59,10 +63,11 @@ class Reference:
 async def references(
     session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]
 ) -> dict[str, Reference]:
-    """Returns the application that scores with each model in `wanted`, under the same keys.
+    """Returns, for each model in `wanted`, the application that computes log-probabilities with the model. The keys are
+    those of `wanted`.
 
-    If a model's own engine cannot score, because of its precision or its maximum length, the model has a separate
-    engine for scoring.
+    If a model's own engine cannot do this, because of its precision or its maximum length, the model has a second
+    engine, which only scores.
     """
     engines = await engines_of(session, settings, {model.id: model for model in wanted.values()})
     chosen = await deployment_settings.of(session, settings, {engine.loaded.id for engine in engines.values()})
@@ -82,13 +87,17 @@ def _reference(engine: Engine, own: DeploymentSettings, settings: Settings) -> R
 
 
 def scorer_of(model: NamedModel) -> str:
-    """Returns the application name of the model's separate engine that only scores."""
+    """Returns the application name of the model's second engine, which only scores (computes log-probabilities)."""
     return f"{model.app_name}-scores"
 
 
 async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
-    """Records that the model answers requests of this control plane, so that it stays loaded. Returns False, and
-    records nothing, if the model is not loaded or is about to be unloaded."""
+    """Records in the model's row that this control plane has requests to the model in flight, and returns True. The
+    model then stays loaded.
+
+    `replica` is the name of this control plane. Returns False, and records nothing, if the model is not loaded or is
+    about to be unloaded.
+    """
     # The release before this one leaves `placed_at` empty, so an older row counts as placed without it. A new row does
     # not, because Ray Serve may still be removing an earlier application of the same name.
     old = Deployment.asked_at < func.clock_timestamp() - timedelta(seconds=SETTLED_SECONDS)
@@ -98,8 +107,11 @@ async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
 
 
 async def stay(session: AsyncSession, app_names: Collection[str], replica: str) -> set[str]:
-    """Renews the records that these models answer requests of this control plane. Returns the models that still accept
-    new requests."""
+    """Renews the marks (records of requests in flight) of this control plane, called `replica`, in the rows of these
+    models.
+
+    Returns the application names of those models that still accept new requests.
+    """
     marked = _mark(Deployment.app_name.in_(app_names), replica)
     rows = await session.execute(marked.returning(Deployment.app_name, Deployment.waits_for))
     return {app_name for app_name, waits_for in rows if waits_for is None}
@@ -113,15 +125,19 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
 
 
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
-    """Removes the records that these models answer requests of this control plane. The caller must know that no such
-    request is in flight."""
+    """Removes the marks (records of requests in flight) of this control plane, called `replica`, from the rows of these
+    models.
+
+    The caller must know that it has no request to these models in flight.
+    """
     rest = Deployment.answering.op("-")(cast(replica, Text))
     values = {"answering": rest, "last_used_at": func.clock_timestamp()}
     await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(**values))
 
 
 async def waits_for(session: AsyncSession, app_name: str) -> str | None:
-    """Returns a phrase that states what the model's requests wait for; None if the model runs."""
+    """Returns a phrase that says what requests for the model wait for, such as "has been loading for 20 seconds".
+    Returns None if the model runs."""
     row = await session.get(Deployment, app_name, populate_existing=True)
     if row is None or row.waits_for or row.placed_at is None:
         return f"waits for {(row and row.waits_for) or 'its turn to be loaded'}"
@@ -131,9 +147,9 @@ async def waits_for(session: AsyncSession, app_name: str) -> str | None:
 
 
 async def forget(session: AsyncSession, app_name: str) -> None:
-    """Deletes the model's row, so that the next request loads the model again.
+    """Deletes the model's row in `deployments`. The next request for the model then loads it again.
 
-    The row stays while the model is the reference of an attempt that has not ended.
+    The row stays while the model is the reference of an attempt (one run of a job) that has not ended.
     """
     await session.execute(delete(Deployment).where(Deployment.app_name == app_name, ~_is_reference()))
 
@@ -144,12 +160,12 @@ def _is_reference() -> ColumnElement[bool]:
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a model's deployment."""
+    """The state of a model's deployment: its settings, whether it is loaded, and what it waits for."""
 
     model_id: str
-    application: contract.Deployment  # as it is to be served
+    application: contract.Deployment  # the application of the model's engine, as Ray Serve is to run it
     own: DeploymentSettings
-    chosen: dict[str, Any]  # what someone chose through the API
+    chosen: dict[str, Any]  # the settings that a client chose through the API
     state: str  # waiting, loading, running, failed or unloaded
     waits_for: str | None = None
     error: str | None = None
@@ -160,7 +176,10 @@ class Status:
 async def status(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> Status:
-    """Returns the state of the engine that answers for the model."""
+    """Returns the settings and the state of the engine that answers requests for the model.
+
+    `applications` are the applications of Ray Serve, by name.
+    """
     engine = await engine_of(session, settings, model)
     loaded, attached_to = engine.loaded, engine.loaded.id if engine.adapter else None
     found = await deployment_settings.of(session, settings, {model.id, loaded.id})
@@ -181,8 +200,8 @@ async def status(
 async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
-    """Unloads the model. Raises InvalidRequest if the model is pinned, is the reference model of a running job, or is
-    answering requests."""
+    """Unloads the model's engine, if it is loaded. Raises InvalidRequest if the model is pinned, is the reference of a
+    running job, is answering requests, or is an adapter on the engine of its base."""
     engine = await engine_of(session, settings, model)
     if engine.adapter:
         message = f"'{model.id}' is attached to the engine of '{engine.loaded.id}'; unload '{engine.loaded.id}'."
@@ -208,22 +227,25 @@ async def unload(
 
 @dataclass(frozen=True)
 class Wish:
-    """A model that a request or a job needs: the model's row, its state, and the application that serves it."""
+    """A requested model: its row in `deployments`, its state, and the application that is to serve it."""
 
     row: Deployment
     model: eviction.Model
     application: contract.Deployment
-    is_outdated: bool = False  # whether Ray Serve runs the application with other settings
+    is_outdated: bool = False  # whether the application that Ray Serve runs has other settings than `application`
 
 
 async def wishes(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application]
 ) -> dict[str, eviction.Model]:
-    """Returns the state of every requested model by its application name, from the rows and from Ray Serve."""
+    """Returns the state of each requested model, by its application name. The state comes from the model's row in
+    `deployments` and from Ray Serve."""
     return {wish.model.app_name: wish.model for wish in await wished(session, settings, applications)}
 
 
 async def wished(session: AsyncSession, settings: Settings, applications: Mapping[str, Application]) -> list[Wish]:
+    """Returns all requested models, sorted by application name: their rows, their states, and how they are to be
+    served."""
     query = select(Deployment, _is_reference(), func.clock_timestamp()).order_by(Deployment.app_name)
     rows = (await session.execute(query.execution_options(populate_existing=True))).all()
     chosen = await deployment_settings.of(session, settings, {row.model_id for row, _, _ in rows})
@@ -270,8 +292,11 @@ def _seconds(now: datetime, since: datetime) -> float:
 async def place(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: eviction.Room
 ) -> list[contract.Deployment]:
-    """Decides which models stay loaded or are loaded now, and records the decision. Returns the deployments to
-    serve."""
+    """Decides which requested models are loaded, and records the decision in their rows. Returns the applications that
+    Ray Serve is to run.
+
+    `room` holds the numbers of models and GPUs that models may use.
+    """
     await _ask_for_pinned(session, settings)
     while True:
         found = await wished(session, settings, applications)
@@ -287,7 +312,8 @@ async def place(
 
 
 async def _ask_for_pinned(session: AsyncSession, settings: Settings) -> None:
-    """Requests the loading of pinned models that are not loaded."""
+    """Requests that pinned models (models whose settings keep them loaded) are loaded, unless they are requested
+    already."""
     asked = set(await session.scalars(select(Deployment.app_name)))
     for model_id in await deployment_settings.pinned(session, settings):
         with suppress(NotFound):  # it was deleted
@@ -298,14 +324,18 @@ async def _ask_for_pinned(session: AsyncSession, settings: Settings) -> None:
 
 
 async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
-    """Deletes the row unless a request has used the model since the row was read. Returns whether it was deleted."""
+    """Deletes the row from `deployments`, unless a request has used the model since the row was read. Returns whether
+    the row was deleted."""
     unused = and_(Deployment.answering == row.answering, Deployment.last_used_at == row.last_used_at)
     gone = delete(Deployment).where(Deployment.app_name == row.app_name, unused).returning(Deployment.app_name)
     return await session.scalar(gone.execution_options(synchronize_session=False)) is not None
 
 
 async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_for: str | None) -> None:
-    """Updates only the columns that changed, because requests update the other columns at the same time."""
+    """Records the decision about a requested model in its row: whether it is served, and what it waits for.
+
+    Updates only the columns that changed, because requests update other columns at the same time.
+    """
     row, model = wish.row, wish.model
     values: dict[str, Any] = {} if row.waits_for == waits_for else {"waits_for": waits_for}
     if serves and (model.state == "waiting" or row.placed_at is None or wish.is_outdated):
@@ -347,7 +377,8 @@ def _application(row: Deployment, own: DeploymentSettings, settings: Settings) -
 async def deleted_adapters(
     session: AsyncSession, deployments: Collection[contract.Deployment]
 ) -> dict[str, frozenset[str]]:
-    """Returns the ids of each model's adapters that were deleted within DELETED_SECONDS, by application name."""
+    """Returns the ids of adapters that were deleted within the last DELETED_SECONDS, by the name of the application
+    that may still hold them."""
     sources = {deployment.source for deployment in deployments}
     recently = Model.deleted_at > func.clock_timestamp() - timedelta(seconds=DELETED_SECONDS)
     query = select(Model.id, Model.base_source).where(recently, Model.base_source.in_(sources))

@@ -1,4 +1,4 @@
-"""The routes below /v1/x/deployments, which show and change how models are served.
+"""The routes below /v1/x/deployments, which show and change deployments (how models are served).
 
 Ids of models may contain slashes, raw or encoded.
 """
@@ -62,7 +62,7 @@ async def change(
 ) -> Response:
     """Sets how a model is served. Fields that the body leaves out are reset to their defaults.
 
-    If the model is loaded, Ray Serve replaces its replicas; each replica first finishes its answers.
+    If the model is loaded, Ray Serve replaces its replicas. Each replica first finishes its answers.
     """
     view, capacity = await asyncio.gather(_look(ray_api), ray_api.capacity())
 
@@ -80,7 +80,7 @@ async def change(
 async def reset(
     idempotent: IdempotentPart, settings: SettingsPart, caller: CallerPart, ray_api: RayApiPart, model_id: str
 ) -> Response:
-    """Resets the settings of a model's deployment to their defaults. The model itself is kept."""
+    """Resets the settings of a model's deployment to their defaults. The model itself stays."""
     view = await _look(ray_api)
 
     async def forget(session: AsyncSession) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Provides the weights of trained models for download, as tars of Hugging Face folders. An adapter can also be
-downloaded merged into its base model."""
+"""Makes the weights of trained models downloadable as tars of Hugging Face folders.
+
+An adapter is downloaded as it is, or merged into its base model.
+"""
 
 import hashlib
 import json
@@ -28,8 +30,11 @@ RETRY_AFTER_SECONDS = 5
 
 
 def format_of(model: NamedModel, wanted: Format | None) -> Format:
-    """Returns the format of a download: `adapter` or `merged`. Raises InvalidRequest if the user asks for an adapter of
-    a model that has none."""
+    """Returns the format of a download, `adapter` or `merged`: the `wanted` one, or else the format in which the model
+    is stored.
+
+    Raises InvalidRequest if the user wants the adapter of a model that has none.
+    """
     if wanted == "adapter" and model.adapter is None:
         message = (
             f"The model '{model.id}' has no adapter, because its job trained all weights; "
@@ -40,9 +45,11 @@ def format_of(model: NamedModel, wanted: Format | None) -> Format:
 
 
 def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) -> Content:
-    """Returns the tar of the model's folder, or of the `merged` model. `base` is the name of an adapter's base.
+    """Returns the tar for a download of the model: of the folder `merged` if that is given, else of the model's own
+    folder.
 
-    Reads the names and sizes of files in storage. Raises Unavailable if the folder is gone.
+    `base` is the name of the base model of an adapter, which the tar states. The names and sizes of the files are read
+    from storage now, the bytes later. Raises Unavailable if the folder is gone.
     """
     folder = merged.model_uri if merged else model.source
     files = storage.list_tree(folder)
@@ -62,8 +69,10 @@ def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) 
 
 
 def _with_base(config: Member, base: str | None) -> Member:
-    """Returns an adapter's config for the download. A base model that is not on the hub appears with its name in the
-    service, not with its path in storage."""
+    """Returns the adapter's file adapter_config.json with a name of its base model that is useful outside the service.
+
+    A base that is a folder in storage appears with its name in the service; a base on the hub keeps its hub id.
+    """
     fields = json.loads(storage.read_bytes(str(config.source)))
     place = str(fields.get("base_model_name_or_path"))
     if "://" in place or place.startswith("/"):
@@ -89,7 +98,8 @@ def _about(model: NamedModel, base: str | None, merged: MergeReport | None) -> b
 
 
 def merged_folder(model: NamedModel, settings: Settings) -> str:
-    """Returns the storage URI of the folder of the model's merged copies."""
+    """Returns the storage URI of the folder that holds a merged copy of the model (its adapter merged into its
+    base)."""
     key = hashlib.sha256(f"{model.id}\n{model.source}".encode()).hexdigest()[:32]
     return storage.join(settings.storage_url, "merged", key)
 
@@ -101,9 +111,11 @@ async def merged(
     settings: Settings,
     is_disconnected: Callable[[], Awaitable[bool]],
 ) -> MergeReport:
-    """Merges the adapter into its base, unless that is done already, and returns the report.
+    """Merges the model's adapter into its base model with a side job on Ray, unless that is done already. Returns the
+    report of the merge.
 
-    Raises Unavailable while the merge runs, and InvalidRequest if adapter and base cannot be merged.
+    Raises Unavailable while the merge runs, and InvalidRequest if adapter and base cannot be merged. Stops waiting when
+    the client has disconnected.
     """
     job = _merge_of(model, settings, await store.store.instance())
     result = await side_jobs.result_of(job, store, ray_api, settings.max_running_checks, is_disconnected)

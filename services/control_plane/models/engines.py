@@ -1,5 +1,7 @@
-"""Finds the engine that answers requests to a model: the model's own engine, or the engine of its base model, which
-attaches the model as an adapter."""
+"""Finds the engine (the server of a model on Ray Serve) that answers requests for a model.
+
+This is the model's own engine or, for many adapters, the engine of the base model, which attaches the adapter.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from services.deployment_settings import DeploymentSettings, Mode
 
 @dataclass(frozen=True)
 class Engine:
-    """The engine that answers requests to a model."""
+    """The engine that answers requests for a model, and how the engine knows the model."""
 
     id: str  # of the model that the client named
     loaded: NamedModel  # the model that the engine loads: the named model, or its base
@@ -32,14 +34,16 @@ class Engine:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the HTTP headers that name the adapter to the engine."""
+        """Returns the HTTP headers that tell the engine which adapter a request is for; {} if the model is no attached
+        adapter."""
         if self.adapter is None:
             return {}
         return {ADAPTER_HEADER: quote(self.adapter.id), ADAPTER_SOURCE_HEADER: quote(self.adapter.source)}
 
 
 async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel) -> Engine:
-    """Returns the engine that answers requests to the model."""
+    """Returns the engine that answers requests for the model: the engine of its base if that attaches the model, else
+    the model's own."""
     if model.adapter is None or model.base_source is None or model.num_outputs:
         return Engine(model.id, model)
     base = await _base(session, settings, model.base_source, model.root)
@@ -50,9 +54,10 @@ async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel
 
 
 async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]) -> dict[str, Engine]:
-    """Returns the engines that score with the reference models of jobs, by the ids of these models.
+    """Returns, by model id, the engines that compute the log-probabilities of the reference models of jobs.
 
-    A job stores only the id and the source of its reference model; the other values are read from the model's row.
+    `wanted` holds the reference models by id, with only the values that a job stores about them: the id and the source.
+    The other values are read from the table of models.
     """
     rows = await session.scalars(select(Model).where(Model.id.in_(list(wanted))))
     models = {**wanted, **{row.id: trained(row) for row in rows}}
@@ -60,9 +65,10 @@ async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[
 
 
 async def _base(session: AsyncSession, settings: Settings, source: str, root: str) -> NamedModel:
-    """Returns the model with these weights: a base model from the settings, or a trained model of any project.
+    """Returns the model whose weights are at `source`: a base model from the settings, or a trained model of any
+    project.
 
-    If the settings have no such base model any more, it keeps the name `root`.
+    If there is no such model any more, the result has the name `root`.
     """
     for base in bases(settings):
         if base.source == source:
@@ -76,15 +82,19 @@ async def _base(session: AsyncSession, settings: Settings, source: str, root: st
 async def why_merged_on(
     session: AsyncSession, settings: Settings, start: NamedModel, adapter: Lora, quantization: Quantization | None
 ) -> str | None:
-    """Returns the reason why the engine of a job's base cannot attach the job's policy; None if it can."""
+    """Returns the reason why the engine of a job's base model cannot attach the adapter that the job trains. Returns
+    None if it can.
+
+    `start` is the model that the job starts from.
+    """
     base = start.root if start.adapter else start.id
     own = (await deployment_settings.of(session, settings, {base}))[base]
     return why_merged(adapter, quantization, own.mode, own)  # the policy inherits the mode
 
 
 def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, base: DeploymentSettings) -> str | None:
-    """Returns the reason why an adapter is merged into its base model and served by a separate engine; None if the
-    engine of the base model attaches the adapter.
+    """Returns the reason why an adapter must be merged into its base model and have an engine of its own. Returns None
+    if the engine of the base model can attach the adapter.
 
     `mode` is a setting of the adapter's deployment; `base` holds the settings of the base model's deployment.
     """

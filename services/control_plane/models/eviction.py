@@ -1,11 +1,13 @@
-"""Decides which models are loaded, and what the other requested models wait for. The functions depend only on their
+"""Decides which of the requested models are loaded, and what the others wait for. The functions use only their
 arguments.
 
 Reference models of running jobs are loaded first, then pinned models; neither are ever evicted (unloaded). A model that
 is loading or answering is not evicted either. An idle model is evicted after its own `idle_seconds`, or to make room
-for other models or for jobs. Waiting models are loaded in the order in which they were first requested. A model that is
-always busy may run for TURN_SECONDS while other models wait; afterwards it finishes its answers and gets no new
-requests.
+for other models or for jobs.
+
+Waiting models are loaded in the order in which they were first requested. A model that is always busy has a turn: it
+runs for TURN_SECONDS while other models wait. After its turn it gets no new requests, and is unloaded when its answers
+are complete.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 TURN_SECONDS = 300.0  # how long a busy model stays loaded while other models wait
-STAY_SECONDS = 60.0  # how long a loaded model waits for its first request: the client retries after a 503
+STAY_SECONDS = 60.0  # how long a loaded model waits for its first request, which a client repeats after a 503
 LOADING_SECONDS = 3600.0  # after this time a model that is still loading may be evicted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A requested model and its recent use. All durations are in seconds, up to now."""
+    """A requested model, its state and its recent use. All durations are in seconds, up to now."""
 
     app_name: str
     state: Literal["waiting", "loading", "running", "failed"]
@@ -35,7 +37,7 @@ class Model:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the model may be evicted."""
+        """Whether the model may be evicted (unloaded) to make room."""
         if self.state == "waiting" or self.stays or self.answers:
             return False
         if self.state == "loading":
@@ -44,22 +46,24 @@ class Model:
 
     @property
     def stays(self) -> bool:
+        """Whether the model is never evicted, because it is the reference of a running job or is pinned."""
         return self.is_reference or self.pinned
 
     @property
     def is_unused(self) -> bool:
-        """Whether the model has been unused for so long that it is evicted even if no other model needs its memory."""
+        """Whether nobody has used the model for longer than `idle_seconds`. It is then evicted even if no other model
+        needs its memory."""
         return self.is_idle and self.idle_seconds is not None and self.used > self.idle_seconds
 
     @property
     def had_its_turn(self) -> bool:
+        """Whether the model has run for longer than a busy model may run while other models wait."""
         return self.state == "running" and not self.stays and self.held > TURN_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """The number of models that may be loaded, and the number of GPUs that they may use, according to the settings and
-    the cluster."""
+    """The number of models that may be loaded at a time, and the number of GPUs that they may use."""
 
     places: int  # how many models may be loaded at a time
     gpus: float | None = None  # GPUs that running jobs do not use; None: unknown, or models need none
@@ -67,7 +71,11 @@ class Room:
     wait_seconds: float  # a model whose last request is older than this is not loaded
 
     def most_gpus(self, *, beside_next_job: bool) -> float:
-        """Returns how many GPUs the models may use together, without reference models, which use their jobs' GPUs."""
+        """Returns how many GPUs all models together may use, not counting reference models, which use the GPUs of their
+        jobs.
+
+        With `beside_next_job`, the GPUs that the next job waits for are left free.
+        """
         if self.gpus is None:
             return float("inf")
         return max(0.0, self.gpus - self.gpus_of_next_job * beside_next_job)
@@ -75,15 +83,19 @@ class Room:
 
 @dataclass
 class Plan:
-    """The decision: the models to serve, the models whose rows are deleted, and what each other model waits for."""
+    """The result of `decide`: the models to serve, the models whose rows are deleted, and what each other model waits
+    for."""
 
     serve: set[str] = field(default_factory=set)
     forget: set[str] = field(default_factory=set)
-    waits: dict[str, str] = field(default_factory=dict)  # by model; a served model in here gets no new requests
+    waits: dict[str, str] = field(default_factory=dict)  # reasons by model; a served model in here gets no new requests
 
 
 def decide(models: Collection[Model], room: Room) -> Plan:
-    """Decides which models stay loaded, which are loaded next, and which are evicted."""
+    """Decides which models stay loaded, which are loaded now, and which are evicted (unloaded).
+
+    `models` are all requested models, and `room` says how many models and GPUs are allowed.
+    """
     queue = sorted(
         (model for model in models if model.state == "waiting" and (model.stays or model.used <= room.wait_seconds)),
         key=lambda model: (not model.is_reference, not model.pinned, -model.asked, model.app_name),
@@ -102,7 +114,7 @@ def decide(models: Collection[Model], room: Room) -> Plan:
 
 
 class _Served:
-    """The set of models to serve, which `decide` builds step by step."""
+    """The set of models to serve. `decide` starts with the loaded models, and removes and adds models step by step."""
 
     def __init__(self, models: Sequence[Model], room: Room) -> None:
         self._room = room
@@ -110,10 +122,11 @@ class _Served:
         self.leaving: dict[str, str] = {}
 
     def make_way(self, why: str, *, beside_next_job: bool) -> None:
-        """Evicts idle models until the models other than reference models fit into the room.
+        """Evicts (unloads) idle models until the remaining models fit into the allowed numbers of models and GPUs.
+        Reference models do not count.
 
         If too few models are idle, busy models get no further requests: after their turn, or immediately if running
-        jobs need the GPUs.
+        jobs need the GPUs. `why` is the reason that waiting requests are told.
         """
         most = self._room.most_gpus(beside_next_job=beside_next_job)
         while (few := len(self._others()) > self._room.places) or _exceeds(self._gpus(), most):
@@ -121,7 +134,10 @@ class _Served:
                 return
 
     def take(self, model: Model) -> str | None:
-        """Adds the model to the models to serve and returns None, or returns what the model waits for."""
+        """Adds a waiting model to the models to serve, and evicts idle models if it needs their room. Returns None.
+
+        If there is no room for the model, returns a phrase that says what the model waits for instead.
+        """
         while lack := self._lacks(model):
             reason, on_gpus = lack
             if not self._would_help(model):
@@ -133,8 +149,8 @@ class _Served:
         return None
 
     def _lacks(self, model: Model) -> tuple[str, bool] | None:
-        """Returns a phrase for the resource that the model waits for, and whether the resource is GPUs; None if the
-        model can be loaded."""
+        """Returns None if the model can be loaded now. Otherwise returns a phrase that says what the model waits for,
+        and whether that is GPUs."""
         room = self._room
         if len(self.models) >= room.places:
             loaded = f"{len(self.models)} of at most {room.places} models are loaded"
@@ -147,12 +163,12 @@ class _Served:
         return f"GPUs: {jobs}, {len(others)} loaded models use some of them, and it needs {model.gpus:g}", True
 
     def _would_help(self, model: Model) -> bool:
-        """Whether evicting other models could make room for this one."""
+        """Whether evicting other models could ever make room for this model."""
         pinned = sum(other.gpus for other in self.models if other.pinned and not other.is_reference)
         return model.is_reference or not _exceeds(pinned + model.gpus, self._room.most_gpus(beside_next_job=True))
 
     def _others(self) -> list[Model]:
-        """Returns the models other than reference models that are not being unloaded."""
+        """Returns the models to serve without reference models and without models that get no new requests."""
         return [model for model in self.models if not model.is_reference and model.app_name not in self.leaving]
 
     def _gpus(self, *, leaving: bool = False) -> float:
@@ -160,10 +176,10 @@ class _Served:
         return sum(model.gpus for model in models)
 
     def _evict(self, *, on_gpus: bool) -> bool:
-        """Removes one idle model: a failed one if there is one, else the least recently used one. Returns False if no
-        model is idle.
+        """Removes one idle model from the models to serve: a failed one if there is one, else the least recently used
+        one.
 
-        With `on_gpus`, considers only models that hold GPUs.
+        With `on_gpus`, considers only models that hold GPUs. Returns False if no such model is idle.
         """
         idle = [model for model in self.models if model.is_idle and (model.gpus or not on_gpus)]
         idle.sort(key=lambda model: (model.state != "failed", -model.used, model.app_name))
@@ -176,8 +192,8 @@ class _Served:
         """Stops new requests to the busy model that has run longest. Requests for this model then wait, with the reason
         `why`.
 
-        Only models whose turn is over are considered or, with `at_once`, all running models. Reference models and
-        pinned models are never chosen. Returns False if there is no such model.
+        Considers only models whose turn is over or, with `at_once`, all running models. Never chooses reference models
+        and pinned models. Returns False if no model can be chosen.
         """
         busy = [model for model in self._others() if not model.stays]
         busy = [model for model in busy if model.had_its_turn or (at_once and model.state == "running")]
@@ -192,11 +208,10 @@ def _exceeds(gpus: float, most: float) -> bool:
 
 @dataclass(frozen=True)
 class Engines:
-    """The use of GPUs by models, as the scheduler of jobs needs it."""
+    """The GPUs that loaded and waiting models use, for the scheduler of jobs, which shares the GPUs with them."""
 
     gpus: float = 0.0  # GPUs of models that no job needs as its reference
-    pinned_gpus: float = 0.0  # those that the models' settings keep loaded
-    go_first: bool = False  # whether a model has waited for GPUs since before the last job began, and goes first now
+    pinned_gpus: float = 0.0  # GPUs of pinned models, which their settings keep loaded
 
 
 NO_ENGINES = Engines()
@@ -205,10 +220,11 @@ NO_ENGINES = Engines()
 def engines(
     models: Collection[Model], stopping_gpus: float, room: Room, *, capacity: float, since_last_job: float
 ) -> Engines:
-    """Returns how many GPUs models use or wait for, for the scheduler of jobs.
+    """Returns how many GPUs models use, and whether a waiting model gets GPUs before the next job. The scheduler of
+    jobs needs this.
 
-    `stopping_gpus` is the number of GPUs of models that Ray Serve is removing, `capacity` is the number of GPUs in the
-    cluster, and `since_last_job` is the number of seconds since the last job began.
+    `stopping_gpus` is the number of GPUs of models that Ray Serve is removing. `capacity` is the number of GPUs in the
+    cluster. `since_last_job` is the number of seconds since the last job began.
     """
     loaded = [model for model in models if model.state != "waiting"]
     others = [model for model in loaded if not model.is_reference]

@@ -1,4 +1,5 @@
-"""Presents a folder in storage as a tar. Any range of the tar can be read without reading the bytes before it."""
+"""Presents a folder in storage as a tar file. Any range of the tar can be read without reading the bytes before the
+range."""
 
 import hashlib
 import tarfile
@@ -12,7 +13,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Member:
-    """A file in the tar: its name, size and source."""
+    """A file in a tar: its name, its size, and where its bytes come from."""
 
     name: str
     num_bytes: int
@@ -25,10 +26,11 @@ class Member:
 
 
 class FolderTar:
-    """A tar of files, sorted by their names. The same files always give the same bytes.
+    """A tar of files, sorted by name, whose bytes are made when they are read. The same files always give the same
+    bytes.
 
-    `etag` is a digest of the contents of files held in memory, and of the names, sizes and modification times of all
-    other files.
+    `num_bytes` is the size of the tar. `etag` is a digest of the tar's version: of the contents of files held in
+    memory, and of the names, sizes and modification times of all other files.
     """
 
     def __init__(self, members: Iterable[Member]) -> None:
@@ -44,7 +46,7 @@ class FolderTar:
         self.etag = digest.hexdigest()[:32]
 
     def read(self, span: range) -> Iterator[bytes]:
-        """Yields the bytes of a range of the tar. Raises OSError if a file has become shorter."""
+        """Yields the bytes of the tar whose positions are in `span`. Raises OSError if a file has become shorter."""
         begin = 0
         for source, size in self._parts:
             inside = range(max(span.start - begin, 0), min(span.stop - begin, size))

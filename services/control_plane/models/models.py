@@ -1,6 +1,7 @@
-"""Finds, lists, adds and removes models by the names that clients use.
+"""Finds, lists, adds and removes models by the names that clients use for them.
 
-Base models come from the settings; policies and checkpoints come from jobs.
+Base models come from the settings. Trained models come from jobs: each policy (the trained result) and each checkpoint
+is a model.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ USE_NOTED_EVERY = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A base model or a trained model, which jobs can start from and clients can query."""
+    """A base model or a trained model, with the name that clients use. Jobs can start from it, and clients can query
+    it."""
 
     id: str
     source: str  # storage URI, local folder or hub id
@@ -35,14 +37,15 @@ class NamedModel:
     created_at: datetime
     job_id: str | None = None  # None: a base model
     base_source: str | None = None  # source of an adapter's base model; None: the model holds all weights
-    adapter: Lora | None = None  # the options of an adapter
+    adapter: Lora | None = None  # the options of an adapter; None: the model is no adapter
     quantization: Quantization | None = None  # quantization of the base that the adapter was trained on
     num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
-    attached_at: datetime | None = None  # when it was last seen in use on the engine of its base
+    attached_at: datetime | None = None  # when the adapter was last recorded in use on the engine of its base
 
     @property
     def app_name(self) -> str:
-        """Returns the unique name of the model's Serve application: the model's id in plain letters, and a digest."""
+        """Returns the unique name of the model's Ray Serve application: letters and digits of the model's id, and a
+        digest."""
         digest = hashlib.sha256(f"{self.id}\n{self.source}".encode()).hexdigest()[:8]
         return f"{re.sub('[^A-Za-z0-9]+', '-', self.id)[:40].strip('-').lower()}-{digest}"
 
@@ -80,7 +83,11 @@ def trained(row: Model) -> NamedModel:
 async def list_page(
     session: AsyncSession, settings: Settings, *, after: str | None, limit: int
 ) -> tuple[list[NamedModel], bool]:
-    """Returns one page of models, and whether more follow: base models first, then trained models, newest first."""
+    """Returns one page of models, and whether more models follow. Base models come first, then trained models, newest
+    first.
+
+    The page begins after the model with the id `after`, or at the beginning for None.
+    """
     first = [] if after else bases(settings)
     if after in settings.models:
         first = bases(settings)[list(settings.models).index(after) + 1 :]
@@ -93,10 +100,10 @@ async def list_page(
 async def find(
     session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model", hold: bool = False
 ) -> NamedModel:
-    """Returns the model with this name. Raises NotFound, whose message lists the base models.
+    """Returns the model with this name, if the session's project may use it.
 
-    The list helps because most unknown names are misspelled names of base models. With `hold`, locks the model, so that
-    it cannot be deleted before this transaction ends.
+    With `hold`, locks the model, so that it cannot be deleted before this transaction ends. Raises NotFound if there is
+    no such model. The message lists the base models, because most unknown names are misspelled names of base models.
     """
     for base in bases(settings):
         if base.id == model_id:
@@ -113,13 +120,14 @@ async def find(
 
 
 class NameTaken(ValueError):
-    """A trained model of another job already has the name of a new model."""
+    """Raised if a trained model of another job already has the name of a new model."""
 
 
 async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
-    """Adds a trained model of the job. Adding a model twice is harmless, and a deleted model stays deleted.
+    """Adds a trained model, called `model_id` and stored at `source`, to the models of the job.
 
-    Raises NameTaken if a model of another job has this name.
+    Adding a model twice is harmless, and a deleted model stays deleted. Raises NameTaken if a model of another job has
+    this name.
     """
     spec = JobSpec.model_validate(job.spec)
     adapter = spec.weights.adapter
@@ -141,9 +149,9 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
 
 
 async def find_to_download(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Returns a trained model of the session's project.
+    """Returns the trained model with this name, if the session's project may download it.
 
-    Raises InvalidRequest for a base model, and Forbidden for a model that another project shares.
+    Raises InvalidRequest for a base model, and Forbidden for a model that another project shares with this one.
     """
     model = await find(session, settings, model_id)
     if model.job_id is None:
@@ -162,7 +170,10 @@ async def find_to_download(session: AsyncSession, settings: Settings, model_id: 
 
 
 async def check_merged(session: AsyncSession, model: NamedModel) -> None:
-    """Raises Forbidden if a merged download of the adapter would contain the weights of another project's model."""
+    """Raises Forbidden if the model, an adapter, may not be downloaded merged into its base.
+
+    This is so if the base is a trained model of another project, because the download would contain its weights.
+    """
     rows = Model.__table__.c  # models of all projects
     bases = select(rows.project_id).where(rows.source == model.base_source)
     own = await session.scalar(select(Model.project_id).where(Model.id == model.id))
@@ -174,7 +185,7 @@ async def check_merged(session: AsyncSession, model: NamedModel) -> None:
 
 
 async def name_of_base(session: AsyncSession, settings: Settings, model: NamedModel) -> str:
-    """Returns the name of the model that an adapter was trained on: a base model, or a trained one."""
+    """Returns the name of the model that an adapter was trained on: a base model, or another trained model."""
     for base in bases(settings):
         if base.source == model.base_source:
             return base.id
@@ -183,9 +194,9 @@ async def name_of_base(session: AsyncSession, settings: Settings, model: NamedMo
 
 
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
-    """Returns a trained model of the session's project, locked until the transaction ends.
+    """Returns the row of the trained model with this name, locked until the transaction ends.
 
-    Raises Forbidden for a base model and for a model of another project.
+    Raises Forbidden for a base model and for a model that does not belong to the session's project.
     """
     if (await find(session, settings, model_id)).job_id is None:
         raise Forbidden(
@@ -229,16 +240,17 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
 
 
 def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
-    """Returns the SQL condition that a job names the model as its start or as its reference.
+    """Returns the SQL condition that a job starts from the model `model_id` or has it as its reference model.
 
-    The condition also holds for jobs of other projects, because a model may be shared.
+    The condition holds for jobs of all projects, because a model may be shared with other projects.
     """
     jobs = Job.__table__.c
     return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
 
 
 async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
-    """Returns the reason why the job that trained the model still needs it; None if the job does not need the model."""
+    """Returns the reason why the job that trained the model still needs the model. Returns None if the job does not
+    need it."""
     job = await session.get_one(Job, model.job_id)
     if job.observed in TERMINAL:
         return None
@@ -254,7 +266,7 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
 
 
 async def note_use(session: AsyncSession, model: NamedModel) -> None:
-    """Records that an adapter is used on the engine of its base.
+    """Records that the model, an adapter, is used now on the engine of its base.
 
     Raises NotFound if the adapter was deleted after `model` was read.
     """
@@ -264,15 +276,17 @@ async def note_use(session: AsyncSession, model: NamedModel) -> None:
 
 
 def must_note_use(model: NamedModel) -> bool:
-    """Whether the last record of the model's use is missing or old."""
+    """Whether `note_use` must be called for the adapter, because its last recorded use is missing or more than ten
+    minutes old."""
     return model.attached_at is None or datetime.now(UTC) - model.attached_at > USE_NOTED_EVERY
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Marks models as deleted that are not shared, not loaded, and named by no job. Returns the ids of these models.
+    """Marks those of the given models as deleted that are not shared, not loaded, and not named by any job. Returns
+    their ids.
 
-    Locks all models in `model_ids` first, and so waits for requests that share one of the models or start a job from
-    it.
+    First locks all the given models. So the function waits for requests that are sharing one of them, or starting a job
+    from one of them.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)

@@ -1,4 +1,4 @@
-"""Builds the JSON objects of models, and of the permissions to use models, for responses."""
+"""Builds the JSON objects of the API for models, deployments, and permissions to use models."""
 
 from dataclasses import asdict
 from typing import Any
@@ -30,10 +30,10 @@ def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
 
 
 def deployment_object(status: Status, load: Load | None) -> dict[str, Any]:
-    """Returns the JSON object of a deployment: the settings chosen through the API, all settings, the state and the
+    """Returns the API's JSON object of a deployment: the settings that a client chose, all settings, the state and the
     load.
 
-    The load is null while it is unknown.
+    The load (requests in flight, tokens per second) is null if `load` is None, which means unknown.
     """
     application = status.application
     used = {"dtype": application.dtype, "num_gpus": application.num_gpus}

@@ -1,6 +1,6 @@
-"""Grants and revokes checkpoint permissions, by which a project shares a model with others.
+"""Grants and revokes checkpoint permissions, by which a project shares a trained model with other projects.
 
-`core.store` enforces the permissions.
+The module `core.store` enforces the permissions: it hides models that are not shared with the session's project.
 """
 
 import secrets
@@ -15,9 +15,10 @@ from services.control_plane.core.tables import CheckpointPermission, Model, Proj
 
 
 async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str]) -> list[CheckpointPermission]:
-    """Shares the model with the projects, and returns their permissions.
+    """Shares the model with the projects of these ids, and returns the permissions of these projects to use it.
 
-    Permissions that exist already do not change.
+    Permissions that exist already do not change. Raises InvalidRequest for an unknown or archived project, and for the
+    project that owns the model.
     """
     known = select(Project.id).where(Project.id.in_(project_ids), Project.archived_at.is_(None))
     if unknown := set(project_ids) - set(await session.scalars(known)):
@@ -42,7 +43,8 @@ async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str])
 
 
 async def revoke(session: AsyncSession, model: Model, permission_id: str) -> None:
-    """Deletes a permission to use the model. Jobs that were submitted before the deletion continue."""
+    """Deletes a permission to use the model. Jobs that were submitted before continue. Raises NotFound if the model has
+    no such permission."""
     row = delete(CheckpointPermission).where(CheckpointPermission.id == permission_id)
     row = row.where(CheckpointPermission.model_id == model.id)
     if (await session.execute(row.returning(CheckpointPermission.id))).first() is None:
