@@ -1,1 +1,1 @@
-"""Trains models in Ray jobs: a driver process prepares the data in Ray tasks and starts Ray Train's workers."""
+"""Trains models in Ray jobs. A job's main program, the driver, prepares the data and starts Ray Train's workers."""

@@ -1,6 +1,7 @@
-"""Checks how a training file would be encoded: `python -m services.training.check_program <request uri>`.
+"""Checks how a data file would be encoded as token ids: `python -m services.training.check_program <request uri>`.
 
-The command `raydpo data check` makes the same check without a cluster.
+The program runs as a Ray job and writes its result to storage. The command `raydpo data check` makes the same check
+without a cluster.
 """
 
 import logging
@@ -28,14 +29,15 @@ Result = TypeVar("Result", bound=Contract)
 
 
 class Tokens(EncodingReport):
-    """The report on encoding a training file, with the token limit and the truncation that were used."""
+    """Reports on a checked file in tokens: the counts from encoding its rows, and the token limit and truncation
+    used."""
 
     limit: int  # most tokens of a group: max_length, or the model's positions if they are fewer
     truncation: Truncation
 
 
 class Check(Contract):
-    """The result of checking a training file."""
+    """Holds the result of checking a training file: the report in tokens, and some rows as the model would see them."""
 
     tokens: Tokens
     preview: tuple[Preview, ...]  # some rows, spread over the file
@@ -44,7 +46,7 @@ class Check(Contract):
 class CallEach(Protocol):
     """A function that calls `work` on each item and yields the results.
 
-    The calls may be made in any process and any order.
+    It may make the calls in other processes, and yield the results in another order.
     """
 
     def __call__(
@@ -58,11 +60,11 @@ def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[
 
 
 def check(recipe: Recipe, folder_uri: str, each: CallEach) -> Check:
-    """Checks the training file of a recipe (the settings that determine how rows become token ids), and returns the
-    result.
+    """Encodes a training file without storing the token ids, and returns the counts and some rows.
 
-    `folder_uri` is the folder for the unpacked lines of a compressed file. `each` makes the calls that encode the file.
-    Raises JobFailed for a file or model that cannot be used.
+    The recipe names the file and all settings of the encoding. If the file is compressed, its unpacked lines are kept
+    in `folder_uri` until the end. `each` makes the calls that encode the file. Raises JobFailed for a file or model
+    that cannot be used.
     """
     uri = unpacked(recipe.training_uri, storage.join(folder_uri, "training.jsonl"))
     try:
@@ -105,9 +107,9 @@ def main(request_uri: str) -> None:
 
 
 def answer(request: CheckRequest, each: CallEach) -> SideJobResult:
-    """Returns the result of the requested check.
+    """Makes the requested check, and returns its result.
 
-    A file or model that cannot be used becomes the error of the result.
+    If the file or the model cannot be used, the result is an error and no report.
     """
     try:
         report = check(request.recipe, request.folder_uri, each).model_dump(mode="json")

@@ -1,8 +1,8 @@
-"""Runs one attempt of a job, from reading its spec to exporting the trained model.
+"""Runs one attempt of a job (one run of it on Ray), from reading its settings to exporting the trained model.
 
-Usage: `python -m services.training.driver <spec uri>`. Exit status: 0 after Succeeded, 1 after Failed, 3 if a later
-attempt has taken over, 4 after Paused, 5 if the user cancelled. An attempt that ends in another way logs a traceback
-and reports Died, if the attempt still can; the next attempt resumes from the last checkpoint.
+Usage: `python -m services.training.driver <spec uri>`. Exit status: 0 after the report Succeeded, 1 after Failed, 3 if
+a later attempt has taken over, 4 after Paused, 5 if the user cancelled. If an attempt ends in another way, it logs a
+traceback and tries to report Died; the next attempt resumes from the last checkpoint.
 """
 
 import importlib
@@ -99,9 +99,9 @@ def main(spec_uri: str) -> int:
 
 
 def read_spec(written: bytes) -> AttemptSpec:
-    """Returns the attempt's spec from JSON.
+    """Parses the settings of an attempt from JSON.
 
-    Raises JobFailed if another release wrote the spec and this release cannot read it.
+    Raises JobFailed if a control plane of another release wrote them and this release cannot read them.
     """
     wire = AttemptAddress.model_validate_json(written).wire
     try:
@@ -118,10 +118,7 @@ def read_spec(written: bytes) -> AttemptSpec:
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Reports to the control plane the reason why this driver does not run the attempt.
-
-    Returns the driver's exit status.
-    """
+    """Reports to the control plane why this driver does not run the attempt. Returns the driver's exit status."""
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)
@@ -142,9 +139,10 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Prepares the data, trains, and exports the trained model.
+    """Prepares the data, trains, and exports the trained model. Returns the attempt's last report.
 
-    Training begins when all data are prepared, or earlier, when the first part of a stream is encoded.
+    Training begins when all data are prepared or, if they can be streamed, when their first rows are. Raises JobFailed
+    for a failure that only the user can fix.
     """
 
     def report(report: Report) -> None:
@@ -169,7 +167,7 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
-    """Returns the prepared data.
+    """Prepares the job's data, waits while storage is full, and returns where the data are.
 
     If training can begin before all data are prepared, sets the future `stream` to a stream of the data.
     """
@@ -201,7 +199,7 @@ def _train(spec: AttemptSpec, source: Prepared | Stream, reporter: Any) -> Succe
 def train(
     spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
 ) -> Succeeded | Failed | Paused:
-    """Runs the training workers and returns the attempt's last report.
+    """Runs the training workers with Ray Train, and returns the attempt's last report.
 
     On success, the report has the URI of the trained model. Workers publish checkpoints themselves, so the folder in
     which Ray Train stores files is temporary.
@@ -234,7 +232,8 @@ def train(
 
 
 def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
-    """Copies the trained model to the job's `export` folder, and returns the report with the model's new URI."""
+    """Copies the trained model from its checkpoint to the job's folder `export`, and returns the report with the new
+    URI."""
     uri = storage.join(spec.run_uri, "export")
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
         storage.publish(storage.fetch(trained.model_uri, cache=Path(folder)), uri)
@@ -268,7 +267,7 @@ def _hide_environment_from_workers() -> None:
 def _runtime_env() -> dict[str, Any] | None:
     """Returns Ray's runtime environment for every process that this attempt starts.
 
-    The result is None on a node with a fork server, because forks inherit the server's environment.
+    It is None on a node with a fork server, because forks of that server inherit its environment.
     """
     if forkserver.VARIABLE in os.environ:
         return None

@@ -1,4 +1,7 @@
-"""Merges an adapter into its base for download: `python -m services.training.merge_program <request uri>`."""
+"""Merges a LoRA adapter into its base model, for download: `python -m services.training.merge_program <request uri>`.
+
+The program runs as a Ray job and writes its result to storage.
+"""
 
 import logging
 import sys
@@ -26,7 +29,7 @@ def main(request_uri: str) -> None:
 
 
 def answer(request: MergeRequest) -> SideJobResult:
-    """Returns the result of the requested merge. An adapter that cannot be merged becomes the error of the result."""
+    """Merges the adapter, and returns the result. If the adapter cannot be merged, the result is an error."""
     try:
         return SideJobResult(finished_at=time.time(), report=merge(request).model_dump(mode="json"))
     except (ValueError, FileNotFoundError) as error:
@@ -37,7 +40,10 @@ def answer(request: MergeRequest) -> SideJobResult:
 
 
 def merge(request: MergeRequest) -> MergeReport:
-    """Writes the merged model to storage. Raises ValueError if adapter and base do not fit each other."""
+    """Merges the adapter into its base model, writes the merged model to storage, and compares the outputs of both.
+
+    Raises ValueError if adapter and base do not fit each other.
+    """
     from dpo_core.models.merging import merge_and_compare
 
     adapter, base = policies.fetch(request.adapter_uri)

@@ -1,4 +1,7 @@
-"""Loads the model that a job trains, and the job's reference model. A model that cannot be trained fails the job."""
+"""Loads the model that a job trains (the policy), and the frozen model that it is compared with (the reference).
+
+A model that cannot be used fails the job with a message for the user.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -28,9 +31,9 @@ REFERENCE = "The reference model cannot be used"
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
     """Loads the model that the job starts from, ready to train.
 
-    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If workers may
-    split the weights, the policy has none until `train` has split it. Raises JobFailed for a model that transformers
-    does not know or that cannot be trained.
+    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If the weights
+    are to be split over the workers, the returned model has no weights until `train` has split it. Raises JobFailed for
+    a model that transformers does not know or that cannot be trained.
     """
     # The imports of models are in functions, because they take eight CPU seconds and the driver works without them.
     from dpo_core.models.model import load_merged
@@ -46,8 +49,9 @@ def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
 
 
 def load_reference(source: str, weights: Weights, device: "torch.device") -> "PreTrainedModel":
-    """Loads the reference model, a full model or an adapter on its base, with all weights frozen.
+    """Loads the reference model of a job, with all weights frozen. It is a full model, or an adapter on its base model.
 
+    `source` says where the model is, and `weights` how the job trains: the precision, and the quantization if any.
     Raises JobFailed for a model that cannot be used.
     """
     from dpo_core.models import model
@@ -69,7 +73,8 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
 
 
 def fetch(source: str) -> tuple[Path, Path | None]:
-    """Returns the local folder of a model, and the local folder of its base if the model is an adapter, else None.
+    """Returns the local folder of a model and, if the model is an adapter, the local folder of its base model, else
+    None.
 
     A hub id is returned unchanged, as a path.
     """
@@ -79,7 +84,7 @@ def fetch(source: str) -> tuple[Path, Path | None]:
 
 
 def base_of(source: str) -> str:
-    """Returns the source of an adapter's base model, or `source` itself for any other model.
+    """Returns where the base model of an adapter is, or `source` itself for any other model.
 
     A source is a storage URI, a local folder or a hub id.
     """
@@ -94,10 +99,10 @@ def _base_in(folder: Path) -> str | None:
 def unusable_models_fail_the_job(
     what: str = "The model cannot be trained", *, also: Sequence[type[Exception]] = ()
 ) -> Iterator[None]:
-    """Raises JobFailed if the block raises UnusableModel, InvalidOption or an error of a type in `also`.
+    """Turns errors about a model in the block into JobFailed, whose message the user reads after the words `what`.
 
-    Loading a model, its first forward pass and the division of its weights may raise these. The user reads `what` and
-    the error.
+    The errors are UnusableModel, InvalidOption, and the types in `also`. They may occur while a model is loaded, in its
+    first forward pass, and while its weights are divided among workers.
     """
     from dpo_core.models.architecture import UnusableModel
 
@@ -132,9 +137,9 @@ def _may_split(spec: AttemptSpec, device: "torch.device") -> bool:
 
 
 def _named(policy: "PreTrainedModel", source: str) -> "PreTrainedModel":
-    """Sets the name of the base model in the adapter's config to `source`, which is valid on every node.
+    """Sets the name of the base model in the adapter's config to `source`, and returns the model.
 
-    The name would otherwise be the path of this node's copy.
+    Otherwise the name would be the path of this node's copy, which other nodes do not have.
     """
     for config in getattr(policy, "peft_config", {}).values():
         config.base_model_name_or_path = source

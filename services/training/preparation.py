@@ -1,7 +1,7 @@
-"""Prepares a job's data: reads and encodes the training file, and scores the rows with the reference model.
+"""Prepares a job's data: encodes the training file as token ids, and has the reference model score the rows if needed.
 
-A score is the log-probability of a completion under the reference. Jobs with the same file and settings share each
-result through a cache.
+A score is the log-probability of a completion under the reference model. It is computed by the model's deployment in
+vLLM, or by the trainer's own forward pass. Jobs with the same file and settings share each result through a cache.
 """
 
 import time
@@ -48,14 +48,14 @@ SCORES_FOUND = "The reference model's scores of these rows are known from an ear
 
 
 class Prepared(Contract):
-    """The prepared data of a job, which the workers read."""
+    """Describes the prepared data of a job, which the workers read."""
 
     training: Dataset
     validation: Dataset | None
 
 
 class Scored(Contract):
-    """A cache entry: the encoded data of a file with the reference model's scores."""
+    """Describes the encoded data of a file with the reference model's scores, as the cache stores them."""
 
     training: Dataset
     held_out: Dataset
@@ -66,7 +66,7 @@ def prepare(
 ) -> Prepared:
     """Returns the job's prepared data: from an earlier attempt, from the cache, or newly made.
 
-    If the objective needs no reference, `begin` may be called with a stream of the data, once enough rows are encoded
+    If the objective needs no reference, `begin` may be called with a stream of the data when enough rows are encoded
     for training to begin.
     """
     uri = storage.join(spec.run_uri, "prepared")
@@ -83,7 +83,10 @@ def prepare(
 
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
-    """Returns the data of the validation file, prepared like a training file of which no rows are held out."""
+    """Prepares the validation file at `uri` like a training file without held-out rows, and returns its data.
+
+    Raises JobFailed with `validation_file` as the wrong field if the file cannot be used.
+    """
     alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **dict(spec.validation_reading)}
     try:
         return _prepare_file(spec.model_copy(update=alone), "Validation", report)[0]
@@ -174,18 +177,18 @@ def _encode(
 
 
 class _Disagrees(Exception):
-    """Raised if the deployment's log-probabilities differ from those of the trainer's own forward pass."""
+    """Raised if the reference's deployment computes other log-probabilities than the trainer's own forward pass."""
 
 
 class _Slower(Exception):
-    """Raised if the deployment, loaded and measured, would finish scoring later than the trainer's own forward pass."""
+    """Raised if the reference's deployment, now loaded and measured, would finish scoring later than the trainer."""
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """Scores the encoded data with the reference model.
+    """Has the reference model score the encoded data, and returns them with the scores.
 
-    The model's deployment does this if it finishes sooner than the trainer and both agree. Otherwise the trainer's own
-    forward pass does.
+    The model's deployment scores if it finishes sooner than the trainer's own forward pass and both agree. Otherwise
+    the trainer scores. Raises JobFailed if the user chose the deployment and the two disagree.
     """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_vocabulary).options(num_cpus=1).remote(spec))
@@ -222,15 +225,13 @@ def _precision_of(spec: AttemptSpec) -> str:
 
 
 def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
-    """Returns the URI of the measured speed of the engine that serves a model.
-
-    `weights` is the digest of the model's weights.
-    """
+    """Returns the URI at which the measured speed of a served model is stored. `weights` is the digest of its
+    weights."""
     return storage.join(cache_uri, "rates", f"{cache.key(weights=weights, dtype=dtype)}.json")
 
 
 def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:
-    """Whether the reference's deployment, and not the trainer, should score. If not, reports the reason to the user.
+    """Whether the reference's deployment, and not the trainer, should score. If not, tells the user the reason.
 
     `engine` is the deployment's measured speed, or None if the deployment was never measured.
     """
@@ -282,10 +283,10 @@ def _score_once(
 def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
-    """Returns a function that scores parts (files of encoded groups) with the reference's deployment.
+    """Waits for the reference's deployment, compares it with the trainer, and returns a function that scores with it.
 
-    Waits for the deployment first, and compares its log-probabilities with the trainer's. Raises _Disagrees with the
-    differences, or _Slower.
+    The comparison is of the log-probabilities of a sample, and of the speed. Raises _Disagrees with the differences, or
+    _Slower.
     """
 
     def connect() -> Reference:
@@ -326,7 +327,7 @@ def _by_deployment(
 
 
 def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
-    """Starts a Ray task that computes log-probabilities with the trainer's own forward pass, and returns its future.
+    """Starts a Ray task that computes log-probabilities with the trainer's own forward pass. Returns the task's future.
 
     The task runs on a CPU if no GPU is free, because the deployment may have the only GPU.
     """

@@ -1,1 +1,2 @@
-"""Encodes training rows as token ids, stores the ids, and reads them in batches for every step."""
+"""Encodes the rows of training files as token ids, stores the ids, and reads them in batches for every training
+step."""

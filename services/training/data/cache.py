@@ -1,7 +1,7 @@
-"""Caches prepared data, so that jobs with the same file, model and settings prepare the data once.
+"""Stores data that a job has prepared, so that later jobs with the same file, model and settings use them.
 
-An entry is a folder that is named by a digest of all inputs of its content. Its manifest is written last. Entries may
-be deleted at any time: a job that needs a deleted entry makes the entry again.
+An entry of this cache is a folder in storage, which is named by a digest of all that its content depends on. Its
+manifest is written last. Entries may be deleted at any time: a job that needs a deleted entry makes the entry again.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Entry = TypeVar("Entry", bound=Contract)
 
 
 def key(**made_from: Any) -> str:
-    """Returns the name of the cache entry that is made from these values: a digest of the values."""
+    """Returns the name of the cache entry that is made from the given values: a digest of the values."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -38,9 +38,11 @@ def digest(uri: str) -> str:
 
 
 def model_digest(source: str, *, weights: bool) -> str:
-    """Returns a digest of a model's weights, or else of its tokenizer and chat template.
+    """Returns a digest of the files of a model that prepared data depend on.
 
-    The model's config, and the base of an adapter, are always included.
+    With `weights`, these are the weights and the model's config, on which log-probabilities depend. Without, they are
+    the tokenizer, chat template and config, on which token ids depend. For an adapter, the digest includes its base
+    model.
     """
     folder = _folder(source)
     base = policies.base_of(source)
@@ -75,8 +77,8 @@ def find_or_make(
 ) -> tuple[Entry, bool]:
     """Returns the cache entry at `uri`, and whether the entry existed before.
 
-    If several jobs need an entry, one job calls `make` and the others wait. `check` must raise DamagedPart for an entry
-    that must be made again.
+    A missing entry is made by `make`. If several jobs need it at the same time, one of them makes it and the others
+    wait. `check` must raise DamagedPart for a damaged entry, which is then made again.
     """
     waiting = False
     while True:
@@ -105,7 +107,11 @@ def find_or_make(
 def find(
     uri: str, entry: type[Entry], check: Callable[[Entry], None], report: Callable[[Report], None]
 ) -> Entry | None:
-    """Returns the cache entry at `uri`, or None if the entry is missing, incomplete or damaged."""
+    """Returns the cache entry at `uri`, or None if the entry is missing, incomplete or damaged.
+
+    `entry` is the type of its manifest. `check` must raise DamagedPart for a damaged entry, which is reported to the
+    user.
+    """
     manifest = storage.join(uri, storage.MANIFEST)
     if not storage.exists(manifest):
         return None
@@ -131,7 +137,7 @@ def save(uri: str, entry: Contract) -> None:
 
 
 class _Claim:
-    """A Ray actor without methods. While it lives, no other job can claim the same cache entry.
+    """A Ray actor without methods, whose name is a claim to make one cache entry. Only one living actor has a name.
 
     The actor ends with the driver that started it.
     """

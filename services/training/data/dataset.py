@@ -1,7 +1,8 @@
-"""Reads and writes prepared data in Parquet files: encoded groups, and their scores from the reference model.
+"""Reads and writes prepared data: groups of token ids in Parquet files, with their scores from the reference model.
 
-A group is a prompt with its completions. A part is a file with the groups of one piece (a range of lines) of the
-training file. A manifest lists the parts with their sha256.
+A group is a prompt with its completions. A score is the reference model's log-probability of a completion. The training
+file is encoded in pieces, each a range of its lines. A part is the Parquet file with the groups of one piece. A
+manifest lists the parts with their sha256.
 """
 
 import hashlib
@@ -35,13 +36,14 @@ DIGEST = ".sha256"
 
 
 class DamagedPart(ValueError):
-    """Raised if a file of prepared data is missing or does not have the sha256 in its manifest."""
+    """Raised if a file of prepared data is missing, or does not have the sha256 that its manifest names."""
 
 
 class Part(Contract):
-    """A Parquet file with the groups of one piece (a range of lines) of the training file.
+    """Describes a Parquet file with the groups (prompts with completions) of one piece, a range of lines of the
+    training file.
 
-    The scores of these groups are in a file with the same name in another folder.
+    The reference model's scores of these groups are in a file with the same name in another folder.
     """
 
     name: str
@@ -53,7 +55,10 @@ class Part(Contract):
 
 
 class Data(Protocol):
-    """Data that workers read in training order: a Dataset, or a Stream of rows that are still being encoded."""
+    """Prepared data that workers read piece by piece (a piece is a range of lines of the training file).
+
+    This is a Dataset, or a Stream if rows are still being encoded.
+    """
 
     @property
     def uri(self) -> str: ...
@@ -65,7 +70,8 @@ class Data(Protocol):
 
 
 class Dataset(Contract):
-    """A list of Parquet files (parts) of encoded groups in one folder, with their scores in another folder."""
+    """Lists the Parquet files of a data file's encoded groups, in one folder, and of their scores, in another
+    folder."""
 
     uri: str
     parts: tuple[Part, ...]  # of a training file: one part for every piece, in the order of the file
@@ -88,9 +94,10 @@ class Dataset(Contract):
 
 
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows: int | None = None) -> Part:
-    """Writes groups to the file `name` in the folder `uri`, and returns the part.
+    """Writes groups (prompts with completions) to the Parquet file `name` in the folder `uri`, and returns its
+    description.
 
-    `num_rows` is the number of rows of the piece; None means that every row is a group.
+    `num_rows` is the number of rows of the data file that the groups were made from; None means one row for each group.
     """
     table = pa.table({field: [getattr(group, field) for group in groups] for field in IDS.names}, IDS)
     num_tokens = sum(group.num_tokens for group in groups)
@@ -100,11 +107,11 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
-    """Writes the reference's scores of a part's groups to the folder `uri`.
+    """Writes the reference model's log-probabilities for a part's groups to a file in the folder `uri`.
 
-    Returns the part with the sha256 of the scores. With `heads`, also writes the scores of the completions' heads
-    (their first tokens in the loss, as many as the group's shortest completion has). The sha256 is also written to a
-    file of its own, because the manifest is written much later.
+    Returns the part with the sha256 of this file. The sha256 is also written to a file of its own, because the manifest
+    is written much later. With `heads`, the log-probability of each completion's head is written, too. A head is the
+    first tokens in the loss, as many as the group's shortest completion has.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -116,7 +123,8 @@ def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads:
 
 
 def find_scores(uri: str, part: Part) -> Part | None:
-    """Returns the part with the sha256 of its scores, or None if the folder `uri` has no undamaged scores for it."""
+    """Returns the part with the sha256 of its file of scores, or None if the folder `uri` has no undamaged file for the
+    part."""
     try:
         sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
         _read_bytes(storage.join(uri, part.name), sha256)
@@ -143,7 +151,7 @@ def read_part(dataset: Dataset, part: Part) -> Iterator[EncodedGroup]:
 
 
 def read_numbered(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[EncodedGroup]:
-    """Yields the groups with the given numbers. Numbers count the groups of all `parts` in order, from 0.
+    """Yields the groups in `parts` that have the given numbers. Groups are numbered in order through all parts, from 0.
 
     Raises DamagedPart if a file is missing or was changed.
     """
@@ -162,7 +170,7 @@ def _write(uri: str, table: Any) -> str:
 
 
 def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
-    """Yields the URI and sha256 of the part's file and, if the part has scores, of its file of scores."""
+    """Yields the URI and sha256 of the part's file of groups and, if the groups are scored, of its file of scores."""
     yield storage.join(data.uri, part.name), part.sha256
     if data.scores_uri is not None and part.scores_sha256 is not None:
         yield storage.join(data.scores_uri, part.name), part.scores_sha256
@@ -189,7 +197,7 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
 
 
 class _Groups:
-    """Reads the groups of a table by row number.
+    """Reads groups (prompts with completions) from a table, by the number of their row.
 
     Columns are sliced as a whole, because asking Arrow for each list is 30 times slower.
     """
@@ -213,7 +221,7 @@ class _Groups:
 
 
 class _Lists:
-    """Reads a column of lists as slices of one long array."""
+    """Reads the lists in a column of an Arrow table as slices of one long array."""
 
     def __init__(self, column: Any) -> None:
         lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -221,7 +229,7 @@ class _Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def places(self, row: int) -> range:
-        """Returns the range of positions in `values` that holds the list of the given row."""
+        """Returns the positions in `values` at which the list of the given row is."""
         return range(self._offsets[row], self._offsets[row + 1])
 
     def ids(self, row: int) -> list[int]:

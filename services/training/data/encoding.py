@@ -1,7 +1,7 @@
-"""Encodes a training file as groups of token ids, piece by piece in Ray tasks.
+"""Encodes a training file as groups of token ids. A group is a prompt with its completions.
 
-A group is a prompt with its completions; a piece is a range of lines of the file. The driver never holds the text of
-the file, because the tasks read the pieces.
+The file is divided into pieces, each a range of lines, which are encoded in Ray tasks. The tasks read the pieces
+themselves, so the job's driver never holds the text of the file.
 """
 
 import functools
@@ -59,7 +59,7 @@ MOST_PIECES = 20_000  # about the most pieces of a file; larger files have large
 
 
 class Piece(Contract):
-    """A range of whole lines of a file. `num_rows`, at least 1, counts the lines that are not blank."""
+    """Describes a range of whole lines of a file. `num_rows`, at least 1, counts the lines that are not blank."""
 
     number: int
     first_line: int  # from 1
@@ -69,7 +69,8 @@ class Piece(Contract):
 
 
 class Encoded(Contract):
-    """The result of encoding one piece (a range of lines) of a file."""
+    """Holds the result of encoding one piece, a range of lines of a file: the files written, and counts for the
+    user."""
 
     piece: int
     report: EncodingReport
@@ -80,7 +81,8 @@ class Encoded(Contract):
 
 
 class Encoding(Contract):
-    """The result of encoding a whole file."""
+    """Holds the result of encoding a whole file: the groups to train on, the held-out groups, and counts for the
+    user."""
 
     training: Dataset
     held_out: Dataset
@@ -110,7 +112,7 @@ def encode(
     encode_pieces: Callable[[Sequence[Piece]], Iterable[Encoded]],
     report: Callable[[Report], None],
 ) -> Encoding:
-    """Encodes the training file of `spec` and writes its groups to `folder_uri`.
+    """Encodes the training file of `spec` as groups of token ids, and writes them to the folder `folder_uri`.
 
     `encode_pieces` must call `encode_piece` on each piece, in any process and order. Raises JobFailed for a file that
     cannot be used.
@@ -147,9 +149,10 @@ def _refuse_many_invalid(recipe: Recipe, file_report: EncodingReport) -> None:
 
 
 def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Yields the results of pieces that can be used. Raises JobFailed immediately for a model that cannot be used.
+    """Yields the results of encoded pieces, and raises JobFailed if a piece was refused.
 
-    Raises JobFailed after the last result for the first line that cannot be used.
+    If the model cannot be used, JobFailed is raised immediately. If lines cannot be used, it is raised after the last
+    result, for the first such line in the file.
     """
     refusals: list[tuple[int, Failed]] = []
     for result in results:
@@ -177,7 +180,11 @@ def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report:
 
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
-    """Returns the name of the file's format, and the kind of feedback in the file, such as pairs."""
+    """Returns the name of the file's format, and the kind of feedback in its rows, such as pairs.
+
+    Raises JobFailed if the first row cannot be used, or, if such rows may be left out, none of the first NUM_FIRST
+    rows.
+    """
     drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
         records = islice(read_records(read_lines(file), columns=spec.columns), NUM_FIRST if drops else 1)
@@ -203,7 +210,7 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
 
 
 def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
-    """Raises JobFailed if the objective cannot learn from the file, or if no group is left to train on."""
+    """Raises JobFailed if the objective cannot learn from the encoded file, or if no group is left to train on."""
     contents, kind, limit = encoding.report, encoding.kind, encoding.limit
     _check_kind(spec, kind, encoding.format)
     _refuse_margins(spec, contents, kind)
@@ -238,9 +245,10 @@ def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
 
 
 def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """Yields the pieces of a file. The pieces of files above 160 GB grow in size, not in number.
+    """Divides a file into pieces, each a range of whole lines, and yields the pieces.
 
-    Rows of one group are always in one piece. `columns` has the same meaning as in `read_records`.
+    Rows of one group (a prompt with its completions) are always in one piece. Files above 160 GB have larger pieces,
+    not more pieces. `columns` has the same meaning as in `read_records`.
     """
     with storage.open_input(uri) as file:
         scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
@@ -261,7 +269,11 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
 
 @without_full_collections()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
-    """Encodes a piece and writes its groups to `folder_uri`, or writes nothing if `folder_uri` is None."""
+    """Encodes the rows of one piece (a range of lines of the file), and returns counts and the files it has written.
+
+    The groups of token ids are written to the folder `folder_uri`, or nowhere if `folder_uri` is None. If a line or the
+    model cannot be used, the result names the reason and has no files.
+    """
     model = load(recipe.model_source)
     limit = min(recipe.max_length, model.positions)
     tally = Tally(piece.num_rows)
@@ -300,10 +312,10 @@ def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
 
 
 def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
-    """Yields the groups of the piece's usable rows.
+    """Yields the groups (prompts with completions) of the piece's usable rows.
 
-    A row that cannot be used raises InvalidRow, unless the recipe leaves such rows out. The row is then counted in
-    `tally`.
+    If the recipe refuses rows that cannot be used, such a row raises InvalidRow. Otherwise it is counted in `tally` and
+    left out.
     """
     for record in read_piece(recipe, piece):
         if record.problem and recipe.invalid_rows.how == "refuse":
@@ -324,9 +336,10 @@ def _without_ties(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
 def _encode(
     groups: Sequence[Group], model: "Model", recipe: Recipe, limit: int, tally: Tally
 ) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
-    """Encodes groups and cuts them to `limit` tokens. Returns the groups to train on and the held-out groups.
+    """Encodes groups as token ids, and cuts each to `limit` tokens or leaves it out.
 
-    Counts all results in `tally`.
+    Returns the groups to train on and the groups that are held out for validation. Counts what happened to each in
+    `tally`.
     """
     tokenizer = model.tokenizer
     training: list[EncodedGroup] = []
@@ -367,11 +380,11 @@ def _encode(
 
 
 def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
-    """Adds to each group the best completion of the next group that has another prompt, cut to `limit` tokens.
+    """Adds to each group the best completion of another prompt, cut to `limit` tokens.
 
-    The rating of the added completion is nan, which marks it as an answer to another prompt.
-
-    From these added answers, KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
+    It is taken from the next group that has another prompt. Its rating is nan, which marks it as an answer to another
+    prompt. From these added answers, KTO estimates how far the policy is from its reference (arXiv 2402.01306, section
+    4.1).
     """
     reversed_groups: list[EncodedGroup] = []
     other = next((group for group in groups if _prompt(group) != _prompt(groups[-1])), None)
@@ -409,7 +422,7 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Returns the prompt, the tools and the completions of the group as texts.
+    """Returns the texts that the user wrote in the group: the prompt, the tools and the completions.
 
     A BOS token at the start of the prompt, and an EOS token at the end of a completion, are removed.
     """
@@ -424,7 +437,7 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 @functools.cache
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the token ids of the character decode to the same character.
+    """Whether the tokenizer can encode the character, so that its ids decode to the same character.
 
     The unknown token, a small letter for a capital one, and a space for a line feed are not the same.
     """
@@ -472,7 +485,7 @@ def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """A model's tokenizer, limit of tokens and end tokens, which encoding needs."""
+    """Holds what encoding needs of a model: its tokenizer, its limit of tokens, and its end tokens."""
 
     tokenizer: "PreTrainedTokenizerBase"
     positions: int  # the most tokens that the model takes
@@ -481,7 +494,7 @@ class Model:
 
 @functools.cache
 def load(model_source: str) -> Model:
-    """Returns the tokenizer and limits of a model, which are loaded once per process."""
+    """Returns the tokenizer, the limit of tokens and the end tokens of a model. They are loaded once per process."""
     # The import is here, because it takes eight CPU seconds and the driver does not need it.
     from transformers import AutoConfig
 
@@ -496,7 +509,7 @@ def load(model_source: str) -> Model:
 
 
 def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Returns the ids of the end tokens in the tokenizer, in the config, and in the generation config."""
+    """Returns the ids of the model's end tokens: those of the tokenizer, the config, and the generation config."""
     file = folder / "generation_config.json"
     of_generation = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     sources = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None), of_generation]

@@ -1,4 +1,7 @@
-"""Counts the results of encoding each piece of a file, adds the counts up, and describes them to the user."""
+"""Counts what happens to the rows of a data file while they are encoded, and describes the counts to the user.
+
+The file is encoded in pieces, each a range of lines. The counts of all pieces are added up.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +16,7 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """How many groups or rows of a file something applies to, and the line numbers of the first ten."""
+    """Counts the groups or rows of a file to which something applies, with the line numbers of the first ten."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -23,13 +26,13 @@ class Lines(Contract):
 
 
 class Reason(Lines):
-    """The groups or rows that are left out for one reason, and a sentence about the first of them."""
+    """Counts the groups or rows that were left out for one reason, with a sentence about the first of them."""
 
     sentence: str = ""
 
 
 class Lengths(Contract):
-    """The lengths, in tokens, of one side of the groups: of the prompts, the chosen or the rejected completions."""
+    """Counts tokens of one side of all groups: of their prompts, of their chosen, or of their rejected completions."""
 
     total: int = 0
     longest: int = 0
@@ -38,9 +41,10 @@ class Lengths(Contract):
 
 
 class EncodingReport(Contract):
-    """Counts from encoding the rows of a file, or of a piece (a range of lines) of a file.
+    """Counts what happened to the rows of a file, or of a piece (a range of lines) of a file, while they were encoded.
 
-    A side of a group is its prompt, its chosen (best) completion or its rejected (worst) completion.
+    A group is a prompt with its completions. Its sides are the prompt, the chosen (best) completion and the rejected
+    (worst) completion.
     """
 
     num_rows: int = 0
@@ -63,7 +67,7 @@ class EncodingReport(Contract):
 
 
 def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
-    """Returns the sum of the reports. The memory of the sum does not grow with the number of rows."""
+    """Adds up the counts of several pieces of a file. The memory of the sum does not grow with the number of rows."""
     total = EncodingReport()
     for report in reports:
         total = _add(total, report)
@@ -106,7 +110,7 @@ def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
 
 
 class Tally:
-    """Counts the results of encoding one piece (a range of lines) of a file."""
+    """Counts what happens to the groups (prompts with completions) of one piece of a file while they are encoded."""
 
     def __init__(self, num_rows: int) -> None:
         self._counts = Counter(num_rows=num_rows)
@@ -124,7 +128,7 @@ class Tally:
         self._too_long: list[int] = []
 
     def leave_out(self, row: InvalidRow) -> None:
-        """Counts a row of the file that cannot be used."""
+        """Counts a row of the file that cannot be used and is left out."""
         self._invalid.setdefault(row.code, []).append(row)
 
     def mark_special(self, line: int) -> None:
@@ -144,11 +148,12 @@ class Tally:
         self._unended.append(line)
 
     def mark_unread(self, what: str, line: int) -> None:
-        """Counts a group that has a field, named by `what`, which the chat template does not read."""
+        """Counts a group with a field that the chat template does not read. `what` names the field."""
         self._unread.setdefault(what, []).append(line)
 
     def see(self, group: EncodedGroup) -> None:
-        """Counts the lengths of an encoded group. Call this method before the group is cut."""
+        """Counts the lengths of a newly encoded group. Call this method before the group is cut to the limit of
+        tokens."""
         sides = _sides(group)
         for side, length in sides.items():
             self._lengths[side].append(length)
@@ -241,7 +246,7 @@ _REASONS = {
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
     """Returns sentences for the user about rows and groups that were left out or cut.
 
-    `remedy` is the advice for groups that are too long.
+    `kind` names the groups, such as pairs. `limit` is the limit of tokens, and `remedy` the advice for groups above it.
     """
     sentences = [
         f"Left out {reason.count} of {report.num_rows} rows, which cannot be used: {code} ({reason}). {reason.sentence}"
@@ -263,7 +268,8 @@ def num_invalid(report: EncodingReport) -> int:
 
 
 def marked(report: EncodingReport, kind: str) -> list[str]:
-    """Returns warnings for the user about groups that are kept but may be wrong."""
+    """Returns warnings for the user about groups that are used but may be wrong. `kind` names the groups, such as
+    pairs."""
     marks = (
         (
             report.special_tokens,
@@ -298,9 +304,9 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
 
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
-    """Returns a sentence for the user on the lengths of prompts and completions.
+    """Returns sentences for the user about the lengths of prompts and completions, before the cuts.
 
-    The sentence also says how often the chosen answer is longer.
+    They also say how often the chosen answer is longer than the rejected one.
     """
     sides = [
         f"{side} {lengths.total / sum(lengths.histogram.values()):.0f} (at most {lengths.longest})"

@@ -1,4 +1,4 @@
-"""Keeps Python's garbage collector from searching large data that have no cycles."""
+"""Keeps Python's garbage collector from searching large data again and again, if these data have no cycles."""
 
 import gc
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_full_collections() -> Iterator[None]:
-    """Makes Python's garbage collector search only new objects in the block.
+    """Makes Python's garbage collector search only new objects while the block runs.
 
-    Full searches would find nothing, and would take a tenth of the time in which a piece is encoded.
+    Full searches would find nothing, and would take a tenth of the time in which rows are encoded.
     """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""Shows rows of a training file as the model will see them: formatted by the chat template and cut to the limit."""
+"""Shows some rows of a data file as the model will see them: as text of the chat template, cut to the token limit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,8 +19,11 @@ MOST_CHARACTERS = 2000  # most characters of a prompt or completion; a longer te
 
 
 class Preview(Contract):
-    """The first group of a row, as the model sees it. Training uses the tokens of the group's completions in the
-    loss."""
+    """Holds the first group (a prompt with its completions) of a row as text that the model sees, or why it is left
+    out.
+
+    In training, the tokens of the completions count in the loss.
+    """
 
     line: int
     dropped: str | None = None  # code of the reason why the group is left out; None: it is kept
@@ -30,9 +33,9 @@ class Preview(Contract):
 
 
 def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """Yields `count` rows that are spread over the `num_rows` rows of a file.
+    """Chooses `count` rows, spread evenly over the `num_rows` rows of a file, and yields where they are in the file.
 
-    Each row is yielded as a piece, together with the other rows of its group.
+    Each is yielded as a piece (a range of lines), which also has the other rows of the same group.
     """
     wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
     place = start = 0
@@ -56,9 +59,10 @@ def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | Non
 
 
 def preview(recipe: Recipe, row: Piece) -> Preview:
-    """Returns the first group of a row as text, or the reason why the group is left out.
+    """Returns the first group (a prompt with its completions) of a row as text, or the reason why it is left out.
 
-    Raises UnusableTemplate if the chat template cannot be used.
+    The group is encoded and cut as in training, and then decoded. Raises UnusableTemplate if the chat template cannot
+    be used.
     """
     model = load(recipe.model_source)
     tokenizer = model.tokenizer

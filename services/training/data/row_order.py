@@ -3,12 +3,12 @@
 The order depends only on the seed and the number of rows of each piece (a range of lines of the file). An epoch
 shuffles the pieces, and then the groups of eight pieces at a time: a window. Therefore the first window is known before
 any piece is encoded, and workers train on the first window while later pieces are encoded. Every worker reads the whole
-order, so that global batches do not depend on the number of workers, and resuming means starting at a later step.
+order, so that global batches do not depend on the number of workers. A resumed job starts in it at a later step.
 
 The number of steps must be known at the first step, but the number of groups is known only when all rows are encoded.
-Therefore the first window gives the number of groups per row, which, for all rows, gives the number of places in an
-epoch. The groups of each window are spread evenly over the window's share of the places, and a step has the groups on
-its `batch_size` places. If there is a single window, every place has one group.
+Therefore the groups per row in the first window are used to estimate the groups in all rows. The estimate is the number
+of places in an epoch. A window gets the share of places that it has of the rows, and its groups are spread evenly over
+them. A step has the groups on its `batch_size` places. If there is a single window, every place has one group.
 """
 
 import random
@@ -23,10 +23,10 @@ PIECES_PER_WINDOW = 8  # a window's ids are in memory: with common text, 15 mill
 
 
 def num_places(data: Data, seed: int) -> int:
-    """Returns the number of places (positions for groups) in an epoch.
+    """Returns the number of places in an epoch, each a position for one group (a prompt with its completions).
 
-    This is about the number of groups, or exactly that number if there is a single window (eight pieces). Waits until
-    the first window that has groups is encoded.
+    It is estimated from the first window (eight pieces of the file) that has groups. With a single window it is exactly
+    the number of groups. Waits until this window is encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
@@ -38,13 +38,13 @@ def num_places(data: Data, seed: int) -> int:
 
 
 def num_steps(num_places: int, config: TrainConfig) -> int:
-    """Returns the number of steps in all epochs. The last batch of an epoch may be smaller."""
+    """Returns the number of optimizer steps in all epochs. The last batch of an epoch may be smaller."""
     n_epochs, batch_size = _decided(config)
     return n_epochs * -(-num_places // batch_size)
 
 
 def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
-    """Yields the groups of each optimizer step, beginning with the step after `after_step`.
+    """Yields the groups (prompts with completions) of each optimizer step, beginning with the step after `after_step`.
 
     If the data have several windows (of eight pieces), a batch may have a few more groups than `batch_size`, or fewer,
     or none.
@@ -66,9 +66,10 @@ def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[En
 
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields the windows of an epoch (eight pieces of the file each).
+    """Shuffles the pieces (ranges of lines) of a file for an epoch, and yields them in windows of eight.
 
-    For each window, yields the number of rows before the window and the numbers of its pieces.
+    For each window, yields the number of rows in all windows before, and the numbers of its pieces. `num_rows` has the
+    number of rows of each piece.
     """
     pieces = list(range(len(num_rows)))
     random.Random(f"{seed} {epoch}").shuffle(pieces)  # a seed that is a text gives the same order on every machine
@@ -88,7 +89,7 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
     """Yields each group of an epoch with its place (its position in the epoch), from the place `first` on.
 
-    After each window, yields the first place of the next window with None.
+    After each window (eight pieces of the file), yields the first place of the next window together with None.
     """
     num_rows = data.num_rows
     all_rows = sum(num_rows)
@@ -109,7 +110,10 @@ def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterat
 def _batches(
     groups: Iterator[tuple[int, EncodedGroup | None]], batch_size: int, steps: range
 ) -> Iterator[list[EncodedGroup]]:
-    """Yields the groups of each step: those on the step's `batch_size` places (positions in the epoch)."""
+    """Collects the groups of each step, and yields them step by step.
+
+    `groups` has each group with its place, its position in the epoch. Step n has the places from n · `batch_size` on.
+    """
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:
         while step < place // batch_size:

@@ -1,7 +1,8 @@
-"""Streams encoded data to workers, which train on the first rows while the driver's tasks encode the rest.
+"""Lets workers train on the first rows of a file while the job's driver still has the other rows encoded.
 
-The driver registers encoded parts (files of groups) with an actor on its node; the actor ends with the driver. Workers
-ask the actor for the parts of their next window (eight pieces of the file), and wait until all these are encoded.
+The file is encoded in pieces (ranges of lines); a part is the file of groups that a piece becomes. The driver tells an
+actor on its node about each finished part; the actor ends with the driver. Workers read eight pieces, a window, at a
+time. They ask the actor for the parts of their next window, and wait until all these are encoded.
 """
 
 import asyncio
@@ -22,9 +23,10 @@ MOST_WAITING = 10_000  # most waiting calls: one of every worker, and those of w
 
 @dataclass(frozen=True)
 class Stream:
-    """Data that are still being encoded.
+    """Describes training data that are still being encoded, and the actor that knows the finished parts (files of
+    groups).
 
-    Workers read a Stream like a Dataset, and get the held-out groups only at the end.
+    Workers read a Stream like a Dataset. They get the groups that are held out for validation only when all is encoded.
     """
 
     uri: str
@@ -33,12 +35,14 @@ class Stream:
     scores_uri: str | None = None  # data that need scores are not streamed
 
     def take(self, pieces: Sequence[int]) -> list[Part]:
-        """Returns the parts (files of groups) of the given pieces. Waits until these pieces are encoded."""
+        """Returns the parts (files of groups) of the given pieces, ranges of lines of the file. Waits until they are
+        encoded."""
         parts: list[Part] = ray.get(self.arrivals.take.remote(pieces))
         return parts
 
     def held_out(self) -> Dataset | None:
-        """Returns the held-out groups, or None if there are none. Waits until all data are prepared."""
+        """Returns the groups that are held out for validation, or None if there are none. Waits until all data are
+        prepared."""
         dataset: Dataset | None = ray.get(self.arrivals.held_out.remote())
         return dataset
 
@@ -47,10 +51,10 @@ class Stream:
 
 
 class EncodePieces(Protocol):
-    """A function that encodes pieces and yields the results, in any order."""
+    """A function that encodes pieces (ranges of lines) of a file and yields the results, in any order."""
 
     def __call__(self, pieces: Sequence[Piece], *, beside: int = 0) -> Iterable[Encoded]:
-        """Encodes pieces and yields the results. `beside` is the number of workers that train meanwhile.
+        """Encodes pieces and yields the results. `beside` is the number of workers that train at the same time.
 
         If workers train, the encoding of pieces begins in the order of `pieces`.
         """
@@ -63,10 +67,10 @@ def stream_encoder(
     begin: Callable[[Stream], None],
     report: Callable[[Report], None],
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
-    """Returns a function that encodes a file's pieces in training order and yields the results.
+    """Returns a function that encodes a file's pieces (ranges of lines) in training order and yields the results.
 
     After the first window (eight pieces), the function calls `begin` with a stream of the data, if further windows
-    follow. From then on, a line that cannot be used raises JobFailed at once.
+    follow. From then on, a line that cannot be used raises JobFailed immediately.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:
@@ -101,7 +105,7 @@ def stream_encoder(
 
 
 class Arrivals:
-    """An actor that keeps the list of encoded parts. Its callers can wait for parts that are not encoded yet."""
+    """A Ray actor that knows the parts (files of groups) that are encoded. Its callers can wait for other parts."""
 
     def __init__(self, parts: dict[int, Part]) -> None:
         self._parts = parts

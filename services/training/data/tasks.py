@@ -1,4 +1,7 @@
-"""Calls a function on the pieces of a job's file in Ray: a single piece in a Ray task, several pieces with Ray Data."""
+"""Runs a function on many items, such as the pieces of a data file, in parallel on a Ray cluster.
+
+A single item is worked on in a plain Ray task, several items with Ray Data.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,10 +59,10 @@ def in_tasks(
 
 
 def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int) -> int:
-    """Returns the number of processes that work at the same time: one per core of every node that gives Ray a CPU.
+    """Returns how many processes work on items at the same time: one per core of every node that gives Ray a CPU.
 
-    All nodes count as having `cores` cores. `beside` is the number of workers that train meanwhile. If workers train,
-    the result is at most MOST_BESIDE, because the processes then reserve no CPUs of Ray, which would limit their
+    All nodes count as having `cores` cores. `beside` is the number of workers that train at the same time. If workers
+    train, the result is at most MOST_BESIDE, because the processes then reserve no CPUs of Ray, which would limit their
     number.
     """
     lent = (node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])

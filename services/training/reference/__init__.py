@@ -1,1 +1,4 @@
-"""Computes the reference model's log-probabilities, by its deployment or by the trainer, and compares the two."""
+"""Computes the log-probabilities of the reference, the frozen model that training compares with.
+
+They come from the model's deployment in vLLM or from the trainer's own forward pass; a sample of both is compared.
+"""

@@ -1,7 +1,7 @@
-"""Checks that the reference's deployment gives the log-probabilities of the trainer's own forward pass.
+"""Compares the log-probabilities of the reference's deployment in vLLM with those of the trainer's own forward pass.
 
-A difference between the two counts as reward in every row, from the first step on: beta times the difference of a
-pair's margins. A group is a prompt with its completions.
+A difference between the two would count as reward in every row, from the first step on: beta times the difference of a
+pair's margins. The comparison uses a sample of groups (prompts with their completions).
 """
 
 import math
@@ -23,7 +23,8 @@ Logps = Sequence[Sequence[Sequence[float]]]  # log-probability of each group, co
 
 
 class Differences(Contract):
-    """Mean, 99th percentile and maximum of absolute differences, in nats, between two sources of log-probabilities."""
+    """Summarizes absolute differences between log-probabilities from two sources: mean, 99th percentile, maximum, in
+    nats."""
 
     mean: float
     p99: float
@@ -34,7 +35,8 @@ class Differences(Contract):
 
 
 class Parity(Contract):
-    """The differences between two sources of log-probabilities, per token and per pair of completions."""
+    """Holds the differences between log-probabilities from two sources, per token, per pair of completions, and in
+    rewards."""
 
     num_groups: int
     num_tokens: int
@@ -50,7 +52,7 @@ class Parity(Contract):
         return self.tokens.p99 <= TOLERATED
 
     def __str__(self) -> str:
-        """Returns the differences and the tolerance as a part of a sentence."""
+        """Returns the differences and the allowed difference as a part of a sentence."""
         sample = f"differences in {self.num_groups} rows with {self.num_tokens} tokens, in nats"
         pairs = f"per pair {self.pairs}; in rewards {self.rewards}"
         in_bfloat16 = f"a mean of {TOLERATED_REWARD} in rewards, as of bfloat16"
@@ -72,7 +74,7 @@ def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]
 
 
 def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False) -> Parity:
-    """Returns the differences between the log-probabilities of the deployment and of the trainer.
+    """Compares token log-probabilities of the deployment with those of the trainer, and returns their differences.
 
     `served` and `trainer` must have the same groups in the same order. `beta` turns a log-ratio into a reward, and
     `rounds` says whether one side computes in bfloat16.
@@ -91,7 +93,7 @@ def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False)
 
 
 def _margin(group: Sequence[Sequence[float]]) -> float:
-    """Returns the best completion's log-probability minus that of the worst completion.
+    """Returns the log-probability of the group's best completion minus that of the worst one.
 
     For a group with one completion, returns this completion's log-probability.
     """

@@ -1,6 +1,6 @@
-"""Decides whether the trainer's own forward pass or an inference engine would finish scoring the reference sooner.
+"""Decides whether vLLM or the trainer's own forward pass would finish scoring rows with the reference model sooner.
 
-An engine may have to be loaded first, and the loading counts. Speeds that one job measured are stored beside the
+A vLLM engine may have to be loaded first, and the loading counts. Speeds that one job measured are stored beside the
 prepared data for later jobs.
 """
 
@@ -13,9 +13,9 @@ UNKNOWN_LOADING_SECONDS = 60.0  # assumed for an engine that was never loaded he
 
 
 class Rate(Contract):
-    """The speed of one scorer (an engine or the trainer) with one model.
+    """The measured speed of a vLLM engine, or of the trainer, with one model.
 
-    A group's tokens are those of its prompt, counted once, and of its completions.
+    The tokens of a row are those of its prompt, counted once, and of its completions.
     """
 
     tokens_per_second: float
@@ -39,7 +39,7 @@ def write(uri: str, rate: Rate) -> None:
 
 
 def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
-    """Returns the times of the trainer and the engine, as a part of a sentence about the trainer's own forward pass."""
+    """Returns the estimated times of the trainer and of the engine for `num_tokens` tokens, as a part of a sentence."""
     forward = f"they need about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
         return f"{forward}, and loading vLLM is only worth it above {UNKNOWN_LOADING_SECONDS:.0f} s"
@@ -50,7 +50,8 @@ def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
 def pays(trainer: Rate, engine: Rate | None, num_tokens: int) -> bool:
     """Whether the engine would score `num_tokens` tokens sooner than the trainer's own forward pass.
 
-    For an engine that was never measured, an assumed loading time counts.
+    For an engine that was never measured (None), the answer is whether the trainer would need longer than
+    UNKNOWN_LOADING_SECONDS.
     """
     if engine is None:
         return trainer.seconds(num_tokens) > UNKNOWN_LOADING_SECONDS

@@ -1,7 +1,8 @@
-"""Scores a dataset with the reference model, part by part (a part is a file of encoded groups).
+"""Has the reference model score a dataset. A score is the log-probability of a completion, in nats.
 
-A score is the log-probability of a completion. A part's scores are one file; a part with such a file is not scored
-again. The reference's deployment scores with many calls in flight.
+The dataset consists of parts, each a file of encoded groups (prompts with completions). The scores of a part become one
+file; a part that has this file already is not scored again. The functions in the second half score with the reference's
+deployment in Ray Serve, with many calls at the same time.
 """
 
 import logging
@@ -31,13 +32,13 @@ REPORT_SECONDS = 5.0
 
 
 class Answer(Protocol):
-    """The future result of a call to the deployment."""
+    """The future result of a call to the reference's deployment."""
 
     def result(self) -> Any: ...
 
 
 class Ask(Protocol):
-    """A function that sends rows to the deployment.
+    """A function that sends rows (a prompt and a completion each) to the reference's deployment.
 
     The answer has one element for each row, in the order of the rows.
     """
@@ -45,13 +46,13 @@ class Ask(Protocol):
     def __call__(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> Answer:
-        """Sends rows to the deployment. `others` holds, for each completion, the ranges of its tokens that do not count
+        """Sends rows to the deployment. `others` has, for each completion, the ranges of its tokens that do not count
         in the loss."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The functions that call the reference's deployment. The deployment must be ready."""
+    """Holds the two functions that call the reference's deployment, which is ready."""
 
     score: Ask  # answers with a Score for each row
     token_logps: Ask  # answers with a list of log-probs for each row
@@ -63,9 +64,10 @@ ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Ite
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
-    """Returns the dataset with its scores, which are written to the folder `uri`.
+    """Scores the groups of a dataset with `score_parts`, and returns the dataset with the files of the scores.
 
-    Parts that have scores in this folder are not scored again.
+    The files are in the folder `uri`. Parts (files of groups) that have scores there are not scored again. `report` is
+    told the progress.
     """
     if not encoded.parts:
         return encoded
@@ -87,9 +89,10 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 
 def await_reference(app_name: str, report: Callable[[Report], None], adapter: Adapter | None = None) -> Reference:
-    """Waits until the deployment is ready, and returns its functions, which score with the adapter.
+    """Waits until the reference's deployment is ready, and returns the functions that call it.
 
-    Raises RuntimeError if the deployment cannot be loaded, or not within LOADING_SECONDS.
+    The functions score with `adapter`, if one is given. Raises RuntimeError if the deployment cannot be loaded, or not
+    within LOADING_SECONDS.
     """
     from ray import serve  # importing Serve takes more than a second, and most jobs do not need Serve
 
@@ -118,11 +121,11 @@ def await_reference(app_name: str, report: Callable[[Report], None], adapter: Ad
 
 
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
-    """Returns a function that scores parts (files of groups) with the deployment. A call is sent again if its replica
-    dies.
+    """Returns a function that has the reference's deployment score parts (files of groups).
 
-    With `heads`, each completion also gets a separate score of its head. A head is the first tokens in the loss, as
-    many as the group's shortest completion has. Without `heads`, the replica returns only sums of log-probabilities.
+    `connect` gives access to the deployment; it is called again if a replica dies during a call, and the call is
+    repeated. With `heads`, each completion also gets the log-probability of its head: its first tokens in the loss, as
+    many as the group's shortest completion has. Without `heads`, the replica returns only one sum for each completion.
     """
     score_groups = _scored_with_heads if heads else _scored
 
@@ -152,16 +155,17 @@ def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iter
 
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
-    """Returns the deployment's log-probability, in nats, of each token in the loss, by group and completion."""
+    """Asks the deployment for the log-probability, in nats, of each token in the loss. Returns them by group and
+    completion."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 
 def _ask_all(
     groups: Iterator[EncodedGroup], connect: Connect, call_of: Callable[[Reference], Ask]
 ) -> Iterator[tuple[EncodedGroup, list[Any]]]:
-    """Calls the deployment for all groups, with several calls in flight.
+    """Sends all groups to the deployment, with several calls in flight, and yields each group with its answers.
 
-    Yields each group with the answers for its completions.
+    A group has one answer for each of its completions.
     """
     ask = call_of(connect())
     in_flight: deque[tuple[list[EncodedGroup], Answer]] = deque()

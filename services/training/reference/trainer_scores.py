@@ -1,4 +1,4 @@
-"""Scores completions with the reference model in Ray tasks, by the trainer's own forward pass."""
+"""Computes the reference model's log-probabilities with the trainer's own forward pass, in Ray tasks."""
 
 import functools
 import os
@@ -20,7 +20,10 @@ LEAST_TOKENS_PER_PACK = 4096
 
 
 def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Part:
-    """Scores the groups of a part with the reference, writes the scores to the folder `uri`, and returns the part."""
+    """Scores the groups of one part (a file of prompts with completions), and returns the part with its file of scores.
+
+    The file is written to the folder `uri`. A score is the log-probability of a completion under the reference model.
+    """
     from dpo_core.policy.scorer import score_reference
 
     _use_cores(alone=len(dataset.parts) == 1)
@@ -31,7 +34,8 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
 
 
 def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-    """Returns the reference's log-probability, in nats, of each token in the loss, by group and completion."""
+    """Computes the reference's log-probability, in nats, of each token in the loss. Returns them by group and
+    completion."""
     from dpo_core.policy.scorer import reference_token_logps
 
     with policies.unusable_models_fail_the_job(policies.REFERENCE):
@@ -55,7 +59,7 @@ def check_vocabulary(spec: AttemptSpec) -> None:
 
 
 def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:
-    """Returns the measured speed of the reference's forward pass.
+    """Measures the speed of the reference model's forward pass on `groups`, in tokens per second.
 
     Loading the model and a first forward pass are not counted.
     """
@@ -67,7 +71,7 @@ def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> floa
 
 
 def _use_cores(*, alone: bool) -> None:
-    """Lets torch use all cores if `alone` (no other part is scored at the same time), else one core.
+    """Lets torch use all cores if this task scores alone (`alone`), and one core if other tasks score at the same time.
 
     Ray would always set one core, because each task reserves one CPU.
     """
@@ -83,7 +87,8 @@ def _reference(spec: AttemptSpec) -> "PreTrainedModel":
 
 @functools.cache
 def _load(source: str, weights: str, device: str) -> "PreTrainedModel":
-    """Returns the reference model, which is loaded once per process. `weights` is a `Weights` as JSON."""
+    """Returns the reference model, which is loaded once per process. `weights` is a `Weights` as JSON, which can be a
+    key."""
     import torch
 
     reference = policies.load_reference(source, Weights.model_validate_json(weights), torch.device(device))

@@ -1,1 +1,1 @@
-"""Sends an attempt's events, logs, traces and metrics to storage, the control plane and other services."""
+"""Sends the reports, logs, traces and metrics of an attempt (one run of a job) to storage and to other programs."""

@@ -2,8 +2,8 @@
 
 Ray writes the output of the driver and the workers to files on their node, which are lost with the node. This program
 follows such files and copies whole lines, without secrets, to files `<folder uri>/<number of first byte>.log`, called
-segments. It writes the last segment again until the segment is full. The program ends after the process `pid` has
-ended, even if that was killed, and copies the last lines. Of a very long log, the beginning and the end are kept.
+segments. It writes the last segment again until the segment is full. The program ends when the process `pid` has ended,
+even if that was killed, and copies the last lines. Of a very long log, the beginning and the end are kept.
 """
 
 import logging
@@ -78,7 +78,10 @@ def main(folder_uri: str, pid: int, files: Sequence[str]) -> None:
 
 
 def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes], bytes]]:
-    """Returns (pattern, replacement) pairs that blank the environment's secret values, and text that looks secret."""
+    """Returns patterns of secrets in a log, each with its replacement.
+
+    They match the values of environment variables with secret names, and text that looks like a secret.
+    """
     values = {value for name, value in environment.items() if SECRET_NAMES.search(name)}
     secrets = [value.encode() for value in sorted(values, key=len, reverse=True) if len(value) >= SHORTEST_SECRET]
     replacements = (*((re.escape(secret), b"***") for secret in secrets), *REPLACEMENTS)
@@ -86,14 +89,14 @@ def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes],
 
 
 def blank(line: bytes, patterns: Sequence[tuple[re.Pattern[bytes], bytes]]) -> bytes:
-    """Returns the line without secrets. All matches of the patterns are replaced."""
+    """Returns the line without secrets: every match of a pattern is replaced by the pattern's replacement."""
     for pattern, instead in patterns:
         line = pattern.sub(instead, line)
     return line
 
 
 class Tail:
-    """Reads the lines of a file while another process still writes to the file."""
+    """Reads the new lines of a file to which another process still writes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._rest = file, b""
@@ -126,9 +129,9 @@ class Tail:
 
 
 class Log:
-    """Writes whole lines to files `<number of first byte>.log` of a folder, called segments.
+    """Writes lines to storage, in files `<number of first byte>.log` of one folder, called segments.
 
-    Skipped bytes leave gaps in the numbers.
+    If bytes are skipped, the numbers have a gap.
     """
 
     def __init__(self, folder_uri: str) -> None:
@@ -148,7 +151,7 @@ class Log:
             self._begin(self._first + self._size + num_bytes)
 
     def store(self) -> None:
-        """Writes the content of the last segment to storage.
+        """Writes the last segment (the newest file of the log) to storage, if it has changed.
 
         A failure is logged, and the next call writes the segment again, if the segment is still the last one.
         """
@@ -173,7 +176,7 @@ class Log:
 
 
 def _end_of(folder_uri: str) -> int:
-    """Returns the number of the first byte after the log in the folder, or 0 if there is no log.
+    """Returns the number of the first byte after the log that is stored in the folder, or 0 if there is no log.
 
     A worker that Ray has restarted has a log already.
     """

@@ -1,8 +1,9 @@
-"""Sends the reports of an attempt: numbers them, writes them to storage, and posts them to the control plane.
+"""Sends the reports of an attempt (one run of a job): numbers them, stores them, and posts them to the control plane.
 
-The reports in storage, called the spool, are complete. Posts only make reports arrive sooner, so training never waits
-for the control plane. Each answer to a post has the state that the user wants for the job (run, pause or cancel). If
-there is nothing to post, an empty post every few seconds asks for this state.
+A report is a message such as metrics or a saved checkpoint. The reports in storage, called the spool, are complete.
+Posts only make reports arrive sooner, so training never waits for the control plane. Each answer to a post has the
+state that the user wants for the job (run, pause or cancel). If there is nothing to post, an empty post every few
+seconds asks for this state.
 """
 
 import logging
@@ -71,13 +72,11 @@ def invalid_file(message: str) -> Failed:
 
 
 def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
-    """Returns a function that reports the progress of a stage.
+    """Returns a function that reports the progress of a stage. Its argument is how many of `total` items are done.
 
-    Its argument is the number of items, of `total`, that are done. About one report a second is sent, and one when all
-    items are done.
-
-    The first report is sent at once, with the `start` items that were done before. Once a minute, a message to the user
-    estimates the remaining time from the speed so far.
+    About one report a second is sent, and one when all items are done. The first report is sent immediately, with the
+    `start` items that were done before. Once a minute, a message to the user estimates the remaining time from the
+    speed so far.
     """
     began = last_message = time.monotonic()
     last = float("-inf")
@@ -99,10 +98,7 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 
 
 class Reporter:
-    """Sends the reports of one attempt. This class runs as a Ray actor.
-
-    An attempt has only one such actor, because the actor numbers the events.
-    """
+    """Numbers, stores and posts the reports of one attempt. It runs as a Ray actor, and an attempt has only one."""
 
     def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
@@ -168,7 +164,7 @@ class Reporter:
         return "pause" if self._pausing and self._command == "run" else self._command
 
     def flush(self) -> None:
-        """Writes all reports so far to the spool, and returns when they are written."""
+        """Writes all reports so far to storage, and returns when they are written."""
         with self._writing:
             while self._segment or self._pending:
                 self._segment = self._segment or self._next_segment()
@@ -180,7 +176,7 @@ class Reporter:
                     self._changed.notify_all()
 
     def close(self, timeout_seconds: float) -> bool:
-        """Writes the remaining reports to the spool, and waits up to `timeout_seconds` until all reports are posted.
+        """Writes the remaining reports to storage, and waits up to `timeout_seconds` until all reports are posted.
 
         Returns whether all reports were posted.
         """
@@ -230,19 +226,19 @@ class Reporter:
                     pause = min(2 * pause, LAST_RETRY_SECONDS)
 
     def _next_unposted(self) -> str | None:
-        """Waits up to HEARTBEAT_SECONDS for a segment (a file of the spool) to post.
+        """Waits up to HEARTBEAT_SECONDS for a file of reports in storage that is not posted yet, and returns its URI.
 
-        Returns the segment's URI, or None without one.
+        Returns None if there is none.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._unposted or self._closing.is_set(), HEARTBEAT_SECONDS)
             return self._unposted[0] if self._unposted else None
 
     def _post(self, client: httpx.Client, uri: str | None) -> bool:
-        """Posts the segment (a file of the spool) at `uri`, or a heartbeat if `uri` is None.
+        """Posts the file of reports at `uri` to the control plane, or a heartbeat if `uri` is None.
 
-        Returns False if the post must be tried again. A segment may be posted twice, because the control plane
-        recognizes events by their numbers.
+        Returns False if the post must be tried again. A file may be posted twice, because the control plane recognizes
+        reports by their numbers. The answer becomes the attempt's command.
         """
         try:
             answer = self._send(client, spool.read_body(uri) if uri else HEARTBEAT)
@@ -273,9 +269,9 @@ class Reporter:
     def _send(self, client: httpx.Client, body: bytes) -> httpx.Response:
         """Posts `body` to the control plane and returns the response.
 
-        At first, each post offers to exchange the launch's token for the attempt's own token. The control plane refuses
-        the offer once the exchange is made, even if the first answer was lost. From then on, the attempt's own token is
-        used.
+        The token of the attempt's launch registers a new token, which only this attempt knows. Each post offers the new
+        token until the control plane refuses the offer. The refusal means that it has the new token, even if its answer
+        was lost. From then on, posts use the new token.
         """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)
@@ -285,10 +281,8 @@ class Reporter:
         return client.post(self._events_url, content=body, headers=self._headers)
 
     def _beat_in_spool(self) -> None:
-        """Writes a heartbeat to the spool if posts had no answer for UNHEARD_SECONDS.
-
-        The control plane finds the heartbeat there.
-        """
+        """Writes a heartbeat to storage if posts had no answer for UNHEARD_SECONDS. The control plane finds the
+        heartbeat there."""
         if time.monotonic() - self._answered_at > UNHEARD_SECONDS:
             self._answered_at = time.monotonic()
             self.report(Alive())

@@ -1,4 +1,8 @@
-"""Records an attempt's stages as spans of its trace. Training gets one span per hundred steps or per minute."""
+"""Records the stages of an attempt (one run of a job), such as encoding and training, as spans of an OpenTelemetry
+trace.
+
+Training gets one span per hundred steps or per minute.
+"""
 
 from services import tracing
 from services.contract import Progress, Report, StepMetrics
@@ -8,7 +12,7 @@ SECONDS = 60.0
 
 
 class StageSpans:
-    """Writes a span of an attempt's trace whenever a stage, or a part of training, has ended."""
+    """Turns the reports of an attempt into spans of its trace, one for each stage or part of training."""
 
     def __init__(self, traceparent: str | None) -> None:
         self._parent = traceparent

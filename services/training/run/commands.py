@@ -1,4 +1,7 @@
-"""Pauses or ends a running attempt on a command: of the user, of SIGTERM, or of a later attempt that takes over."""
+"""Pauses or ends a running attempt (one run of a job) on a command.
+
+Commands come from the user, through the control plane; from Ray, as SIGTERM; and from a later attempt that takes over.
+"""
 
 import logging
 import os
@@ -28,9 +31,10 @@ DEFAULT_GRACE_SECONDS = 3.0  # Ray's default
 
 @contextmanager
 def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether the worker should pause.
+    """Yields a function that tells a training worker whether it should pause.
 
-    The function never waits: a thread asks the reporter for the command every PERIOD_SECONDS.
+    The function never waits, because a thread asks the reporter (the actor that knows the command) every
+    PERIOD_SECONDS.
     """
     command, done = "run", threading.Event()
 
@@ -52,9 +56,10 @@ def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
 
 
 class Commands:
-    """Sends the driver's heartbeat, and ends the attempt if a command demands this before the attempt ends by itself.
+    """Ends the attempt early if a command demands this, and tells the reporter every second that the driver lives.
 
-    The object lives in the driver.
+    `reporter` is the actor that sends the attempt's reports, and `followers` are those that send metrics to other
+    services. The object lives in the driver, the attempt's main program.
     """
 
     def __init__(self, reporter: Any, followers: Sequence[Any]) -> None:
@@ -66,7 +71,7 @@ class Commands:
     def stop_handling(self) -> None:
         """Ignores commands from now on, so that the attempt can end by itself.
 
-        Does not return if a command is ending the attempt already.
+        If a command is ending the attempt already, this method never returns.
         """
         self._ending.acquire()
 
@@ -96,7 +101,8 @@ class Commands:
         threading.Thread(target=self._pause_within, args=(128 + signum,), daemon=True).start()
 
     def _pause_within(self, status: int) -> None:
-        """Pauses training, and ends the attempt shortly before Ray sends SIGKILL, even if the pause is not complete."""
+        """Asks the workers to pause, and ends the attempt shortly before Ray sends SIGKILL, even if they have not
+        paused by then."""
         grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
         logger.warning("Ray sent SIGTERM, so this process saves a checkpoint and ends within %.0f s.", grace)
         self._reporter.pause.remote()

@@ -1,4 +1,4 @@
-"""Finds out from exceptions why an attempt or its workers died."""
+"""Finds out from exceptions why an attempt (one run of a job) or its workers died."""
 
 import traceback
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ def cause_of(*errors: BaseException) -> str:
 
 
 def _inner(error: BaseException) -> list[BaseException]:
-    """Returns the errors of workers or of the controller inside an error of Ray Train, or else the error itself."""
+    """Returns the errors of workers or of the controller inside an error of Ray Train, or else the error itself in a
+    list."""
     workers: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     return list(workers.values()) or [getattr(error, "controller_failure", error)]

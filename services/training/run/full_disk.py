@@ -1,4 +1,4 @@
-"""Waits for free space if storage is full, so that the job does not fail."""
+"""Repeats work while storage is full, so that the job waits for free space and does not fail."""
 
 import logging
 import time
@@ -18,9 +18,9 @@ Result = TypeVar("Result")
 
 
 def retry_while_full(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
-    """Calls `write`, again and again while storage is full for `write` or its Ray tasks. Returns its result.
+    """Calls `write` again and again while it, or a Ray task in it, fails because storage is full. Returns its result.
 
-    `what` names the work in a message, such as "exporting the policy".
+    The user is told once. `what` names the work in this message, such as "exporting the policy".
     """
     reported = False
     while True:

@@ -1,4 +1,4 @@
-"""Defines a trainer of Ray Train without the actors that an attempt does not need."""
+"""Adapts Ray Train's TorchTrainer: it starts fewer actors, and tells the user why workers died."""
 
 import os
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ START_SECONDS = 1800  # a model ends its answers before it leaves its GPU to the
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer that starts only a controller, the workers, and the actor that synchronizes them.
 
-    It saves three actors, each of which takes two CPU seconds to start.
+    Ray Train would start three more actors, each of which takes two CPU seconds to start.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -40,7 +40,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 class ReportDeaths(UserCallback):  # type: ignore[misc]
-    """Reports to the user the reason why workers died. Ray Train then starts other workers, or ends the attempt."""
+    """Tells the user why workers died, whenever some die. Ray Train then starts other workers, or ends the attempt."""
 
     def __init__(self, reporter: Any) -> None:
         self._reporter = reporter

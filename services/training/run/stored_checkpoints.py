@@ -15,7 +15,7 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
 
 
 def complete(run_uri: str) -> Iterator[tuple[int, str]]:
-    """Yields the step and URI of each checkpoint that was published as a whole, the newest first."""
+    """Yields the step and URI of each complete checkpoint of a job, the newest first. A complete one has a manifest."""
     folder = storage.join(run_uri, "checkpoints")
     steps = {int(name.removeprefix("step-")): name for name in storage.list_folders(folder)}
     for step in sorted(steps, reverse=True):
@@ -25,7 +25,7 @@ def complete(run_uri: str) -> Iterator[tuple[int, str]]:
 
 
 def manifest_of(uri: str) -> Manifest:
-    """Returns the manifest of the checkpoint at `uri` without fetching the checkpoint.
+    """Reads the manifest of the checkpoint at `uri` from storage, without downloading the checkpoint.
 
     Raises DamagedCheckpoint if the manifest is damaged.
     """
@@ -34,12 +34,12 @@ def manifest_of(uri: str) -> Manifest:
 
 
 def drop_optimizers(run_uri: str, *, published: int) -> None:
-    """Removes the optimizer's state from all checkpoints older than step `published`, except the newest of these.
+    """Removes the optimizer's state from older checkpoints of a job. The two newest checkpoints keep theirs.
 
-    A job resumes only from one of the two checkpoints that keep a state. A checkpoint without the state is still whole:
-    first its manifest stops naming the state's files, then the files are deleted. The oldest checkpoint loses its state
-    first, so that at any moment the newest checkpoints have theirs. If this process dies before the end, the call after
-    the next checkpoint does the rest.
+    `published` is the step of the newest checkpoint. A job resumes only from a checkpoint with this state. A checkpoint
+    without the state is still whole: first its manifest stops naming the state's files, then the files are deleted. The
+    oldest checkpoint loses its state first. If this process dies before the end, the call after the next checkpoint
+    does the rest.
     """
     older = (uri for step, uri in complete(run_uri) if step < published)
     having = takewhile(_optimizer_files, islice(older, RESUMABLE - 1, None))

@@ -1,4 +1,4 @@
-"""Runs one training worker: a loop over the steps of `dpo_core.training.trainer.train`."""
+"""Runs one training worker: calls the engine's training loop, reports each step, and publishes checkpoints."""
 
 import math
 import os
@@ -51,9 +51,9 @@ def work(
 ) -> Succeeded | Failed | Paused:
     """Trains until the last step, a failure that only the user can fix, or a pause. Returns the attempt's last report.
 
-    On success, the report names the checkpoint that becomes the policy. A pause leaves a checkpoint. The config of
-    `spec` must be resolved, that is, without undecided options. `reporter` is the handle of the attempt's Reporter, to
-    which only rank 0 reports. Every checkpoint is evaluated on `validation`.
+    On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
+    checkpoint. The config of `spec` must be resolved, that is, without undecided options. `reporter` is the handle of
+    the attempt's Reporter, to which only rank 0 reports. Every checkpoint is evaluated on `validation`.
     """
     try:
         with policies.unusable_models_fail_the_job():
@@ -145,9 +145,10 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
 
 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
-    """Returns a function with which `train` reads the validation data, or None without validation data.
+    """Returns a function that reads the validation data in batches, for `train` to call, or None without validation
+    data.
 
-    A stream has its held-out groups only at its end. The function returns None if a stream has no held-out groups.
+    The returned function waits until a stream's held-out groups are known, and returns None if the stream has none.
     """
     if validation is None:
         return None
@@ -197,9 +198,10 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
-    """Returns the URI of the newest checkpoint that is complete and undamaged and has its optimizer's state, or None.
+    """Returns the URI of the newest checkpoint from which training can resume, after its download to `cache`, or None.
 
-    Such a checkpoint is downloaded to `cache`.
+    Training can resume from a checkpoint that is complete, undamaged, and has its optimizer's state. A damaged
+    checkpoint is reported to the user.
     """
     for _, uri in stored_checkpoints.complete(run_uri):
         try:
@@ -217,7 +219,10 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
-    """Returns the local folder of the newest checkpoint, or None. Rank 0 chooses the checkpoint for all workers."""
+    """Chooses the checkpoint from which all workers resume, and returns its local folder, or None if there is none.
+
+    Rank 0 chooses the newest checkpoint that can be used, and tells the other ranks.
+    """
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
         choice = [newest_checkpoint(spec.run_uri, cache, reporter.report.remote)]
@@ -285,7 +290,7 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
 
 
 def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
-    """Removes the optimizer's state from older checkpoints.
+    """Removes the optimizer's state from older checkpoints, which no job resumes from.
 
     A failure does not stop training: the user is warned, and the next checkpoint causes another try.
     """
@@ -302,9 +307,9 @@ def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
 
 @contextmanager
 def _scratch(spec: AttemptSpec) -> Iterator[Path]:
-    """Yields a temporary folder of this worker on its node.
+    """Yields a temporary folder for this worker on its node.
 
-    First removes the folders of the job's killed attempts, which may be large.
+    First removes the folders that killed attempts of the job have left, which may be large.
     """
     prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
     for abandoned in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
@@ -314,7 +319,7 @@ def _scratch(spec: AttemptSpec) -> Iterator[Path]:
 
 
 def _num_threads() -> int:
-    """Returns the number of threads of this worker: its share of the node's cores.
+    """Returns the number of CPU threads for this worker: its share of the node's cores.
 
     Ray's own setting would be one thread, for the one CPU that a worker reserves. Both Ray's number of CPUs and the
     real number of cores limit the result, because Ray may be configured with more CPUs than there are, and a container

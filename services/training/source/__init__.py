@@ -1,1 +1,1 @@
-"""Fetches training files from URIs and the Hugging Face hub."""
+"""Fetches the training file that a user's URI names, and unpacks it to plain JSON Lines."""

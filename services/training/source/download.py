@@ -26,10 +26,11 @@ class Remote(NamedTuple):
 
 
 def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]) -> Iterator[bytes]:
-    """Yields the bytes of the file at `url`, as the server stores them.
+    """Downloads the file at `url`, and yields its bytes as the server stores them.
 
-    Calls `arrived` with the size of every received piece and the length of the file (0 if unknown). Raises InvalidUri
-    for errors that the user can fix, and httpx.HTTPError for errors that another attempt may not meet.
+    Calls `arrived` with the number of bytes of each yielded value, and with the length of the file (0 if unknown).
+    Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors that may be gone at another
+    attempt.
     """
     digest, offset, length, tag = hashlib.sha256(), 0, 0, ""
     failures = before = 0
@@ -68,9 +69,10 @@ def _strong_tag(tag: str | None) -> str:
 
 
 def _body_after(offset: int, digest: Any, response: httpx.Response) -> Iterator[bytes]:
-    """Yields the content of a response without the first `offset` bytes of the file.
+    """Yields the bytes of a response that come after the first `offset` bytes of the file.
 
-    A server may send these bytes again. Raises OSError if their digest is no longer `digest`.
+    A server that cannot resume sends these first bytes again; they are skipped. `digest` is their hash. Raises OSError
+    if the file has changed since.
     """
     if response.status_code == httpx.codes.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
@@ -95,7 +97,11 @@ def _changed(response: httpx.Response) -> OSError:
 
 @contextmanager
 def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
-    """Yields the response after all redirects. The content of a redirect is not read, because it may be endless."""
+    """Requests `url`, follows redirects, and yields the last response.
+
+    The content of a redirect is not read, because it may be endless. Raises InvalidUri for too many redirects, and for
+    a refusal of the server.
+    """
     request: httpx.Request | None = client.build_request("GET", url, headers=headers)
     for _ in range(MAX_REDIRECTS + 1):
         assert request

@@ -1,4 +1,4 @@
-"""Finds datasets on the Hugging Face hub: `hf://datasets/<organization>/<name>[@<revision>]/<path>`.
+"""Finds the files of a dataset on the Hugging Face hub: `hf://datasets/<organization>/<name>[@<revision>]/<path>`.
 
 The environment variable HF_ENDPOINT sets the hub. HF_TOKEN is sent only for organizations that a prefix in the setting
 `dataset_uris` names; otherwise every user could read all data that the token's owner may read. All files come from one
@@ -24,7 +24,7 @@ Answer = TypeVar("Answer")
 
 
 def client(uri: str, prefixes: Sequence[str]) -> httpx.Client:
-    """Returns an HTTP client for the hub's files.
+    """Returns an HTTP client that downloads files from the hub.
 
     The client may connect to every address, because the operator chose the hub.
     """
@@ -32,15 +32,13 @@ def client(uri: str, prefixes: Sequence[str]) -> httpx.Client:
 
 
 def _token(uri: str, prefixes: Sequence[str]) -> bool | None:
-    """Returns the `token` argument of the hub's Python client.
-
-    None means HF_TOKEN, if it is set; False means no token.
-    """
+    """Returns the `token` argument for the hub's Python client: None to send HF_TOKEN if it is set, False to send
+    none."""
     return None if names_organization(uri, prefixes) else False
 
 
 def find(uri: str, prefixes: Sequence[str]) -> list[Remote]:
-    """Returns the files that `uri` names, sorted by name.
+    """Returns the files that the hub URI `uri` names (one, or several of a folder), sorted by name.
 
     Raises InvalidUri if there are no such files, or the hub refuses access.
     """

@@ -1,4 +1,7 @@
-"""Provides a job's training file, an upload or a file at a user's URI, as one uncompressed file of JSON Lines."""
+"""Provides a job's training file as one uncompressed file of JSON Lines.
+
+The file is an upload, or one or several files at a user's URI, in any supported file format.
+"""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +33,11 @@ class _File(NamedTuple):
 
 @contextmanager
 def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report], None]) -> Iterator[AttemptSpec]:
-    """Yields the attempt's spec with a `training_uri` of uncompressed JSON Lines.
+    """Yields the attempt's spec with a `training_uri` that names one uncompressed file of JSON Lines.
 
-    This is the file itself if possible, else a copy. The copy is in `folder_uri`; this folder is deleted when the block
-    ends normally. Raises JobFailed for errors that the user can fix, and OSError if the file changes during the block.
+    If the training file is such a file already, this is the file itself, else a copy in `folder_uri`. This folder is
+    deleted when the block ends normally. Raises JobFailed for errors that the user can fix, and OSError if the file
+    changes during the block.
     """
     try:
         files = [_File("training_file", spec.training_uri)]
@@ -52,10 +56,10 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
 
 
 def unpacked(uri: str, to_uri: str) -> str:
-    """Returns the URI of an uploaded file as uncompressed JSON Lines.
+    """Returns the URI of an uploaded file's content as uncompressed JSON Lines.
 
-    The result is `uri` if the file is uncompressed already, else `to_uri`, to which the file is unpacked. Raises
-    JobFailed for a damaged file.
+    If the file is compressed or a table, its lines are written to `to_uri`, which is then returned. Otherwise `uri` is
+    returned. Raises JobFailed for a damaged file.
     """
     try:
         return _as_one([_File("training_file", uri)], to_uri, lambda report: None)
@@ -128,7 +132,7 @@ def _download(
 def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
     """Returns the URI of one uncompressed file with the lines of all files.
 
-    The result is the only file if that is uncompressed, else `uri`, to which the lines are written.
+    If there is only one file and it is uncompressed, its URI is returned. Otherwise the lines are written to `uri`.
     """
     if len(files) == 1:
         with storage.open_input(files[0].uri) as file:

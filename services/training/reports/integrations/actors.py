@@ -32,7 +32,11 @@ ENVIRONMENT = {  # defaults of variables that the node does not set
 
 
 def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
-    """Returns the sinks (W&B, MLflow or TensorBoard) that the job asks for, each with its name for messages."""
+    """Returns, for each service that the job's metrics go to, its name for messages and a function that opens a run
+    there.
+
+    The services are W&B, MLflow and TensorBoard.
+    """
     named: list[tuple[str, Open]] = []
     for number, integration in enumerate(spec.integrations.wandb):
         run_id = f"{spec.job_id}-{number}" if number else spec.job_id
@@ -47,7 +51,7 @@ def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
 def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
     """Starts a follower (an actor that sends metrics) for each service that the job's metrics go to.
 
-    Does not wait for the followers' start.
+    Returns the actors' handles immediately, before they have started.
     """
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     actor = local_actor(Follower, runtime_env={"env_vars": environment})
@@ -59,9 +63,10 @@ def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
 
 
 def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
-    """Closes the followers (actors that send metrics) of the attempt.
+    """Waits until the followers (actors that send metrics) have sent all steps, and closes them.
 
-    Call this function before the attempt's last report. `status` is None if another attempt will resume the job.
+    Call this function before the attempt's last report. `status` is None if another attempt will resume the job. A
+    follower that has died is reported to the user.
     """
     if not followers:
         return

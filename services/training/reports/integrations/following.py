@@ -1,4 +1,7 @@
-"""Copies a job's reports to one sink (W&B, MLflow or TensorBoard), and tries again if the sink fails."""
+"""Copies a job's metrics from its reports in storage (the spool) to one service: W&B, MLflow or TensorBoard.
+
+The part that writes to a service is called a sink. If a sink fails, a new one is opened later.
+"""
 
 import logging
 import os
@@ -28,7 +31,7 @@ Open = Callable[[AttemptSpec, Path], Sink]
 
 
 class Follower:
-    """A Ray actor that copies a job's reports to one sink (W&B, MLflow or TensorBoard), for one attempt.
+    """A Ray actor that copies a job's metrics to one sink (W&B, MLflow or TensorBoard) during one attempt.
 
     Errors are reported to the user once, and never raised.
     """
@@ -42,7 +45,8 @@ class Follower:
         self._thread.start()
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
-        """Waits up to `timeout_seconds` until the sink has all reports that are in the spool.
+        """Waits up to `timeout_seconds` until the sink has all reports that are in the spool (the job's reports in
+        storage).
 
         `status` is passed to Sink.close. Afterwards the follower reports nothing to the user.
         """
@@ -78,9 +82,9 @@ class Follower:
             self._closing.wait(RETRY_SECONDS)
 
     def _follow(self, folder: Path) -> None:
-        """Opens a sink and writes the job's reports to the sink.
+        """Opens a sink, and copies the job's metrics to the sink until the follower is closed.
 
-        Returns after `close` was called and all spooled reports are written.
+        Returns after `close` was called and all reports in storage are copied.
         """
         with self._warning_if_slow():
             sink = self._open(self._spec, folder)
@@ -127,9 +131,9 @@ class Follower:
 
 
 def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
-    """Yields the reports of the job's attempts, from the first attempt on.
+    """Yields the reports of the job's attempts that are in storage, from the first attempt on, file by file.
 
-    Yields None whenever there are no more reports yet.
+    Yields None whenever there is no further file yet; the caller may then ask again.
     """
     for attempt in range(1, spec.attempt + 1):
         next_seq, lost = 0, False

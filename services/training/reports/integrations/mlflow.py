@@ -16,7 +16,10 @@ JOB_TAG = "raydpo.job"
 
 
 class MlflowSink:
-    """Writes a job's metrics to an MLflow run. A tag with the job's id identifies the run."""
+    """Writes a job's metrics to one MLflow run, which a tag with the job's id identifies.
+
+    Later attempts of the job continue the same run.
+    """
 
     def __init__(self, options: Mlflow, spec: AttemptSpec, folder: Path) -> None:
         from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""Defines the interface of a sink, which writes the metrics of a job's steps to another service, such as MLflow."""
+"""Defines the interface of a sink: an object that writes a job's metrics to another service, such as MLflow."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -9,7 +9,7 @@ Status = Literal["succeeded", "failed"]
 
 
 class Step(NamedTuple):
-    """The metrics of one optimizer step."""
+    """Holds the metrics of one optimizer step."""
 
     number: int  # from 1
     at: float  # Unix seconds

@@ -16,9 +16,9 @@ INIT_SECONDS = 60.0
 
 
 class WandbSink:
-    """Writes a job's metrics to a Weights & Biases run.
+    """Writes a job's metrics to one Weights & Biases run, or to a file of this run if the cluster may not send.
 
-    Online, a new attempt continues after the last step that the W&B server has. Offline there is no server to ask, so
+    Online, a later attempt continues after the last step that the W&B server has. Offline there is no server to ask, so
     each attempt writes the run's file from step 1.
     """
 
