@@ -1,1 +1,1 @@
-"""The `raydpo` command: `raydpo up` runs the service; the commands for jobs, files and models call its REST API."""
+"""Defines the `raydpo` command: `raydpo up` runs the service; most other commands call the service's REST API."""

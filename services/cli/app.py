@@ -1,4 +1,7 @@
-"""Builds the `raydpo` command from the modules of its subcommands. A subcommand imports slow packages when it runs."""
+"""Builds the `raydpo` command from the modules of its subcommands.
+
+A subcommand imports slow packages only when it runs.
+"""
 
 import gc
 import os

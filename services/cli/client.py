@@ -1,4 +1,5 @@
-"""Connects commands to the service, uploads and downloads files, and prints errors and tables."""
+"""Connects the command line to the service: sends requests, uploads and downloads files, and prints errors and
+tables."""
 
 import inspect
 import os
@@ -45,14 +46,14 @@ CONNECTION = [
 
 
 def _not_empty(text: str) -> str:
-    """Returns the text. Raises BadParameter if the text is empty, as the value of an unset shell variable is."""
+    """Returns the text, or raises BadParameter if it is empty, as the value of an unset shell variable is."""
     if not text:
         raise typer.BadParameter("the id must not be empty")
     return text
 
 
 def id_argument(what: str, metavar: str = "ID") -> Any:
-    """Returns a positional argument for an id or a name; `what` is its help text."""
+    """Returns a typer argument for the id or name of something; `what` is its help text."""
     return typer.Argument(metavar=metavar, parser=_not_empty, help=what)
 
 
@@ -63,7 +64,8 @@ def default_home() -> Path:
 def connect(url: str | None, key_file: Path | None) -> "OpenAI":
     """Returns a client of the service's API.
 
-    `url` and `key_file` override RAYDPO_URL and RAYDPO_API_KEY. The defaults of both are in the service's home folder.
+    The options `url` and `key_file` come before the variables RAYDPO_URL and RAYDPO_API_KEY. If neither is given, files
+    in the service's home folder have the URL and the key. Exits with an error if there is no key.
     """
     from openai import OpenAI
 
@@ -84,7 +86,7 @@ def connect(url: str | None, key_file: Path | None) -> "OpenAI":
 def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that registers a function as a command of `app`.
 
-    The function's first argument is a client of the API. The command also has the options --url and --key-file, and
+    The function's first argument is a client of the API. The command also gets the options --url and --key-file, and
     prints an error of the API in one line.
     """
 
@@ -160,9 +162,10 @@ def fail(message: str) -> NoReturn:
 
 
 def safe(text: str) -> str:
-    """Returns the text with tabs expanded and every other control character but newline replaced by U+FFFD.
+    """Makes text safe to print on a terminal, and returns it.
 
-    A message may quote an uploaded file, and control characters in that file must not reach the terminal.
+    Tabs are expanded, and every other control character but newline is replaced by U+FFFD. A message may quote an
+    uploaded file, and control characters in that file must not reach the terminal.
     """
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs())
 

@@ -105,9 +105,9 @@ def _config(given: dict[str, object], model: str | None) -> TrainConfig:
 def _encode(
     file: Path, model: str, config: TrainConfig, max_invalid_share: float | None, columns: dict[str, str]
 ) -> "Check":
-    """Encodes the file's rows with the model's tokenizer, as training would, but in this process.
+    """Encodes the file's rows with the model's tokenizer, as training would, but in this process, and reports on them.
 
-    Returns the report on the encoded rows. Exits with an error if the file or the model cannot be used.
+    Exits with an error if the file or the model cannot be used.
     """
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         fail(f"--model needs {' and '.join(missing)}: pip install 'raydpo[cluster]', or leave --model out.")

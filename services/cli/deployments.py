@@ -71,8 +71,10 @@ def path_of(model_id: str) -> str:
 
 
 def _assign(body: dict[str, Any], text: str) -> None:
-    """Sets the field that a FIELD=VALUE text names in a request body. The field `replicas.max` is the field `max` of
-    `replicas`."""
+    """Sets a field of a request body from FIELD=VALUE text.
+
+    `replicas.max=4` sets the field `max` in the field `replicas`. Exits with an error if the text has another form.
+    """
     field, found, value = text.partition("=")
     if not found or not field:
         fail(f"{text}: write FIELD=VALUE, such as replicas=2.")

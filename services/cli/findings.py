@@ -1,4 +1,4 @@
-"""Prints the report on a data file: with colours on a terminal, as plain text in a pipe.
+"""Prints the report on a checked data file: with colours on a terminal, as plain text in a pipe.
 
 Control characters in text that the report quotes from the file do not reach the terminal.
 """

@@ -1,4 +1,4 @@
-"""Builds the request that creates a job from a config file, from options and from KEY=VALUE texts.
+"""Builds the HTTP request that creates a job, from a config file, from options and from KEY=VALUE texts.
 
 Options override the config file, and KEY=VALUE texts override both.
 """
@@ -53,9 +53,10 @@ Assignments = Annotated[
 
 
 def read_config(path: Path) -> Body:
-    """Returns the body of POST /fine_tuning/jobs from a YAML, TOML or JSON file.
+    """Reads a YAML, TOML or JSON file, which has the body of POST /fine_tuning/jobs, and returns the body.
 
-    Relative paths of local files in the body are resolved against the folder of the config file.
+    Relative paths of data files in the body are resolved against the folder of the config file. Exits with an error if
+    the file cannot be read.
     """
     readers: dict[str, Callable[[str], Any]] = {
         ".yaml": yaml_values.parse,
@@ -90,9 +91,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def assignment(text: str) -> Assignment:
-    """Returns the path and the value of a field from KEY=VALUE text, such as `x_raydpo.max_length=512`.
+    """Parses KEY=VALUE text, such as `x_raydpo.max_length=512`. Returns the path of the field and its new value.
 
-    The key `method.dpo.beta` is short for `method.dpo.hyperparameters.beta`.
+    The key `method.dpo.beta` is short for `method.dpo.hyperparameters.beta`. Exits with an error if the text has
+    another form.
     """
     key, found, value = text.partition("=")
     path = tuple(key.split("."))
@@ -117,9 +119,11 @@ def compose(
     others: Sequence[Assignment],
     sets: Sequence[Assignment],
 ) -> Body:
-    """Returns the body `base`, changed by the options (`method`, `hyperparameters`, `others`) and then by `sets`.
+    """Changes the request body `base` by the options of the command and then by the values of --set. Returns the new
+    body.
 
-    `sets` holds the fields of --set. `default` is the method if neither `base` nor an option names a method.
+    The options are `method`, `hyperparameters` and `others`; `sets` holds the values of --set. `default` is the method
+    if neither `base` nor an option names a method.
     """
     for _, whole in [each for each in sets if each[0] == ("method",)]:
         base = base | {"method": whole}
@@ -143,9 +147,10 @@ def compose(
 
 
 def _with_method(base: Body, method: str | None, default: str | None, sets: Sequence[Assignment]) -> Body:
-    """Returns a copy of `base` whose method is that of `sets`, else `method`, else that of `base`, else `default`.
+    """Returns a copy of `base` with the method that the user chose.
 
-    If the method of `base` is replaced, the copy keeps only the hyperparameters that all methods have.
+    This is the method in `sets`, else `method`, else that of `base`, else `default`. If it replaces the method of
+    `base`, the copy keeps only the hyperparameters that all methods have.
     """
     before = _part(base, "method")
     old = before.get("type")
@@ -185,7 +190,7 @@ def _assign(body: Body, path: tuple[str, ...], value: Any) -> None:
 
 
 def local_files(body: Body) -> dict[str, Path]:
-    """Returns the paths of the local files to upload, by the fields of the body that name them.
+    """Returns the paths of the local data files that must be uploaded, by the fields of the body that name them.
 
     Exits with an error if a field names neither a local file, nor an uploaded file, nor a URI.
     """
@@ -200,7 +205,7 @@ def local_files(body: Body) -> dict[str, Path]:
 
 
 def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
-    """Returns the job that the service would create from the body. No job is created and no file is uploaded.
+    """Asks the service which job it would create from the body, and returns this job. Nothing is created or uploaded.
 
     Exits with an error if the service would refuse the body or one of the first rows of a local file.
     """
@@ -220,7 +225,8 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
 
 
 def _check_first_rows(path: Path, how: Body, kind: str) -> None:
-    """Exits with an error if the service would refuse the file because of one of its first rows."""
+    """Exits with an error if the first rows show that the service would refuse the file, or that the method cannot use
+    it."""
     from services.containers import json_lines
 
     with path.open("rb") as file:
@@ -236,7 +242,7 @@ def _check_first_rows(path: Path, how: Body, kind: str) -> None:
 
 
 def upload(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
-    """Uploads the local files and returns the body with the ids of the uploaded files in place of the paths.
+    """Uploads the local data files, and returns the body with their ids in place of their paths.
 
     The body's options for reading rows are sent with each file.
     """

@@ -24,7 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with every fiel
 def show_list(
     client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool, query: Mapping[str, str] | None = None
 ) -> None:
-    """Prints the first `limit` items of the list at the API's `path`, and a note if the list has more items."""
+    """Requests a list at the API's `path`, and prints its first `limit` items, with a note if there are more."""
     found = list(islice(_items(client, path, limit + 1, query or {}), limit + 1))
     if len(found) > limit:
         err.print(f"The list has more items than --limit {limit}; raise --limit to show more.")
@@ -51,7 +51,7 @@ def list_command(
 
 
 def date(field: str) -> Callable[[Item], datetime]:
-    """Returns a function that reads the item's `field`, a time in Unix seconds, as local time."""
+    """Returns a function that reads a field of an item, a time in Unix seconds, as local time. `field` is its name."""
     return lambda item: datetime.fromtimestamp(item[field])
 
 
@@ -60,9 +60,9 @@ def _cell(item: Item, of: str | Callable[[Item], object]) -> object:
 
 
 def _items(client: "OpenAI", path: str, most: int, query: Mapping[str, str]) -> Iterator[Item]:
-    """Yields the items of the list at the API's `path`.
+    """Yields the items of the list at the API's `path`, page by page.
 
-    Requests pages of at most `most` items, and the next page only when the caller needs an item of that page.
+    The next page is requested only when the caller needs an item of that page. A page has at most `most` items.
     """
     params: dict[str, object] = {**query, "limit": min(most, PAGE)}
     while True:

@@ -1,4 +1,4 @@
-"""Reads a job's logs: the lines written so far, or new lines too until the job ends."""
+"""Reads the log of one of a job's processes from the service."""
 
 import time
 from collections.abc import Iterator
@@ -15,9 +15,11 @@ LAST_SECONDS = 5.0  # how long to wait for the last lines after a job has ended
 
 
 def read_logs(client: "OpenAI", job_id: str, *, attempt: int | None, source: str, follow: bool) -> Iterator[str]:
-    """Yields the log lines of one attempt of the job: of `attempt`, or of the newest one if `attempt` is None.
+    """Yields the log lines of one of a job's processes in one attempt (one run of the job on Ray).
 
-    With `follow`, also yields new lines until the job ends and, if `attempt` is None, the lines of later attempts.
+    This is the attempt with the number `attempt`, or the newest one if `attempt` is None. `source` names the process,
+    such as `driver`. With `follow`, new lines are yielded until the job ends and, if `attempt` is None, those of later
+    attempts.
     """
     at, shown, ended_at = 0, attempt, None
     while True:

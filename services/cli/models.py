@@ -103,7 +103,7 @@ def push(
 
 
 def _tell(about: dict[str, Any]) -> None:
-    """Prints the name, the form and the origin of a downloaded model."""
+    """Prints what was downloaded: an adapter and its base model, or a merged model and how exact the merge is."""
     if about["merge"]:
         difference, of = about["merge"]["largest_difference"], about["merge"]["difference_of"]
         err.print(f"merged into {about['base']}; {of} differ from the adapter's by at most {difference:.1e}")

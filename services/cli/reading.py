@@ -30,9 +30,9 @@ MaxInvalidShare = Annotated[
 
 
 def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
-    """Returns the column of each role from ROLE=COLUMN texts.
+    """Parses the values of --columns, ROLE=COLUMN texts, and returns the column of each role.
 
-    Exits with an error if a role is unknown or a column is missing.
+    A role says what a column holds, such as `prompt`. Exits with an error if a role is unknown or a column is missing.
     """
     roles = {}
     for given in columns or ():
@@ -44,7 +44,7 @@ def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
 
 
 def reading(columns: Sequence[str] | None, max_invalid_share: float | None) -> dict[str, Any]:
-    """Returns the fields of `x_raydpo` for the values of --columns and --max-invalid-share."""
+    """Returns the fields for a request's `x_raydpo` that stand for the options --columns and --max-invalid-share."""
     drop = {"invalid_rows": "drop", "max_invalid_share": max_invalid_share} if max_invalid_share else {}
     roles = roles_of(columns)
     return ({"columns": roles} if roles else {}) | drop

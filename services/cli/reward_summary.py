@@ -1,5 +1,7 @@
-"""Counts how often rewards agree with the ratings in a file, and by how much the rewards of better completions exceed
-those of worse ones."""
+"""Compares rewards with the ratings in a file.
+
+It counts how often both prefer the same completion, and by how much the better completions have the higher rewards.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +10,10 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """The number of rows, the accuracy and the margins of a set of rows."""
+    """Counts the rows of a set, those on which rewards and ratings agree, and the sum of their margins.
+
+    A row's margin is the mean reward of its best-rated completions minus the mean reward of the others.
+    """
 
     num_rows: int = 0
     num_correct: int = 0
@@ -30,14 +35,16 @@ class Tally:
 
 @dataclass
 class Summary:
-    """The tallies of all rows, and of the rows of each subset. Rows whose completions all have the same rating are left
-    out."""
+    """Adds up the results of all rows, and of the rows of each subset that the file names.
+
+    Rows whose completions all have the same rating are left out.
+    """
 
     all: Tally = field(default_factory=Tally)
     subsets: dict[str, Tally] = field(default_factory=dict)
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Adds one line of results from `raydpo rewards` to the tallies."""
+        """Adds the result of one row, as `raydpo rewards` writes it, to the sums."""
         ratings, rewards = result["ratings"], [each["reward"] for each in result["completions"]]
         if ratings is None or len(set(ratings)) < 2:
             return

@@ -86,8 +86,10 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A group (a prompt and its completions) to score, and its position in the file: its line, and its number, from 1,
-    among the groups of this line."""
+    """A group (a prompt and its completions) to score, and its position in the file.
+
+    The position is the line, and the group's number, from 1, among the groups of this line.
+    """
 
     line: int
     number: int
@@ -103,7 +105,10 @@ class Task:
 
 
 def _tasks(rows: BinaryIO, columns: Mapping[str, str]) -> Iterator[Task]:
-    """Yields a task for each group of the file. Exits with an error at the first row that cannot be read."""
+    """Reads the rows of a file, and yields each group (a prompt and its completions) as a task to score.
+
+    Exits with an error at the first row that cannot be read.
+    """
     from dpo_core.data.feedback import read_records
     from dpo_core.data.jsonl import InvalidRow
     from dpo_core.data.scored_formats import SCORED_FORMATS
@@ -123,8 +128,10 @@ def _tasks(rows: BinaryIO, columns: Mapping[str, str]) -> Iterator[Task]:
 
 @contextmanager
 def _local(client: "OpenAI", file: str) -> Iterator[Path]:
-    """Yields the path of the file on this machine. A file of the service is downloaded first, and its copy is deleted
-    at the end of the block."""
+    """Yields the path of a file on this machine that has the content of `file`.
+
+    If `file` is the id of a file of the service, it is downloaded, and the copy is deleted at the end of the block.
+    """
     if Path(file).is_file() or not file.startswith("file-"):
         yield Path(file)
         return
@@ -147,11 +154,10 @@ def _opened(out: Path | None) -> Iterator[BinaryIO]:
 
 
 def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tuple[int, int]:
-    """Reads the results that an earlier call wrote to the file. Returns the position (line, number) of the last result;
-    (0, 0) if there is none.
+    """Reads the results that an earlier run of the command wrote to the file, and adds them to `found`.
 
-    Removes an incomplete last line. Exits with an error if the results come from another model, reference model or
-    beta.
+    Returns the position (line, number) of the last result, or (0, 0) if there is none. Removes an incomplete last line.
+    Exits with an error if the results come from another model, reference model or beta.
     """
     last, end = (0, 0), 0
     for line in results:
@@ -177,8 +183,10 @@ def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tupl
 
 
 class _Voice:
-    """Shows the progress of the command: a line that changes on a terminal, or a new line every PLAIN_SECONDS in a
-    pipe."""
+    """Shows the progress of the command.
+
+    On a terminal, this is one line that changes; in a pipe, a new line every PLAIN_SECONDS.
+    """
 
     def __init__(self, status: Status) -> None:
         self._status = status
@@ -192,7 +200,10 @@ class _Voice:
 
 
 def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -> Iterator[dict[str, Any]]:
-    """Yields the line of results for each task, in the order of the tasks, and shows the progress."""
+    """Has the service score the tasks in requests of several, and yields the result of each in the order of the tasks.
+
+    Shows the progress.
+    """
     began, count = time.monotonic(), 0
     with err.status("reading") as status:
         voice = _Voice(status)
@@ -219,8 +230,10 @@ def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
 
 
 def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _Voice) -> list[dict[str, Any]]:
-    """Requests the rewards of the tasks and returns the results. Divides a request that is too large, and waits while
-    the model loads."""
+    """Sends one request for the rewards of several tasks, and returns their results.
+
+    Divides a request that the service calls too large, and waits while the model loads. Exits with an error otherwise.
+    """
     from openai import APIStatusError
 
     deadline = time.monotonic() + WAIT_SECONDS
@@ -251,7 +264,7 @@ def _message(error: "APIStatusError") -> str:
 
 
 def _at_line(error: "APIStatusError", chunk: Sequence[Task]) -> str:
-    """Returns the error's message with the row's line in the file in place of the row's index in the request."""
+    """Returns an error's message for the user, with the row's line in the file and not its index in the request."""
     message, rows = _message(error), (error.param or "").split(".")
     if len(rows) < 2 or rows[0] != "rows":
         return message

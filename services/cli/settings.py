@@ -94,7 +94,10 @@ def _without_password(name: str, value: Any) -> Any:
 
 
 def misspelled() -> Iterator[str]:
-    """Yields a warning for each environment variable whose name resembles a setting's but names no setting."""
+    """Yields a warning for each environment variable that is probably a misspelled setting of the service.
+
+    Its name resembles that of a setting, but no setting has this name.
+    """
     from services.control_plane.settings import Settings
 
     known = [_variable(name, field) for name, field in Settings.model_fields.items()]

@@ -1,4 +1,4 @@
-"""Runs the service for `raydpo up`: PostgreSQL, Ray and the control plane, with all state in one home folder."""
+"""Runs the service for `raydpo up`: PostgreSQL, Ray and the control plane, with all their data in one home folder."""
 
 import asyncio
 import gc
@@ -28,11 +28,14 @@ from services.local.stack import Stack, running_stack, write_secret
 
 
 class Refused(Exception):
-    """The service cannot run as the caller asked; the message names the reason and the remedy."""
+    """Raised if the service cannot run as the user asked. The message names the reason and the remedy."""
 
 
 def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: Sequence[str]) -> None:
-    """Runs the service until SIGINT or SIGTERM, then stops every process that this call started."""
+    """Runs the service until SIGINT or SIGTERM, then stops every process that this call started.
+
+    Raises Refused if the service cannot start.
+    """
     home = home.expanduser().resolve()
     sources = dict(_model(argument) for argument in models)
     listening = _listen(host, port)
@@ -93,9 +96,9 @@ async def _is_ready(client: httpx.AsyncClient) -> bool:
 
 
 def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Settings:
-    """Returns the service's settings.
+    """Returns the settings of the service that is to run with this PostgreSQL and Ray.
 
-    Values of the running stack override the environment and the settings file, which override the defaults.
+    Values that come from them override the environment and the settings file, which override the defaults.
     """
     given: dict[str, Any] = {
         "home": home,
@@ -121,7 +124,7 @@ def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Se
 
 
 def _configured(home: Path, name: str) -> str | None:
-    """Returns the setting `name` from the environment, else from the settings file; None if neither has a value.
+    """Returns the value of one setting, given in the environment or in the settings file, or None if neither has it.
 
     Unlike `Settings`, this works while other settings still lack values.
     """
@@ -170,7 +173,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """Stops the service at the first signal. Later signals are ignored, because they would interrupt the shutdown."""
+    """Handles SIGINT and SIGTERM: the first signal stops the service.
+
+    Later signals are ignored, because they would interrupt the shutdown.
+    """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

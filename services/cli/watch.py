@@ -54,7 +54,7 @@ def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuning
 
 
 def message_line(told: Mapping[str, Any]) -> Text:
-    """Returns the line that shows an event's time and message.
+    """Returns an event of a job as a line to print, with its time and message.
 
     Text that the message quotes from a file is not read as markup and cannot control the terminal.
     """
@@ -63,12 +63,13 @@ def message_line(told: Mapping[str, Any]) -> Text:
 
 
 def metrics_line(metrics: Mapping[str, Any]) -> str:
-    """Returns the metrics that are present as text, such as `loss 0.5129  margin 0.482  accuracy 97%`."""
+    """Returns some metrics of a step as text, such as `loss 0.5129 margin 0.482 accuracy 97%`. Missing ones are left
+    out."""
     return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if metrics.get(key) is not None)
 
 
 def follow(client: "OpenAI", job_id: str) -> Iterator[dict[str, Any]]:
-    """Yields the events of the job's event stream until the job ends.
+    """Yields the events that the service streams about a job, until the job ends.
 
     If the stream breaks off, for example because the service restarts, reconnects and continues after the last event.
     """

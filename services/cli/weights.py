@@ -31,8 +31,10 @@ HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 
 class Download:
-    """A download of one model. The bytes received so far are kept in a file beside the folder, so that a repeated
-    command continues the download."""
+    """Downloads a model's weights into a folder, and continues if an earlier download was interrupted.
+
+    The bytes received so far are kept in a file beside the folder.
+    """
 
     def __init__(self, client: "OpenAI", model_id: str, format: str | None, folder: Path) -> None:
         self._url = f"{client.base_url}models/{model_id}/content"
@@ -60,7 +62,11 @@ class Download:
         return about
 
     def _try(self, step: Callable[[], Value]) -> Value:
-        """Calls `step` until it succeeds: again if the service asks for a later try, or if the connection breaks."""
+        """Calls `step` until it succeeds, and returns its result.
+
+        It is called again if the service asks for a later try, or if the connection breaks. After MOST_TRIES tries in a
+        row without a new byte, the command ends with an error.
+        """
         tries, received, told = 0, self._received, ""
         while tries < MOST_TRIES:
             try:
@@ -78,8 +84,11 @@ class Download:
         return fail(f"the download was not complete after {MOST_TRIES} tries; run the command again to continue it.")
 
     def _fetch(self, bar: Progress) -> Path:
-        """Appends the rest of the tar to the bytes received so far. Starts again from the beginning if the service's
-        tar has another ETag."""
+        """Downloads the rest of the model's tar file, appends it to the bytes received so far, and returns the file's
+        path.
+
+        Starts again from the beginning if the tar in the service has changed, that is, has another ETag.
+        """
         part, headers = self._part(), dict(self._key)
         if part and (size := part.stat().st_size):
             headers |= {"Range": f"bytes={size}-", "If-Range": f'"{part.suffixes[-2][1:]}"'}
@@ -99,7 +108,10 @@ class Download:
             return part
 
     def _part(self) -> Path | None:
-        """Returns the path of the file with the bytes received so far. The file's name contains the ETag of the tar."""
+        """Returns the path of the file with the bytes received so far, or None if there is none.
+
+        The file's name contains the ETag of the tar.
+        """
         name = re.compile(rf"\.{re.escape(self._folder.name)}\.[^.]+\.part")
         return next((path for path in self._folder.parent.glob(".*.part") if name.fullmatch(path.name)), None)
 
@@ -117,7 +129,8 @@ class Download:
             bar.remove_task(task)
 
     def _digest(self) -> str:
-        """Returns the SHA-256 of the whole tar in the form in which the service states it."""
+        """Asks the service for the SHA-256 of the whole tar, and returns it in the form of the HTTP header
+        Repr-Digest."""
         asked = self._key | {"Want-Repr-Digest": "sha-256=1", "Range": "bytes=0-0"}
         answer = httpx.get(self._url, params=self._params, headers=asked, timeout=DIGEST_SECONDS)
         if answer.is_error:
@@ -134,7 +147,8 @@ class _TryLater(Exception):
 
 
 def _refusal(answer: httpx.Response) -> _TryLater:
-    """Returns the exception to raise for a refused request. Ends the command if another try would not help."""
+    """Returns the exception that asks for a later try of a refused request. Ends the command if another try would not
+    help."""
     try:
         error = answer.json()["error"]
     except (ValueError, LookupError, TypeError):
@@ -152,8 +166,10 @@ def _bar() -> Iterator[Progress]:
 
 
 def _unpack(tar: Path, folder: Path) -> None:
-    """Unpacks a tar of plain files into a folder. Fails, and leaves no files behind, if a file's path leads outside the
-    folder."""
+    """Unpacks a tar of plain files into a folder.
+
+    If a file's path leads outside the folder, the command fails and leaves no files behind.
+    """
     beside = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -205,7 +221,10 @@ def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
 
 
 def hub_name(target: str) -> str:
-    """Returns the repository's name, `organization/name`, in a text such as `hf://organization/name`."""
+    """Returns the repository's name, `organization/name`, from text such as `hf://organization/name`.
+
+    Exits with an error if the text has another form.
+    """
     if not (found := HUB.fullmatch(target)):
         fail(f"'{target}' must be hf://organization/name, such as hf://my-team/my-policy.")
     return found[1]
