@@ -1,4 +1,7 @@
-"""One PostgreSQL for the whole run, a database of its own for each module that asks; a disk that fills up."""
+"""Provides what all tests share: a PostgreSQL server, databases on it, and a small disk that a test can fill.
+
+The server runs for the whole run of the tests. Each module that asks for a database gets its own.
+"""
 
 import os
 import secrets
@@ -37,14 +40,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a Ray comes first: of two processes, the one that runs it then does not end long after the other."""
+    """Puts the tests that need Ray first.
+
+    Two processes run the tests, and one of them runs those that need Ray. If that process began them late, it would end
+    long after the other.
+    """
     if len({item.nodeid for item in items}) < len(items):
         raise pytest.UsageError("Several tests have the same name, of which two processes would run one only.")
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 class OneRay(LoadScopeScheduling):
-    """One process runs the files that need a Ray, and starts what they share once; the other takes file after file."""
+    """Divides the tests between two processes: one runs all files that need Ray, the other takes one file after
+    another.
+
+    So what those files share, such as a Ray cluster, is started only once.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -78,13 +89,13 @@ def database_url(postgres_url: str) -> str:
 
 
 class Disk:
-    """A tmpfs of 64 MB."""
+    """A disk of 64 MB in memory (tmpfs), which a test can fill."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._filler = folder, folder / "filler"
 
     def fill(self, *, leave: int = 0) -> None:
-        """All but so many bytes; tmpfs counts whole pages."""
+        """Fills the disk, and leaves `leave` bytes free, rounded to whole pages."""
         room = shutil.disk_usage(self.folder).free
         with suppress(OSError):  # who writes meanwhile takes of it
             self._filler.write_bytes(bytes(max(0, room - leave)))

@@ -1,4 +1,4 @@
-"""What a run of all tests cost, beside what it costs elsewhere: wall time, and CPU seconds of the whole machine."""
+"""Prints what a run of all tests cost, in wall time and CPU seconds of the machine, beside what it costs elsewhere."""
 
 import time
 from collections import Counter
@@ -14,7 +14,7 @@ NUM_NAMED = 10
 
 
 class Figures:
-    """A plugin of pytest, in the process that all others report to."""
+    """A plugin of pytest that adds up the seconds of all tests. It runs in the process to which the others report."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._began, self._cpu = time.monotonic(), machine_cpu_seconds()

@@ -1,4 +1,4 @@
-"""A dozen rows of each public preference set, written by hand in the shape in which it is published."""
+"""Holds a dozen rows in the shape of each public preference dataset. The rows are written by hand."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,7 +9,11 @@ Say = Callable[[int, str, str, str], Row]
 
 
 class PublicSet(NamedTuple):
-    """What its rows hold, what learns from them, and the rows; `extension` is x_raydpo of the upload."""
+    """Holds rows in the shape of one public dataset, the kind of feedback that they have, and a method that learns from
+    them.
+
+    `extension` is the `x_raydpo` with which the rows are uploaded.
+    """
 
     kind: str
     method: str
@@ -52,7 +56,8 @@ def of_pairs(say: Say) -> PublicSet:
 
 
 def of_two(say: Say) -> PublicSet:
-    """The better answer comes first in every other row."""
+    """Returns pairs of answers to each question, as rows that `say` makes. The better answer comes first in every other
+    row."""
     rows = [say(n, q, *((good, bad) if n % 2 else (bad, good))) for n, (q, good, bad) in enumerate(ASKED)]
     return PublicSet("pairs", "dpo", rows)
 

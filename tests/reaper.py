@@ -1,7 +1,8 @@
-"""Ends what a run of the tests has started, however the run ends: `python tests/reaper.py <pid of the run> <mark>`.
+"""Ends the processes that a run of the tests has left: `python tests/reaper.py <pid of the run> <mark>`.
 
-Every process that a test starts inherits the mark in its environment. Ctrl-C in a terminal interrupts fixtures before
-they have stopped what they started, and kill -9 gives them no time at all.
+It waits for the end of the run, however the run ends. Every process that a test starts inherits the mark in its
+environment. Ctrl-C in a terminal interrupts fixtures before they have stopped what they started, and kill -9 gives them
+no time at all.
 """
 
 import os
@@ -17,7 +18,7 @@ MARK = "RAYDPO_TEST_RUN"
 
 
 def start(pid: int, mark: str) -> None:
-    """In a session of its own, which no signal to the run reaches."""
+    """Starts this program in its own session, so that no signal to the run reaches it."""
     command = [sys.executable, __file__, str(pid), mark]
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     reaper = subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)

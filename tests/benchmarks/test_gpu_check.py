@@ -1,4 +1,4 @@
-"""The check for a GPU, where nothing but the device is new to it."""
+"""Tests benchmarks/gpu_check.py, the check of a machine with GPUs, on a machine without one."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def check(folder, *options):
-    """How it ended, its report and its table."""
+    """Runs the check, and returns the finished process, its report and its table."""
     json_file, table = folder / "check.json", folder / "check.md"
     command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", f"--json={json_file}", f"--markdown={table}"]
     run = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""A rank holds its share of a model that is split, and no copy of the whole, from loading to training."""
+"""Tests that a rank holds only its share of a model that is split over ranks, from loading to training."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
-"""What users do with OpenAI's client, in one round: `acceptance.py MODEL`, with OPENAI_BASE_URL and OPENAI_API_KEY set.
+"""Does what users do with OpenAI's client, once: `acceptance.py MODEL`, with OPENAI_BASE_URL and OPENAI_API_KEY set.
 
-FLAKY_BASE_URL leads to the same service and loses the first answer of every other connection; on HOOKS_PORT
-of loopback the service's webhooks are received.
+FLAKY_BASE_URL leads to the same service through a proxy that loses the first answer of every other connection. The
+program receives the service's webhooks on the port HOOKS_PORT of loopback.
 """
 
 import asyncio
@@ -107,7 +107,7 @@ def uploads(client: openai.OpenAI) -> None:
 
 
 def hooks(client: openai.OpenAI, port: int) -> tuple[str, str]:
-    """An endpoint's id and its secret."""
+    """Creates a webhook endpoint, and returns its id and its secret."""
     wanted: Any = {
         "name": "acceptance",
         "url": f"http://127.0.0.1:{port}/hooks",
@@ -128,7 +128,7 @@ def hooks(client: openai.OpenAI, port: int) -> tuple[str, str]:
 
 
 def told(client: openai.OpenAI, job_id: str, secret: str) -> None:
-    """The job's end came by webhook, signed."""
+    """Waits for the signed webhook about the end of the job."""
 
     def came() -> bool:
         for body, headers in Receiver.got:
@@ -165,7 +165,7 @@ def succeeded(client: openai.OpenAI, model: str, file_id: str) -> Any:
 
 
 def lists(client: openai.OpenAI, job: Any) -> str:
-    """The name of an earlier checkpoint."""
+    """Checks the lists of jobs, events and checkpoints. Returns the model name of a checkpoint before the last."""
     assert job.id in [found.id for found in client.fine_tuning.jobs.list(limit=1)]  # one page for each job
     assert job.id in [found.id for found in client.fine_tuning.jobs.list(metadata={"team": "shop"})]
     assert job.id not in [found.id for found in client.fine_tuning.jobs.list(metadata={"team": "other"})]
@@ -202,7 +202,7 @@ def asked(client: openai.OpenAI, policy: str, checkpoint: str) -> None:
 
 
 def wishes(client: openai.OpenAI, model: str, file_id: str) -> None:
-    """Pause, resume, cancel."""
+    """Pauses, resumes and cancels a job."""
     jobs = client.fine_tuning.jobs
     job = jobs.create(model=model, training_file=file_id, method=dpo(n_epochs=50, batch_size=1))
     wait_for(lambda: any(event.type == "metrics" for event in jobs.list_events(job.id)), "the first step")
@@ -254,7 +254,8 @@ async def at_once(model: str, file_id: str) -> None:
 
 
 def resent(client: openai.OpenAI, flaky_url: str, model: str) -> None:
-    """Each answer is lost once, and the client resends by itself: everything is made once."""
+    """Checks that everything is created once, although each answer is lost once and the client sends its request
+    again."""
     with openai.OpenAI(base_url=flaky_url) as flaky:
         before = [file.id for file in client.files.list()]
         file = flaky.files.create(file=("resent.jsonl", pairs(12)), purpose="fine-tune")

@@ -1,9 +1,9 @@
-"""What of OpenAI's surface a service answers: each operation and each field is tried, and the table is printed.
+"""Tries each operation and field of OpenAI's API on a service, and prints the table of what the service answers.
 
     python -m tests.clients.conformance MODEL > docs/wire/conformance.md
 
-OPENAI_BASE_URL and OPENAI_API_KEY name a service of which nothing else is asked meanwhile, and HOOKS_PORT a port of
-loopback that its `webhook_urls` admit. A small job is trained; others are cancelled.
+OPENAI_BASE_URL and OPENAI_API_KEY name a service that nobody else uses at the same time. HOOKS_PORT is a port of
+loopback that its setting `webhook_urls` admits. A small job is trained; others are cancelled.
 """
 
 import json
@@ -48,7 +48,7 @@ example of a paused job shows as its `status`; its list of statuses lacks it."""
 
 @dataclass
 class Found:
-    """What became of one operation."""
+    """Records which fields and values of one operation work, and which are refused or missing."""
 
     title: str
     refusal: str = ""  # of the operation itself
@@ -95,7 +95,7 @@ def _ask(service: Service, operation: dict[str, Any], tried: str, text: str) -> 
 
 
 def _refusal(answer: httpx.Response, name: str) -> bool:
-    """Whether the answer refuses what is so named, or a part of the same object."""
+    """Whether the answer refuses the field `name`, or another field of the same object."""
     if answer.status_code != 400:
         return False
     error = answer.json()["error"]
@@ -141,7 +141,7 @@ def table(found: list[Found]) -> Iterator[str]:
 
 
 def _names(labels: list[str]) -> str:
-    """Texts of one field together."""
+    """Returns fields for the table; several values of one field are listed together."""
     fields: dict[str, list[str]] = {}
     for label in labels:
         name, _, text = label.partition("=")

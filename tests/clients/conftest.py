@@ -1,4 +1,4 @@
-"""A control plane in a process of its own, whose Ray trains nothing, but reports and answers as if it had."""
+"""Runs a control plane in a separate process with a stand-in for Ray, which trains nothing but reports and answers."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ WORDS = ["In", " aisle", " four", "."]
 
 
 class ServingRay(LivelyRay):
-    """Its attempts live, and every model gives the same answer."""
+    """A stand-in for Ray whose attempts report as if they trained, and whose models all give the same answer."""
 
     def get(self, path: str) -> tuple[int, Any]:
         status, answer = super().get(path)

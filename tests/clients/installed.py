@@ -1,4 +1,4 @@
-"""OpenAI's published clients, each installed once into a folder of its own, outside of the tree."""
+"""Installs OpenAI's published clients, each once, into a folder outside of the repository."""
 
 import fcntl
 import shutil
@@ -14,7 +14,8 @@ NODE = "7.57.0"
 
 
 def python(version: str) -> Path:
-    """The interpreter that has this version of `openai`."""
+    """Installs this version of the package `openai`, if it is missing, and returns the Python interpreter that has
+    it."""
     folder = CACHE / f"openai-{version}"
     interpreter = folder / "bin" / "python"
     with _lacking(folder) as lacking:
@@ -25,7 +26,7 @@ def python(version: str) -> Path:
 
 
 def node_modules(version: str) -> Path:
-    """The folder in which Node finds this version of `openai`."""
+    """Installs this version of `openai` for Node, if it is missing, and returns the folder in which Node finds it."""
     folder = CACHE / f"node-openai-{version}"
     with _lacking(folder) as lacking:
         if lacking:
@@ -36,7 +37,7 @@ def node_modules(version: str) -> Path:
 
 @contextmanager
 def _lacking(folder: Path) -> Iterator[bool]:
-    """Whether the folder must be filled: by one of all runners, while the others wait."""
+    """Yields whether the folder must still be filled. Only one process fills it; others wait for the lock meanwhile."""
     CACHE.mkdir(parents=True, exist_ok=True)
     whole = folder / ".whole"
     with Path(f"{folder}.lock").open("w") as lock:

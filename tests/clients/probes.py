@@ -1,4 +1,4 @@
-"""A running service, and for each operation and field of OpenAI's a request to it, about things made for it."""
+"""Sends a request to a running service for each operation and field of OpenAI's API, about objects made for it."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ PAIR = {
 
 
 class Service:
-    """A service, and what requests to it need: made when it is asked for."""
+    """A running service, and the objects that requests to it need. Each object is made when it is first used."""
 
     def __init__(self, base_url: str, api_key: str, model: str, hook: str) -> None:
         headers = {"Authorization": f"Bearer {api_key}"}
@@ -76,7 +76,7 @@ class Service:
         return str(self.send("GET", path, {}).json()["data"][-1]["id"])
 
     def _trained(self) -> tuple[str, str, str]:
-        """A job that has ended, its policy and a checkpoint before that."""
+        """Runs a job to its end, and returns its id, its policy and an earlier checkpoint."""
         path = f"/fine_tuning/jobs/{self.new_job()}"
         deadline = time.monotonic() + 600
         while (job := self.send("GET", path, {}).json())["status"] not in ENDED:
@@ -92,7 +92,7 @@ def _rows(row: Any) -> bytes:
 
 
 def _bracketed(fields: dict[str, Any]) -> dict[str, Any]:
-    """As clients write an object in a form."""
+    """Flattens nested objects as clients write them in a form, such as `a[b]`."""
     flat = {}
     for name, value in fields.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
@@ -195,7 +195,10 @@ def path_of(service: Service, operation: dict[str, Any]) -> str:
 
 
 def content_of(service: Service, operation: dict[str, Any], path: str, tried: str, text: str) -> dict[str, Any]:
-    """The least, and what is tried; `text` is one of those that OpenAI lists, or empty."""
+    """Returns the body of a request with the required fields and the field `tried`.
+
+    `text` is one of the values that OpenAI lists for this field, or empty.
+    """
     flat = LEAST.get(title(operation), lambda service, path: {})(service, path)
     label = f"{tried}={text}" if text else tried
     for prefix, beside in BESIDE.items():

@@ -1,4 +1,4 @@
-"""The acceptance programs, and where they find a service."""
+"""Runs the acceptance programs, and tells them by their environment where the service is."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ class FlakyProxy(DroppingProxy):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a program finds the service, in the words that the acceptance programs read."""
+    """Says where a program finds the service. `environment` has the variables that the acceptance programs read."""
 
     url: str
     flaky: FlakyProxy
@@ -59,7 +59,7 @@ def has_node() -> bool:
 
 
 def _run(command: list[str | Path], address: Address) -> str:
-    """The last line that the program printed. It is started without this project on its path."""
+    """Runs the program without this project on its path, and returns the last line that it printed."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
     done = subprocess.run(command, env=kept | address.environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr

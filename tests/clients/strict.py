@@ -1,6 +1,6 @@
-"""OpenAI's client, which checks each answer strictly against the type that the client itself reads it as.
+"""Checks each answer that OpenAI's client gets strictly against the type that the client reads it as.
 
-As a program, `strict.py PROGRAM …` runs another with this client in the place of OpenAI's.
+As a program, `strict.py PROGRAM …` runs another program with this client in place of OpenAI's.
 """
 
 import runpy
@@ -12,7 +12,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 
 def _is_known(error: Any) -> bool:
-    """`paused` is what OpenAI's own example answers, and not in its list of statuses; it has three of our methods."""
+    """Whether the error is one of two known deviations.
+
+    OpenAI's own example has the status `paused`, which is missing in its list of statuses. Its list of methods has
+    three of ours.
+    """
     *_, name = where = error["loc"]
     return (name == "status" and error["input"] == "paused") or (
         where[-2:] == ("method", "type") and error["type"] == "literal_error" and error["input"].isidentifier()
@@ -20,7 +24,10 @@ def _is_known(error: Any) -> bool:
 
 
 def check(cast_to: Any, response: Any) -> None:
-    """Numbers are not texts, literals are held, nothing that is required lacks. More keys are allowed."""
+    """Raises an error if the answer does not match the type `cast_to`.
+
+    Numbers may not be texts, literals must be listed, and required keys must be there. More keys are allowed.
+    """
     kind = response.headers.get("content-type", "")
     if not (response.is_success and response.is_stream_consumed and kind.startswith("application/json")):
         return

@@ -1,4 +1,4 @@
-"""OpenAI's surface as data: what `surface.json` holds is taken from its public documents by this program.
+"""Extracts OpenAI's API as data from OpenAI's public documents:
 
     python tests/clients/surface.py openapi.json > tests/clients/surface.json
 
@@ -50,7 +50,7 @@ def _request(document: dict[str, Any], operation: dict[str, Any]) -> Fields:
 
 
 def _answer(document: dict[str, Any], operation: dict[str, Any]) -> list[str]:
-    """Its keys, and in lists those of an item."""
+    """Returns the keys of the operation's response, and for lists those of an item."""
     names = _fields(document, _schema(operation["responses"]["200"]))
     return list(dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith("data.")]) for name in names))
 
@@ -61,7 +61,8 @@ def _schema(holder: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fields(document: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> Fields:
-    """The leaves of an object by their dotted names; below `data` of a list those of an item."""
+    """Returns the innermost fields of an object by their dotted names. For an array, these are the fields of an
+    item."""
     schema = _resolved(document, schema)
     if schema.get("type") == "array":
         schema = _resolved(document, schema["items"])
@@ -73,7 +74,7 @@ def _fields(document: dict[str, Any], schema: dict[str, Any], prefix: str = "") 
 
 
 def _resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """Where one of several kinds may be given, the only object of them."""
+    """Follows references, and if one of several types is possible, returns the only one that is an object or array."""
     while "$ref" in schema:
         schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[-1]]
     kinds = [_resolved(document, kind) for word in ("anyOf", "oneOf", "allOf") for kind in schema.get(word, [])]

@@ -1,4 +1,4 @@
-"""OpenAI's published clients, unmodified, each in the round of its acceptance program."""
+"""Tests OpenAI's published, unmodified clients, each with its acceptance program."""
 
 import pytest
 

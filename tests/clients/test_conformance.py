@@ -1,4 +1,4 @@
-"""The table of what is there is the one that a running service gives."""
+"""Tests that docs/wire/conformance.md is the table that a running service gives."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The demo's rows keep what its promises rest on."""
+"""Tests the properties of the demo's rows on which the demo's promises rest."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The chart, rendered."""
+"""Renders the Helm chart for tests."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ Render = Callable[..., list[Manifest]]
 
 @pytest.fixture
 def minimal() -> dict[str, Any]:
-    """The values that must be given."""
+    """Returns only the values that must be given."""
     return {
         "database": {"existingSecret": "postgres"},
         "storage": {"url": "s3://bucket/raydpo"},
@@ -24,7 +24,7 @@ def minimal() -> dict[str, Any]:
 
 @pytest.fixture
 def full() -> dict[str, Any]:
-    """Every group of values, changed."""
+    """Returns values of every group, all different from the defaults."""
     return {
         "database": {"existingSecret": "postgres", "key": "url", "directKey": "direct-url"},
         "storage": {
@@ -85,7 +85,7 @@ def chart() -> Iterator[helm_python.Chart]:
 
 @pytest.fixture(scope="session")
 def render(chart: helm_python.Chart) -> Render:
-    """The objects that `helm install <release> --namespace ml` makes."""
+    """Returns a function that renders the objects that `helm install <release> --namespace ml` would create."""
 
     def render(values: dict[str, Any], release: str = "prod") -> list[Manifest]:
         files = chart.render(values, name=release, namespace="ml")

@@ -1,4 +1,4 @@
-"""What the chart promises: its values, its names, its security, and parts that find each other."""
+"""Tests what the Helm chart promises: its values, names and security, and that its parts find each other."""
 
 import re
 import tomllib
@@ -23,7 +23,7 @@ Render = Callable[..., list[Manifest]]
 
 
 def one(manifests: list[Manifest], kind: str, component: str = "") -> Manifest:
-    """The only object of this kind, or the one of this component."""
+    """Returns the only object of this kind, or the only one of this component."""
     of_kind = [manifest for manifest in manifests if manifest["kind"] == kind]
     (found,) = [manifest for manifest in of_kind if not component or labels(manifest)[COMPONENT] == component]
     return found
@@ -217,7 +217,7 @@ def test_keys_of_integrations_reach_the_head_alone(render: Render, minimal: dict
 
 
 def admitted(manifests: list[Manifest], pod: Manifest, port: int, peer: dict[str, str]) -> bool:
-    """Whether NetworkPolicies let pods with the labels `peer` reach this port of `pod`."""
+    """Whether the NetworkPolicies let pods with the labels `peer` reach this port of `pod`."""
     names = {entry["containerPort"]: entry["name"] for entry in container(pod).get("ports", [])}
 
     def selects(selector: Manifest, chosen: dict[str, str]) -> bool:

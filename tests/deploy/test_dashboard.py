@@ -1,4 +1,4 @@
-"""The dashboard asks for nothing that the service does not tell, and shows all that it tells."""
+"""Tests that the Grafana dashboard uses exactly the metrics that the service exports."""
 
 import json
 import re

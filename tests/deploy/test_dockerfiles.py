@@ -10,7 +10,7 @@ DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
 
 def copied(dockerfile: Path) -> set[str]:
-    """Paths that it copies out of the repository, for every HARDWARE."""
+    """Returns the paths that the Dockerfile copies from the repository, for every HARDWARE."""
     lines = re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile.read_text(), re.MULTILINE)
     sources = {source for line in lines for source in line.split()}
     return {source.replace("${HARDWARE}", hardware) for source in sources for hardware in ("cpu", "gpu")}

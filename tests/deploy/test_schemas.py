@@ -1,4 +1,4 @@
-"""Kubernetes and KubeRay would take what the chart renders."""
+"""Tests the chart's objects against the schemas of Kubernetes and KubeRay."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ Manifest = dict[str, Any]
 
 
 def strict(schema: Any) -> Any:
-    """The structural schema with unknown fields refused where the API server would drop them."""
+    """Returns the schema with unknown fields refused, where the API server would silently drop them."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):

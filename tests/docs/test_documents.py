@@ -1,4 +1,4 @@
-"""What the documents say of each other and of the code is there: links, anchors, tests, codes of errors."""
+"""Tests that what the documents refer to exists: links, anchors, tests and error codes."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ def links(page: Path) -> Iterator[str]:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Returns the anchors that GitHub makes of the page's headings."""
     found: dict[str, int] = {}
     names = set()
     for opening, inline in zip(tokens(page), tokens(page)[1:], strict=False):

@@ -1,4 +1,7 @@
-"""A small random policy, a tokenizer trained on the spot, and groups to train on."""
+"""Provides a small random policy, a tokenizer that is trained when tests start, and groups to train on.
+
+A group is a prompt with its completions.
+"""
 
 import random
 from collections.abc import Callable
@@ -57,7 +60,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_policy(seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A two-layer Llama. Its weights are wide, so that a wrong mask or position shows."""
+    """Returns a random two-layer Llama. Its weights are large, so that a wrong mask or position shows."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(SIZES | {"initializer_range": 0.3} | overrides))).eval()
 
@@ -78,7 +81,7 @@ def policy() -> PreTrainedModel:
 
 
 def build_groups(num_groups: int, num_completions: int, *, seed: int = 0) -> list[EncodedGroup]:
-    """Groups of uneven lengths; every completion of the first has one token."""
+    """Returns groups of random token ids with different lengths. Every completion of the first group has one token."""
     rng = random.Random(seed)
 
     def ids(most: int) -> list[int]:
@@ -107,7 +110,7 @@ def scored() -> Callable[[list[EncodedGroup], PreTrainedModel], list[EncodedGrou
 
 @pytest.fixture(scope="session")
 def pairs() -> list[EncodedGroup]:
-    """Eight pairs, scored by a reference that is not the policy."""
+    """Returns eight pairs with the log-probabilities of a reference that differs from the policy."""
     return score(build_groups(8, 2), build_policy(1))
 
 
@@ -118,7 +121,10 @@ def demonstrations() -> list[EncodedGroup]:
 
 @pytest.fixture(scope="session")
 def plain_token_logps() -> Callable[[PreTrainedModel, EncodedGroup], list[torch.Tensor]]:
-    """What transformers itself says: one forward of each full sequence, with all its logits."""
+    """Returns a function that computes token log-probabilities with transformers alone.
+
+    It runs one forward pass for each full sequence, and computes all its logits.
+    """
 
     def logps(policy: PreTrainedModel, group: EncodedGroup) -> list[torch.Tensor]:
         found = []

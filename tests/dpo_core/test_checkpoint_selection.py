@@ -1,4 +1,4 @@
-"""Which checkpoints to keep, which is the best, and when to stop."""
+"""Tests which checkpoints are kept, which is the best, and when training stops early."""
 
 import math
 
@@ -12,7 +12,7 @@ LOSS, ACCURACY = "eval/loss", "eval/rewards/accuracies"
 
 
 def found(*values: float) -> list[Evaluation]:
-    """At the steps 10, 20 and so on."""
+    """Returns evaluations with these values at the steps 10, 20 and so on."""
     return [Evaluation(10 * place, value) for place, value in enumerate(values, 1)]
 
 
@@ -60,7 +60,7 @@ def test_without_evaluations_only_the_last_ones_are_kept_a_pauses_among_them():
 
 
 def test_the_best_is_kept_from_its_own_checkpoint_to_the_last():
-    """So that no order of reports can drop what becomes the policy."""
+    """So the checkpoint that becomes the policy is there, in whatever order reports arrive."""
     values = [0.9, 0.7, 0.8, 0.6, 0.65, 0.61, 0.7, 0.6]
     top = best(found(*values), LOSS)
     assert top is not None

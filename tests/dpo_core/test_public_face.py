@@ -1,4 +1,4 @@
-"""What `from dpo_core import …` gives, and the README's example of it."""
+"""Tests which names `from dpo_core import …` provides, and the README's example that uses them."""
 
 import re
 import subprocess

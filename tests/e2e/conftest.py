@@ -1,4 +1,4 @@
-"""A running service: `raydpo up` as a user starts it, on a home of its own, with a small base model."""
+"""Runs the whole service as a user does, with `raydpo up`, a new home folder, and a small base model."""
 
 import json
 import os
@@ -26,7 +26,7 @@ START_SECONDS = 600.0
 
 
 def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 900.0) -> Any:
-    """The first truth that `condition` returns; fails by name when there is none in time."""
+    """Calls `condition` until it returns something true, and returns this value. Fails with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():
@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 900.0)
 
 
 class Service:
-    """`raydpo up` in a process of its own, started, killed and started again on one home."""
+    """Runs `raydpo up` in a process, which can be killed and started again on the same home folder."""
 
     def __init__(self, home: Path, models: Mapping[str, Path], environment: Mapping[str, str]) -> None:
         self.home, self.models, self.environment = home, models, environment
@@ -72,11 +72,11 @@ class Service:
         return (self.home / "api.key").read_text()
 
     def kill(self) -> None:
-        """As a crash would: no time to tidy up."""
+        """Kills the service without time to clean up, as a crash would."""
         self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
-        """As Ctrl-C or Kubernetes would."""
+        """Asks the service to stop, as Ctrl-C or Kubernetes would."""
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -88,7 +88,7 @@ class Service:
         return strict.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=5)
 
     def processes(self, word: str = "") -> list[psutil.Process]:
-        """Every process that works for this home, by the folder in its command line or environment."""
+        """Returns every process that belongs to this home, which its command line or environment names."""
         return [process for process in psutil.process_iter() if self._is_ours(process, word)]
 
     def _is_ours(self, process: psutil.Process, word: str) -> bool:
@@ -104,7 +104,7 @@ class Service:
 
 @contextmanager
 def running_service(make_models: Callable[[Path], Mapping[str, Path]], **environment: str) -> Iterator[Service]:
-    """A service on a home of its own, with the base models that `make_models` writes into a folder."""
+    """Starts a service on a new home folder, with the base models that `make_models` writes into a folder."""
     # Not in pytest's folder: as root, PostgreSQL is another user and must be able to reach its data.
     with TemporaryDirectory(prefix="raydpo-e2e-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
@@ -118,7 +118,7 @@ def running_service(make_models: Callable[[Path], Mapping[str, Path]], **environ
 
 
 def tiny_model(folder: Path, *, hidden_size: int = 64, num_layers: int = 2) -> Path:
-    """A Llama that knows the shop's words."""
+    """Writes a small Llama whose tokenizer knows the words of the demo shop, and returns its folder."""
     text = [f"{prompt} {answer}" for prompt, answer in Shop(num_things=8, num_held_out=8).demonstrations(500)]
     make_base_model(folder, text, hidden_size=hidden_size, num_layers=num_layers)
     return folder

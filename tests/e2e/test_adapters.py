@@ -1,4 +1,5 @@
-"""An adapter from its job to the next ones: trained through a death, read by PEFT and vLLM, gone on with."""
+"""Tests a LoRA adapter from its job to later jobs: its training survives a death, and PEFT and vLLM read the
+adapter."""
 
 import csv
 import json
@@ -29,7 +30,7 @@ CLOCK = ("tokens_per_second", "hfu")
 
 
 def make_models(folder: Path) -> dict[str, Path]:
-    """Of some million random weights each."""
+    """Writes models of several families, each with some million random weights, and returns their folders."""
     models = {name: folder / name for name in FAMILIES}
     llama = tiny_model(models["llama"], hidden_size=256, num_layers=4)
     tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -78,7 +79,7 @@ def succeeded(client: openai.OpenAI, job_id: str) -> Any:
 
 
 def steps_of(client: openai.OpenAI, job: Any) -> list[dict[str, str]]:
-    """Every metric of every step, as the result file writes it, without those that depend on the clock."""
+    """Returns all metrics of every step from the job's result file, without those that depend on the clock."""
     rows = csv.DictReader(client.files.content(job.result_files[0]).text.splitlines())
     return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
@@ -89,7 +90,10 @@ def kill_a_worker(service: Service) -> None:
 
 
 def ids_of(tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
-    """Each row's prompt, and its two answers: the template writes the dialogue, and the answer is what follows."""
+    """Returns the token ids of each row's prompt and of its two answers.
+
+    The chat template writes the whole dialogue; the answer is what follows the prompt.
+    """
     rows = []
     for row in map(json.loads, PAIRS.splitlines()):
         asked = row["input"]["messages"]
@@ -107,13 +111,17 @@ def ids_of(tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
 
 @torch.no_grad()
 def plain_logps(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> Tensor:
-    """One log-probability for each token of the answer."""
+    """Returns the log-probability of each token of the answer, from one forward pass of transformers."""
     logps = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
     return logps.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 def engine_logps(service: Service, model: str, prompt: list[int], answer: list[int]) -> Tensor:
-    """The same by vLLM. The strict client would refuse an echo, whose first token has no log-probability."""
+    """Returns the log-probability of each token of the answer, from vLLM.
+
+    It uses the unmodified client, because the strict one would refuse an echo, whose first token has no
+    log-probability.
+    """
     with openai.OpenAI(base_url=f"{service.url}/v1", api_key=service.key, max_retries=5) as client:
         told = client.completions.create(model=model, prompt=prompt + answer, max_tokens=1, echo=True, logprobs=1)
     assert told.choices[0].logprobs is not None
@@ -122,7 +130,7 @@ def engine_logps(service: Service, model: str, prompt: list[int], answer: list[i
 
 
 def first_loss(policy: PreTrainedModel, reference: PreTrainedModel, rows: Any) -> float:
-    """DPO's loss of all rows, as its paper writes it."""
+    """Returns the DPO loss of all rows by the formula of its paper."""
     losses = []
     for prompt, answers in rows:
         chosen, rejected = (

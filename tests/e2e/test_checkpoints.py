@@ -1,4 +1,4 @@
-"""Checkpoints worth keeping: what stays, through a pause, a resumption and the death of a worker."""
+"""Tests which checkpoints of a job are kept, through a pause, a resumption and the death of a worker."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ PATIENCE, EVERY = 60, 5
 
 
 def contrary_pairs() -> bytes:
-    """Held-out rows with the answers exchanged: each step makes the policy worse on them."""
+    """Returns held-out rows with exchanged answers, so that each step makes the policy worse on them."""
     rows = [json.loads(line) for line in shop_pairs(12).splitlines()]
     for row in rows:
         row["preferred_output"], row["non_preferred_output"] = row["non_preferred_output"], row["preferred_output"]

@@ -1,4 +1,4 @@
-"""Every objective of the engine, asked for by REST with the unmodified client, on the rows that it learns from."""
+"""Tests every objective of the engine through the API, with the unmodified client and rows that it learns from."""
 
 import csv
 import math
@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long, pytest.mark.ti
 
 @pytest.fixture(scope="module")
 def jobs(service: Any) -> dict[str, str]:
-    """One job for each objective; they run one after another, while the tests wait for theirs."""
+    """Creates one job for each objective, and returns their ids. The jobs run one after another while the tests
+    wait."""
     with service.client() as client:
         files = {
             kind: client.files.create(file=("rows.jsonl", rows.lines), purpose="fine-tune").id

@@ -1,4 +1,4 @@
-"""One GPU, on which engines and jobs take turns. Ray counts a GPU that is not there; engines run on CPUs."""
+"""Tests how engines and jobs take turns on one GPU. Ray is told of a GPU that does not exist; engines run on CPUs."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ PATIENT = {"RAYDPO_MODEL_WAIT_SECONDS": "900", "RAYDPO_NUM_GPUS_PER_MODEL": "1"}
 
 
 def submit(client: openai.OpenAI, count: int, epochs: int) -> str:
-    """A DPO job whose reference an engine must score."""
+    """Submits a DPO job whose reference a vLLM engine must score, and returns the job's id."""
     file = client.files.create(file=("pairs.jsonl", shop_pairs(count)), purpose="fine-tune")
     own = {"reference": {"source": "serve"}, "adapter": "none"}
     job = client.fine_tuning.jobs.create(
@@ -45,7 +45,7 @@ def models(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    """`tiny` fits on the GPU, or its scorer."""
+    """Starts a service whose GPU has room for either the model `tiny` or the engine that scores with it."""
     with running_service(models, **PATIENT, RAY_OVERRIDE_RESOURCES='{"GPU": 1}') as service:
         with service.client() as client:
             own = {"dtype": "float32", "max_model_len": 256}  # so that another engine scores
@@ -103,7 +103,10 @@ time.sleep(3600)
 
 @contextmanager
 def gpu_node(service: Service) -> Iterator[None]:
-    """A second node of the service's Ray, with a GPU that is not there. `ray start` takes no second one on loopback."""
+    """Adds a second node, with a GPU that does not exist, to the service's Ray.
+
+    It is started without `ray start`, which allows only one node on loopback.
+    """
     (gcs,) = [process for process in service.processes() if process.name() == "gcs_server"]
     (port,) = [word.partition("=")[2] for word in gcs.cmdline() if word.startswith("--gcs_server_port=")]
     node = psutil.Popen([sys.executable, "-c", NODE, f"127.0.0.1:{port}"], env=gcs.environ())

@@ -1,4 +1,4 @@
-"""Public preference sets go the whole way: uploaded, checked, trained on, and the policy asked."""
+"""Tests that public preference datasets can be uploaded, checked and trained on, and that the policy answers."""
 
 from typing import Any
 

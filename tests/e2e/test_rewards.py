@@ -1,4 +1,4 @@
-"""Rewards of trained models, from vLLM and plain torch in Ray Serve, against the metrics that their jobs measured."""
+"""Tests rewards of trained models, from vLLM and plain torch in Ray Serve, against the metrics of their jobs."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ ROWS = [
 
 
 def trained(client: openai.OpenAI, method: str, hyperparameters: dict[str, Any], **extension: Any) -> Any:
-    """A job of a few large steps that is evaluated on HELD_OUT."""
+    """Runs a job of a few large steps that is evaluated on HELD_OUT, and returns the finished job."""
     train, valid = shop_pairs(24), "\n".join(map(json.dumps, HELD_OUT)).encode()
     files = [client.files.create(file=("pairs.jsonl", rows), purpose="fine-tune").id for rows in (train, valid)]
     options = {"n_epochs": 1, "batch_size": 8, "learning_rate": RATE, **hyperparameters}
@@ -42,7 +42,7 @@ def trained(client: openai.OpenAI, method: str, hyperparameters: dict[str, Any],
 
 
 def measured(client: openai.OpenAI, job: Any) -> dict[str, float]:
-    """The metrics of the last checkpoint, whose weights are the policy's."""
+    """Returns the metrics of the job's last checkpoint, whose weights are those of the policy."""
     checkpoints: Any = client.get(f"/fine_tuning/jobs/{job.id}/checkpoints", cast_to=object)
     return dict(checkpoints["data"][0]["metrics"])
 
@@ -61,7 +61,10 @@ def mean(values: Iterator[float]) -> float:
 
 @torch.no_grad()
 def plain_log_ratios(folder: Path, base: Path) -> list[list[float]]:
-    """By transformers alone: the template writes the dialogue, and the answer is what follows the question."""
+    """Returns the log-ratios of the held-out rows' answers, computed with transformers alone.
+
+    The chat template writes the whole dialogue; the answer is what follows the question.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
     load = AutoModelForCausalLM.from_pretrained
     policy, reference = (load(each, dtype=torch.float32).eval() for each in (folder, base))

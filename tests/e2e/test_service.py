@@ -1,4 +1,4 @@
-"""The promises of the whole service, kept by real parts: PostgreSQL, Ray Data, Ray Train, Ray Serve with vLLM.
+"""Tests the promises of the whole service with real parts: PostgreSQL, Ray Data, Ray Train, and Ray Serve with vLLM.
 
 The tests share one service and run in this order; each leaves it running.
 """
@@ -71,7 +71,7 @@ def finished(client: openai.OpenAI, job_id: str) -> Any:
 
 
 def messages(client: openai.OpenAI, job_id: str) -> list[str]:
-    """Oldest first."""
+    """Returns the messages of the job's events, the oldest first."""
     return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
 
 
@@ -89,7 +89,7 @@ def wait_for_step(client: openai.OpenAI, job_id: str, step: int) -> None:
 
 
 def check_usage(client: openai.OpenAI, policy: str, answers: list[Any]) -> None:
-    """The tokens of these answers are counted, once they are written."""
+    """Waits until the usage of these answers is written, and asserts that all their tokens are counted."""
 
     def counted() -> Any:
         found: Any = client.get("/x/usage?group_by=model", cast_to=object)
@@ -119,7 +119,8 @@ assert not {"services", "dpo_core"} & sys.modules.keys()
 
 
 def check_downloads(service: Service, policy: str, asked: Any, answer: str) -> None:
-    """The downloaded adapter and the downloaded merged model answer elsewhere as the service does."""
+    """Downloads the adapter and the merged model, and asserts that both answer in another process as the service
+    does."""
     folders = {format: service.home.parent / format for format in ("adapter", "merged")}
     environment = os.environ | {"RAYDPO_HOME": str(service.home)}
     for format, folder in folders.items():
@@ -243,7 +244,7 @@ def test_the_token_that_ray_shows_of_a_running_job_is_of_no_use(service: Service
 
 
 def ray_of(service: Service) -> httpx.Client:
-    """Ray's own API, for whoever has its token."""
+    """Returns a client of the REST API of the service's Ray cluster, with its token."""
     stack, token = json.loads((service.home / "stack.json").read_text()), (service.home / "ray.token").read_text()
     url = f"http://127.0.0.1:{stack['dashboard_port']}"
     return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"})
@@ -345,7 +346,7 @@ def test_a_job_waits_for_a_ray_that_died_and_goes_on_when_it_is_back(service: Se
 def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
     service: Service, client: openai.OpenAI
 ) -> None:
-    """The deployment holds the weights it loaded; the policy is read from weights changed since."""
+    """The deployment keeps the weights it has loaded, while the policy is read from files that changed since."""
     client.completions.create(model="tiny", prompt="Where", max_tokens=1)  # loads it
     weights = service.models["tiny"] / "model.safetensors"
     shutil.copy(weights, kept := weights.with_suffix(".kept"))

@@ -1,4 +1,4 @@
-"""An S3 server for all tests of the services."""
+"""Provides an S3 server for all tests of the services."""
 
 from collections.abc import Iterator
 
@@ -15,6 +15,7 @@ def s3_server() -> Iterator[S3]:
 
 @pytest.fixture
 def s3(s3_server: S3) -> Iterator[S3]:
-    """Its proxy passes everything on, unless a test tells it otherwise."""
+    """Returns the S3 server. Clients reach it through a proxy, which passes everything on unless a test changes
+    this."""
     yield s3_server
     s3_server.proxy.pass_on()

@@ -1,4 +1,4 @@
-"""Processes that are forks of one that has imported the control plane: to start one takes no seconds of imports."""
+"""Starts processes fast, as forks of a process that has already imported the control plane."""
 
 import multiprocessing
 import os
@@ -12,7 +12,10 @@ FORKS = multiprocessing.get_context("forkserver")
 
 
 class Fork:
-    """A process that runs a program; used as a subprocess.Popen. What it prints goes to the log, if there is one."""
+    """A process that runs a program as a fork, with the methods of subprocess.Popen that tests use.
+
+    The program's output goes to the file `log`, if one is given.
+    """
 
     def __init__(self, program: str, *arguments: str, env: dict[str, str], log: Path | None = None) -> None:
         FORKS.set_forkserver_preload(IMPORTED)

@@ -1,4 +1,4 @@
-"""Models without weights: a config, and safetensors files that are headers only."""
+"""Writes models without weights: a config, and safetensors files that have only their headers."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,10 @@ LARGE = dict(zip(NAMES, SIZES["1B"], strict=True))
 
 
 def write_model(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
-    """A folder whose weights are headers only, in two files."""
+    """Writes a model of the given sizes, with two files of weights that have only headers, and returns its folder.
+
+    `changes` replace values of its config.
+    """
     shapes = llama(sizes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**shapes.config, **changes}))

@@ -1,4 +1,4 @@
-"""What stands between a client and a server: it passes connections on, and misbehaves as it is told."""
+"""Defines a TCP proxy between a client and a server, which can refuse, delay and cut connections."""
 
 import asyncio
 import threading
@@ -10,10 +10,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Proxy:
-    """Passes each connection on to `target`, (host, port) or the path of a socket.
+    """Passes each connection on to `target`, which is (host, port) or the path of a Unix socket.
 
-    `refusing`: new connections are ended at once. `delay_seconds`: before each piece is passed on.
-    `cut_after`: so many bytes of a client are passed on, then its connection is ended.
+    If `refusing` is true, new connections are closed immediately. `delay_seconds` is the wait before each chunk of data
+    is passed on. If `cut_after` is set, a connection is closed after this number of bytes from the client.
     """
 
     def __init__(self, target: tuple[str, int] | str | None = None, *, host: str = "127.0.0.1") -> None:
@@ -30,15 +30,15 @@ class Proxy:
         self._thread.start()
 
     def swallow(self) -> None:
-        """What comes by the connections of now is passed on no more, and none of them is ended."""
+        """Passes on nothing more on the connections that are open now, but keeps them open."""
         self._run(self._swallow())
 
     def cut(self) -> None:
-        """Ends the connections of now."""
+        """Closes the connections that are open now."""
         self._run(self._cut())
 
     def pass_on(self) -> None:
-        """As at first; what was swallowed is passed on, too."""
+        """Passes everything on again, as at the start, and also what was held back by `swallow`."""
         self.refusing, self.delay_seconds, self.cut_after = False, 0.0, None
         self._run(self._pass_on())
 
@@ -95,7 +95,7 @@ class Proxy:
             request.close()
 
     async def _connect(self) -> Streams | None:
-        """To the server, where one takes the connection."""
+        """Connects to the server. Returns None if it accepts no connection."""
         with suppress(OSError):
             if isinstance(self._target, str):
                 return await asyncio.open_unix_connection(self._target)
@@ -117,7 +117,7 @@ class Proxy:
 
 
 async def _first_end(*pumps: Coroutine[Any, Any, None]) -> None:
-    """What dies with one side, dies with both."""
+    """Runs the coroutines until the first of them ends, and then cancels the others."""
     tasks = [asyncio.ensure_future(pump) for pump in pumps]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

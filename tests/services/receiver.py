@@ -1,4 +1,4 @@
-"""A receiver of webhooks on loopback, which answers as it is told."""
+"""Defines a web server on loopback that receives webhooks and answers as a test wants."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Behaviour:
-    """Of one path."""
+    """Says how the receiver answers requests for one path."""
 
     statuses: list[int] = field(default_factory=list)  # of the next answers; then 200
     location: str = ""  # where a redirect leads

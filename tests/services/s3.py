@@ -1,4 +1,4 @@
-"""A storage that is no local disk: an S3 server behind a proxy that refuses, delays and cuts connections."""
+"""Provides an S3 server behind a proxy that can refuse, delay and cut connections."""
 
 import logging
 import secrets
@@ -13,14 +13,15 @@ from tests.services.proxy import Proxy
 
 
 class S3:
-    """`options` end the URIs that lie there."""
+    """The S3 server as tests see it. `options` is the query that every URI of a file there must end with."""
 
     def __init__(self, proxy: Proxy, direct_url: str) -> None:
         self.proxy, self._direct_url = proxy, direct_url
         self.options = f"?scheme=http&region=us-east-1&endpoint_override=127.0.0.1%3A{proxy.port}"
 
     def new_folder(self) -> str:
-        """Its URI, which ends with a slash before the options; in a bucket of its own."""
+        """Creates a bucket, and returns the URI of an empty folder in it, which ends with a slash before the
+        options."""
         bucket = f"bucket-{secrets.token_hex(4)}"
         httpx.put(f"{self._direct_url}/{bucket}", trust_env=False).raise_for_status()
         return f"s3://{bucket}/raydpo/{self.options}"

@@ -93,7 +93,8 @@ def packed(table: pa.Table, kind: str) -> bytes:
 
 
 def shared(depth: int) -> pa.Array:
-    """One row of 1000 ** depth texts, in a few kilobytes."""
+    """Returns an array of one row with 1000 ** depth texts, in a few kilobytes, because its lists share their
+    values."""
     values = pa.array(["x"] * 1000)
     for _ in range(depth):
         values = pa.ListViewArray.from_arrays(
@@ -103,7 +104,7 @@ def shared(depth: int) -> pa.Array:
 
 
 def repeated() -> pa.Array:
-    """A text of 8 MB, 100,000 times."""
+    """Returns an array that has a text of 8 MB 100,000 times, in 8 MB."""
     return pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 2**23]))
 
 

@@ -1,4 +1,4 @@
-"""Two releases at once: what one writes, the other reads."""
+"""Tests that two releases can work together: each reads what the other writes."""
 
 import json
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def kind(name: str) -> type[Contract]:
 
 
 def lacks(written: Any, wanted: Any, where: str) -> Iterator[str]:
-    """Where `written` does not hold all that `wanted` does."""
+    """Yields the places at which `written` lacks something that `wanted` has."""
     if isinstance(wanted, dict) and isinstance(written, dict):
         for key, value in wanted.items():
             yield from lacks(written.get(key, "nothing"), value, f"{where}.{key}")
@@ -47,7 +47,7 @@ def lacks(written: Any, wanted: Any, where: str) -> Iterator[str]:
 
 
 def with_news(value: Any) -> Any:
-    """As a later release might write it: a key more in every object that has fixed ones."""
+    """Returns the value as a later release might write it: with a new key in every object whose keys are fixed."""
     if isinstance(value, dict):
         free = value.keys() <= {"k", "loss", "eval/loss", "prompt", "num_rows"}
         return {key: with_news(each) for key, each in value.items()} | ({} if free else {"news": {"a": [1]}})

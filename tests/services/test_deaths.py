@@ -1,4 +1,4 @@
-"""Texts as the pinned Ray writes them, seen there or taken from its binaries, and what a user is told of them."""
+"""Tests what users are told of real messages of the installed Ray about processes that died."""
 
 import pytest
 

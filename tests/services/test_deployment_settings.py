@@ -1,4 +1,4 @@
-"""What may be said of a deployment."""
+"""Tests which settings of a deployment are accepted, and how others are refused."""
 
 from typing import Any
 

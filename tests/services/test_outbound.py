@@ -1,4 +1,7 @@
-"""Nothing of this network is reached, in whatever spelling. Loopback stands for it; nothing leaves it."""
+"""Tests that the HTTP clients for users' hosts reach no private address, in whatever spelling.
+
+Loopback stands for private addresses, so that no request leaves the machine.
+"""
 
 import asyncio
 import ipaddress
@@ -136,7 +139,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(web: Web, monkeypat
 
 
 async def asked(urls: list[str], prefixes: list[str]) -> list[Any]:
-    """What an asynchronous client makes of these: the status, or the error."""
+    """Requests each URL with the asynchronous client, and returns the statuses of the answers, or the errors."""
     async with outbound.async_client(prefixes, "webhook_urls", max_lookups=4) as client:
         return [await _asked(client, url) for url in urls]
 

@@ -1,4 +1,4 @@
-"""Files at URIs, on the local filesystem and on S3."""
+"""Tests reading and writing of files at URIs, on the local filesystem and on S3."""
 
 import gc
 import io
@@ -63,7 +63,7 @@ def test_join_keeps_a_filesystems_options_at_the_end() -> None:
 
 
 class Broken(io.RawIOBase):
-    """Breaks after so many MiB."""
+    """A file whose reading fails after some MiB."""
 
     def __init__(self, megabytes: int) -> None:
         self._left = megabytes
@@ -88,7 +88,7 @@ def test_a_write_that_breaks_off_leaves_what_was_there(folder: str, megabytes: i
 
 
 def test_a_process_that_breaks_off_a_write_ends_and_leaves_nothing(s3: S3) -> None:
-    """Arrow waits for ever for an S3 stream that is freed while the process ends."""
+    """Arrow would wait for ever for an S3 stream that is freed while the process ends."""
     uri = storage.join(s3.new_folder(), "f")
     run = subprocess.run([sys.executable, "-c", BREAKS_OFF, uri], capture_output=True, text=True, timeout=300)
     assert "the source is gone" in run.stderr

@@ -1,4 +1,4 @@
-"""Which URIs are admitted."""
+"""Tests which URIs of users the service may read."""
 
 from pathlib import Path
 

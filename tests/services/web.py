@@ -1,4 +1,4 @@
-"""A web server on loopback, which misbehaves as it is told."""
+"""Defines a web server on loopback that can break off, redirect and refuse."""
 
 import threading
 import time
@@ -11,7 +11,8 @@ Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 class Web(ThreadingHTTPServer):
-    """`cuts` holds where the next answers break off; `None` lets one through."""
+    """Serves `files` by their paths. `cuts` holds the byte at which each of the next answers breaks off; None: it does
+    not."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

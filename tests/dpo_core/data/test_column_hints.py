@@ -1,4 +1,4 @@
-"""What the names of columns say, in any spelling."""
+"""Tests what the names of columns tell about their roles, in any spelling."""
 
 import pytest
 

@@ -124,7 +124,7 @@ keys = st.sampled_from(['"one"', '"two"', '"margin"']) | texts
 
 @given(st.lists(st.tuples(keys, values), max_size=2))
 def test_the_fast_and_the_careful_parser_read_a_row_the_same_way(items):
-    """Many brackets, though they stand in a text, have a row looked at closely."""
+    """A row with many brackets is read by the careful parser, even if the brackets are inside a text."""
     sides = ['"prompt": "a"', '"chosen": "b"', '"rejected": "c"']
     items = [f"{key}: {value}" for key, value in items]
     line, brackets = ("{" + ",".join([*sides, *items, f'"brackets": "{text}"']) + "}" for text in ("", "[" * 64))

@@ -1,4 +1,4 @@
-"""Rows in the shapes in which their sources publish them, and what is made of them."""
+"""Tests rows in the shapes in which datasets publish them, and the groups that they become."""
 
 import copy
 import json
@@ -622,7 +622,7 @@ def weather_call(id: str, arguments: object) -> dict[str, object]:
 
 
 def calling(*calls: dict[str, object], content: str = "") -> dict[str, object]:
-    """An assistant message as groups hold it."""
+    """Returns an assistant message with these tool calls, as groups hold it."""
     return {"role": "assistant", "content": content, "tool_calls": list(calls)}
 
 
@@ -771,7 +771,7 @@ def test_a_message_with_calls_needs_no_text():
 
 
 def variations(value: object) -> Iterator[object]:
-    """The value with each of its parts, in turn, replaced by something it should not be."""
+    """Yields copies of the value in which one part after the other is replaced by something that is wrong there."""
     yield from (None, True, 3, 0.5, "", "x", [], ["x"], [[]], {}, {"role": "user"}, {"type": "text"})
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:

@@ -1,4 +1,4 @@
-"""Rows that are only scored: completions in any order, and RewardBench 2."""
+"""Tests formats of rows that are only scored: completions without an order, and RewardBench 2."""
 
 import json
 

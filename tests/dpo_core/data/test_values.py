@@ -1,4 +1,4 @@
-"""Which texts and numbers of a row are taken, and what a refusal says of the others."""
+"""Tests which texts and numbers of a row are accepted, and what the refusal of others says."""
 
 import math
 

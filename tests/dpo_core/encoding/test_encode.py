@@ -19,7 +19,7 @@ PAIR = Group([USER], ([GOOD], [BAD]), 3)
 
 @pytest.fixture
 def own_tokenizer(tokenizer):
-    """One that a test may change."""
+    """Returns a copy of the tokenizer, which a test may change."""
     return copy.deepcopy(tokenizer)
 
 

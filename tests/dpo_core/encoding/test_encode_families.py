@@ -1,4 +1,7 @@
-"""Prompt and completion apart against the whole conversation at once, for the families of tokenizers."""
+"""Tests the encoding of prompt and completion, for several families of tokenizers.
+
+Both together must equal the whole conversation encoded at once.
+"""
 
 import pytest
 from hypothesis import given

@@ -1,6 +1,7 @@
-"""Chat templates of every published behaviour: what a row says is in what the model sees, or the row is named.
+"""Tests chat templates of every published behaviour.
 
-The templates are written by hand after what published ones do.
+Either everything that a row says is in the text that the model sees, or the row is refused. The templates are written
+by hand after published ones.
 """
 
 import json
@@ -163,7 +164,7 @@ QUESTION = user("the quick brown fox?")
 
 @pytest.fixture
 def templated(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The tokenizer with one of the templates."""
+    """Returns a function that returns the tokenizer with the named template."""
     own = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -182,7 +183,7 @@ def encoded(group: Group, tokenizer: PreTrainedTokenizerFast) -> EncodedGroup | 
 
 
 def _fresh(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """What is remembered of a tokenizer is remembered of this one alone."""
+    """Returns a copy of the tokenizer, for which nothing is cached yet."""
     own = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -191,7 +192,7 @@ def _fresh(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def seen(group: Group, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The prompt and the completions in the model's words."""
+    """Returns the prompt and the completions as text that the model sees."""
     found = encode_group(group, _fresh(tokenizer))
     return [tokenizer.decode(ids) for ids in (found.prompt_ids, *found.completion_ids)]
 
@@ -422,7 +423,7 @@ ASKED_TWICE = [{**CALL, "id": "a"}, {**CALL, "id": "b"}]
 
 
 def answers(*ids: str) -> Group:
-    """Two calls, and the results in this order."""
+    """Returns a group whose prompt has two tool calls, followed by their results in the given order."""
     results = [{"role": "tool", "content": f"dog {id}", "tool_call_id": id} for id in ids]
     return Group([QUESTION, {**assistant(""), "tool_calls": ASKED_TWICE}, *results], (CHOSEN, REJECTED), 7)
 
@@ -541,7 +542,7 @@ def test_every_format_is_among_the_rows():
 
 @st.composite
 def rows(draw: st.DrawFn) -> dict[str, Any]:
-    """A row of a published shape with other words in it, and maybe a system prompt."""
+    """Returns a row of a published shape with other words in it, and sometimes with a system prompt."""
     row = draw(st.sampled_from(ROWS))
     words = {ASK: "q" + draw(WORDS), GOOD: draw(WORDS) + "x", BAD: draw(WORDS)}
 
@@ -561,7 +562,7 @@ def messages(text: Text, role: str) -> list[Message]:
 
 
 def holds(text: str, said: str) -> bool:
-    """But for spaces, which templates change."""
+    """Whether `text` contains what `said` says, apart from spaces, which templates change."""
     parts = re.split("</?think>", said.removesuffix("</s>"))
     return all(" ".join(part.split()) in " ".join(text.split()) for part in parts)
 

@@ -1,4 +1,4 @@
-"""Every family of decoders in transformers, made tiny, loaded, scored, trained, saved, loaded and resumed.
+"""Tries every family of decoder models in transformers: a tiny model is loaded, scored, trained, saved and resumed.
 
 python -m tests.dpo_core.models.families > docs/use/models.md
 """
@@ -200,7 +200,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a family."""
+    """Records what the engine can do with a family of models."""
 
     prompts: str  # how completions get at theirs
     reason: str = ""  # why not faster, or why the family is refused
@@ -208,7 +208,10 @@ class Found:
 
 
 def examine(family: str) -> Found:
-    """Raises AssertionError where something is wrong, and what the engine raises where it fails without a refusal."""
+    """Tries a family, and returns what the engine can do with it.
+
+    Raises AssertionError if a result is wrong. Errors that the engine raises, other than refusals, are passed on.
+    """
     with TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         tiny(family).save_pretrained(base)
@@ -232,7 +235,10 @@ def examine(family: str) -> Found:
 
 
 def _train(base: Path, groups: list[EncodedGroup], folder: Path, *, adapter: Lora | None) -> None:
-    """Two steps; their last checkpoint loads as what was trained, and the second step repeats from the first's."""
+    """Trains two steps, and asserts that the last checkpoint loads as the trained model.
+
+    It also asserts that a run that resumes from the first checkpoint repeats the second step.
+    """
 
     def run(name: str, resume: Path | None = None) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -259,7 +265,7 @@ def _train(base: Path, groups: list[EncodedGroup], folder: Path, *, adapter: Lor
 
 
 def _plain(policy: PreTrainedModel, groups: list[EncodedGroup]) -> Tensor:
-    """What transformers itself says: one forward of each full sequence, with all its logits."""
+    """Returns token log-probabilities that transformers alone computes, in one forward pass for each full sequence."""
     found = []
     for group in groups:
         for completion in group.completion_ids:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: the base is the reference, and stays as it is."""
+"""Tests low-rank adapters: the base model is the reference, and its weights stay unchanged."""
 
 import json
 from dataclasses import replace
@@ -165,7 +165,7 @@ def test_modules_that_the_model_lacks_are_refused(base):
 
 
 def adapted(config, tokenizer, folder, adapter=None):
-    """Where the adapter is, of a new model of that config."""
+    """Returns a new model of this config with an adapter, and the names of the layers that the adapter changes."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -263,7 +263,7 @@ def test_an_adapter_is_merged_into_no_base_but_its_own(other, reason, base, make
 
 @pytest.fixture
 def other_weights(base, make_policy):
-    """Puts a model of the same sizes in the place of the base."""
+    """Returns a function that replaces the base model by one of the same sizes with other weights."""
     return lambda: make_policy(seed=1, tie_word_embeddings=True).save_pretrained(base)
 
 

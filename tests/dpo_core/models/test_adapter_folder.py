@@ -1,4 +1,4 @@
-"""What the folder of an adapter says of its base, read without torch."""
+"""Tests what is read about an adapter's base model from the adapter's folder, without torch."""
 
 import json
 

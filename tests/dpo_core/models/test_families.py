@@ -1,4 +1,4 @@
-"""Every family does what docs/use/models.md says of it."""
+"""Tests that every family of models does what docs/use/models.md says."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What stands beside the weights in a folder that training leaves."""
+"""Tests which files are beside the weights in a folder that training writes."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def model(policy, tokenizer, tmp_path):
 
 
 def trained(model, tokenizer, pairs, folder, adapter=None):
-    """The folder of the model after a step; with an adapter, after it is merged."""
+    """Trains the model for one step, and returns its folder. An adapter is merged first."""
     policy = load_policy(model, adapter=adapter)
     list(train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=folder))
     saved = folder / "step-000001" / "model"
@@ -70,7 +70,7 @@ def test_a_missing_folder_of_the_model_is_warned_of(model, tokenizer, pairs, tmp
 
 
 def test_saving_a_copy_calls_no_hook_of_the_model_that_is_in_use(policy):
-    """FSDP's hooks split the weights, on which another thread computes meanwhile."""
+    """FSDP's hooks would split the weights, while another thread computes with them."""
     called = []
     for module in policy.modules():
         module.register_state_dict_pre_hook(lambda *_: called.append(1))

@@ -1,4 +1,4 @@
-"""What a folder's weights are taken for: exactly the model of its config, or they are refused in words."""
+"""Tests that a folder loads as exactly the model of its config, and that other folders are refused."""
 
 import json
 import math
@@ -150,7 +150,7 @@ def test_a_new_head_is_all_that_a_reward_model_may_lack(folder, tmp_path):
 @pytest.mark.parametrize("load", [load_policy, load_reward_model])
 @pytest.mark.parametrize("beside", ["alone", "beside whole weights"])
 def test_the_folder_of_an_adapter_is_no_model(load, beside, folder, tmp_path):
-    """transformers would load what its config names as the base, and freeze it."""
+    """transformers would load the base model that the adapter's config names, and freeze it."""
     load_policy(folder, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
     if beside != "alone":
         shutil.copytree(folder, tmp_path / "adapter", dirs_exist_ok=True)
@@ -161,7 +161,7 @@ def test_the_folder_of_an_adapter_is_no_model(load, beside, folder, tmp_path):
 
 
 def test_a_head_that_differs_from_the_embeddings_is_served_as_it_was_trained(folder, tokenizer, pairs, tmp_path):
-    """Though the config ties them: vLLM does what the config says."""
+    """The config ties the head to the embeddings, and vLLM does what the config says."""
     configure(folder, tie_word_embeddings=True)
     policy = load_policy(folder)
     (_,) = train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)

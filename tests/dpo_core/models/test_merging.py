@@ -1,4 +1,4 @@
-"""Adapters that are merged for download: what the merge changes is measured."""
+"""Tests the merging of adapters for download, and the measurement of what the merge changes."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def base(make_policy, tokenizer, tmp_path):
 
 
 def save_adapter(base, tokenizer, folder, load=load_policy, **options):
-    """A random adapter that changes its base's outputs."""
+    """Writes a random adapter, which changes its base model's outputs, to the folder."""
     policy = load(base, adapter=Lora(r=4), **options)
     torch.manual_seed(1)
     for name, weight in policy.named_parameters():

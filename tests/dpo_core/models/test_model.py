@@ -92,7 +92,11 @@ def gradients(policy: PreTrainedModel, objective: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_as_plain(policy, groups, logps, plain_token_logps):
-    """1e-5 in values, 1e-4 relative in gradients; every completion weighs differently."""
+    """Asserts that log-probabilities and their gradients equal those of a plain forward pass.
+
+    The tolerance is 1e-5 for values, and 1e-4 relative for gradients. Every completion has another weight in the sum
+    that is differentiated.
+    """
     expected = torch.cat([logps for group in groups for logps in plain_token_logps(policy, group)])
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
     weights = torch.linspace(-1, 1, len(expected))
@@ -147,7 +151,7 @@ def test_other_architectures_share_or_run_in_batches_and_agree(name, pairs, plai
 
 
 class Doubled(LlamaForCausalLM):
-    """Its logits are not what its head makes of its last hidden state."""
+    """A Llama whose logits are twice what its head makes of the last hidden state."""
 
     def forward(self, **inputs):
         found = super().forward(**inputs)

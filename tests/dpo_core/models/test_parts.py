@@ -1,4 +1,4 @@
-"""Models whose weights each of three ranks reads in part, beside the same models loaded whole."""
+"""Tests models of which each of three ranks reads only a part of the weights, against the same models loaded whole."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ GROUP = EncodedGroup([5, 6, 7], ([8, 9], [10, 11, 12]), None, 1)
 
 
 def compare(load: Any, folder: Path, **options: Any) -> list[str]:
-    """What differs between the model in parts and the whole one, by name."""
+    """Returns the names of the weights and results that differ between the model in parts and the whole model."""
     whole, policy = load(folder, **options), load(folder, in_parts=True, **options)
     assert is_unread(policy), "it was loaded whole"
     expected = Scorer(whole)
@@ -120,7 +120,7 @@ def prepare(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, list[str]]]:
-    """What each rank found to differ, by case."""
+    """Runs all cases on three ranks, and returns what each rank found to differ, by case."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-m", "tests.dpo_core.models.test_parts", folder]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -155,7 +155,8 @@ def test_a_model_that_needs_its_weights_at_once_is_loaded_whole_and_says_why(
 
 
 def test_a_new_head_is_on_the_models_device_before_the_weights_are_read(make_policy, tmp_path):
-    """Ranks exchange new weights by NCCL, which takes no tensors of the CPU. The meta device stands for a GPU."""
+    """Ranks exchange new weights by NCCL, which accepts no tensors on the CPU. The meta device takes the place of a
+    GPU."""
     make_policy().save_pretrained(tmp_path)
     policy = load_reward_model(tmp_path, in_parts=True, device="meta")
     assert policy.score.weight.device.type == "meta"

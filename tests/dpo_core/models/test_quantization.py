@@ -1,4 +1,4 @@
-"""A frozen base in NF4: the numbers of arXiv 2305.14314, trained on by an adapter, which is merged into them."""
+"""Tests a frozen base model in NF4 against the numbers of arXiv 2305.14314, and adapters trained on it and merged."""
 
 from dataclasses import replace
 

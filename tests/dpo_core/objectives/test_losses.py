@@ -24,7 +24,7 @@ def loss(objective, logps, group=PAIR, heads=None) -> float:
 
 
 def nll(x: float) -> float:
-    """-log sigmoid(x)."""
+    """Returns -log sigmoid(x)."""
     return math.log1p(math.exp(-x)) if x > -700 else -x
 
 
@@ -242,7 +242,8 @@ AOTS = [o.Aot(beta=0.5), o.Aot(beta=0.5, paired=False, label_smoothing=0.1), o.M
 
 
 def weighted(objective, weights, logps):
-    """The sum of the losses of pairs with these weights, and its gradient by the log-probabilities of each pair."""
+    """Returns the sum of the losses of pairs with these weights, and its gradient with respect to their
+    log-probabilities."""
     groups = [replace(PAIR, ref_logps=(-5.0 - n, -7.0), weight=weight) for n, weight in enumerate(weights)]
     found = torch.tensor([[x, x, 0] for x in logps], dtype=torch.float64, requires_grad=True)
     measures = Measures(groups, found)

@@ -1,4 +1,5 @@
-"""What training holds at once, measured: by torch's profiler in one process, by the kernel on several ranks."""
+"""Measures the memory that training needs, with torch's profiler in one process and with the kernel on several
+ranks."""
 
 import json
 import os
@@ -54,7 +55,7 @@ class Case:
 
 
 def train_twice(case: Case, folder: Path) -> None:
-    """Two steps, and no checkpoint."""
+    """Trains two steps without a checkpoint."""
     run, rows = case.run, case.rows
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.model), dtype=getattr(torch, run.precision))
@@ -80,7 +81,7 @@ def train_twice(case: Case, folder: Path) -> None:
 
 
 def allocated(case: Case, folder: Path) -> int:
-    """The most bytes that torch has given out at once."""
+    """Returns the most bytes that torch had allocated at the same time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         train_twice(case, folder)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -105,7 +106,7 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """Of each case that is given, the most that a rank has resident beyond what a small run has, in bytes."""
+    """Prints, for each given case, the peak resident memory of a rank in bytes, beyond that of a small run."""
     torch.set_num_threads(1)
     peaks = []
     for case in map(Case.read, sys.argv[1:]):

@@ -1,4 +1,5 @@
-"""The plan's figures beside measured ones, within a tenth. What is measured ends before the first checkpoint."""
+"""Tests that a plan's memory is within a tenth of the measured memory. Each measurement ends before the first
+checkpoint."""
 
 import json
 import os
@@ -62,7 +63,10 @@ def test_a_worker_alone_holds_what_was_planned(name, tmp_path):
 
 
 def resident(cases: dict[str, Case]) -> dict[str, int]:
-    """Large blocks are given back to the system at once, so that it knows what is held."""
+    """Measures each case in a separate process, whose allocator returns large blocks to the system immediately.
+
+    So the system's figure is what the process holds.
+    """
     told = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.dpo_core.plan.measured"]
     command += [as_argument(case) for case in cases.values()]

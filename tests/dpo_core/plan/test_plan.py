@@ -1,4 +1,4 @@
-"""What is counted beside memory, and what is offered where it does not fit."""
+"""Tests what a plan counts beside memory, and what it suggests if a job does not fit."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How long a text a model takes, as its config.json says it, and that no longer one is asked for."""
+"""Tests how many tokens a model takes by its config.json, and that a longer limit is refused."""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""How many shards a policy has, and how large a pack is; training and plans share these rules."""
+"""Tests the rules for the number of shards and the size of packs, which training and plans share.
+
+A pack is the rows of one forward pass.
+"""
 
 import pytest
 

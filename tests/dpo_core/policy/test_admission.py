@@ -1,4 +1,4 @@
-"""Groups that a model cannot take are refused by line, before training and before scoring."""
+"""Tests that groups that a model cannot take are refused by line, before training and before scoring."""
 
 import math
 from dataclasses import replace

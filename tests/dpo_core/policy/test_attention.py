@@ -27,7 +27,7 @@ def streams(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Ten
 
 
 def whole_mask(window: int = 100) -> torch.Tensor:
-    """[10, 10] who sees whom in the whole stream, by the positions of `SEGMENTS`."""
+    """Returns a mask [10, 10]: which query (row) sees which key (column), by the positions of `SEGMENTS`."""
     mask = torch.zeros(10, 10, dtype=torch.bool)
     for segment in SEGMENTS:
         seen = [*range(segment.prefix_start, segment.prefix_stop), *range(segment.start, segment.stop)]
@@ -68,7 +68,8 @@ def test_a_policy_attends_as_before_once_sharing_ends(policy):
 
 
 def flash_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What flash attention documents of `varlen_attn`: masks are aligned to the bottom right of each sequence."""
+    """Computes what the documentation of torch's `varlen_attn` says: masks are aligned to the bottom right of each
+    sequence."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
     assert enable_gqa == (query.shape[1] != key.shape[1])
@@ -87,7 +88,7 @@ def flash_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale,
 
 @contextmanager
 def one_call() -> Iterator[None]:
-    """Within, attention goes the way of GPUs, but for their kernel."""
+    """Makes attention take the path for GPUs in the block, with `flash_by_hand` in place of the kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_attn", flash_by_hand)
         patch.setattr(attention, "_suits_flash", lambda query, value: True)
@@ -95,7 +96,8 @@ def one_call() -> Iterator[None]:
 
 
 def attended(query, key, value, segments, window):
-    """What attention returns, and the gradients of its inputs; every number of it weighs differently."""
+    """Returns the output of attention and the gradients of its inputs, with another weight for every number of the
+    output."""
     inputs = [t.detach().requires_grad_() for t in (query, key, value)]
     output, _ = segment_attention(
         torch.nn.Module(), *inputs, None, segments=segments, scaling=0.3, sliding_window=window
@@ -105,7 +107,7 @@ def attended(query, key, value, segments, window):
 
 
 def segments_of(groups):
-    """Of groups given as the length of the prompt, and those of completions."""
+    """Returns the segments of groups, each given as the length of its prompt and those of its completions."""
     encoded = [
         EncodedGroup([5] * prompt, tuple([5] * length for length in lengths), None, 1) for prompt, lengths in groups
     ]

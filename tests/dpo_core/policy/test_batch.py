@@ -35,7 +35,8 @@ def test_plan_balances_ranks_to_within_one_group(lengths, num_ranks):
 
 
 def test_plan_of_many_groups_that_leave_gaps_takes_seconds():
-    """Twice as many take twice as long; to compare each group with all packs, for each number of packs, took hours."""
+    """The time is proportional to the number of groups. Comparing each group with all packs, for each number of packs,
+    took hours."""
     rng = random.Random(0)
     lengths = [rng.randint(400, 800) for _ in range(10_000)]
     started = time.process_time()
@@ -46,7 +47,8 @@ def test_plan_of_many_groups_that_leave_gaps_takes_seconds():
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=40), budget=st.integers(1, 400))
 def test_plan_takes_no_more_packs_than_balancing_needs(lengths, budget):
-    """The first number, from what the tokens need at least, for which each group in the lightest pack fits."""
+    """The expected number starts at what the tokens need. It is the first for which each group fits into the lightest
+    pack."""
     costs = sorted((min(length, budget) for length in lengths), reverse=True)
     expected = max(1, -(-sum(costs) // budget))
     while True:

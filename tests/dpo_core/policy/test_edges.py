@@ -1,5 +1,7 @@
-"""Groups at the edge of what a pack can hold: one step of `train` is that of a plain forward of each full sequence,
-or the group is refused by name."""
+"""Tests groups that just fit into a pack (the rows of one forward pass), and groups that just do not.
+
+One step of `train` must equal a plain forward pass of each full sequence, or the group must be refused by name.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ ORDINARY = EncodedGroup([7, 8, 9], ([10, 11], [12, 13, 14]), None, 9)
 
 
 def first_step(groups, policy, tokenizer, folder, objective=None, **options):
-    """The loss and its gradient, as it was before any clip."""
+    """Returns the loss and the gradient, before any clipping, of the first step."""
     gradient = {}
 
     def keep(parameter):
@@ -35,7 +37,7 @@ def first_step(groups, policy, tokenizer, folder, objective=None, **options):
 
 
 def assert_same_step(found, policy, expected):
-    """1e-5 in the loss, 1e-4 relative in the gradient."""
+    """Asserts that loss and gradient are as expected: to 1e-5 in the loss, and to 1e-4 relative in the gradient."""
     loss, gradient = found
     assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
     plain = torch.cat([part.flatten() for part in torch.autograd.grad(expected, list(policy.parameters()))])
@@ -43,7 +45,7 @@ def assert_same_step(found, policy, expected):
 
 
 def plackett_luce(group, logps):
-    """arXiv 2305.18290, A.3, completions best first."""
+    """Returns the Plackett-Luce loss (arXiv 2305.18290, A.3) of completions in order, the best first."""
     rewards = BETA * (torch.stack(logps) - torch.tensor(group.ref_logps))
     return sum(rewards[place:].logsumexp(0) - rewards[place] for place in range(len(rewards)))
 

@@ -1,8 +1,8 @@
-"""The ways of a GPU, walked with tensors that have a device, a shape and a dtype, and no numbers: what would wait for
-the device, mix it with the host, or give a kernel what it does not take, fails here too.
+"""Runs the code for GPUs with tensors that have a device, a shape and a dtype, but no numbers.
 
-The device is `meta`: torch's builds without CUDA cannot slice or differentiate what is on `cuda`, not even without
-numbers."""
+Code that would wait for the device, mix it with the host, or call a kernel wrongly fails here, too. The device is
+`meta`: torch's builds without CUDA cannot slice or differentiate tensors on `cuda`, not even without numbers.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ WIDE_PRODUCT = torch.ops.aten.mm.dtype
 
 
 class Calls(TorchDispatchMode):
-    """The operations that ran."""
+    """Records the operations that run."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The device is one that flash attention and wide products suit; pinned memory has no fake."""
+    """Makes the code treat the device as a GPU that suits flash attention and wide products, without pinned memory."""
     monkeypatch.setattr(attention, "_suits_flash", lambda query, value: query.dtype == torch.bfloat16)
     monkeypatch.setattr(logps, "_keeps_float32", lambda factor: factor.dtype == torch.bfloat16)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -62,7 +62,8 @@ def gpu(monkeypatch):
 
 @contextmanager
 def on_the_device(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Iterator[Calls]:
-    """Within, there are no numbers."""
+    """Moves the model to the device in the block, in which tensors have no numbers, and yields the operations that
+    run."""
     with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
         for module in model.modules():
             for own in (module._parameters, module._buffers):

@@ -1,4 +1,4 @@
-"""The FLOPs that are told are those of the operations that ran."""
+"""Tests that the reported FLOPs are those of the operations that ran."""
 
 import logging
 
@@ -52,21 +52,21 @@ def counted(policy: PreTrainedModel, batch: Batch) -> int:
 
 
 def unseen(batch: Batch) -> int:
-    """Pairs of tokens that causal attention leaves out, and the counter does not."""
+    """Returns the number of pairs of tokens that causal attention leaves out, and torch's counter counts."""
     lengths = [stop - start for _, _, start, stop in batch.segments]
     return sum(length * (length - 1) // 2 for length in lengths)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_forward_and_backward_take_the_counted_operations(name, make_groups):
-    """To the last one: both count the head's tiles and attention's scores twice."""
+    """Both counts are equal. Both count the head's tiles and attention's scores twice."""
     policy = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     batch, flops = collate(make_groups(6, 4)), Flops(policy)
     assert flops.count(batch) + flops.per_seen_token * unseen(batch) == counted(policy, batch)
 
 
 def test_recomputed_activations_count_twice(policy, make_groups):
-    """All but each layer's last product, which nobody needs twice."""
+    """Each layer's last product is not recomputed, because the backward pass does not need it."""
     batch, flops = collate(make_groups(6, 4)), Flops(policy, recomputed=True)
     checkpoint_activations(Scorer(policy))
     last = sum(2 * layer.mlp.down_proj.weight.numel() for layer in policy.model.layers)
@@ -75,7 +75,8 @@ def test_recomputed_activations_count_twice(policy, make_groups):
 
 
 def test_frozen_weights_count_less(policy, make_groups, tmp_path):
-    """Below the lowest adapter no gradient is needed at all, yet told: the counter finds up to a tenth less."""
+    """Gradients below the lowest adapter are counted, although they are not computed. So the count is up to a tenth too
+    high."""
     policy.save_pretrained(tmp_path)
     batch = collate(make_groups(6, 4))
     adapted = load_policy(tmp_path, adapter=Lora(r=1))

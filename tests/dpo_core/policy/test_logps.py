@@ -68,7 +68,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation makes, temporaries and gradients too."""
+    """Records the size of the largest tensor that any operation makes, including temporary tensors and gradients."""
 
     numel = 0
 
@@ -93,7 +93,7 @@ def test_rows_times_vocabulary_is_never_held():
 @pytest.mark.parametrize("tile_rows", [64, 1024])
 @pytest.mark.parametrize("tile_columns", [48, 1024])
 def test_gradients_in_bfloat16_lose_no_bits_by_the_number_of_tiles(tile_rows, tile_columns):
-    """Against float32 on the same numbers; a tile's product alone is off by 2e-3."""
+    """The expected gradients are those in float32 on the same numbers. A single product of a tile is off by 2e-3."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(16384, 32, generator=g).bfloat16()
     weight = (0.1 * torch.randn(192, 32, generator=g)).bfloat16()
@@ -119,7 +119,10 @@ def test_a_leaf_in_bfloat16_gets_its_gradient_in_bfloat16():
 
 
 def assert_nothing_is_rounded_to_bfloat16(device: str) -> None:
-    """The results are those of float32 on the same numbers, but for the slope that gradients are products of."""
+    """Asserts that log-probabilities equal those in float32 on the same numbers, and gradients to 2e-3.
+
+    Gradients may differ, because the factor that they are products of is rounded.
+    """
     g = torch.Generator().manual_seed(0)
     numbers = [torch.randn(*shape, generator=g).bfloat16().to(device) for shape in ((64, 128), (512, 128), (512,))]
     targets = torch.randint(512, (64,), generator=g).to(device)
@@ -139,7 +142,7 @@ def assert_nothing_is_rounded_to_bfloat16(device: str) -> None:
 
 
 def test_logits_stay_in_float32_if_products_can(monkeypatch):
-    """As on CUDA: no other device has this product."""
+    """CUDA has a product of bfloat16 numbers in float32. Here it is simulated, because no other device has it."""
     monkeypatch.setattr(module, "_keeps_float32", lambda factor: factor.dtype == torch.bfloat16)
     monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
     assert_nothing_is_rounded_to_bfloat16("cpu")

@@ -1,4 +1,7 @@
-"""What may be shared is decided in float32, on a miniature in which windows and the like are in force."""
+"""Tests how a small copy of a model, in float32, decides what may be shared between completions of one prompt.
+
+In this copy, attention windows and similar limits take effect.
+"""
 
 import random
 
@@ -139,7 +142,7 @@ def test_recurrent_blocks_share_nothing_in_any_dtype(dtype):
 
 
 class Scaled(LlamaForCausalLM):
-    """Its logits are a little more than what its head says."""
+    """A Llama whose logits are 1.05 times what its head makes of the last hidden state."""
 
     def forward(self, **inputs):
         found = super().forward(**inputs)
@@ -158,7 +161,7 @@ def test_a_vocabulary_may_be_smaller_than_the_example(make_policy):
 
 
 class Oddity(LlamaForCausalLM):
-    """A class that makes no second model."""
+    """A Llama whose class cannot be instantiated a second time."""
 
     made = 0
 

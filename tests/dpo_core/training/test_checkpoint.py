@@ -197,7 +197,7 @@ def test_a_manifest_without_evaluations_is_of_an_earlier_release(checkpoint):
 
 
 def as_an_earlier_release_wrote_it(checkpoint: Path) -> Path:
-    """Without the dtype of the policy, and with one number of updates for all weights."""
+    """Removes the policy's dtype and the number of updates of each weight from the checkpoint, and returns it."""
     file, manifest = checkpoint / OPTIMIZER, json.loads((checkpoint / "manifest.json").read_text())
     save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".step")}, file)
     manifest["files"][OPTIMIZER] = {
@@ -298,7 +298,7 @@ def test_an_unfinished_checkpoint_is_none(checkpoint, caplog):
 
 
 def test_steps_go_on_while_a_checkpoint_is_published_until_the_next_one_is_due(policy, tokenizer, pairs, tmp_path):
-    """One at a time: steps 3 and 4 come while step 2's is under way, step 5 does not."""
+    """Only one checkpoint is published at a time: steps 3 and 4 run while step 2's is published, but step 5 waits."""
     came, released, published = Event(), Event(), []
 
     def publish(step: int, folder: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(policy, tokenizer, 
 
 
 class InUse(dict):
-    """Modules that a forward is about to change."""
+    """A dictionary that another thread is changing: iterating over it raises RuntimeError."""
 
     def items(self):
         raise RuntimeError("dictionary changed size during iteration")
@@ -366,7 +366,8 @@ class InUse(dict):
 def test_a_checkpoint_is_written_without_looking_at_the_policy(
     adapter, policy, tokenizer, pairs, tmp_path, monkeypatch
 ):
-    """With experts in one weight, PEFT changes a model in every forward, which a writer's thread must not see."""
+    """If several experts share one weight, PEFT changes the model in every forward pass. The writer's thread must not
+    see this."""
     policy.save_pretrained(tmp_path / "base")
     policy, looked_away = load_policy(tmp_path / "base", adapter=adapter), Event()
     weights, layer = Weights(policy), policy.model.layers[0]
@@ -389,7 +390,7 @@ def test_a_checkpoint_is_written_without_looking_at_the_policy(
 
 @contextmanager
 def room_for_files_of(num_bytes: int) -> Iterator[None]:
-    """The system refuses to make a file longer, as it does where a disk is full."""
+    """Makes the system refuse files of more than `num_bytes` in the block, as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -414,7 +415,7 @@ def test_a_checkpoint_without_room_is_refused_by_step_and_folder_and_leaves_noth
 
 
 def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokenizer, pairs, tmp_path, monkeypatch):
-    """Nothing of step 2 is written before step 4 was taken; yet it is what a run of two steps leaves."""
+    """The checkpoint of step 2 is written only after step 4. It must equal that of a run of two steps."""
     config = replace(CONFIG, optim=Optim(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0), checkpoint_steps=2)
     stopped = train(config, make_policy(), tokenizer, [pairs] * 2, total_steps=2, checkpoint_dir=tmp_path / "stopped")
     assert len(list(stopped)) == 2

@@ -1,4 +1,4 @@
-"""What `train` makes of held-out groups."""
+"""Tests how `train` evaluates held-out groups."""
 
 import math
 from dataclasses import replace
@@ -165,7 +165,8 @@ def test_a_run_ends_when_its_evaluations_bring_no_gain(make_policy, tokenizer, p
 
 
 def test_a_resumed_run_ends_at_the_same_step_with_the_same_bits(make_policy, tokenizer, pairs, tmp_path):
-    """From each of its checkpoints, from a pause between two, and from the last, after which nothing is left to do."""
+    """The run is resumed from each checkpoint, from a pause between two, and from the last, after which nothing is left
+    to do."""
     config, batches = replace(EARLY, optim=RATES), [pairs[:4], pairs[2:6], pairs[1:4], pairs[3:]] * 5
 
     def go_on(policy, folder, **kwargs):

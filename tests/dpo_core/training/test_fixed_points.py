@@ -1,4 +1,7 @@
-"""Where training ends, on a vocabulary of two tokens: the optimum that each paper states, or that its loss has."""
+"""Tests where training ends on a vocabulary of two tokens.
+
+It must end at the optimum that the objective's paper states, or at the minimum of its loss.
+"""
 
 import itertools
 import math
@@ -19,7 +22,7 @@ SHARES = torch.linspace(0, 1, 100_001, dtype=torch.float64)[1:-1]  # every proba
 
 
 def trained(objective, rows, tokenizer, make_policy, folder, completions=(A, B)):
-    """Log-probabilities of the completions after 200 steps on all rows."""
+    """Trains for 200 steps on all rows, and returns the log-probabilities of the completions."""
     policy = make_policy(
         0, vocab_size=2, hidden_size=16, num_hidden_layers=1, bos_token_id=0, eos_token_id=1, initializer_range=0.1
     )
@@ -37,7 +40,7 @@ def trained(objective, rows, tokenizer, make_policy, folder, completions=(A, B))
 
 
 def disputed(better, worse, share, ref_logps):
-    """A pair that people rank one way or the other: `share` of them, and the rest."""
+    """Returns a pair with both orders: `share` of people prefer `better`, and the others `worse`."""
     return [
         EncodedGroup(PROMPT, (better, worse), ref_logps, 1, weight=2 * share),
         EncodedGroup(PROMPT, (worse, better), ref_logps[::-1], 2, weight=2 * (1 - share)),
@@ -58,8 +61,11 @@ def test_ipo_stops_when_the_margin_is_the_preference(tokenizer, make_policy, tmp
 
 @pytest.mark.slow
 def test_ipo_tilts_the_reference_by_how_often_each_completion_is_preferred(tokenizer, make_policy, tmp_path):
-    """arXiv 2310.12036: the optimum is pi_ref exp(p(y > mu) / tau) / Z, here of a uniform mu. No reward explains these
-    preferences: the second completion beats the third, the third the fourth, and the fourth the second."""
+    """arXiv 2310.12036: the optimum is pi_ref exp(p(y > mu) / tau) / Z, here with a uniform mu.
+
+    No reward explains these preferences: the second completion beats the third, the third the fourth, and the fourth
+    the second.
+    """
     tau, completions = 0.5, [list(ids) for ids in itertools.product((0, 1), repeat=2)]
     beats = {(0, 1): 0.6, (0, 2): 0.7, (0, 3): 0.8, (1, 2): 0.9, (2, 3): 0.9, (1, 3): 0.1}
     reference = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
@@ -76,8 +82,10 @@ def test_ipo_tilts_the_reference_by_how_often_each_completion_is_preferred(token
 
 @pytest.mark.slow
 def test_kto_favours_what_most_people_prefer_when_dpo_follows_the_reference(tokenizer, make_policy, tmp_path):
-    """arXiv 2402.01306, on contradictory preferences where p^(1 / beta) pi_ref(A) is less than
-    (1 - p)^(1 / beta) pi_ref(B): DPO's optimum prefers B, and KTO's is A alone."""
+    """arXiv 2402.01306, on contradictory preferences with p^(1 / beta) pi_ref(A) < (1 - p)^(1 / beta) pi_ref(B).
+
+    DPO's optimum prefers B, and KTO's optimum is A alone.
+    """
     share, beta, reference = 0.7, 0.5, (0.1, 0.9)
     ref_logps = (math.log(reference[0]), math.log(reference[1]))
     rows = disputed(A, B, share, ref_logps)
@@ -100,8 +108,11 @@ def test_kto_favours_what_most_people_prefer_when_dpo_follows_the_reference(toke
 
 @pytest.mark.parametrize("other", [0, 1], ids=["z0 follows A", "z0 stays 0"])
 def test_kto_divides_the_policy_between_two_desirable_completions(tokenizer, make_policy, tmp_path, other):
-    """With beta 1 a completion lowers the loss by gain pi / (pi + e pi_ref), where e = exp(z0) has no gradient and the
-    gain is what it is liked less what it is blamed: training ends where the slopes of both completions are alike."""
+    """With beta 1, a completion lowers the loss by gain · pi / (pi + e pi_ref). e = exp(z0) has no gradient.
+
+    The gain is how much the completion is liked minus how much it is blamed. Training ends where the slopes of both
+    completions are equal.
+    """
     reference, likes, dislikes, blame = (0.4, 0.6), (4.0, 2.0), (2.0, 0.5), 0.5
     rows = [
         EncodedGroup(
@@ -127,8 +138,11 @@ def test_kto_divides_the_policy_between_two_desirable_completions(tokenizer, mak
 @pytest.mark.slow
 @pytest.mark.parametrize("odds_weight", [0.1, 1.0])
 def test_orpo_ends_between_the_shares_of_people_and_their_odds(tokenizer, make_policy, tmp_path, odds_weight):
-    """arXiv 2403.07691, equation 6: likelihood alone would end where the policy is the people's share, odds alone
-    where the square of its odds is theirs."""
+    """arXiv 2403.07691, equation 6.
+
+    Likelihood alone would end where the policy equals the people's share. Odds alone would end where the square of the
+    policy's odds equals their odds.
+    """
     share = 0.9
     odds = SHARES.logit() - (1 - SHARES).logit()
     loss = -share * (SHARES.log() + odds_weight * logsigmoid(odds))

@@ -1,4 +1,4 @@
-"""bfloat16 weights with float32 masters."""
+"""Tests training of bfloat16 weights with float32 masters."""
 
 import math
 

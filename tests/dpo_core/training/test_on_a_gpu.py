@@ -1,4 +1,4 @@
-"""The engine as a whole on a GPU: it trains there as on a CPU, and goes on from its own checkpoint."""
+"""Tests the whole engine on a GPU: it trains as on a CPU, and resumes from its own checkpoint."""
 
 import pytest
 import torch

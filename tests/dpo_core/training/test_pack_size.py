@@ -1,4 +1,7 @@
-"""Bytes are counted as torch's allocator tells them to its profiler: every one, exactly."""
+"""Tests how large packs (the rows of one forward pass) may be for the memory that is free.
+
+The bytes are counted exactly, as torch's allocator reports them to its profiler.
+"""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +27,7 @@ CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, 
 
 
 def changes(work: Callable[[], object]) -> list[int]:
-    """The bytes of every allocation, and below 0 of every release, in their order."""
+    """Returns the bytes of every allocation, and the negative bytes of every release, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = work()  # what it returns lives until here
     del kept
@@ -90,7 +93,7 @@ def test_a_max_length_that_does_not_fit_is_warned_of(policy, free, caplog):
 
 
 def test_memory_for_the_optimizer_and_a_tile_of_logits_is_reserved(policy, make_policy, free):
-    """A float32 weight takes 12 bytes more; one in half precision has a float32 master besides."""
+    """A float32 weight needs 12 more bytes. A weight in half precision also has a float32 master."""
     num_weights = sum(p.numel() for p in policy.parameters())
     budgets, rows = [], 256
     for dtype, state in ((torch.float32, 12), (torch.bfloat16, 16)):
@@ -102,7 +105,7 @@ def test_memory_for_the_optimizer_and_a_tile_of_logits_is_reserved(policy, make_
 
 @pytest.mark.parametrize("megabytes", [64, 40, 8, 4, 2])
 def test_a_pack_takes_no_more_than_free_memory(make_policy, free, megabytes):
-    """No less than a fifth of it either: a part is held back, and powers of two may halve the rest."""
+    """It also takes at least a fifth of this memory: a part is held back, and powers of two may halve the rest."""
     free(megabytes * MB)
     scorer = Scorer(make_policy(num_hidden_layers=4))
     fitted = pack_size.plan_memory(CONFIG, scorer)
@@ -168,7 +171,8 @@ def test_training_sizes_packs_by_its_first_batch(make_policy, tokenizer, scored,
     ("limit", "free_bytes"), [("max", 8 * GB), (str(6 * GB), 3 * GB)], ids=["a machine", "a container"]
 )
 def test_ranks_divide_the_free_memory_of_their_machine_or_container(policy, tmp_path, monkeypatch, limit, free_bytes):
-    """A container's files in memory are given up when asked: 5 GB used of 6, 2 of them files, leave 3."""
+    """Cached files in a container's memory count as free: of 6 GB, 5 GB are used, of which 2 GB are files, so 3 GB are
+    free."""
     files = {
         "meminfo": f"MemTotal: {16 * GB // 1024} kB\nMemAvailable: {8 * GB // 1024} kB\nHugePages_Total: 0\n",
         "memory.max": limit,
@@ -234,8 +238,10 @@ def test_recomputed_activations_take_less_memory_and_change_no_bit(name, make_po
 
 
 def peak_of_a_step(policy, tokenizer, groups, folder) -> int:
-    """The second one, with AdamW's moments there. Tensors of the size of the embeddings are counted out: those and the
-    head have a gradient each."""
+    """Returns the most bytes that the second step allocates, with AdamW's moments in memory already.
+
+    Tensors of the size of the embeddings are not counted: the embeddings and the head have a gradient each.
+    """
     config = replace(CONFIG, batch_size=len(groups))
     steps = train(config, policy, tokenizer, [groups] * 3, total_steps=3, checkpoint_dir=folder)
     next(steps)

@@ -1,4 +1,4 @@
-"""Reward models: a linear head read at the last token of each completion, and the objectives that train it."""
+"""Tests reward models, a linear head read at the last token of each completion, and the objectives that train them."""
 
 import math
 from dataclasses import replace
@@ -54,7 +54,7 @@ def run(config, model, tokenizer, groups, folder, steps=4, **kwargs):
 
 
 def plain_outputs(model, groups) -> torch.Tensor:
-    """[K, outputs] by transformers itself, one row at a time."""
+    """Returns the outputs [K, outputs] of K completions, computed by transformers alone, one row at a time."""
     rows = [[*group.prompt_ids, *completion] for group in groups for completion in group.completion_ids]
     return torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
 
@@ -68,12 +68,13 @@ def loss(objective, outputs, group) -> float:
 
 
 def nll(x: float) -> float:
-    """-log sigmoid(x)."""
+    """Returns -log sigmoid(x)."""
     return math.log1p(math.exp(-x))
 
 
 def miss(lead: float, *log_variances: float) -> float:
-    """-log of the probability that a Gaussian of that mean is above 0."""
+    """Returns -log of the probability that a Gaussian with the mean `lead` is above 0. Its variance is the sum of
+    variances."""
     return -math.log(NormalDist().cdf(lead / math.sqrt(sum(map(math.exp, log_variances)))))
 
 
@@ -96,7 +97,7 @@ def test_the_papers_formula(objective, outputs, group, expected):
 
 @pytest.mark.parametrize("lead", [-1e5, -1e3, -30.0, 1e5])
 def test_a_gaussian_far_off_has_the_slope_of_its_formula(lead):
-    """-log Phi(z) is about z^2 / 2 far below 0, and 0 far above."""
+    """-log Phi(z) is about z^2 / 2 far below 0, and about 0 far above."""
     found = torch.tensor([[lead, -math.log(2), 0], [0, -math.log(2), 0]], requires_grad=True)
     losses(o.RewardGaussian(), Measures([PAIR], found), Statistics()).sum().backward()
     assert found.grad[0, 0].item() == pytest.approx(min(0, lead), rel=2e-3)

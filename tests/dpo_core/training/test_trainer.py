@@ -59,8 +59,11 @@ def test_swapping_chosen_and_rejected_negates_margins(make_policy, tokenizer, pa
 def test_dpo_on_bradley_terry_preferences_converges_to_the_reference_tilted_by_the_reward(
     make_policy, tokenizer, scored, tmp_path
 ):
-    """arXiv 2305.18290, equation 4: the optimum is pi_ref exp(r / beta) / Z. Two tokens twice make four completions;
-    their rewards make every preference 1:1, 3:1 or 9:1, so that a few rows hold them exactly."""
+    """arXiv 2305.18290, equation 4: the optimum is pi_ref exp(r / beta) / Z.
+
+    Two tokens in two places make four completions. Their rewards make every preference 1:1, 3:1 or 9:1, so that a few
+    rows represent the preferences exactly.
+    """
     beta, prompt = 0.5, [0, 1, 1]
     completions = list(itertools.product((0, 1), repeat=2))
     rewards = [0.0, math.log(3), math.log(3), 2 * math.log(3)]
@@ -85,7 +88,8 @@ def test_dpo_on_bradley_terry_preferences_converges_to_the_reference_tilted_by_t
 
 @pytest.mark.slow
 def test_dpo_on_rankings_of_four_converges_to_the_same_optimum(make_policy, tokenizer, scored, tmp_path):
-    """arXiv 2305.18290, A.3. Every order of four completions, weighing what Plackett-Luce gives it."""
+    """arXiv 2305.18290, A.3. The rows have every order of four completions, weighted with its Plackett-Luce
+    probability."""
     beta, prompt = 0.5, [0, 1, 1]
     completions = [list(ids) for ids in itertools.product((0, 1), repeat=2)]
     rewards = [0.0, 1.0, 0.5, 1.5]
@@ -286,7 +290,7 @@ def test_a_gradient_that_is_no_number_moves_no_weight(make_policy, tokenizer, pa
 
 
 def test_batches_are_those_of_the_run_or_a_function_of_the_step_before(make_policy, tokenizer, pairs, tmp_path):
-    """The list is the same at each start; a function is asked for what comes after a step."""
+    """A list is the same at each start. A function is called with the last step, and returns the batches after it."""
     batches, asked = [pairs[n : n + 4] for n in range(4)], []
 
     def after(step):

@@ -1,5 +1,7 @@
-"""The same rows through TRL's trainers. The policy differs from the reference: where it does not,
-any code returns ln 2 and proves nothing."""
+"""Tests training against TRL's trainers on the same rows.
+
+The policy differs from the reference. If they were equal, any code would return ln 2, and the test would prove nothing.
+"""
 
 import importlib
 import json
@@ -106,7 +108,8 @@ def test_twenty_steps_are_those_of_trl(make_policy, tokenizer, scored, tmp_path)
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"]
 )
 def test_twenty_steps_of_an_adapter_are_those_of_trl(dtype, tolerance, make_policy, tokenizer, scored, tmp_path):
-    """A trained adapter is trained on, and as it was is the reference. TRL computes in float32 in both cases."""
+    """Training starts from a trained adapter, which as it was is also the reference. TRL computes in float32 in both
+    cases."""
     make_policy(0, initializer_range=0.1).save_pretrained(tmp_path / "base")
     options = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), options)
@@ -195,7 +198,7 @@ def test_each_loss_is_that_of_trl(make_policy, tokenizer, scored, tmp_path, obje
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("undesirable_weight", [1.0, 1.5])
 def test_kto_is_that_of_trl(make_policy, tokenizer, scored, tmp_path, undesirable_weight):
-    """z0 is over each prompt with the completion of the row before it in the batch."""
+    """z0 is estimated from each prompt with the completion of the row before it in the batch."""
 
     def policy(seed: int) -> PreTrainedModel:
         return make_policy(seed, initializer_range=0.1)
@@ -287,8 +290,11 @@ TEXTS = [
     ids=lambda value: value.type if hasattr(value, "type") else "",
 )
 def test_each_loss_without_reference_is_that_of_trl(make_policy, tokenizer, tmp_path, objective, name, loss):
-    """TRL means the likelihood term over the batch's tokens, with ORPO the prompts' too, where ours is a mean over each
-    chosen completion. They coincide where all chosen completions are as long and ORPO's prompts are a BOS."""
+    """TRL takes the mean of the likelihood term over the batch's tokens, with ORPO over the prompts' tokens, too.
+
+    Ours is a mean over the tokens of each chosen completion. Both are equal if all chosen completions have the same
+    length, and ORPO's prompts are one BOS token.
+    """
     module = importlib.import_module(f"trl.experimental.{name.lower()}")
     classes = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
     rows = [row | {"prompt": "<s>"} for row in TEXTS] if name == "ORPO" else TEXTS

@@ -1,4 +1,4 @@
-"""`train` on two and on four gloo ranks: each is a fork of a process that has imported this file."""
+"""Tests `train` on two and on four gloo ranks. Each rank is a fork of a process that has imported this file."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def train_in(
     resume: Path | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
+    """Trains the model in `home`, and writes metrics and weights to `folder`, and sharded checkpoints to its parent."""
     pairs = read_pairs(home)
     policy = load_policy(
         home / case.model,
@@ -120,7 +120,7 @@ def train_in(
 
 
 def stop_in(home: Path, name: str, rank: int) -> None:
-    """Rank 1 alone wishes to stop after the first step; all do, and go on as if they had not."""
+    """Asks only rank 1 to stop after the first step. All ranks must stop, and then go on as if they had not."""
     case, folder = CASES[name], home / f"{name}, stopped" / f"rank{rank}"
     wishes = iter([False, rank == 1])
     train_in(home, folder, case, stop=lambda: next(wishes))
@@ -130,7 +130,7 @@ def stop_in(home: Path, name: str, rank: int) -> None:
 
 
 def disagree_in(folder: Path) -> None:
-    """Give each rank other groups: both must notice, and neither hang."""
+    """Gives each rank other groups. Both ranks must notice this, and neither may hang."""
     model, pairs = folder / "model", read_pairs(folder)
     own = pairs[: 3 + dist.get_rank()]
     for batch, what in ((own, "global batches for step 1"), (pairs, "groups to evaluate on")):
@@ -143,7 +143,8 @@ def disagree_in(folder: Path) -> None:
 
 
 def fail_in(home: Path) -> None:
-    """Rank 1 alone cannot publish its part of a checkpoint, then cannot resume: rank 0 does not wait for it."""
+    """Lets only rank 1 fail, at first to publish its part of a checkpoint, then to resume. Rank 0 must not wait for
+    it."""
     own = dist.get_rank()
 
     def publish(step: int, folder: Path) -> None:
@@ -162,7 +163,8 @@ def fail_in(home: Path) -> None:
 
 
 def compute_unlike_completions_in(home: Path) -> None:
-    """Lengths that one rank could compute in one padded batch, and the other could not."""
+    """Trains on lengths of completions that one rank could compute in one padded batch, and the other rank could
+    not."""
     scorer = Scorer(load_policy(home / "capped model"))
     shard(scorer, "full")
     lengths = ((1, 30), (5, 5))[dist.get_rank()]
@@ -197,7 +199,7 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
-    """What all ranks of all cases left."""
+    """Runs all cases on all ranks, and returns the folder of what they left."""
     home = tmp_path_factory.mktemp("ranks")
     make_policy().save_pretrained(home / "model")
     Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(home / "capped model")
@@ -210,7 +212,7 @@ def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
 
 
 def results(folder: Path) -> list[tuple[list[int], dict[str, float]]]:
-    """Steps and tokens, and the metrics that do not depend on the clock."""
+    """Returns the steps and tokens, and the metrics that do not depend on the clock."""
     steps = json.loads((folder / "results.json").read_text())
     return [(counts, {k: v for k, v in m.items() if k not in ("tokens_per_second", "hfu")}) for *counts, m in steps]
 
@@ -245,7 +247,7 @@ def test_a_checkpoint_of_shards_is_whole_and_resumed_by_one(name, home):
 
 
 def masters_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The trained weights in float32, in a checkpoint in bfloat16."""
+    """Returns the trained weights in float32 from a checkpoint in bfloat16."""
     parts = [load_file(path) for path in sorted(checkpoint.glob("optimizer-*"))]
     names = [key.removesuffix(".master") for key in parts[0] if key.endswith(".master")]
     return {name: torch.cat([part[f"{name}.master"] for part in parts]) for name in names}
@@ -312,7 +314,7 @@ def test_only_one_of_several_copies_is_saved(home):
 
 
 def run_all_ranks(home: Path) -> None:
-    """The first rank that fails ends the others, and its error is raised here."""
+    """Runs all ranks. The first rank that fails ends the others, and its error is raised here."""
     import_module("peft")  # else each rank imports it for itself
     for num_ranks in (2, 4):
         start_processes(run_rank, (num_ranks, home), nprocs=num_ranks, daemon=True, start_method="fork")

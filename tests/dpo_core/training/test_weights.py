@@ -1,4 +1,4 @@
-"""What is stepped, what stays as it is, and into how many parts it is split."""
+"""Tests which weights are updated, which stay unchanged, and into how many parts they are split."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def test_weights_that_no_gradient_reaches_stay_as_they_are_and_have_no_moments(
 
 
 def test_a_weight_that_the_first_step_did_not_reach_goes_on_bit_for_bit(make_policy, tokenizer, pairs, tmp_path):
-    """AdamW counts the steps of each weight by itself."""
+    """AdamW counts the updates of each weight separately."""
     config, policy = replace(DECAYING, checkpoint_steps=1), make_policy()
     forgotten = policy.lm_head.weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     steps = train(config, policy, tokenizer, [pairs] * 3, total_steps=3, checkpoint_dir=tmp_path / "straight")
@@ -92,7 +92,7 @@ def gpu(monkeypatch, *, ranks, local_ranks, gigabytes):
 
 
 class OnGpu(nn.Module):
-    """A model of a billion weights in bfloat16, 18 GB with all that training keeps; with `adapter` 2 GB."""
+    """A model of a billion weights in bfloat16. Training needs 18 GB, or 2 GB with an adapter."""
 
     device, dtype, _no_split_modules = torch.device("cuda"), torch.bfloat16, ("Linear",)
 
@@ -169,7 +169,7 @@ def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypat
 
 @pytest.fixture
 def eight_ranks(monkeypatch):
-    """Two nodes of four, of which this process is the first rank; nothing that is sent arrives."""
+    """Makes this process the first of eight ranks on two nodes of four GPUs. Messages that it sends arrive nowhere."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield

@@ -16,7 +16,7 @@ NO_RAY = "http://127.0.0.1:9"  # nothing answers there: jobs are taken, and wait
 
 
 class Service:
-    """`raydpo up` as a child: everything of it but Ray is real and running."""
+    """Runs `raydpo up` as a child process. All of the service is real except Ray, which is not there."""
 
     def __init__(self, home, *options):
         self.home = home
@@ -26,7 +26,7 @@ class Service:
         )
 
     def wait_until_ready(self):
-        """All that it printed, up to the last line of its greeting."""
+        """Waits until the command has printed that the service is ready, and returns all that it printed."""
         said = ""
         while not said.count("base models:"):
             line = self.child.stdout.readline()
@@ -52,14 +52,21 @@ def base_model():
 
 @pytest.fixture
 def home():
-    """Not under pytest's folder, which the next pytest closes to other users: as root, PostgreSQL is one."""
+    """Returns a new home folder for the service.
+
+    It is outside of pytest's folder, which other users cannot enter. PostgreSQL runs as another user if the tests run
+    as root.
+    """
     with tempfile.TemporaryDirectory(prefix="raydpo-test-", ignore_cleanup_errors=True) as folder:
         yield Path(folder).resolve()
 
 
 @pytest.fixture
 def up(home):
-    """Starts `raydpo up` on a home, the test's own unless it names one; kills at the end what the test left."""
+    """Returns a function that starts `raydpo up`, on the test's home folder unless it gets another one.
+
+    At the end of the test, services that still run are killed.
+    """
     started = []
 
     def start(*options, home=home):
@@ -92,7 +99,7 @@ def database(service):
 
 @pytest.fixture
 def raydpo(service, monkeypatch):
-    """Runs the command in this process against the service, and gives its result."""
+    """Returns a function that runs the `raydpo` command in this process against the service, and returns its result."""
     from typer.testing import CliRunner
 
     from services.cli.app import app

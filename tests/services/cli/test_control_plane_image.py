@@ -1,4 +1,7 @@
-"""What the control plane's image runs: a database and a Ray of others, and none of the packages it leaves out."""
+"""Tests what the control plane's container image runs: the service with a database and a Ray that are elsewhere.
+
+Packages that the image leaves out cannot be imported in these tests.
+"""
 
 import os
 import signal

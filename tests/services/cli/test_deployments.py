@@ -1,4 +1,4 @@
-"""Deployments from the shell, against a control plane whose Ray a test plays."""
+"""Tests `raydpo deployments` against a control plane with a stand-in for Ray."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Every command and option says what it does, and what holds where it is left out."""
+"""Tests that the help text of every command says what it does, and that of every option what its default is."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""raydpo jobs create: how the body of a request is made, and what is checked before a file is uploaded."""
+"""Tests how `raydpo jobs create` makes the body of its request, and what it checks before it uploads a file."""
 
 import gzip
 import json
@@ -70,7 +70,7 @@ def pairs(folder):
 
 @pytest.fixture
 def planned(raydpo):
-    """The request and the job of a dry run."""
+    """Returns a function that returns the request and the job of a dry run."""
 
     def plan(*options):
         found = raydpo("jobs", "create", *options, "--dry-run")
@@ -83,7 +83,7 @@ def planned(raydpo):
 
 @pytest.fixture
 def created(raydpo):
-    """A job that was created, as the service tells it; it is cancelled at the end."""
+    """Returns a function that creates a job, and returns it as the service shows it. Jobs are cancelled at the end."""
     made = []
 
     def create(*options):

@@ -1,4 +1,4 @@
-"""What is listed: every page of it, as a table or as JSON; and what a job tells while it trains."""
+"""Tests commands that list items, over several pages, as a table or as JSON, and commands that show a job's metrics."""
 
 import json
 
@@ -16,7 +16,7 @@ def job_id(raydpo):
 
 @pytest.fixture
 def trained(raydpo, database, job_id, tmp_path):
-    """A job with what its training would have reported: two steps, a checkpoint, a result file."""
+    """Adds to a job what its training would have reported: two steps, a checkpoint, and a result file."""
     metrics = {1: {"train_loss": 0.69, "learning_rate": 1e-6}, 2: {"train_loss": 0.5, "train_reward_accuracy": 0.75}}
     for step, told in metrics.items():
         event = (f"ftevent-{job_id}-{step}", job_id, step, step, f"Step {step}/2", json.dumps(told | {"step": step}))

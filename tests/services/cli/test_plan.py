@@ -9,7 +9,7 @@ PAIR = {"prompt": "Do you have a red saw?", "chosen": "Yes, gladly!", "rejected"
 
 @pytest.fixture
 def options(base_model, tmp_path):
-    """Of a plan on a model that has shapes."""
+    """Returns the options of a plan with a model whose files have the shapes of weights."""
     write_model(base_model, SMALL)
     file = tmp_path / "pairs.jsonl"
     file.write_text((json.dumps(PAIR) + "\n") * 20)

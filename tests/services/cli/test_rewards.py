@@ -1,4 +1,4 @@
-"""`raydpo rewards` against a control plane with trained models."""
+"""Tests `raydpo rewards` against a control plane with trained models."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""`raydpo usage`, against a service whose table the test fills."""
+"""Tests `raydpo usage` against a service whose table of usage the test fills."""
 
 import json
 from datetime import UTC, datetime, timedelta

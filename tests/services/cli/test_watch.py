@@ -16,7 +16,7 @@ def test_metrics_line_shows_what_is_there():
 
 
 def test_a_message_is_shown_as_it_is_and_moves_no_cursor():
-    """Such as one that quotes a row."""
+    """The message quotes a row with terminal codes."""
     said = StringIO()
     told = {"created_at": 0, "level": "warn", "message": "Line 3: the field /\x1b[2J[/b] is no key"}
     Console(file=said, width=200).print(message_line(told))
@@ -25,7 +25,7 @@ def test_a_message_is_shown_as_it_is_and_moves_no_cursor():
 
 @pytest.mark.slow
 def test_a_job_is_watched_across_a_restart_of_the_service(up, home, base_model, tmp_path):
-    """Everything is told once, though the stream breaks off and is resumed."""
+    """Every event is shown once, although the stream breaks off and is resumed."""
     first = up("--model", f"tiny={base_model}")
     first.wait_until_ready()
     port = first.url.split(":")[2].split("/")[0]

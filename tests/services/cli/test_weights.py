@@ -1,4 +1,4 @@
-"""`raydpo models download` and `push`, through connections that break, and to a hub on loopback."""
+"""Tests `raydpo models download` through connections that break, and `push` to a stand-in for the hub on loopback."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ FILES = {"model.safetensors": WEIGHTS, "chat_template.jinja": b"template", "sub/
 
 @pytest.fixture
 def policy(raydpo, database, service):
-    """A policy with all weights, whose files are in the service's storage."""
+    """Returns the name of a trained policy with all weights, whose files are in the service's storage."""
     job_id = raydpo(
         "jobs", "create", "--model", "tiny", "--file", "hf://datasets/org/name/[/red]/a.jsonl"
     ).stdout.strip()
@@ -169,7 +169,8 @@ def test_a_tar_that_would_write_elsewhere_is_not_unpacked(member, tmp_path, caps
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the hub as an upload asks for. A repository of the organization `theirs` is refused."""
+    """A stand-in for the Hugging Face hub that accepts uploads. It refuses repositories of the organization
+    `theirs`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)

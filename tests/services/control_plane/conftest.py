@@ -1,4 +1,4 @@
-"""The control plane in this process, on a real database, without a Ray cluster: nothing answers at its address."""
+"""Runs the control plane in this process on a real database, without a Ray cluster: nothing answers at its address."""
 
 import json
 import os
@@ -32,7 +32,7 @@ EVENT_TYPES = SUCCEEDED, FAILED, CANCELLED = [f"fine_tuning.job.{end}" for end i
 
 @pytest.fixture(scope="module", autouse=True)
 def one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every client of httpx, here and in processes that tests start, reads all certificates: that takes 60 ms."""
+    """Lets every HTTP client read only one certificate. Reading all of them takes 60 ms for each client."""
     file = tmp_path_factory.mktemp("certificates") / "one.pem"
     first, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
     file.write_text(first + end)
@@ -61,7 +61,7 @@ def pairs(count: int = 12) -> bytes:
 
 
 class FakeRay:
-    """Ray's Jobs and Serve REST APIs. It trains nothing: a test says what became of each submission."""
+    """A stand-in for the REST APIs of Ray Jobs and Ray Serve. It runs nothing: a test sets the status of each job."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
@@ -110,7 +110,8 @@ class FakeRay:
         return list(self.serve)
 
     def deploy(self, body: dict[str, Any]) -> None:
-        """As Serve takes a PUT: of the applications that came by one, those it leaves out are removed."""
+        """Sets the applications as a PUT to Ray Serve does. Applications of an earlier PUT that are missing are
+        removed."""
         kept = {name: app for name, app in self.serve.items() if app["source"] != "declarative"}
         self.serve = kept | {config["name"]: served(config) for config in body["applications"]}
         self.target_capacity = body.get("target_capacity")
@@ -145,7 +146,7 @@ class FakeRay:
 
 
 def served(config: dict[str, Any] | None, source: str = "declarative", status: str = "RUNNING") -> dict[str, Any]:
-    """An application as Serve tells of it."""
+    """Returns what Ray Serve reports about an application."""
     told = {"status": status, "message": "", "deployments": {}, "source": source}
     return told | ({"deployed_app_config": config} if config else {})
 
@@ -188,7 +189,7 @@ def settings(offline: Settings) -> Settings:
 
 @contextmanager
 def answering(settings: Settings) -> Iterator[str]:
-    """The control plane in this process; its URL."""
+    """Runs the control plane in this process, and yields its URL."""
     migrate(settings.database_direct_url or settings.database_url)
     port = free_port()
     app = create_app(settings)
@@ -212,7 +213,7 @@ def base_url(settings: Settings) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def receiver() -> Iterator[Receiver]:
-    """Of webhooks."""
+    """Runs a receiver of webhooks."""
     with running(Receiver()) as receiver:
         yield receiver
         receiver.stopping.set()
@@ -232,7 +233,7 @@ Server(create_app(Settings()), port=int(sys.argv[1]), log_level="error").run()
 
 @contextmanager
 def serving(settings: Settings, at_once_bytes: int = 2**29) -> Iterator[tuple[Fork, str]]:
-    """The control plane in a process of its own, which may be killed; and its URL."""
+    """Runs the control plane in a separate process, which can be killed, and yields the process and its URL."""
     names = ("home", "storage_url", "advertised_url", "ray_url")
     environment = {f"RAYDPO_{name.upper()}": str(getattr(settings, name)) for name in names}
     environment |= {"RAYDPO_MODELS": '{"tiny": "/nowhere/tiny"}', "RAYDPO_API_KEY": API_KEY}
@@ -258,7 +259,7 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
 
 
 def api_of(base_url: str, key: str) -> httpx.Client:
-    """For what the client of OpenAI has no word for."""
+    """Returns an HTTP client of the API, for routes that OpenAI's client does not have."""
     return httpx.Client(base_url=f"{base_url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=300)
 
 
@@ -269,7 +270,7 @@ def api(base_url: str) -> Iterator[httpx.Client]:
 
 
 def stored(settings: Settings, *folder: str) -> list[str]:
-    """The names of the files in a folder of the service's storage."""
+    """Returns the names of the files in a folder of the service's storage."""
     return sorted(name for name, _ in storage.list_ages(storage.join(settings.storage_url, *folder)))
 
 

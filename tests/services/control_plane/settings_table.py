@@ -1,4 +1,4 @@
-"""Prints the table of settings in docs/operate/settings.md.
+"""Prints the table of settings in docs/operate/settings.md:
 
 python -m tests.services.control_plane.settings_table
 """

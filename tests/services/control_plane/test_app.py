@@ -1,4 +1,4 @@
-"""What the control plane costs to start."""
+"""Tests what the control plane imports when it starts."""
 
 import subprocess
 import sys

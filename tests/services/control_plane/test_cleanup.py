@@ -1,4 +1,4 @@
-"""What nobody needs any more is removed; what somebody needs stays."""
+"""Tests that the service removes what nobody needs any more, and keeps everything else."""
 
 import asyncio
 import os
@@ -36,7 +36,7 @@ def rows(settings: Settings) -> Iterator[psycopg.Connection]:
 
 
 def sweep(settings: Settings) -> None:
-    """As a control plane does that begins to lead."""
+    """Cleans up as a control plane does when it begins to lead."""
 
     async def run() -> None:
         store = Store(settings.database_url)
@@ -53,7 +53,7 @@ def create(client: openai.OpenAI) -> str:
 
 
 def age(settings: Settings, *names: str, days: float) -> None:
-    """As if a file in the service's storage had been written so long ago."""
+    """Moves the time at which a file in storage was written `days` into the past."""
     split, seconds = urlsplit(storage.join(settings.storage_url, *names)), days * 86_400
     if split.scheme == "file":
         os.utime(unquote(split.path), (time.time() - seconds, time.time() - seconds))

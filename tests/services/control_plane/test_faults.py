@@ -1,4 +1,5 @@
-"""The reconciler crashes before and after every commit and every request to Ray, each in turn, and is started again."""
+"""Tests the reconciler with a crash before and after every commit and every request to Ray, each followed by a
+restart."""
 
 import asyncio
 import gc
@@ -30,11 +31,11 @@ MOST_TICKS = 20
 
 
 class Crash(BaseException):
-    """As SIGKILL: nothing handles it."""
+    """Raised in place of SIGKILL. No code handles it."""
 
 
 class Faults:
-    """Counts the points passed, and crashes at one of them."""
+    """Counts the points that are passed, and crashes at one of them."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -56,7 +57,7 @@ def faults(at: int) -> Iterator[Faults]:
 
 
 class FaultyLauncher(RayApi):
-    """Crashes before and after what it does to Ray."""
+    """A client of Ray that crashes before and after each request that changes something."""
 
     def __init__(self, settings: Settings, store: Store, found: Faults) -> None:
         super().__init__(settings, store.instance)
@@ -99,7 +100,8 @@ def live(ray: FakeRay, job_id: str) -> list[str]:
 
 
 async def play(settings: Settings, ray: FakeRay, job_id: str, story: str, store: Store) -> None:
-    """What happens outside: attempts end as the story has it, and the user may change their mind."""
+    """Plays what happens outside of the service: attempts end, and users cancel, pause and resume the job, as the story
+    says."""
     async with store.begin() as session:
         job = await session.get_one(Job, job_id)
         if job.observed == "paused":
@@ -125,7 +127,7 @@ async def play(settings: Settings, ray: FakeRay, job_id: str, story: str, store:
 
 
 async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int, store: Store) -> bool:
-    """The job's life with a crash at that point. Whether there was one."""
+    """Runs a job to its end with a crash at one point. Returns whether the point was reached."""
     job_id = await new_job(store, settings)
     crashed = False
     for tick in range(MOST_TICKS):
@@ -159,7 +161,10 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int, 
 
 
 async def count_points(settings: Settings, ray: FakeRay, story: str) -> int:
-    """Lives with a crash at each point in turn, on one store, which keeps the SQL of its statements."""
+    """Runs jobs with a crash at each point in turn, and returns the number of points.
+
+    All use one store, which keeps the SQL of its statements.
+    """
     store = Store(settings.database_url)
     for at in itertools.count(1):
         if not await run_to_the_end(settings, ray, story, at, store):

@@ -1,4 +1,4 @@
-"""The control plane as a process of its own: what it holds in memory while large files come in."""
+"""Tests how much memory the control plane needs, as a separate process, while large files are uploaded."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def server(offline: Settings) -> Iterator[tuple[psutil.Process, str]]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 MiB of pairs with long answers, written once."""
+    """Writes 300 MiB of pairs with long answers once, and returns the file."""
     row = {"prompt": "Why?", "chosen": "because " * 2**16, "rejected": "so " * 2**16}
     line = json.dumps(row).encode() + b"\n"
     path = tmp_path_factory.mktemp("rows") / "large.jsonl"
@@ -35,7 +35,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peak_bytes(process: psutil.Process) -> int:
-    """The most that was resident at once, ever."""
+    """Returns the most bytes of memory that the process has had resident at the same time."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What is read from Ray's answers."""
+"""Tests how the service reads Ray's answers."""
 
 import pytest
 

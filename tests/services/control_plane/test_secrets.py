@@ -1,4 +1,7 @@
-"""No secret shows up where it does not belong: a job lives, everything fails on its way, and then all is searched."""
+"""Tests that no secret appears where it does not belong.
+
+A job runs while everything on its way fails, and then the database, storage, logs and answers are searched.
+"""
 
 import asyncio
 import logging
@@ -35,7 +38,7 @@ def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
 
 
 def rows_of(database_url: str) -> Iterator[str]:
-    """Everything in the database but the columns of KEPT."""
+    """Yields everything in the database as text, except the columns in KEPT."""
     with psycopg.connect(database_url) as connection:
         for table in Base.metadata.sorted_tables:
             names = [column.name for column in table.columns if column.name not in KEPT.get(table.name, ())]
@@ -173,7 +176,7 @@ def test_the_secrets_of_an_attempts_last_two_launches_are_good(client: openai.Op
 
 @pytest.mark.parametrize("where", ["storage_url", "models"])
 def test_a_place_in_storage_holds_no_key_and_its_refusal_does_not_tell_it(offline: Settings, where: str) -> None:
-    """Ray shows where the spec of an attempt lies, and Serve where a model does."""
+    """Ray shows the URI of an attempt's settings, and Serve the URI of a model."""
     place = "s3://AKIAEXAMPLE:hush-hush@bucket/raydpo"
     given = {"storage_url": place} if where == "storage_url" else {"models": {"tiny": place}}
     with pytest.raises(ValidationError, match="the URI contains credentials before its '@'; remove them") as refusal:

@@ -1,4 +1,4 @@
-"""What is said of each setting."""
+"""Tests what the documents say about each setting."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Commands on a fork server that has imported little, by its client as a job or Ray calls it."""
+"""Tests commands on a fork server that has few imports, started by its client as a job or Ray starts them."""
 
 import json
 import os
@@ -155,7 +155,8 @@ def test_a_ray_worker_outlives_its_client_and_stays_in_its_group(folder: Path, e
 def test_a_fork_is_never_in_the_servers_group(
     server: subprocess.Popen[bytes], folder: Path, environment: dict[str, str]
 ) -> None:
-    """Ray ends a worker by its group. A client of another session, whose group the fork cannot join."""
+    """Ray ends a worker's whole process group. Here the client is in another session, whose group the fork cannot
+    join."""
     command = [*CLIENT, script(folder, WAIT, "default_worker.py")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as other:
         assert other.stdout
@@ -165,7 +166,7 @@ def test_a_fork_is_never_in_the_servers_group(
 
 
 def worker(folder: Path, environment: dict[str, str], job: str) -> dict[str, Any]:
-    """What a worker of one of Ray's jobs shows."""
+    """Starts a worker of a Ray job through the client, and returns what it prints about itself."""
     out = folder / f"{secrets.token_hex(4)}.out"
     with out.open("wb") as file:
         command = [*CLIENT, script(folder, SHOW, "default_worker.py")]
@@ -224,7 +225,7 @@ if __name__ == "__main__":
 
 
 def test_what_a_worker_spawns_is_a_fork(folder: Path, environment: dict[str, str]) -> None:
-    """By multiprocessing: what is passed arrives, and its exit status comes back."""
+    """The child of `multiprocessing` gets its arguments, and its parent gets its exit status."""
     start_ray.write_launcher(environment[forkserver.VARIABLE])
     command = [sys.executable, script(folder, SPAWN)]
     environment |= {forkserver.JOB_VARIABLE: "01"}
@@ -242,7 +243,7 @@ def test_what_a_worker_spawns_is_a_fork(folder: Path, environment: dict[str, str
     ],
 )
 def test_what_is_imported_lets_processes_be_forked(modules: str) -> None:
-    """It starts no thread, and draws none of Ray's random ids: forks would draw the same, and crash in Ray's store."""
+    """The imports start no thread and draw none of Ray's random ids, which all forks would share."""
     program = f"""
 import importlib
 from services.forkserver import loaded_ray, server
@@ -305,7 +306,7 @@ def test_only_its_user_may_ask_a_server(server: subprocess.Popen[bytes], folder:
 
 
 def test_what_is_imported_holds_nothing_of_ray() -> None:
-    """Ray's library reads the settings of a worker from the environment when it is loaded, and only then."""
+    """Ray's library reads a worker's settings from the environment when it is loaded, and only then."""
     program = f"import importlib, sys; [importlib.import_module(m) for m in {MODULES}]; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, check=True)
     assert done.stdout.split()[-1] == b"False"

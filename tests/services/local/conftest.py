@@ -6,6 +6,10 @@ import pytest
 
 @pytest.fixture
 def home():
-    """Not under pytest's folder, which the next pytest closes to other users: as root, PostgreSQL is one."""
+    """Returns a new home folder for the service.
+
+    It is outside of pytest's folder, which other users cannot enter. PostgreSQL runs as another user if the tests run
+    as root.
+    """
     with tempfile.TemporaryDirectory(prefix="raydpo-test-", ignore_cleanup_errors=True) as folder:
         yield Path(folder).resolve()

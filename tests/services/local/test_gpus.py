@@ -1,4 +1,4 @@
-"""What `up` chooses on a machine with GPUs; the driver's command is a script on the PATH."""
+"""Tests what `raydpo up` chooses on a machine with GPUs. A script on the PATH takes the place of nvidia-smi."""
 
 import json
 
@@ -16,7 +16,7 @@ BOTH = {"num_gpus_per_worker": 1.0, "num_gpus_per_model": 1.0}
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine whose nvidia-smi is this script."""
+    """Returns a function that puts a script in the place of nvidia-smi."""
     monkeypatch.setattr(gpus, "version", lambda name: "2.9.0")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -40,7 +40,7 @@ def processes_with(mark):
 
 
 def run_job(stack):
-    """Its logs, once it has succeeded."""
+    """Runs a Ray job on the stack until it has succeeded, and returns its logs."""
     token = {"Authorization": f"Bearer {stack.ray_token_file.read_text()}"}
     with httpx.Client(base_url=stack.ray_url, headers=token, trust_env=False, timeout=120) as ray:
         job = ray.post("/api/jobs/", json={"entrypoint": ENTRYPOINT}).json()["submission_id"]

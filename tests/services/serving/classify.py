@@ -1,4 +1,7 @@
-"""Another program: vLLM's rewards of rows of ids. Reads JSON; writes it to a file, as vLLM logs to stdout."""
+"""Computes rewards of rows of token ids with vLLM, in its own process.
+
+It reads JSON from standard input, and writes the result to a file, because vLLM logs to standard output.
+"""
 
 import json
 import os

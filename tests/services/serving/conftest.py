@@ -1,4 +1,7 @@
-"""One Ray with two applications for all tests of this folder: a policy, and an adapter without a chat template."""
+"""Starts one Ray cluster with two applications for all tests of this folder.
+
+One serves a policy, the other an adapter without a chat template.
+"""
 
 import json
 import os
@@ -52,7 +55,7 @@ torch.set_num_threads(1)
 
 @dataclass
 class Serving:
-    """Ray Serve, driven as the control plane does it."""
+    """Calls Ray Serve as the control plane does: deploys applications, removes them, and sends requests."""
 
     head: RayHead
     token: str
@@ -117,7 +120,7 @@ class Serving:
 
 
 def make_adapter(base: Path, folder: Path, *, seed: int = 0, adapter: Lora = Lora(r=4)) -> Path:  # noqa: B008 - frozen
-    """A random adapter that changes what its base says."""
+    """Writes a random adapter, which changes the outputs of its base model, to the folder, and returns the folder."""
     torch.manual_seed(seed)
     policy = load_policy(base, adapter=adapter)
     for name, weight in policy.named_parameters():
@@ -129,7 +132,7 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 0, adapter: Lora = Lor
 
 
 def make_model(folder: Path, chat_template: str | None) -> Path:
-    """A random two-layer Llama. Its weights are wide, so that a wrong mask or position shows."""
+    """Writes a random two-layer Llama to the folder. Its weights are large, so that a wrong mask or position shows."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -181,7 +184,7 @@ def client(serving: Serving) -> Iterator[OpenAI]:
 
 
 class Driver:
-    """Another program on the cluster, which scores through the application's handle."""
+    """Runs driver.py on the cluster, a program that scores through the application's handle, and sends rows to it."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process

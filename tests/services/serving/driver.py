@@ -1,4 +1,5 @@
-"""A driver on the cluster: reads rows as JSON lines, has them scored, writes what comes back as JSON lines."""
+"""Reads rows as lines of JSON, has them scored by an application of the cluster, and writes the scores as lines of
+JSON."""
 
 import json
 import sys

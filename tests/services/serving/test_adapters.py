@@ -1,4 +1,4 @@
-"""Adapters on the running engines of their base model, over HTTP."""
+"""Tests LoRA adapters on the running vLLM engines of their base model, over HTTP."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def folders(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture(scope="module")
 def qwen(serving: Serving, qwen_folder: Path) -> Iterator[Serving]:
-    """Two replicas of one base."""
+    """Serves two replicas of one base model during a test."""
     engine = LORA | {"replicas": 2}
     serving.deploy(QWEN | {"engine": engine, "source": str(qwen_folder), "dtype": "float32"})
     serving.wait(lambda apps: apps["qwen"]["status"] == "RUNNING")
@@ -58,7 +58,7 @@ def qwen(serving: Serving, qwen_folder: Path) -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def likeliest(folders: list[Path]) -> list[float]:
-    """The log-probability of each adapter's likeliest next token, by PEFT's own forward."""
+    """Returns the log-probability of the likeliest next token for each adapter, from PEFT's own forward pass."""
     return [forward(folder) for folder in folders]
 
 
@@ -97,7 +97,7 @@ def test_an_older_vllm_is_refused_because_it_mixes_adapters_up() -> None:
 
 
 def test_each_adapter_answers_as_in_peft_under_load(qwen: Serving, folders: list[Path], likeliest: list[float]) -> None:
-    """Six adapters, of which four stay attached and two fit one step, are asked at random at the same time."""
+    """Six adapters are asked in turn by several threads; four can stay attached, and two fit into one step."""
     numbers = [number % NUM_ADAPTERS for number in range(120)]
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda number: ask(qwen, f"ft:load:{number}", folders[number]), numbers))
@@ -105,7 +105,10 @@ def test_each_adapter_answers_as_in_peft_under_load(qwen: Serving, folders: list
 
 
 def changed(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object], base: str = "") -> Path:
-    """A copy of the adapter with other weights, and with the fingerprint `base` if it is not empty."""
+    """Writes a copy of the adapter with changed weights to `to`, and returns it.
+
+    If `base` is not empty, it becomes the fingerprint of the adapter's base model.
+    """
     shutil.copytree(folder, to)
     weights = load_file(to / WEIGHTS)
     change(weights)
@@ -195,7 +198,7 @@ def test_a_deleted_adapter_stops_answering_on_every_replica_within_two_seconds(
 def test_other_clients_get_answers_while_a_replica_dies(
     qwen: Serving, folders: list[Path], likeliest: list[float]
 ) -> None:
-    """Those whose replica died get a 500 or nothing; the new replica attaches again, and no deleted adapter."""
+    """Requests to the dead replica fail. The new replica attaches the adapter again, but no deleted adapter."""
     killed = threading.Event()
 
     def ask_on() -> list[httpx.Response]:

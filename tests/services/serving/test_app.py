@@ -1,4 +1,4 @@
-"""Applications: built, reported when broken, removed with all their processes."""
+"""Tests applications of Ray Serve: how they are built, report errors, and are removed with all their processes."""
 
 import asyncio
 import os
@@ -126,7 +126,7 @@ def test_chat_without_a_chat_template_is_refused(serving: Serving) -> None:
 
 @pytest.mark.ray
 def test_an_adapter_says_what_it_says_on_its_base(serving: Serving, adapter_folder: Path) -> None:
-    """Its log-probabilities are those of PEFT's forward, and its base has others."""
+    """Its log-probabilities are those of PEFT's forward pass, and differ from those of its base model."""
     ids = [5, 9, 200, 31, 77]
     body = {"model": PLAIN["model_id"], "prompt": ids, "max_tokens": 1, "logprobs": 1, "temperature": 0}
     answer = httpx.post(f"{serving.route('plain')}/v1/completions", json=body, timeout=60).raise_for_status().json()

@@ -1,4 +1,4 @@
-"""What vLLM makes of a deployment's settings: its own configuration of an engine."""
+"""Tests a deployment's settings with vLLM's own code, which turns them into the configuration of an engine."""
 
 from pathlib import Path
 from typing import Any, get_args

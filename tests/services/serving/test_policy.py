@@ -1,4 +1,4 @@
-"""A served policy, as the unmodified openai client and the control plane see it."""
+"""Tests a served policy through OpenAI's unmodified client and as the control plane calls it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Scores against a plain float32 forward of the same rows."""
+"""Tests the scores of an engine against a plain float32 forward pass of the same rows."""
 
 import random
 import time
@@ -19,7 +19,7 @@ Rows = tuple[list[list[int]], list[list[int]]]
 
 
 def rows_of(*lengths: tuple[int, int], seed: int = 0) -> Rows:
-    """Random prompts and completions of these lengths."""
+    """Returns random prompts and completions of the given lengths."""
     rng = random.Random(seed)
     ids = [[[rng.randrange(VOCABULARY) for _ in range(length)] for length in row] for row in lengths]
     return [prompt for prompt, _ in ids], [completion for _, completion in ids]

@@ -1,4 +1,4 @@
-"""A trained reward model: as its replica computes it, and in vLLM with no option but the runner."""
+"""Tests a trained reward model in its replica, and in vLLM with no option but the runner."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ GROUPS = [
 def test_a_replica_gives_the_outputs_of_transformers(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, num_outputs: int, tokens_per_pack: int
 ) -> None:
-    """Also if a pack holds only some completions of a group."""
+    """This holds also if the completions of one prompt are divided over several forward passes."""
     monkeypatch.setattr(reward_model, "MAX_TOKENS_PER_PACK", tokens_per_pack)
     model = load_reward_model(model_folder, num_outputs=num_outputs)
     agree_on_padding(model, load_tokenizer(model_folder))  # as the trainer saves it

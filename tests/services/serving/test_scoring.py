@@ -1,4 +1,7 @@
-"""The routes that score texts and token ids, against dpo_core's own scorer; the engine is the trainer's forward."""
+"""Tests the routes that score texts and token ids against dpo_core's own scorer.
+
+The trainer's forward pass takes the place of the engine.
+"""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A driver as Ray Jobs starts it, and what it reported."""
+"""Starts the driver of an attempt (one run of a job) as Ray Jobs does, and reads its reports."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ class Driver:
         return self.process.wait(seconds)
 
     def fork(self) -> psutil.Process:
-        """The driver itself; `process` is the client that stands for it."""
+        """Returns the process of the driver itself. `process` is the client that had it started as a fork."""
         (fork,) = filter(self._prints_here, psutil.process_iter(["cmdline"]))
         return fork
 
@@ -72,13 +72,13 @@ def only(kind: Any, reports: list[Report]) -> list[Any]:
 
 
 def figures(reports: list[Report]) -> dict[int, dict[str, float]]:
-    """The metrics of each step, without those that depend on the clock."""
+    """Returns the metrics of each step in the reports, without the metrics that depend on the clock."""
     steps, clock = only(StepMetrics, reports), ("tokens_per_second", "hfu")
     return {s.step: {key: s.metrics[key] for key in s.metrics if key not in clock} for s in steps}
 
 
 def ray_processes(name: str, ray_environment: dict[str, str]) -> list[psutil.Process]:
-    """Of this module's own Ray."""
+    """Returns the processes with this name that belong to this module's own Ray cluster."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess):  # it ends just now

@@ -1,6 +1,6 @@
-"""A Ray of its own with one deployment, for as long as standard input is open: `cluster.py <temp folder> <model>`.
+"""Runs a Ray cluster with one deployment until standard input ends: `cluster.py <temp folder> <model>`.
 
-The deployment scores as services.serving does, by a plain forward of transformers.
+The deployment returns scores as a replica of services.serving does, but computes them with transformers.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A control plane on loopback, which misbehaves as it is told; a small model; pairs for it."""
+"""Provides a stand-in for the control plane, a small model, pairs to train on, and a Ray cluster."""
 
 import functools
 import json
@@ -38,7 +38,10 @@ ROOT = Path(__file__).parents[3]
 
 
 class ControlPlane(ThreadingHTTPServer):
-    """`script` holds the next answers: a status, or None to take the events and drop the answer."""
+    """An HTTP server that receives an attempt's reports on loopback, and answers as a test wants.
+
+    `script` holds the next answers: a status, or None to take the reports and drop the answer.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -52,7 +55,7 @@ class ControlPlane(ThreadingHTTPServer):
         self.posts: list[EventBatch] = []
 
     def seqs(self) -> list[int]:
-        """The events that arrived, in order of arrival, without repetitions."""
+        """Returns the numbers of the events that arrived, in order of arrival, without repetitions."""
         return list(dict.fromkeys(event.seq for batch in self.posts for event in batch.events))
 
     def reports(self) -> list[Report]:
@@ -109,7 +112,8 @@ CHAT_TEMPLATE = (
 
 
 def build_model(folder: Path, seed: int) -> str:
-    """A two-layer Llama with 128 positions and a tokenizer of letters."""
+    """Writes a two-layer Llama with 128 positions and a tokenizer of single characters to the folder, and returns its
+    path."""
     letters = {token: i for i, token in enumerate(["</s>", "<|user|>", "<|assistant|>", *string.printable])}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT_TEMPLATE)
@@ -129,7 +133,8 @@ def model_source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One whose tokenizer knows every character, and whose template writes tools and their calls."""
+    """Returns the folder of a small model whose tokenizer knows every character and whose chat template writes
+    tools."""
     folder = str(tmp_path_factory.mktemp("model"))
     tokenizer = build_tokenizer()
     tokenizer.chat_template = HERMES_TEMPLATE
@@ -161,7 +166,7 @@ def make_pair() -> Callable[[int], dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of a file of 24 short pairs."""
+    """Returns the URI of a file of 24 short pairs."""
     file = tmp_path_factory.mktemp("files") / "pairs.jsonl"
     file.write_text("".join(json.dumps(build_pair(number)) + "\n" for number in range(24)))
     return file.as_uri()
@@ -169,7 +174,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def make_spec_in(model_source: str, pairs: str) -> Callable[..., AttemptSpec]:
-    """An attempt on `pairs` with one worker, of a job in that folder; keywords replace fields."""
+    """Returns a function that makes the settings of an attempt with one worker on `pairs`, in a given folder.
+
+    Keywords replace fields of the settings.
+    """
 
     def make(folder: Path, **fields: Any) -> AttemptSpec:
         given: dict[str, Any] = {
@@ -196,16 +204,16 @@ def make_spec(tmp_path: Path, make_spec_in: Callable[..., AttemptSpec]) -> Calla
 
 @pytest.fixture(scope="session")
 def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
-    """The environment of a driver."""
+    """Starts a Ray cluster, and returns the environment variables for drivers on it."""
     with ray_cluster(model_source, RAY_memory_monitor_refresh_ms="0") as environment:
         yield environment
 
 
 @contextmanager
 def ray_cluster(model_source: str, **settings: str) -> Iterator[dict[str, str]]:
-    """A Ray of its own, with these settings of Ray's; yields the environment of a driver.
+    """Starts a Ray cluster with these settings of Ray, and yields the environment variables for drivers on it.
 
-    The folder's name is short, for the sockets in it.
+    The path of its folder is short, because it contains sockets.
     """
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     environment = os.environ | {

@@ -1,6 +1,6 @@
-"""The driver, with pieces of one row, of which the last of the order are encoded once a file named `gate` is there.
+"""Runs the driver with pieces of one row. The last pieces are encoded only when a file named `gate` exists.
 
-It stands beside the training file.
+The file `gate` is expected beside the training file.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A job's spool as its attempts would have written it."""
+"""Writes the spool of a job (the reports in storage) as the job's attempts would have written it."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ STARTED_AT = 1_700_000_000.0
 
 
 class Spool:
-    """Segments of four events; an event's time is its number in seconds after STARTED_AT."""
+    """Writes reports in files of four. The time of a report is STARTED_AT plus its number in seconds."""
 
     def __init__(self, spec: AttemptSpec) -> None:
         self.spec = spec
@@ -29,7 +29,7 @@ class Spool:
             spool.write(spool.segment_uri(self.spec.run_uri, attempt, first), body)
 
     def add_steps(self, first: int, last: int, *, attempt: int = 1) -> None:
-        """The attempt's start, and steps up to and with the last."""
+        """Adds the report that training has started, and the metrics of the steps from `first` to `last`."""
         started = Started(config=self.spec.config, num_groups=24, total_steps=9, resumed_from=first - 1)
         self.add(started, *(step(number) for number in range(first, last + 1)), attempt=attempt)
 

@@ -1,4 +1,5 @@
-"""Whole attempts that train adapters: what they leave, who goes on from it, and which reference they have."""
+"""Tests whole attempts that train LoRA adapters: what they leave, how jobs go on from it, and which reference they
+use."""
 
 import json
 import math
@@ -29,7 +30,10 @@ MakeSpec = Callable[..., AttemptSpec]
 
 @pytest.fixture
 def make_spec(tmp_path: Path, make_spec_in: MakeSpec, control_plane: Any) -> MakeSpec:
-    """A driver that reaches no control plane waits for one before it ends."""
+    """Returns a function that makes the settings of an attempt that reaches a control plane.
+
+    Without one, a driver would wait for it before it ends.
+    """
     return partial(make_spec_in, tmp_path, events_url=control_plane.url)
 
 
@@ -45,7 +49,7 @@ def adapted(
     ray_environment: dict[str, str],
     lasting_control_plane: Any,
 ) -> Driver:
-    """An attempt of two workers that trained an adapter."""
+    """Returns a finished attempt of two workers that trained an adapter."""
     folder = tmp_path_factory.mktemp("adapted")
     spec = make_spec_in(folder, config=CONFIG, num_workers=2, events_url=lasting_control_plane.url, **GIVEN)
     return done(Driver(spec, ray_environment, lasting_control_plane.token))
@@ -134,7 +138,8 @@ def test_another_model_may_be_the_reference(
     start: Callable[[AttemptSpec], Driver],
     model_source: str,
 ) -> None:
-    """The first loss is that of the start against it, as the run that made the start would have had it next."""
+    """The first loss compares the start of training with this reference, as the next step of the earlier job would
+    have."""
     given = GIVEN | {"model_source": str(exported(adapted)), "reference_model_source": model_source}
     driver = done(start(make_spec(config=CONFIG, **given)))
     metrics = figures(driver.reports())

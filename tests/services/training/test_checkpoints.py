@@ -1,4 +1,4 @@
-"""Whole attempts that stop early: what they keep, and which checkpoint becomes the policy."""
+"""Tests whole attempts that stop early: which checkpoints they keep, and which of them becomes the policy."""
 
 from collections.abc import Callable
 from typing import Any

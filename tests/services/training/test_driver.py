@@ -1,4 +1,4 @@
-"""Whole attempts: the driver as Ray Jobs starts it, on a Ray of its own, killed and started again."""
+"""Tests whole attempts: the driver is started as Ray Jobs does, on its own Ray cluster, killed and started again."""
 
 import gzip
 import json
@@ -70,7 +70,7 @@ def uninterrupted(
     ray_environment: dict[str, str],
     lasting_control_plane: Any,
 ) -> Driver:
-    """An attempt that ran from its beginning to its end."""
+    """Returns an attempt that ran from its beginning to its end."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     spec = make_spec_in(folder, config=CONFIG, reference="tiny", events_url=lasting_control_plane.url)
     driver = Driver(spec, ray_environment, lasting_control_plane.token)
@@ -208,7 +208,8 @@ def test_an_integration_that_dies_costs_the_job_nothing_but_a_warning(
 
 
 def without_signs(metrics: dict[str, float]) -> dict[str, float]:
-    """Without the accuracy: of a margin of about 0, as at the first step, rounding decides the sign."""
+    """Returns the metrics without the accuracy. At the first step, margins are about 0, so rounding decides their
+    signs."""
     return {key: value for key, value in metrics.items() if key != "rewards/accuracies"}
 
 
@@ -348,7 +349,7 @@ def test_whenever_an_attempt_is_killed_the_next_continues_it_bit_for_bit(
 
 
 def whole_checkpoints(driver: Driver) -> set[int]:
-    """The steps of those that would be resumed or served; each is what its manifest says."""
+    """Returns the steps of the complete checkpoints, after a check of their files."""
     folders = storage.fetch(storage.join(driver.spec.run_uri, "checkpoints"))
     return {verify(manifest.parent).step for manifest in folders.glob("*/manifest.json")}
 
@@ -360,7 +361,7 @@ NEIGHBOUR = "import sys; held = bytearray(b'1') * int(sys.argv[1]); sys.stdin.re
 def test_a_neighbour_that_takes_the_memory_is_named_and_the_next_attempt_goes_on(
     make_spec: MakeSpec, model_source: str, control_plane: Any
 ) -> None:
-    """Ray acts at less than the whole memory here: what is in use now, and 3 GB. It kills whatever it runs."""
+    """Here Ray kills processes when 3 GB more than now are in use, and not when the whole memory is."""
     memory = psutil.virtual_memory()
     share = (memory.total - memory.available + 3 * 2**30) / memory.total
     settings = {"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
@@ -590,7 +591,7 @@ def test_sigterm_ends_an_attempt_before_sigkill_would(
 
 
 def resumed(first: Driver, start: Callable[[AttemptSpec], Driver], uninterrupted: Driver) -> None:
-    """The attempt was paused; the next one goes on, and the two together are the uninterrupted one."""
+    """Runs the attempt after the paused attempt `first`, and asserts that both together equal the uninterrupted one."""
     before = first.reports()
     step = before[-1].step
     assert before[-1] == Paused(step=step)

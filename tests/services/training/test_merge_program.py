@@ -1,4 +1,4 @@
-"""Merges of adapters for download: the program that a Ray job runs."""
+"""Tests the program that a Ray job runs to merge an adapter for download."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from services.training.merge_program import answer
 
 @pytest.fixture(scope="module")
 def adapter(model_source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter that changes what its base says."""
+    """Returns the folder of a random adapter that changes the outputs of its base model."""
     folder = tmp_path_factory.mktemp("adapter")
     policy = load_policy(model_source, adapter=Lora(r=4))
     torch.manual_seed(1)
@@ -51,7 +51,8 @@ assert not {"services", "dpo_core"} & sys.modules.keys()
 
 
 def elsewhere(base: str, adapter: Path, merged: Path) -> list[list[int]]:
-    """The greedy answers of the three folders in a process of its own."""
+    """Returns the greedy answers of the models in three folders, computed in a separate process without this
+    project."""
     command = [sys.executable, "-I", "-c", ELSEWHERE, base, str(adapter), str(merged)]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr

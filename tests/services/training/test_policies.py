@@ -1,4 +1,7 @@
-"""What a job can start from and train, as the table of combinations says: each is loaded, trained and gone on with."""
+"""Tests what a job can start from and how it can train it, as docs/use/combinations.md says.
+
+Each combination is loaded, trained for two steps, and trained on from the result.
+"""
 
 import itertools
 import json
@@ -50,7 +53,8 @@ def groups_for(objective: Objective) -> list[EncodedGroup]:
 
 @pytest.fixture(scope="module")
 def run(make_spec_in: Callable[..., AttemptSpec], model_source: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Trains two steps as a worker does. Returns what it leaves, and the first loss."""
+    """Returns a function that trains two steps as a worker does, and returns the resulting folder and the first
+    loss."""
 
     def run(source: str, weights: Weights, objective: Objective, *, reference: str | None = None) -> tuple[str, float]:
         folder = tmp_path_factory.mktemp("run")
@@ -78,7 +82,7 @@ def run(make_spec_in: Callable[..., AttemptSpec], model_source: str, tmp_path_fa
 
 @pytest.fixture(scope="module")
 def start(run: Run, model_source: str) -> Start:
-    """The source of a start, which is made at its first use."""
+    """Returns a function that returns the source of a model to start from, by name. It is made at its first use."""
     made: dict[str, str] = {}
 
     def source(name: str) -> str:
@@ -91,7 +95,7 @@ def start(run: Run, model_source: str) -> Start:
 
 
 def accepted() -> list[Any]:
-    """Each start with each way to train it, as far as the service lets a job have both."""
+    """Returns each model to start from with each way to train it, if the service accepts both together."""
     found = []
     ways = itertools.product(STARTS, (LORA, DORA, None), ("float32", "bfloat16"), (None, "nf4"))
     objectives = (Supervised(), Dpo(), Simpo(), RewardBradleyTerry(), RewardGaussian())

@@ -1,4 +1,4 @@
-"""What an attempt reports whose data an earlier one has prepared."""
+"""Tests what an attempt reports if an earlier attempt has prepared its data."""
 
 from pathlib import Path
 

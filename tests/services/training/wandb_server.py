@@ -1,4 +1,7 @@
-"""As much of a W&B server as one run needs, on loopback. It keeps the run's history, and tells it to who resumes."""
+"""Defines a small server on loopback that answers what one run of W&B asks.
+
+It keeps the run's history, and returns it to a client that resumes the run.
+"""
 
 import gzip
 import json

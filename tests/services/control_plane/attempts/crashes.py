@@ -1,4 +1,4 @@
-"""What the crash tests stand on: a Ray whose attempts live, control planes that are killed, and a load balancer."""
+"""Provides what the crash tests need: a stand-in for Ray, control planes that can be killed, and a load balancer."""
 
 import asyncio
 import os
@@ -25,7 +25,10 @@ STEPS = 12
 
 
 class LivelyRay(FakeRay):
-    """Its attempts run as threads and report through the real Reporter; the first of some jobs dies half way."""
+    """A stand-in for Ray whose attempts run as threads and send reports with the real Reporter.
+
+    The first attempt of some jobs dies half way. An attempt is one run of a job.
+    """
 
     def __init__(self, *, step_seconds: float, dying: float = 0.3) -> None:
         super().__init__()
@@ -88,7 +91,7 @@ class LivelyRay(FakeRay):
 
 
 class Plane:
-    """A control plane in a process of its own, which may be killed."""
+    """A control plane in a separate process, which can be killed."""
 
     def __init__(self, home: Path, environment: dict[str, str], ray_url: str) -> None:
         self.port = free_port()
@@ -124,7 +127,7 @@ class Plane:
 
 
 class Balancer(Proxy):
-    """Sends each connection to a control plane that takes it, as a Service of Kubernetes would."""
+    """Passes each connection on to a control plane that accepts it, as a Service of Kubernetes does."""
 
     def __init__(self) -> None:
         self.ports: list[int] = []

@@ -1,4 +1,4 @@
-"""The sentences of an attempt's reports."""
+"""Tests the sentences that users see about an attempt's reports."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Control planes are killed at random moments; no job is lost, doubled or falsely failed."""
+"""Tests that no job is lost, doubled or wrongly failed if control planes are killed at random moments."""
 
 import asyncio
 import itertools
@@ -26,7 +26,7 @@ from tests.services.control_plane.conftest import API_KEY, pairs
 
 
 class Service:
-    """Control planes on one database, behind one address."""
+    """Several control planes on one database, behind one address."""
 
     def __init__(self, folder: Path, database_url: str, storage_url: str, ray: LivelyRay, *, planes: int) -> None:
         self.ray, self.database_url, self.balancer = ray, database_url, Balancer()
@@ -54,7 +54,7 @@ class Service:
 
 
 class Postgres:
-    """A server of the test's own, which may go away."""
+    """A PostgreSQL server of this test, which can be frozen and restarted."""
 
     def __init__(self, data: Path) -> None:
         self._data = data
@@ -104,7 +104,10 @@ def start(tmp_path: Path, database_url: str, storage_url: str) -> Iterator[Calla
 
 
 def submit(client: openai.OpenAI, file_id: str, number: int) -> str:
-    """Each is another's: of two equal ones, the resend of the second could not be told from one of the first."""
+    """Creates a job that differs from all others, and returns its id.
+
+    A repeated request for a job could not be told from a request for a second equal job.
+    """
     job = client.fine_tuning.jobs.create(
         model="tiny",
         training_file=file_id,
@@ -134,7 +137,7 @@ def count_jobs(service: Service, condition: str = "TRUE") -> int:
 
 
 def check(service: Service, job_ids: list[str]) -> None:
-    """Every job that a client was told of is there once, succeeded, and ran each step once."""
+    """Asserts that every job that a client was told about exists once, succeeded, and ran each step once."""
     assert len(set(job_ids)) == len(job_ids) == count_jobs(service)
     assert count_jobs(service, "observed <> 'succeeded'") == 0
     assert service.ray.doubled == []
@@ -155,7 +158,7 @@ async def _replayed(service: Service, job_ids: list[str]) -> set[str]:
 
 
 def kill_at_random(service: Service, kills: int) -> None:
-    """One after the other; each comes back before the next is killed."""
+    """Kills random control planes one after the other. Each is back before the next is killed."""
     for _ in range(kills):  # while the other takes the requests
         time.sleep(random.uniform(0, 0.7))
         plane = random.choice(service.planes)

@@ -1,4 +1,4 @@
-"""What an attempt reports is recorded once and without a gap, though the service dies between commit and answer."""
+"""Tests that an attempt's reports are recorded once and without a gap, even if the service dies before it answers."""
 
 import asyncio
 import os

@@ -1,4 +1,7 @@
-"""The life of a job against a Ray that lies, dies and loses answers; the database and the storage are real."""
+"""Tests the life of a job with a stand-in for Ray that gives wrong answers, dies and loses answers.
+
+The database and the storage are real.
+"""
 
 import asyncio
 import csv
@@ -66,7 +69,7 @@ def ray(fake_ray: FakeRay) -> FakeRay:
 
 @pytest.fixture(scope="module")
 def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
-    """The service's own, and those of the reconcilers here."""
+    """Returns the settings of the service in this process, and of the reconcilers that the tests run."""
     return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
 
 
@@ -79,7 +82,7 @@ def job_id(client: openai.OpenAI, settings: Settings, ray: FakeRay) -> Iterator[
 
 
 def submit(client: openai.OpenAI, settings: Settings, **extension: Any) -> str:
-    """The id of a job on a file of its own, which was checked before."""
+    """Creates a job on a new file that has been checked, and returns the job's id."""
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
     ticks(settings, 1)
     method: Any = {"type": "dpo"}
@@ -93,9 +96,10 @@ def spec_of(submission: dict[str, Any]) -> AttemptSpec:
 
 
 def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, rested: bool = True) -> None:
-    """Tick so often, here alone: the lease is taken from the service's own reconciler.
+    """Runs `count` ticks of a reconciler, which first takes the lease from the service's own reconciler.
 
-    `apart`: seconds from one tick to the next, by the reconcilers' clock. `rested`: what died did so long ago.
+    `apart` is the number of seconds from one tick to the next by the reconcilers' clock. If `rested` is true, attempts
+    that died count as having died long ago.
     """
     now = 0.0
 
@@ -125,7 +129,7 @@ def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, 
 
 
 def spool(settings: Settings, job_id: str, attempt: int, reports: list[Report], *, first: int = 0) -> EventBatch:
-    """Lay reports where an attempt's driver would have left them."""
+    """Writes reports to storage, where an attempt's driver would have written them."""
     events = [JobEvent(seq=first + i, created_at=time.time(), report=report) for i, report in enumerate(reports)]
     batch = EventBatch(events=events)
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), attempt, first)
@@ -176,7 +180,10 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
 
 
 def found(settings: Settings, file_id: str, report: dict[str, Any] | None = None, refusal: str | None = None) -> None:
-    """What the check of a file found; without both it has not ended. The service's own checker is kept off."""
+    """Stores the result of the check of a file with a model, so that the service does not check it.
+
+    Without a report and a refusal, the check has not ended.
+    """
     with psycopg.connect(settings.database_url) as rows:
         lease = "INSERT INTO leases VALUES (%s, 'a test', now() + interval '1 hour') ON CONFLICT DO NOTHING"
         rows.execute(lease, [f"check of {file_id}"])
@@ -485,7 +492,7 @@ def state(client: openai.OpenAI, job_id: str) -> tuple[str, Any]:
 
 
 def rest(settings: Settings, job_id: str, seconds: float) -> None:
-    """Let so much time pass since the job's attempts ended."""
+    """Moves the end of the job's attempts `seconds` into the past."""
     with psycopg.connect(settings.database_url) as connection:
         statement = "UPDATE attempts SET ended_at = ended_at - make_interval(secs => %s) WHERE job_id = %s"
         connection.execute(statement, (seconds, job_id))
@@ -597,7 +604,7 @@ def test_a_job_that_comes_back_from_a_long_rest_waits_for_workers_that_are_there
 def test_an_attempt_that_left_a_new_checkpoint_begins_the_count_anew(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
-    """However often workers are killed, a job that comes further goes on."""
+    """A job that makes progress goes on, however often its workers are killed."""
     ticks(settings, 1)
     for number in range(1, 2 * settings.max_attempts):
         steps = number // 3  # two of three attempts leave the checkpoint that was there
@@ -617,7 +624,7 @@ def test_an_attempt_that_left_a_new_checkpoint_begins_the_count_anew(
 def test_an_attempt_says_itself_why_it_dies(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
-    """Ray tells the last ten lines of a log, and its own word on memory is longer."""
+    """Ray shows only the last ten lines of a log, and its own message about memory is longer."""
     ticks(settings, 1)
     spool(settings, job_id, 1, [Died(cause="memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use")])
     ray.told[f"{job_id}-1"] = {"message": "RayTaskError: something", "driver_exit_code": 1}
@@ -650,7 +657,7 @@ def test_a_job_that_is_paused_and_resumed_need_not_wait_out_what_killed_it(
 def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
     settings: Settings, ray: FakeRay, client: openai.OpenAI, job_id: str
 ) -> None:
-    """A tick may outlast its lease: two reconcilers carry out one decision then."""
+    """If a tick lasts longer than its lease, two reconcilers carry out the same decision."""
     ticks(settings, 1)
 
     async def lose_twice() -> None:
@@ -701,7 +708,7 @@ def test_a_tick_asks_ray_once_for_all_attempts_and_for_nothing_of_paused_jobs(
 def test_what_a_tick_asks_ray_is_asked_at_once(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers that are slow one after the other would outlast the lease."""
+    """If slow answers came one after the other, they would last longer than the lease."""
     ticks(settings, 1)
     waiting = submit(client, settings)
     all_asked, get = threading.Barrier(3, timeout=5), ray.get
@@ -959,7 +966,7 @@ def status(client: openai.OpenAI, job_id: str) -> str:
 
 
 def told(client: openai.OpenAI, job_id: str) -> list[str]:
-    """What the service said of the job, the first first."""
+    """Returns the messages of the job's events, the oldest first."""
     return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
 
 
@@ -1089,7 +1096,7 @@ def test_an_attempt_that_does_not_pause_in_time_is_stopped_by_ray(
 
 
 def silence(settings: Settings, job_id: str, seconds: float = 3600) -> None:
-    """The attempt's last sign of life was so long ago."""
+    """Moves the attempt's last report `seconds` into the past."""
 
     async def run() -> None:
         store = Store(settings.database_url)
@@ -1152,7 +1159,7 @@ def test_an_attempt_that_cannot_post_but_beats_in_its_spool_is_alive(
 
 
 def flip(settings: Settings, job_id: str, attempt: int, first: int) -> None:
-    """A digit of what the segment tells becomes another."""
+    """Changes a digit in a stored file of reports, so that its sha256 is wrong."""
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), attempt, first)
     data = storage.read_bytes(uri)
     assert b'"loss":0.5' in data

@@ -1,4 +1,4 @@
-"""Who goes first, and what the others are told."""
+"""Tests which waiting job starts first, and what the others are told."""
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""A Ray cluster with others on it: their Serve applications stay as they are, and two services share nothing."""
+"""Tests a Ray cluster that several services use: each leaves the others' Serve applications alone."""
 
 import asyncio
 import secrets
@@ -39,7 +39,7 @@ def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
 
 @pytest.fixture(scope="module")
 def neighbour(settings: Settings) -> Iterator[Settings]:
-    """Another service, with a database of its own, on the same cluster."""
+    """Returns the settings of another service on the same cluster, with its own database."""
     name = f"neighbour_{secrets.token_hex(4)}"
     with psycopg.connect(settings.database_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
@@ -52,7 +52,7 @@ def neighbour(settings: Settings) -> Iterator[Settings]:
 
 
 def serve(settings: Settings, *app_names: str) -> list[str]:
-    """Serve these and no others; what the service sees then as its own."""
+    """Has the service serve these applications and no others, and returns those that it then sees as its own."""
 
     async def run() -> list[str]:
         store = Store(settings.database_url)
@@ -113,7 +113,7 @@ def test_a_service_keeps_its_identity_and_shares_it_with_no_other(settings: Sett
 
 
 def test_a_check_of_the_same_file_is_another_ray_job_in_another_service(settings: Settings) -> None:
-    """Else one would wait for the other's, and find no result of it in its own storage."""
+    """With the same Ray job, one service would wait for the other's, whose result is in the other's storage."""
     file: Any = File(id="file-1", sha256="00", uri="file:///f")
     model = NamedModel("tiny", "/m", "tiny", None)  # type: ignore[arg-type]
 

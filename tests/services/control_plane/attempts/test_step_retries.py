@@ -1,4 +1,4 @@
-"""No report, request or name stops the service: each ends in a sentence, after few tries, and the others go on."""
+"""Tests that no report, request or name stops the service: each ends in a message after few tries."""
 
 import json
 import time
@@ -28,7 +28,7 @@ WORDS = "RuntimeEnv: field env_vars must be of type Dict[str, str]"
 
 
 class Ray(FakeRay):
-    """It refuses launches with `refusal`, if there is one, and models unless it takes them."""
+    """A stand-in for Ray that refuses launches with `refusal`, if it is set, and models if `takes_models` is false."""
 
     refusal: tuple[int, str] | None = None
     num_launches = 0
@@ -89,12 +89,15 @@ def job_id(client: openai.OpenAI, settings: Settings, ray: Ray) -> Iterator[str]
 
 
 def messages(client: openai.OpenAI, job_id: str) -> list[str]:
-    """Of the job's events, the newest first."""
+    """Returns the messages of the job's events, the newest first."""
     return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
 
 
 def post(ray: Ray, base_url: str, job_id: str, *written: str, token: bytes | None = None) -> httpx.Response:
-    """These reports, from the first attempt, as JSON; each may hold a `seq` and a `created_at` of its own."""
+    """Posts reports, each as JSON text, as the job's first attempt would, and returns the response.
+
+    A text may contain its own `seq` and `created_at`.
+    """
     own = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"].encode()
     events = ",".join(
         f'{{"seq": {seq}, "created_at": {time.time()}, "report": {report}}}' for seq, report in enumerate(written)
@@ -262,7 +265,7 @@ def test_a_launch_whose_answer_was_lost_is_not_refused(
 def test_a_policy_never_gets_the_name_of_another_jobs(
     client: openai.OpenAI, settings: Settings, ray: Ray, job_id: str
 ) -> None:
-    """By hand: no two jobs have one."""
+    """The test inserts the name into the database, because two jobs would not get the same one."""
     ticks(settings, 1)
     other = submit(client, settings)
     spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
@@ -339,7 +342,7 @@ def test_storage_that_fails_is_told_once_and_fails_no_job(
 def test_silence_is_told_by_the_databases_clock_alone(
     client: openai.OpenAI, settings: Settings, ray: Ray, job_id: str, base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The replica that takes the reports is an hour behind."""
+    """The clock of the replica that receives the reports is an hour late."""
 
     class Behind(datetime):
         @classmethod

@@ -1,4 +1,4 @@
-"""One GPU: jobs, their references and the models of requests take turns."""
+"""Tests how jobs, their reference models and the models of requests take turns on one GPU."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -33,7 +33,7 @@ def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
 
 
 class World:
-    """The reconciler, and what happens around it."""
+    """A reconciler, and what happens around it: requests for models, and the ends of jobs."""
 
     def __init__(self, store: Store, settings: Settings, ray: FakeRay) -> None:
         self._ray_api = RayApi(settings, store.instance)
@@ -41,7 +41,7 @@ class World:
         self.store, self._settings, self._ray = store, settings, ray
 
     async def tick(self, count: int = 1) -> tuple[set[str], int]:
-        """Who is served then, and how many attempts run."""
+        """Runs ticks of the reconciler. Returns the models that are served then, and how many attempts run."""
         for _ in range(count):
             self._ray_api._view = None  # as half a second would
             await self._reconciler.tick()
@@ -56,7 +56,7 @@ class World:
             return (await session.get_one(Job, job_id)).waits_for
 
     async def end(self, job_id: str) -> None:
-        """The user cancels it, and Ray stops it."""
+        """Cancels the job as a user does, and lets Ray stop it."""
         async with self.store.begin() as session:
             await session.execute(text("UPDATE jobs SET desired = 'cancel' WHERE id = :id"), {"id": job_id})
         for _ in range(3):

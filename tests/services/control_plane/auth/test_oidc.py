@@ -1,4 +1,4 @@
-"""Tokens of an OpenID Connect issuer: a server on loopback that publishes real keys."""
+"""Tests tokens of an OpenID Connect issuer, a server on loopback that publishes real keys."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ AUDIENCE = "raydpo"
 
 
 class Idp:
-    """It signs tokens with keys that it publishes, or not."""
+    """An issuer of tokens. Some of its keys are published, others are not."""
 
     def __init__(self, web: Web) -> None:
         self.web, self.url = web, f"{web.url}/realms/a"

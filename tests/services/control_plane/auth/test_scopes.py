@@ -1,4 +1,4 @@
-"""Which scope a route needs, and what a key without it is told."""
+"""Tests which scope of an API key each route needs, and how a key without it is refused."""
 
 import pytest
 

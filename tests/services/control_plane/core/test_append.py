@@ -1,4 +1,4 @@
-"""Rows that a transaction writes at its end, all by one statement."""
+"""Tests rows that a transaction writes at its end, all in one statement."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,7 +13,7 @@ from services.control_plane.core.tables import DEFAULT_PROJECT, Answer, Event, J
 
 
 def in_one(database_url: str, work: Callable[[AsyncSession], Awaitable[None]]) -> None:
-    """A transaction of the default project."""
+    """Runs `work` in a transaction of the default project."""
 
     async def run() -> None:
         store = Store(database_url)
@@ -40,7 +40,7 @@ def job_id(database_url: str, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def statements() -> Iterator[list[str]]:
-    """What the database is sent, in order."""
+    """Yields the list of all statements that the database gets, in order."""
     sent: list[str] = []
 
     def note(*given: object) -> None:

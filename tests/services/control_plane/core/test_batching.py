@@ -1,4 +1,4 @@
-"""Look-ups at the same moment share a call; a later one sees what was written before it was asked."""
+"""Tests that look-ups at the same moment share one call, and that a later one sees everything written before it."""
 
 import asyncio
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A database that hangs, moves and vanishes: the service works again, or says that it is not ready."""
+"""Tests a database that hangs, moves and disappears: the service works again, or reports that it is not ready."""
 
 import asyncio
 import shutil
@@ -28,7 +28,8 @@ from tests.services.proxy import Proxy
 
 
 def works(base_url: str) -> bool:
-    """Whether the service is ready and takes a change. A change is taken, or refused as it should be."""
+    """Whether the service is ready and accepts a change. If it refuses the change, the answer must be the right
+    error."""
     ready = httpx.get(f"{base_url}/readyz", timeout=60)
     with api_of(base_url, API_KEY) as api:
         answer = api.post("/uploads", json={"filename": "a", "purpose": "fine-tune", "bytes": 2, "mime_type": "text/x"})
@@ -38,7 +39,7 @@ def works(base_url: str) -> bool:
 
 
 def leads(database_url: str) -> bool:
-    """Whether a reconciler acts."""
+    """Whether a reconciler holds the lease, and so acts."""
     lease = "SELECT expires_at > clock_timestamp() FROM leases WHERE name = 'reconciler'"
     with psycopg.connect(database_url) as connection:
         return connection.execute(lease).fetchone() == (True,)
@@ -64,14 +65,14 @@ def proxy(database_url: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def distant(offline: Settings, proxy: Proxy) -> Settings:
-    """The proxy stands before the database."""
+    """Returns settings with which the service reaches the database through the proxy."""
     url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{make_url(offline.database_url).database}"
     return offline.model_copy(update={"database_url": url})
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Which the server's user may enter."""
+    """Returns a folder that the database server's user may enter."""
     with TemporaryDirectory(prefix="raydpo-tests-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
         yield Path(folder).resolve()
@@ -182,7 +183,7 @@ def test_the_service_follows_its_database_to_the_standby(folder: Path, offline: 
 
 
 def copy_to(host: str, first: Path, second: Path) -> None:
-    """A standby's data."""
+    """Copies the data of the server at `host` to the folder `second`, for a standby."""
     running = psutil.Process(int((first / "postmaster.pid").read_text().split()[0]))
     program = Path(running.exe()).with_name("pg_basebackup")
     command = [program, "-h", host, "-U", "postgres", "-D", second]
@@ -198,7 +199,7 @@ def copy_to(host: str, first: Path, second: Path) -> None:
 
 @pytest.fixture
 def pgbouncer(folder: Path, database_url: str) -> Iterator[str]:
-    """The database's URL by a PgBouncer, which has two connections for all."""
+    """Runs a PgBouncer with two connections for all clients, and yields the database's URL through it."""
     program = shutil.which("pgbouncer")
     if program is None:
         pytest.skip("no pgbouncer is installed here")
@@ -258,7 +259,7 @@ def test_behind_a_pgbouncer_all_works(pgbouncer: str, offline: Settings) -> None
 
 
 def ask(store: Store, *statements: str) -> list[Any]:
-    """The answers, from one transaction."""
+    """Runs the queries in one transaction, and returns their answers."""
 
     async def run() -> list[Any]:
         async with store.begin() as session:

@@ -1,4 +1,4 @@
-"""Whose rows a project's session sees and changes, however the statement is written."""
+"""Tests which rows a project's session sees and changes, in whatever form the statement is written."""
 
 import asyncio
 import secrets
@@ -23,7 +23,7 @@ OWN, SHARED, FOREIGN = "ft:own", "ft:shared", "ft:foreign"
 
 @pytest.fixture
 def store(database_url: str) -> Store:
-    """Three models: one of `proj_b`, two of `proj_a`, which shares one of them with `proj_b`."""
+    """Returns a database with one model of `proj_b` and two of `proj_a`, one of which is shared with `proj_b`."""
     migrate(database_url)
     with psycopg.connect(database_url) as connection:
         connection.execute("INSERT INTO projects (id, name) VALUES ('proj_a', 'a'), ('proj_b', 'b')")
@@ -125,7 +125,7 @@ def test_a_value_that_is_refused_is_told_from_a_database_that_is_away(
 def test_no_model_is_served_under_the_name_of_another_ones_application(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their names differ in 32 bits of a digest; here they are the same."""
+    """Names of applications differ in 32 bits of a digest. Here two models have the same name."""
     monkeypatch.setattr(NamedModel, "app_name", "tiny-12345678")
     at = datetime.now(UTC)
     one, other = (NamedModel(f"ft:{name}", f"s3://b/{name}", "tiny", at) for name in ("one", "other"))

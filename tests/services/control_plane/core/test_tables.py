@@ -1,4 +1,4 @@
-"""The migrations lead to the tables as they are declared."""
+"""Tests that the migrations lead to the tables that the code declares."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_migrating_again_changes_nothing(database_url: str) -> None:
 
 
 def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> None:
-    """They belong to the default project then, and have a transition to start from."""
+    """After the migration, they belong to the default project, and have a first transition."""
     config = Config()
     config.set_main_option("script_location", str(store.MIGRATIONS))
     config.attributes["database_url"] = database_url.replace("postgresql://", "postgresql+psycopg://")
@@ -50,7 +50,7 @@ def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> Non
 
 
 def schema(database_url: str) -> dict[tuple[str, str], tuple[str, bool]]:
-    """By table and column: its type, and whether a row may be inserted without it."""
+    """Returns the type of each column, and whether a row may be inserted without it, by table and column."""
     query = (
         "SELECT table_name, column_name, data_type, is_nullable = 'YES' OR column_default IS NOT NULL OR"
         " is_generated = 'ALWAYS' OR is_identity = 'YES' FROM information_schema.columns WHERE table_schema = 'public'"
@@ -60,7 +60,7 @@ def schema(database_url: str) -> dict[tuple[str, str], tuple[str, bool]]:
 
 
 def test_each_schema_serves_the_release_before_it(database_url: str) -> None:
-    """While control planes of both work, its statements find all their columns and may leave out the new ones."""
+    """While both releases run, statements of the older one must find their columns and may leave out the new ones."""
     migrate(database_url)
     newest = int(store._version(database_url))
     config = Config()

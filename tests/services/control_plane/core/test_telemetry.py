@@ -1,4 +1,4 @@
-"""What Prometheus and the log are told, and that nothing is told that is somebody's."""
+"""Tests what Prometheus and the log are told, and that neither is told anything private."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.services.control_plane.conftest import API_KEY, pairs
 
 
 def scrape(base_url: str) -> dict[str, float]:
-    """By name and labels, as Prometheus writes them."""
+    """Returns the value of each metric by its name and labels, as Prometheus reads them."""
     text = httpx.get(f"{base_url}/metrics", trust_env=False).text
     families = text_string_to_metric_families(text)
     samples = [sample for family in families for sample in family.samples]

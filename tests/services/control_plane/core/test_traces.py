@@ -1,4 +1,5 @@
-"""One trace from a client's request to the steps of the attempt, as a collector receives it."""
+"""Tests the trace of a job, from a client's request to the steps of its attempt, as an OpenTelemetry collector gets
+it."""
 
 import os
 import shlex
@@ -36,7 +37,7 @@ Server(create_app(Settings()), host="127.0.0.1", port=int(os.environ["PORT"]), l
 
 
 class Collector(ThreadingHTTPServer):
-    """OTLP over HTTP."""
+    """Receives OTLP over HTTP, and keeps the spans."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []

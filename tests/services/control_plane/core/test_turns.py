@@ -1,4 +1,4 @@
-"""Work of several projects that waits for a few turns."""
+"""Tests work of several projects that waits for a limited number of turns."""
 
 import asyncio
 from collections import Counter
@@ -11,7 +11,7 @@ Worker = Callable[[str, float], Coroutine[Any, Any, None]]
 
 
 def begun(most: int, story: Callable[[Turns, Worker], Coroutine[Any, Any, None]]) -> list[str]:
-    """The projects whose work began, in order."""
+    """Runs the story, and returns the projects whose work began, in order."""
     order: list[str] = []
     turns = Turns(most)
 

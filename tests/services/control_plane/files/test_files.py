@@ -1,4 +1,4 @@
-"""/v1/files, with the unmodified client."""
+"""Tests /v1/files with OpenAI's unmodified client."""
 
 import errno
 import gzip

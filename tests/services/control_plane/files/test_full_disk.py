@@ -1,4 +1,5 @@
-"""A disk that is really full: it is said by name, nothing half-written is kept or served, and room is enough."""
+"""Tests a disk that is really full: errors say so, nothing incomplete is kept or served, and free space is enough
+again."""
 
 import os
 import tempfile
@@ -30,7 +31,7 @@ def disk(small_disk: Disk) -> Any:
 
 
 def files_on(disk: Disk) -> set[str]:
-    """All that stands there, hidden or not."""
+    """Returns the paths of all files on the disk, hidden or not, except the one that fills it."""
     found = (Path(folder, name) for folder, _, names in os.walk(disk.folder) for name in names)
     return {str(path) for path in found if path.name != "filler"}
 

@@ -1,4 +1,4 @@
-"""/v1/x/datasets/check, against a Ray whose jobs the tests themselves end."""
+"""Tests /v1/x/datasets/check with a stand-in for Ray, whose jobs the tests end."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def sql(settings: Settings, statement: str) -> list[Any]:
 
 @pytest.fixture
 def ray(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, base_url: str, settings: Settings) -> Iterator[FakeRay]:
-    """Its jobs run until a test ends them, and a request waits for a moment only."""
+    """Returns a stand-in for Ray whose jobs run until a test ends them. Requests wait only for a moment."""
     monkeypatch.setattr(side_jobs, "WAIT_SECONDS", 0.3)
     monkeypatch.setattr(side_jobs, "POLL_SECONDS", 0.02)
     sql(settings, "DELETE FROM checks")
@@ -55,7 +55,7 @@ def ray(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, base_url: str, setti
 
 @pytest.fixture
 def file_id(client: openai.OpenAI) -> str:
-    """Of a file that no test checked before."""
+    """Uploads a file that no test has checked before, and returns its id."""
     content = pairs() + pair(time.time_ns())
     return client.files.create(file=("pairs.jsonl", content), purpose="fine-tune").id
 
@@ -76,7 +76,7 @@ def request_of(ray: FakeRay, submission: int = -1) -> CheckRequest:
 
 
 def finish(ray: FakeRay, result: SideJobResult | None, submission: int = -1) -> None:
-    """The job ends, with this report or none."""
+    """Ends the job with this result, or as failed if the result is None."""
     if result:
         uri = storage.join(request_of(ray, submission).folder_uri, "report.json")
         storage.write_bytes(uri, result.model_dump_json().encode())
@@ -85,7 +85,7 @@ def finish(ray: FakeRay, result: SideJobResult | None, submission: int = -1) -> 
 
 @contextmanager
 def ended_meanwhile(ray: FakeRay, result: SideJobResult | None) -> Iterator[None]:
-    """The job that is submitted within ends so, as soon as it is."""
+    """Ends the job that is submitted in the block with this result, as soon as it is submitted."""
 
     def end_it() -> None:
         while not ray.submissions:
@@ -159,7 +159,7 @@ def test_a_job_that_dies_is_told_and_tried_again_under_a_new_id(ray: FakeRay, as
 
 
 def test_jobs_that_ray_still_knows_and_nobody_else_are_passed_over(ray: FakeRay, ask: Any, settings: Settings) -> None:
-    """Ray keeps the ids of jobs whose folders were removed after a week."""
+    """Ray keeps the ids of jobs whose folders the service has removed after a week."""
     check_id = ask(model="tiny").json()["id"]
     ray.jobs |= {f"{check_id}-{attempt}": "SUCCEEDED" for attempt in (1, 2, 3)}
     assert ask(model="tiny").json()["status"] == "running"
@@ -285,7 +285,7 @@ def test_what_a_check_left_is_removed_after_a_week(ray: FakeRay, ask: Any, setti
 
 
 def sweep(settings: Settings) -> list[str]:
-    """The checks that were stopped."""
+    """Removes old checks, and returns the ids of those that were stopped."""
 
     async def run() -> list[str]:
         store = Store(settings.database_url)

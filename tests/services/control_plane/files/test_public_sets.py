@@ -1,4 +1,4 @@
-"""Public preference sets are uploaded as they are published."""
+"""Tests that public preference datasets can be uploaded as they are published."""
 
 from typing import Any
 

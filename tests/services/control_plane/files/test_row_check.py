@@ -1,4 +1,5 @@
-"""What a control plane does beside its answers, and what becomes of it when that dies."""
+"""Tests the checks that a control plane makes in the background, and what becomes of a check if the control plane
+dies."""
 
 import asyncio
 import signal
@@ -71,7 +72,8 @@ def test_a_control_plane_sweeps_when_it_starts_though_no_cluster_answers(offline
 
 
 def arrow(path: Path) -> Path:
-    """A file whose column's type, which a refusal quotes, has a NUL in its name."""
+    """Writes an Arrow file with a column whose type has a NUL in its name, and returns its path. A refusal quotes the
+    type."""
     kind = pa.list_view(pa.field("a\0b", pa.int32()))
     table = pa.table({"x": pa.array([[1]], kind)})
     with pa.ipc.new_file(str(path), table.schema) as writer:
@@ -101,7 +103,7 @@ def test_a_file_whose_check_cannot_be_told_keeps_no_other_waiting(offline: Setti
 
 
 def unchecked(settings: Settings, project: str, *names: str) -> None:
-    """Training files whose bytes are not there, so that their checks fail and are put off."""
+    """Adds training files whose bytes are missing, so that their checks fail and are postponed."""
     with psycopg.connect(settings.database_url) as rows:
         rows.execute("INSERT INTO projects (id, name) VALUES (%s, %s) ON CONFLICT DO NOTHING", [project, project])
         for name in names:
@@ -125,7 +127,7 @@ def test_projects_take_turns_with_their_checks_and_those_put_off_keep_nobody_wai
     unchecked(offline, "proj_b", "file-b00", "file-b01")
 
     async def looked_at(count: int) -> list[str]:
-        """The files whose checks were begun, in order."""
+        """Runs `count` ticks of the checker, and returns the files whose checks were begun, in order."""
         opened, told = Store(offline.database_url), list[str]()
         row_checker = row_check.RowChecker(opened, holder="a test")
         for _ in range(count):

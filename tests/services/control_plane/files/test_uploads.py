@@ -1,4 +1,4 @@
-"""/v1/uploads, with the unmodified client."""
+"""Tests /v1/uploads with OpenAI's unmodified client."""
 
 import hashlib
 import time
@@ -194,7 +194,8 @@ def test_lost_answers_make_one_upload_its_parts_and_one_file(
 
 @pytest.fixture
 def large_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of a few KiB is checked as one of many GiB is: in the background, by a process of its own."""
+    """Makes the service check a file of a few KiB as it checks one of many GiB: in the background, in a separate
+    process."""
     monkeypatch.setattr(row_check, "AT_ONCE_BYTES", 100)
     monkeypatch.setattr(row_check, "IN_PROCESS_BYTES", 100)
 

@@ -1,4 +1,4 @@
-"""Retries act once: a proxy forwards each request and drops the first answers, as a bad network does."""
+"""Tests that repeated requests act once. A proxy forwards each request and drops the first answers."""
 
 import socket
 import threading
@@ -16,7 +16,7 @@ from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_
 
 
 class DroppingProxy:
-    """Forwards to the service; of the first `drops` connections it closes, the service has answered each."""
+    """Forwards requests to the service. It closes the first `drops` connections after the service has answered."""
 
     def __init__(self, target: str) -> None:
         host, port = target.removeprefix("http://").split(":")
@@ -65,7 +65,7 @@ def proxy(base_url: str) -> Iterator[DroppingProxy]:
 
 @pytest.fixture
 def resending(proxy: DroppingProxy) -> Iterator[openai.OpenAI]:
-    """The client with its own retries, on a connection that loses answers."""
+    """Returns OpenAI's client with its own retries, on a connection that loses answers."""
     http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
     with openai.OpenAI(base_url=f"http://127.0.0.1:{proxy.port}/v1", api_key=API_KEY, http_client=http) as client:
         yield client
@@ -136,7 +136,7 @@ def test_an_idempotency_key_is_free_again_after_a_day(base_url: str, settings: S
 
 
 def test_sends_at_the_same_moment_make_one_job(client: openai.OpenAI, base_url: str, file_id: str) -> None:
-    """As when the client gives up on an answer that is still being made."""
+    """A client sends again while the service still works on the first request."""
     body = {"model": "tiny", "training_file": file_id, "method": {"type": "dpo"}, "suffix": "at-once"}
     before = len(job_ids(client))
     answers: list[httpx.Response] = []
@@ -161,7 +161,7 @@ def test_sends_at_the_same_moment_make_one_job(client: openai.OpenAI, base_url: 
 
 
 def resent(api: httpx.Client, path: str, body: Any = None, *, count: int = 1) -> httpx.Response:
-    """The client's send after `count` that were lost on their way."""
+    """Posts a request as the client does after `count` requests that were lost."""
     return api.post(path, json=body, headers={"x-stainless-retry-count": str(count)})
 
 

@@ -1,4 +1,4 @@
-"""What comes in is bounded, and whoever is refused can read why."""
+"""Tests the limits on requests, and that every client that is refused gets a readable answer."""
 
 import asyncio
 import secrets
@@ -182,14 +182,14 @@ def test_a_nul_in_a_url_is_refused(base_url: str, path: str) -> None:
 
 @pytest.fixture
 def other(api: httpx.Client, base_url: str) -> Iterator[httpx.Client]:
-    """Of another project than the default one."""
+    """Returns an HTTP client with a key of another project than the default one."""
     project = new_project(api, secrets.token_hex(4))
     with api_of(base_url, new_key(api, project_id=project)["value"]) as other:
         yield other
 
 
 def open_requests(base_url: str, senders: ExitStack, count: int, key: bytes) -> None:
-    """So many whose bodies do not come."""
+    """Opens `count` requests whose bodies never arrive."""
     url = httpx.URL(base_url)
     for _ in range(count):
         sender = senders.enter_context(socket.create_connection((url.host, url.port or 80)))

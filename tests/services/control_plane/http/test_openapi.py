@@ -1,4 +1,5 @@
-"""Whatever is sent to the routes of our own OpenAPI document: no crash, and errors in the envelope only."""
+"""Tests random requests to the routes of the service's OpenAPI document: none crashes, and all errors have one
+format."""
 
 from typing import Any
 
@@ -21,7 +22,7 @@ OPERATIONS = [found.ok() for found in document.get_all_operations()]
 
 @pytest.fixture(scope="module")
 def real(client: openai.OpenAI) -> dict[str, str]:
-    """Names that exist, by the parameters of paths."""
+    """Returns names of objects that exist, by the parameters of paths."""
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
     client.fine_tuning.jobs.cancel(job.id)  # so that its stream ends

@@ -1,4 +1,5 @@
-"""Lists are read page by page while what they list is written: nothing is repeated or left out, and no list loops."""
+"""Tests lists that are read page by page while items are added: none is repeated or left out, and no list is
+endless."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ MOST = 500  # a list that never ends shows more
 
 
 def read_while(write: Callable[[], object], pages: Iterable[Any]) -> list[str]:
-    """The ids of what the pages hold."""
+    """Calls `write` again and again in a thread, and returns the ids of the items on all pages."""
     done = threading.Event()
 
     def go_on() -> None:
@@ -34,7 +35,7 @@ def read_while(write: Callable[[], object], pages: Iterable[Any]) -> list[str]:
 
 
 def check(seen: list[str], there: list[str]) -> None:
-    """`there`: what was there before the first page was asked for, newest first."""
+    """Asserts that no id was seen twice, and that `there`, the items before the first page, were all seen in order."""
     assert len(set(seen)) == len(seen)
     assert [name for name in seen if name in there] == there
 

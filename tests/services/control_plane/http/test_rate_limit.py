@@ -1,4 +1,4 @@
-"""Requests per minute of a key."""
+"""Tests the limit of requests per minute of a key."""
 
 import httpx
 import pytest

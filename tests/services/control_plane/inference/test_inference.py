@@ -1,4 +1,4 @@
-"""Completions through the control plane, from a Serve that dies, hangs and answers nonsense; sockets are real."""
+"""Tests completions through the control plane, from a Ray Serve that dies, hangs and answers nonsense."""
 
 import asyncio
 import json
@@ -32,7 +32,10 @@ ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 class Serve(threading.Thread):
-    """Ray Serve's proxy: every connection gets these bytes, and is cut; or is held until its client leaves."""
+    """A stand-in for Ray Serve's proxy, on real sockets.
+
+    It sends `answer` to every connection and closes it, or, if `holds` is true, waits until the client leaves.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class Serve(threading.Thread):
         self.answer, self.holds = head.encode() + body, False
 
     def stream(self, body: bytes) -> None:
-        """The first chunk of more."""
+        """Sets the answer to the first chunk of a stream, after which more is expected."""
         head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         self.answer = head.encode() + b"%x\r\n%s\r\n" % (len(body), body)
 
@@ -154,7 +157,7 @@ def test_the_model_gets_the_bytes_that_were_sent(api: httpx.Client, serve: Serve
 
 @pytest.fixture
 def adapter(api: httpx.Client, settings: Settings) -> str:
-    """An adapter on the base model tiny."""
+    """Adds an adapter of the base model tiny to the database, and returns its name."""
     name, job_id = f"ft:tiny:raydpo:é:{secrets.token_hex(12)}", f"ftjob-{secrets.token_hex(4)}"
     columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
     columns += ", fine_tuned_model, finished_at"
@@ -295,7 +298,7 @@ USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"total_tokens":10,"comp
 
 
 def used(api: httpx.Client, settings: Settings, key_id: str) -> tuple[int, int, int]:
-    """The requests, prompt tokens and completion tokens of a key, when they are written."""
+    """Returns the numbers of requests, prompt tokens and completion tokens of a key, when they are written."""
     rows = psycopg.connect(settings.database_url, autocommit=True)
     query = "SELECT num_requests, prompt_tokens, completion_tokens FROM usage WHERE key_id = %s"
     with rows:

@@ -1,4 +1,4 @@
-"""Tokens of answers, counted as they pass."""
+"""Tests the counting of tokens in answers while they are passed on."""
 
 import json
 

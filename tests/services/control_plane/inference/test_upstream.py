@@ -1,4 +1,4 @@
-"""The client of engines, against servers that dawdle, break off and do not speak HTTP."""
+"""Tests the HTTP client for engines against servers that are slow, break off, or do not speak HTTP."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ def chunk(data: bytes) -> bytes:
 
 
 def asked(serve: Serve, use: Callable[[Upstream, str], Awaitable[Any]], **options: Any) -> Any:
-    """What `use` returns, with a server that answers so."""
+    """Runs a server that answers with `serve`, and returns what `use` returns."""
 
     async def run() -> Any:
         async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""What combines with what: every pair of a job's options, and the rule of the service that refuses it, if one does.
+"""Prints a table of which options of a job can be combined, and which rule of the service refuses the other pairs.
 
 python -m tests.services.control_plane.jobs.combinations_table > docs/use/combinations.md
 """
@@ -40,7 +40,7 @@ MODELS = {
 
 
 class Choice(NamedTuple):
-    """A value of a job's option. `context` is what the body has beside it, unless the other choice says otherwise."""
+    """A value of a job's option. `context` has other fields that the value needs, unless the other choice sets them."""
 
     option: str  # two values of one option are in no job
     words: str
@@ -133,7 +133,7 @@ def _merged(body: Body, part: Mapping[str, Any]) -> Body:
 
 
 def broken(body: Body, settings: Settings) -> int | None:
-    """The index of the first rule that refuses the body, as the service decides it; None: no rule does."""
+    """Returns the index of the first rule that refuses the body, or None if no rule does."""
     request = CreateJob.model_validate(body)
     asked, start, spec = request.asked(), _named(body["model"]), request.spec()
     needs_reference = spec.config.objective.traits.needs_reference

@@ -1,4 +1,4 @@
-"""Models that jobs start from, as rows of the database: nothing was trained."""
+"""Adds models that jobs can start from to the database, although nothing was trained."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def training_file(client: openai.OpenAI) -> str:
 
 @pytest.fixture(scope="module")
 def insert_models(client: openai.OpenAI, settings: Settings, training_file: str) -> Iterator[Any]:
-    """Writes models as if a job had trained them."""
+    """Returns a function that adds models to the database as if a job had trained them."""
     job_id = client.fine_tuning.jobs.create(model="tiny", training_file=training_file, method={"type": "dpo"}).id
 
     def insert(*models: NamedModel) -> None:

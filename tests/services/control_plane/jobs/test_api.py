@@ -1,4 +1,5 @@
-"""/v1/fine_tuning/jobs: what is taken, what is refused and how; no cluster answers, so jobs stay queued."""
+"""Tests which requests /v1/fine_tuning/jobs accepts and how it refuses others. There is no cluster: jobs stay
+queued."""
 
 import gzip
 import json

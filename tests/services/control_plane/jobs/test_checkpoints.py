@@ -1,4 +1,4 @@
-"""Which checkpoints of a job stay offered; the database and the storage are real, and no cluster answers."""
+"""Tests which checkpoints of a job stay listed. The database and the storage are real, and there is no cluster."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ Act = Callable[[Callable[[AsyncSession], Coroutine[Any, Any, Any]]], Any]
 
 @pytest.fixture
 def act(settings: Settings) -> Act:
-    """Runs a function in a transaction of the service's own."""
+    """Returns a function that runs its argument in a transaction of the service."""
 
     def act(work: Callable[[AsyncSession], Coroutine[Any, Any, Any]]) -> Any:
         async def run() -> Any:
@@ -79,7 +79,7 @@ class Run:
         self.act(lambda session: attempts.record(session, self.id, 1, [event], self.settings, posted=True))
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are listed; their models are listed as well, and no others of this job."""
+        """Returns the steps of the listed checkpoints, and asserts that exactly their models are listed as well."""
         listed = list(self.client.fine_tuning.jobs.checkpoints.list(self.id))
         named = {each.fine_tuned_model_checkpoint for each in listed}
         prefix = self.name(0).removesuffix("0")
@@ -278,7 +278,8 @@ def test_the_list_goes_on_after_a_checkpoint_that_is_there(start: Callable[..., 
 def test_a_job_that_starts_from_a_checkpoint_as_it_would_be_dropped_keeps_it(
     start: Callable[..., Run], settings: Settings
 ) -> None:
-    """Whoever comes first has it: the job holds the model's row, and dropping waits for it and looks again."""
+    """The new job holds the model's row. Dropping waits for the row, looks again, and finds that the model is
+    needed."""
     run = start()
     run.save(10)
 

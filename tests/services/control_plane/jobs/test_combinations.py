@@ -1,4 +1,5 @@
-"""Every cell of the tables that the documents print, asked of the service. No cluster answers."""
+"""Tests every cell of the tables of combinations in the documents, with a request to the service. There is no
+cluster."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,7 @@ def upload(client: openai.OpenAI, rows: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def files(client: openai.OpenAI) -> dict[str, str]:
-    """A file of each kind of rows, and one with margins."""
+    """Uploads a file of each kind of rows, and one with margins, and returns their ids."""
     rows = {each.kind: each.lines for each in PUBLIC_SETS.values() if not each.extension}
     spoken = [{"messages": row["messages"]} for row in PUBLIC_SETS["LLaMA-Factory, KTO"].rows]
     rows["demonstrations"] = PublicSet("demonstrations", "supervised", spoken).lines
@@ -47,7 +48,7 @@ def files(client: openai.OpenAI) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def held_out(client: openai.OpenAI, files: dict[str, str]) -> dict[str, str]:
-    """The same rows as other files."""
+    """Uploads the same rows as other files, and returns their ids."""
     return {kind: upload(client, client.files.content(name).content) for kind, name in files.items()}
 
 

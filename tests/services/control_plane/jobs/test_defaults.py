@@ -1,4 +1,4 @@
-"""What a job with no x_raydpo trains where workers have GPUs: shown and told. No cluster answers."""
+"""Tests how a job without `x_raydpo` is trained if workers have GPUs, and what users are told. There is no cluster."""
 
 from typing import Any
 

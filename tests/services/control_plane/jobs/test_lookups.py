@@ -1,4 +1,4 @@
-"""Who asks for jobs at the same moment shares a statement, and nobody is told less than was true when he asked."""
+"""Tests that requests for jobs at the same moment share a statement, and that none gets an outdated answer."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -17,7 +17,7 @@ OWNERS = {"ftjob-1": "proj_a", "ftjob-2": "proj_a", "ftjob-3": "proj_b"}
 
 
 class Watched(JobReader):
-    """Its statements are noted; what they read is handed out when they may go on."""
+    """Reads jobs, and records the statements. Their results are returned only when `go_on` is set."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)

@@ -1,4 +1,4 @@
-"""/v1/x/plans and what submission refuses, with machines of any size that a Ray of the test's tells of."""
+"""Tests /v1/x/plans and the memory checks of new jobs. A stand-in for Ray reports machines of any size."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def settings(offline: Settings, fake_ray: FakeRay, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def machines(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Each of so many bytes."""
+    """Returns a function that sets the machines of the cluster, each by its memory in bytes."""
     monkeypatch.setattr("services.control_plane.ray_api.NODES_SECONDS", -1)
 
     def have(*sizes: int) -> None:

@@ -1,4 +1,4 @@
-"""The result file of a job: OpenAI's columns first, then all that was measured."""
+"""Tests the result file of a job: OpenAI's columns first, then all other metrics."""
 
 import csv
 import io

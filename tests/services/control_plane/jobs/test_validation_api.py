@@ -1,4 +1,4 @@
-"""/v1/x/jobs/validate and /v1/x/methods, and the request that a job holds of itself; nothing is trained here."""
+"""Tests /v1/x/jobs/validate, /v1/x/methods, and the request that a job shows of itself. Nothing is trained."""
 
 from dataclasses import astuple
 from typing import Any

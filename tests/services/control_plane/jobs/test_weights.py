@@ -1,4 +1,7 @@
-"""What a job trains and against what: what is decided, shown and refused. No cluster answers."""
+"""Tests which weights a job trains and against which reference: the decision, its display, and refusals.
+
+There is no cluster.
+"""
 
 from typing import Any
 
@@ -19,7 +22,10 @@ DPO, SIMPO = ({"type": kind} for kind in ("dpo", "simpo"))
 
 @pytest.fixture(scope="module")
 def trained(insert_models: Any) -> dict[str, str]:
-    """Models by their kind: all weights, an adapter on them, an adapter on the base, two reward models."""
+    """Adds models to the database, and returns their names by kind.
+
+    The kinds are: all weights, an adapter on them, an adapter on the base model, and two reward models.
+    """
     adapted: dict[str, Any] = {"adapter": Lora(r=8, alpha=16)}
     kinds: dict[str, dict[str, Any]] = {
         "whole": {},
@@ -43,7 +49,7 @@ def create(client: openai.OpenAI, file: str, model: str = "tiny", method: Any = 
 
 
 def told(client: openai.OpenAI, job_id: str) -> str:
-    """The last event."""
+    """Returns the message of the job's last event."""
     return client.fine_tuning.jobs.list_events(job_id).data[0].message
 
 

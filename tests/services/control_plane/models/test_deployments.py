@@ -1,4 +1,4 @@
-"""Rows of models: who uses them, who waits, and that nothing which is used is forgotten."""
+"""Tests the rows of deployed models: who uses them, who waits, and that no used model is removed."""
 
 import asyncio
 import secrets
@@ -23,7 +23,7 @@ TWO = Room(places=2, wait_seconds=180)
 
 
 class Cluster:
-    """Serve, as it does what it is told at once; and the database beside it."""
+    """A stand-in for Ray Serve that does everything immediately, and the database beside it."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store, self.settings = store, settings
@@ -57,7 +57,7 @@ class Cluster:
             await session.execute(text(statement), values)
 
     async def pin(self, model: NamedModel, app_name: str | None = None) -> None:
-        """A job's attempt needs it."""
+        """Adds a running job whose attempt needs the model."""
         job_id = f"ftjob-{secrets.token_hex(8)}"
         job = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
         values = "'proj_default', '{}', '/m', 'm', 0, 'run', 'running', 1"
@@ -225,7 +225,7 @@ def test_one_that_is_used_in_the_moment_of_its_eviction_stays(tell: Callable[[St
 
 
 async def _until_blocked(cluster: Cluster) -> None:
-    """Another transaction waits for this one's row."""
+    """Waits until a transaction waits for a row that another one holds."""
     for _ in range(500):
         async with cluster.store.begin() as session:
             if await session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):

@@ -1,4 +1,4 @@
-"""Deployments over REST: who may change what, what is refused, and what becomes of a change."""
+"""Tests the REST API of deployments: who may change what, what is refused, and the effect of a change."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -147,7 +147,7 @@ def test_a_model_is_warmed_and_unloaded_on_request_and_why_it_failed_is_told(
 
 @pytest.fixture(scope="module")
 def own(api: httpx.Client, base_url: str, settings: Settings) -> Iterator[httpx.Client]:
-    """The API for a project that has a policy."""
+    """Returns an HTTP client with a key of a project that has a policy."""
     project = new_project(api, "deploys")
     key = new_key(api, project_id=project, scopes=["read", "write", "inference", "admin"])["value"]
     with api_of(base_url, key) as own:

@@ -1,4 +1,7 @@
-"""GET /v1/models/{id}/content: weights of trained models as tars, against a Ray whose jobs the tests themselves end."""
+"""Tests GET /v1/models/{id}/content, which sends the weights of trained models as tar files.
+
+The tests end the jobs of a stand-in for Ray, which merge adapters.
+"""
 
 import base64
 import hashlib
@@ -33,7 +36,7 @@ def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
 
 @pytest.fixture
 def folders(settings: Settings, base_url: str, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Three trained models, whose files are in storage; Ray has no job of theirs."""
+    """Adds three trained models with files in storage. The stand-in for Ray has no jobs for them."""
     monkeypatch.setattr(side_jobs, "WAIT_SECONDS", 0.2)
     monkeypatch.setattr(side_jobs, "POLL_SECONDS", 0.02)
     fake_ray.jobs.clear()
@@ -169,7 +172,7 @@ def report(request: MergeRequest) -> dict[str, Any]:
 
 
 def finish(ray: FakeRay, request: MergeRequest, outcome: MergeReport | Failed) -> None:
-    """Ends the newest job with this outcome."""
+    """Ends the newest job with this result."""
     told = {"error": outcome} if isinstance(outcome, Failed) else {"report": outcome.model_dump()}
     result = SideJobResult.model_validate({"finished_at": time.time()} | told)
     storage.write_bytes(storage.join(request.folder_uri, "report.json"), result.model_dump_json().encode())

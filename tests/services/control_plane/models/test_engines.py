@@ -1,4 +1,4 @@
-"""Which engine answers for a model."""
+"""Tests which vLLM engine answers for a model."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ AT = datetime(2026, 1, 1, tzinfo=UTC)
 
 @pytest.fixture(scope="module")
 def settings(offline: Settings) -> Settings:
-    """Of a service with a policy ft:3 with all weights, and an adapter ft:1."""
+    """Returns the settings of a service with a policy ft:3, which has all weights, and an adapter ft:1."""
     migrate(offline.database_url)
     columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
     values = "'ftjob-3', 'proj_default', '{}', '/m', 'tiny', 0, 'run', 'queued', 1"
@@ -113,7 +113,7 @@ def test_what_cannot_be_attached_is_merged(
 def test_the_reference_of_a_job_that_goes_on_from_an_adapter_is_scored_with_it_by_the_engine_of_the_base(
     settings: Settings,
 ) -> None:
-    """A job keeps only the id and the source of its reference."""
+    """A job stores only the id and the source of its reference."""
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         rows.execute(
             "UPDATE models SET base_source = %s, adapter = '{\"r\": 8}' WHERE id = 'ft:1'",

@@ -1,4 +1,7 @@
-"""Who is loaded, who leaves, and what the others are told; and a day of jobs and requests, by a clock of its own."""
+"""Tests which models are loaded, which are unloaded, and what the others are told.
+
+One test simulates a day of jobs and requests with its own clock.
+"""
 
 import random
 from dataclasses import dataclass, field, replace
@@ -193,7 +196,7 @@ def test_whatever_there_is_nobody_is_lost_and_nothing_that_works_is_evicted(foun
 
 @dataclass
 class Engine:
-    """A model and those who want it."""
+    """The state of a model, and the requests for it."""
 
     asked_at: float = 0.0
     used_at: float = float("-inf")
@@ -215,7 +218,7 @@ class Job:
 
 
 class Day:
-    """Clients that ask again until they are answered, and jobs of one GPU each, on so many GPUs."""
+    """Simulates clients that ask until they are answered, and jobs of one GPU each, on a given number of GPUs."""
 
     def __init__(self, seed: int, *, gpus: int, places: int, num_models: int, busy: float) -> None:
         self.random = random.Random(seed)

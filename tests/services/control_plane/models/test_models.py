@@ -1,4 +1,4 @@
-"""/v1/models and inference where no cluster answers; models lie on S3."""
+"""Tests /v1/models, and completions without a cluster. The models' files are on S3."""
 
 from collections.abc import Iterator
 
@@ -46,7 +46,7 @@ def test_while_storage_does_not_answer_requests_are_to_be_sent_again(client: ope
 
 
 def train(rows: psycopg.Connection, settings: Settings, job_id: str) -> list[str]:
-    """A paused job with checkpoints of steps 2 and 10; their models' names."""
+    """Adds a paused job with checkpoints of the steps 2 and 10, and returns the names of their models."""
     columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
     values = f"'{job_id}', 'proj_default', '{{\"model\": \"tiny\"}}', '/m', 'tiny', 0, 'pause', 'paused', 1"
     rows.execute(f"INSERT INTO jobs ({columns}) VALUES ({values})")

@@ -1,4 +1,4 @@
-"""Checkpoint permissions by the real client: who sees a shared model, who may change it, and for how long."""
+"""Tests the sharing of models with OpenAI's client: who sees a shared model, who may change it, and for how long."""
 
 import threading
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def third(base_url: str, projects: None) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def owner(base_url: str, settings: Settings, projects: None) -> Iterator[openai.OpenAI]:
-    """With two models of its own."""
+    """Returns a client of the project that has two models."""
     with client_of(base_url, API_KEY) as client:
         file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
         job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})

@@ -1,4 +1,4 @@
-"""Streams of jobs over HTTP, from a real database that tells of its changes."""
+"""Tests the event streams of jobs over HTTP. A real database announces its changes."""
 
 import asyncio
 import json
@@ -64,7 +64,7 @@ def record(settings: Settings, job_id: str, first: int, reports: list[Any]) -> N
 
 @contextmanager
 def streaming(base_url: str, job_id: str, **headers: str) -> Iterator[Iterator[tuple[str | None, Any]]]:
-    """The id and the data of what comes."""
+    """Opens the stream of a job, and yields the id and the data of each event."""
     with (
         httpx.Client(trust_env=False, timeout=120) as http,
         http.stream("GET", f"{base_url}/v1/x/jobs/{job_id}/stream", headers=HEADERS | headers) as response,
@@ -86,7 +86,7 @@ def _events(response: httpx.Response) -> Iterator[tuple[str | None, Any]]:
 
 
 def until(events: Iterator[tuple[str | None, Any]], message: str) -> list[Any]:
-    """What comes, up to the event of this message."""
+    """Returns the data of all events up to the one with this message."""
     found = []
     for _, data in events:
         found.append(data)

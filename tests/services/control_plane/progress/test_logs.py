@@ -1,4 +1,4 @@
-"""Logs as attempts keep them, read page by page."""
+"""Tests the reading of stored logs page by page."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def read(base_url: str, job_id: str) -> Any:
 
 
 def keep(settings: Settings, job_id: str, attempt: int, source: str, first: int, text: str) -> None:
-    """As services.training.reports.logs does."""
+    """Stores a part of a log as services.training.reports.logs does."""
     uri = storage.join(settings.storage_url, "runs", job_id, "logs", str(attempt), source, f"{first:012d}.log")
     storage.write_bytes(uri, text.encode())
 

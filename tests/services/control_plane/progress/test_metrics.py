@@ -1,4 +1,4 @@
-"""Metrics of steps as columns."""
+"""Tests the metrics of a job's steps, returned as columns."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ STEPS = 25
 
 @pytest.fixture(scope="module")
 def job_id(client: openai.OpenAI, settings: Settings) -> str:
-    """25 steps, whose loss is their number; every tenth is evaluated."""
+    """Creates a job of 25 steps, whose losses are the numbers of the steps. Every tenth step is evaluated."""
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
     steps = [

@@ -1,4 +1,4 @@
-"""What a job says of how far it is, and when it will be done."""
+"""Tests what a job shows about its progress, and when it will end."""
 
 import asyncio
 import time
@@ -23,7 +23,8 @@ def job_id(client: openai.OpenAI) -> str:
 
 
 def attempt(settings: Settings, job_id: str, number: int, reports: dict[float, Report], *, lost: bool = False) -> None:
-    """An attempt that reported so many seconds ago, and may be lost then."""
+    """Adds an attempt with reports, each by how many seconds ago it was sent. If `lost` is true, the attempt has
+    died."""
     events = [
         JobEvent(seq=seq, created_at=time.time() - ago, report=report)
         for seq, (ago, report) in enumerate(reports.items())

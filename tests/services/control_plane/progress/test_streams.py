@@ -1,4 +1,5 @@
-"""Many readers, slow readers, a deaf listener: nothing is lost and nobody waits for another."""
+"""Tests streams with many readers, slow readers, and a listener that hears nothing: no event is lost, and none
+waits."""
 
 import asyncio
 import re
@@ -24,7 +25,7 @@ NUMBER = re.compile(rb'"message":"(\d+) ')
 
 @pytest.fixture
 def job_id(client: openai.OpenAI, settings: Settings) -> str:
-    """With an attempt that may report."""
+    """Creates a job with an attempt that may report, and returns its id."""
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
 
@@ -57,7 +58,7 @@ async def open_stream(base_url: str, job_id: str) -> tuple[asyncio.StreamReader,
 
 
 async def numbers_until(reader: asyncio.StreamReader, last: int) -> list[int]:
-    """Of the events, as they come."""
+    """Reads events until the one with the number `last`, and returns the numbers of all in order."""
     found: list[int] = []
     while last not in found:
         line = await reader.readuntil(b"\n")
@@ -148,7 +149,7 @@ def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
 def test_a_stream_that_joins_while_the_last_one_leaves_misses_nothing(
     settings: Settings, job_id: str, base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of a look at the job, whose query takes a moment here."""
+    """The stream joins during a query about the job, which is made slow here."""
     looking, go_on = asyncio.Event(), asyncio.Event()
 
     async def slowly(*arguments: Any, **options: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Trained models, in the database and, in Ray Serve's place, behind HTTP.
+"""Provides trained models in the database, and an HTTP server in place of Ray Serve that scores with them.
 
-They score as their applications do, in plain torch instead of vLLM.
+The server scores as the models' applications do, but with plain torch in place of vLLM.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ PAIR = Group("the quick", (" brown fox", " lazy dog"), 1)
 
 
 def models_of(fake_ray: FakeRay) -> FastAPI:
-    """The HTTP server of all applications that the control plane has told `fake_ray` to serve."""
+    """Returns the HTTP server for all applications that the control plane has told `fake_ray` to serve."""
     app = FastAPI()
 
     @app.post("/{name}/v1/score/{kind}")
@@ -77,7 +77,7 @@ def _logps(folder: Path) -> Score:
 
 
 def policy_of(folder: Path) -> PreTrainedModel:
-    """The policy in the folder, whole. `score_reference` would turn an adapter off."""
+    """Loads the policy in the folder, and merges an adapter into it. `score_reference` would turn an adapter off."""
     return load_merged(folder) if is_adapter(folder) else load_policy(folder)
 
 
@@ -90,7 +90,7 @@ async def _pass_on(app: FastAPI, request: Request) -> Response:
 
 @dataclass
 class Trained:
-    """The folders of models, which one job each has trained from the base `tiny`."""
+    """Holds the folders of models that jobs have trained from the base model `tiny`."""
 
     base: Path
     other: Path  # a model of another vocabulary
@@ -101,7 +101,7 @@ class Trained:
 
 
 def trained(base: Path, folder: Path, objective: Objective, **options: Any) -> Path:
-    """The folder of a model after four large steps."""
+    """Trains a model for four large steps, and returns its folder."""
     load = load_reward_model if objective.traits.num_outputs else load_policy
     model, tokenizer = load(base, **options), load_tokenizer(base)
     groups = score_reference(load_policy(base), [encode_group(PAIR, tokenizer)], max_tokens_per_pack=512)
@@ -153,7 +153,7 @@ def settings(offline: Settings, fake_ray: FakeRay, models: Trained) -> Iterator[
 
 @pytest.fixture(scope="module")
 def rows(base_url: str, settings: Settings, models: Trained) -> None:
-    """The database's rows of the trained models and their jobs."""
+    """Adds the trained models and their jobs to the database."""
     objectives = {"dpo": Dpo(beta=BETA), "adapter": Dpo(beta=BETA), "simpo": Simpo(), "reward": RewardBradleyTerry()}
     with psycopg.connect(settings.database_url, autocommit=True) as connection:
         for name, objective in objectives.items():

@@ -1,4 +1,4 @@
-"""Rewards through the control plane, against the trainer's scorer and plain transformers."""
+"""Tests rewards through the control plane against the trainer's scorer and plain transformers."""
 
 import re
 from pathlib import Path
@@ -45,7 +45,8 @@ def refused(answer: httpx.Response, status: int = 400) -> tuple[str, str]:
 
 
 def logps(folder: Path, groups: list[EncodedGroup]) -> list[tuple[float, ...]]:
-    """The trainer's own: a policy is measured whole, with its adapter."""
+    """Returns the log-probabilities of the groups from the trainer's scorer, with the policy's adapter if it has
+    one."""
     return [group.ref_logps or () for group in score_reference(policy_of(folder), groups, max_tokens_per_pack=512)]
 
 
@@ -62,7 +63,7 @@ def plain_logp(model: Any, group: EncodedGroup, completion: int) -> float:
 
 @pytest.mark.parametrize("name", ["dpo", "adapter"])
 def test_rewards_are_those_of_the_trainer(api: httpx.Client, models: Trained, name: str) -> None:
-    """Of texts, messages with a system prompt, tools, and completions of several turns."""
+    """The rows have texts, messages with a system prompt, tools, and completions of several turns."""
     found = answered(ask(api, name))
     assert (found["model"], found["reference"], found["beta"]) == (f"ft:tiny:raydpo::{name}", "tiny", BETA)
     groups = [encode_group(group, load_tokenizer(models[name])) for group in groups_of(ROWS)]

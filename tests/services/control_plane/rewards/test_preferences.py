@@ -1,4 +1,4 @@
-"""Rewards and preferences from log-probabilities and from outputs of reward models."""
+"""Tests how rewards and preferences are computed from log-probabilities and from the outputs of reward models."""
 
 import math
 import random

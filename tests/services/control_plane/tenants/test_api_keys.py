@@ -1,4 +1,4 @@
-"""Keys: what each may do, how long, and what is remembered of it."""
+"""Tests API keys: what each may do, for how long, and what the service records about its use."""
 
 import asyncio
 import time
@@ -25,7 +25,10 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
 
 
 def within(seconds: float, wanted: int, ask: Any) -> httpx.Response:
-    """The first answer with the status wanted; a busy machine takes longer to give it."""
+    """Repeats the request until its answer has the status `wanted`, and returns this answer.
+
+    On a busy machine, this may take longer than `seconds`.
+    """
     deadline = time.monotonic() + seconds + BUSY_SECONDS
     while (answer := ask()).status_code != wanted:
         assert time.monotonic() < deadline, answer.text

@@ -1,4 +1,4 @@
-"""Projects and what they may use."""
+"""Tests projects and the limits of what they may use."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

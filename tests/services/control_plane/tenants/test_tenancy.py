@@ -1,6 +1,7 @@
-"""Nobody reaches another project's anything: every route of the OpenAPI document, asked by B for what is A's.
+"""Tests that no project reaches anything of another: project B requests A's objects on every route of the OpenAPI
+document.
 
-A new route is covered the day it appears: until A_HAS and BODIES say how to fill it, its test fails.
+A new route is covered immediately: until A_HAS and BODIES say how to fill it, its test fails.
 """
 
 import json
@@ -140,7 +141,10 @@ def b(api: httpx.Client, base_url: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: FakeRay) -> dict[str, str]:
-    """One of everything that a path or a body can name, by the parameter's name; and what else lists show."""
+    """Creates one object of every kind that a path or a body can name, and other objects that lists show.
+
+    Returns their names by the parameter of the path or body.
+    """
     file_id = upload(a)
     job_id = a.post("/fine_tuning/jobs", json={**JOB, "training_file": file_id}).json()["id"]
     ticks(settings, 1)
@@ -279,7 +283,7 @@ def test_every_route_wants_a_key_and_its_scope(
 
 
 def test_every_change_is_answered_once_and_audited() -> None:
-    """Both are done by Once. These ask only: what they leave, if anything, is the same when they are repeated."""
+    """The class Once does both. The routes below only ask, so repeating them changes nothing."""
     asking = {f"POST /v1/{path}" for path in ("chat/completions", "completions", "x/datasets/check", "x/jobs/validate")}
     asking |= {"POST /v1/x/plans", "POST /v1/x/rewards"}
     asking.add("POST /v1/webhook_endpoints/{endpoint_id}/test")

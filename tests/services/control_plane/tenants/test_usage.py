@@ -1,4 +1,4 @@
-"""Usage: added up in memory, written in batches that count once, told by project, key, model and day."""
+"""Tests usage: added up in memory, written in batches that count once, and shown by project, key, model and day."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -124,7 +124,7 @@ def test_control_planes_write_side_by_side(empty: None, settings: Settings) -> N
 
 @pytest.fixture
 def rows(empty: None, base_url: str, api: httpx.Client, settings: Settings) -> str:
-    """Three days of two projects; the id of the second."""
+    """Adds three days of usage of two projects, and returns the id of the second."""
     project = new_project(api, f"other {datetime.now(UTC).timestamp()}")
     today = datetime.now(UTC).date()
     with psycopg.connect(settings.database_url) as connection:

@@ -1,4 +1,4 @@
-"""Webhooks reach real receivers, at least once and told apart, whatever dies or is slow."""
+"""Tests that webhooks reach real receivers at least once, with ids, whatever dies or is slow."""
 
 import asyncio
 import os
@@ -49,7 +49,7 @@ def settings(offline: Settings, receiver: Receiver) -> Settings:
 
 @pytest.fixture(autouse=True)
 def clean(client: openai.OpenAI, settings: Settings, receiver: Receiver) -> Iterator[None]:
-    """No endpoint and no row is left of the test before."""
+    """Removes the endpoints and rows that the test leaves."""
     receiver.paths.clear()
     receiver.received.clear()
     yield
@@ -258,7 +258,7 @@ def test_a_rotated_secret_signs_beside_the_old_one_for_a_day(
 def test_how_long_an_old_secret_counts_is_told_by_the_databases_clock_alone(
     client: openai.OpenAI, settings: Settings, endpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The replica that sends is two days ahead."""
+    """The clock of the replica that sends is two days early."""
 
     class Ahead(datetime):
         @classmethod
@@ -297,7 +297,11 @@ def test_slow_endpoints_take_their_own_places_and_nobody_elses(
 
 @pytest.fixture
 def elsewhere(settings: Settings, postgres_url: str, receiver: Receiver) -> Callable[..., list[str]]:
-    """Claims in a database where nobody else sends: the endpoints of the sends, in order. `rows` are of projects."""
+    """Returns a function that adds waiting webhooks to a database where nobody else sends, and has a sender claim them.
+
+    It returns their endpoints in the order of the claims. `rows` has the numbers of endpoints, and of webhooks for
+    each, by project.
+    """
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {(name := f'turns_{secrets.token_hex(4)}')}")
     here = settings.model_copy(update={"database_url": postgres_url.replace("/postgres?", f"/{name}?")})
@@ -429,7 +433,7 @@ def test_two_control_planes_send_each_webhook_once(
 
 @contextmanager
 def sender_elsewhere(database_url: str, url: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A sender in a process of its own."""
+    """Runs a sender of webhooks in a separate process."""
     program = """if True:
         import asyncio, sys
         from types import SimpleNamespace

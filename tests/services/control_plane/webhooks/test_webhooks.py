@@ -1,4 +1,4 @@
-"""Management of webhook endpoints by the real client, its answers checked against the client's own types."""
+"""Tests the management of webhook endpoints with OpenAI's client, against the client's own types."""
 
 import threading
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def strict(base_url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def stranger(base_url: str, settings: Settings) -> Iterator[openai.OpenAI]:
-    """A client of another project."""
+    """Returns a client of another project."""
     with psycopg.connect(settings.database_url) as connection:
         connection.execute("INSERT INTO projects (id, name) VALUES ('proj_other', 'other')")
         key = ("key_other", "proj_other", "other", digest("rd-other"), "ther", ["read", "write", "inference", "admin"])

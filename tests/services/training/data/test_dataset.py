@@ -13,7 +13,7 @@ def group(number: int) -> EncodedGroup:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Dataset:
-    """23 scored groups in parts of 5, 10 and 8."""
+    """Returns a dataset of 23 scored groups in three files of 5, 10 and 8 groups."""
     uri, scores_uri = (tmp_path / "ids").as_uri(), (tmp_path / "scores").as_uri()
     parts = []
     for i, numbers in enumerate([range(5), range(5, 15), range(15, 23)]):

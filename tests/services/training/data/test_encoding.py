@@ -41,7 +41,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[AttemptSpec], tuple[list[EncodedGroup], list[Report]]]:
-    """Encodes in this process, the last piece first: a cluster keeps no order either."""
+    """Returns a function that encodes a file in this process. It starts with the last piece, as a cluster keeps no
+    order."""
 
     def run(spec: AttemptSpec) -> tuple[list[EncodedGroup], list[Report]]:
         reports: list[Report] = []
@@ -263,7 +264,7 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
 
 @pytest.fixture
 def with_bad_rows(make_spec: MakeSpec, tmp_path: Path, make_pair: Any) -> AttemptSpec:
-    """Twenty pairs, and two rows between them that are none; the first row is one of these."""
+    """Returns an attempt on a file of twenty pairs and two invalid rows. The first row of the file is invalid."""
     rows = [json.dumps(make_pair(n)) for n in range(20)]
     rows[:0], rows[12:12] = ["no row"], [json.dumps({"input": {"messages": []}, "preferred_output": []})]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -355,7 +356,7 @@ def test_margins_are_refused_by_line_where_the_objective_takes_none(
 
 @pytest.fixture
 def with_template(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> Callable[[str], AttemptSpec]:
-    """An attempt whose model's chat template begins so."""
+    """Returns a function that makes an attempt on a model whose chat template begins with the given text."""
 
     def make(start: str) -> AttemptSpec:
         shutil.copytree(model_source, tmp_path / "hostile")

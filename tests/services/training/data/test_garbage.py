@@ -1,4 +1,4 @@
-"""Full searches of the garbage collector rest while large data are made, and come back, whatever happens."""
+"""Tests that full searches of the garbage collector stop during the block, and come back after it in every case."""
 
 import gc
 

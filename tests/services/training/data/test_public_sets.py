@@ -1,4 +1,4 @@
-"""Public preference sets are checked, encoded and scored as they are published."""
+"""Tests that rows of public preference datasets, as published, can be checked, encoded and scored."""
 
 import math
 from pathlib import Path

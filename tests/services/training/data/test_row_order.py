@@ -19,7 +19,8 @@ Pieces = list[tuple[int, int]]  # rows, and groups that are left of them
 
 
 def write(folder: str | Path, pieces: Pieces) -> Dataset:
-    """Groups are numbered through by their lines."""
+    """Writes a dataset with one file for each (rows, groups) in `pieces`. The groups are numbered through by their
+    lines."""
     parts = []
     for i, numbers in enumerate(pairwise(accumulate((groups for _, groups in pieces), initial=0))):
         groups = [EncodedGroup([n + 1] * (1 + n % 3), ([2],), None, n) for n in range(*numbers)]
@@ -29,7 +30,7 @@ def write(folder: str | Path, pieces: Pieces) -> Dataset:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Dataset:
-    """23 groups of as many rows in pieces of 5, 10 and 8."""
+    """Returns a dataset of 23 groups and as many rows, in pieces of 5, 10 and 8."""
     return write(tmp_path, [(5, 5), (10, 10), (8, 8)])
 
 
@@ -114,7 +115,7 @@ def test_a_row_may_give_several_groups(tmp_path: Path) -> None:
 
 
 class Arriving:
-    """A Dataset of which parts come one by one; it notes which piece was waited for, and when."""
+    """A Dataset that records, in order, for which pieces a reader waits."""
 
     def __init__(self, whole: Dataset) -> None:
         self.uri, self.scores_uri, self.num_rows = whole.uri, whole.scores_uri, whole.num_rows
@@ -169,7 +170,7 @@ def test_no_group_is_lost_or_doubled_whatever_is_left_of_the_rows_workers_seeds_
 
 
 def computed_by(num_ranks: int, batch: list[EncodedGroup]) -> list[EncodedGroup]:
-    """What the ranks compute of a batch, together."""
+    """Returns the groups of the batch that all ranks together compute, in the order of ranks."""
     ranks = plan([group.num_tokens for group in batch], num_ranks=num_ranks, max_tokens_per_pack=8)
     assert len(ranks) == num_ranks
     return [batch[i] for packs in ranks for pack in packs for i in pack]

@@ -1,4 +1,7 @@
-"""Training on the first window of the order while the rest is encoded: 24 rows, each a piece, three windows."""
+"""Tests that training begins with the first rows of a file while the other rows are still encoded.
+
+The file has 24 rows. Each row is a piece, so that there are three windows of eight pieces.
+"""
 
 import asyncio
 import json
@@ -92,7 +95,7 @@ def test_who_takes_parts_waits_until_all_of_them_are_there() -> None:
 
 
 def rows(make_pair: Any) -> list[str]:
-    """Two of them are too long."""
+    """Returns 24 pairs as lines of JSON, of which two are too long."""
     pairs = [make_pair(number) for number in range(NUM_ROWS)]
     for number in (3, 20):
         pairs[number]["preferred_output"][0]["content"] = "x" * 128
@@ -103,7 +106,7 @@ def rows(make_pair: Any) -> list[str]:
 def stage(
     make_spec: Any, make_pair: Any, ray_environment: dict[str, str], control_plane: Any, tmp_path: Path
 ) -> Iterator[Callable[..., Driver]]:
-    """Starts an attempt on a file that stands in `tmp_path`."""
+    """Returns a function that starts an attempt on a file in `tmp_path`."""
     drivers: list[Driver] = []
     (tmp_path / "rows.jsonl").write_text("".join(rows(make_pair)))
 
@@ -155,7 +158,8 @@ def test_a_checkpoint_is_evaluated_on_all_that_is_held_out_when_all_is_encoded(
 
 
 def assert_same_from_cache(stage: Callable[..., Driver], tmp_path: Path, attempts: list[Driver]) -> None:
-    """Another job on the same data, which were prepared before it began."""
+    """Runs another job on the same data, which are prepared already, and asserts that its metrics are those of
+    `attempts`."""
     spec = attempts[0].spec
     again = {"job_id": "ftjob-2", "run_uri": str(tmp_path / "again"), "validation_share": spec.validation_share}
     cached = stage("services.training.driver", **again)

@@ -1,4 +1,4 @@
-"""Who scores sooner, by speeds that earlier jobs measured."""
+"""Tests whether vLLM or the trainer is chosen to score, by speeds that earlier jobs measured."""
 
 from pathlib import Path
 

@@ -38,7 +38,8 @@ def groups_of(
 
 
 class Reference:
-    """Answers as a deployment does, from a thread; `deaths` calls find their replica dead."""
+    """A stand-in for the reference's deployment, which answers from a thread. The first `deaths` calls find a dead
+    replica."""
 
     def __init__(self, model_source: str, deaths: int = 0) -> None:
         self.model = load_policy(model_source)

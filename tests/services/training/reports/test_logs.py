@@ -1,4 +1,4 @@
-"""Each test prints in a process of its own, whose output goes to files as Ray's does."""
+"""Tests the copying of a process's output. Each test prints in a separate process, whose output goes to files."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ FOLDER = "run/logs/2/worker-0"
 
 
 def kept(folder: Path) -> str:
-    """All segments, which follow each other without gaps."""
+    """Returns the text of all stored segments, and asserts that they follow each other without gaps."""
     text = b""
     for name in storage.list_files(str(folder)):
         assert int(name.removesuffix(".log")) == len(text)

@@ -1,4 +1,4 @@
-"""Every objective that a job can ask for: its data are encoded, scored by the reference, and trained on."""
+"""Tests that every objective can be trained by a job: its data are encoded, scored by the reference, and trained on."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ ROWS = {
 def prepare(
     make_spec: MakeSpec, byte_level_model: str, tmp_path: Path
 ) -> Callable[[TrainConfig, bytes], list[EncodedGroup]]:
-    """The groups as a job has them, encoded and scored."""
+    """Returns a function that encodes and scores rows as a job does, and returns the groups."""
 
     def prepare(config: TrainConfig, rows: bytes) -> list[EncodedGroup]:
         (tmp_path / "rows.jsonl").write_bytes(rows)

@@ -1,4 +1,4 @@
-"""How long workers wait for GPUs that others still hold."""
+"""Tests how long workers wait for GPUs that other programs still hold."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run in storage keep their optimizer's state, on a disk and on S3."""
+"""Tests which checkpoints of a job keep their optimizer's state, on a disk and on S3."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ MODEL = "model/model.safetensors"
 
 @pytest.fixture(params=["disk", "S3"])
 def run_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A run with complete checkpoints of the steps 10, 20 and 30."""
+    """Writes complete checkpoints of the steps 10, 20 and 30, and returns the URI of the job's folder."""
     if request.param == "disk":
         uri = (tmp_path / "run").as_uri()
     else:
@@ -39,12 +39,15 @@ def publish(run_uri: str, step: int, folder: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a worker has fetched: nothing."""
+    """Returns an empty folder for downloads."""
     return tmp_path_factory.mktemp("cache")
 
 
 def states(run_uri: str, cache: Path, *steps: int) -> list[bool]:
-    """Which of them have their optimizer's state, by their manifests and in storage; all are undamaged."""
+    """Returns for each step whether its checkpoint has its optimizer's state, by its manifest and by its files.
+
+    Asserts that both agree, and that the checkpoints are undamaged.
+    """
     found = []
     for step in steps:
         uri = checkpoint_uri(run_uri, step)
@@ -83,7 +86,8 @@ def test_a_checkpoint_that_is_not_complete_counts_for_nothing(run_uri: str, cach
 
 
 def test_what_lies_ahead_of_a_run_that_began_again_counts_for_nothing(run_uri: str, cache: Path) -> None:
-    """The newer ones are damaged, or it would have gone on from them; it has only what it publishes now."""
+    """Newer checkpoints are there but damaged, so the run resumed from an older one. It counts only what it publishes
+    now."""
     drop_optimizers(run_uri, published=10)
     assert states(run_uri, cache, 10) == [True]
 

@@ -68,7 +68,7 @@ def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str,
 
 @pytest.fixture
 def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[str]:
-    """URIs of three checkpoints, of the steps 10, 20 and 30."""
+    """Returns the URIs of three checkpoints, of the steps 10, 20 and 30."""
     policy, spec = load_policy(model_source), make_spec()
     weights = Weights(policy)
     optimizer = make_optimizer(weights.stepped.values(), spec.config.resolved(24).optim)

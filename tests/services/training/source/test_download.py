@@ -1,4 +1,4 @@
-"""Downloads from a web server on loopback that breaks off, changes its mind and leads astray."""
+"""Tests downloads from a web server on loopback that breaks off, changes the file and redirects."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,7 @@
-"""Datasets of a Hugging Face hub on loopback, read by a process of its own: HF_ENDPOINT counts when it starts."""
+"""Tests datasets of the Hugging Face hub with a server on loopback in place of the hub.
+
+They are read in a separate process, because HF_ENDPOINT is read when the process starts.
+"""
 
 import json
 import os
@@ -39,7 +42,7 @@ Read = Callable[..., Any]
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    """The hub. Its files lie on another host, as the real one's do."""
+    """Starts the server. Its files are on another host name, as those of the real hub are."""
     with running_web() as web:
         info = {"id": "org/name", "sha": COMMIT, "private": False, "downloads": 0, "likes": 0, "tags": []}
         info["siblings"] = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]

@@ -1,4 +1,4 @@
-"""Sources of every kind, from real servers on loopback, as one plain file of JSON Lines."""
+"""Tests that sources of every kind become one plain file of JSON Lines. Real servers on loopback provide them."""
 
 import gzip
 import json
@@ -41,7 +41,10 @@ def reports() -> list[Report]:
 
 @pytest.fixture
 def bring(make_spec: MakeSpec, tmp_path: Path, reports: list[Report]) -> Bring:
-    """What stands in the plain file of a URI that `prefixes` admit; nothing of it is left in the run's folder."""
+    """Returns a function that returns the content of the plain file for a URI, and asserts that no copy is left.
+
+    `prefixes` are those that the operator admits.
+    """
 
     def bring(uri: str, *prefixes: str) -> bytes:
         folder = (tmp_path / "run" / "source").as_uri()

@@ -10,7 +10,7 @@ from tests.services.training.spool import Spool
 
 @pytest.fixture(autouse=True)
 def node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node on which no integration is set up, and whose libraries call nobody."""
+    """Sets up an environment without keys of W&B or MLflow, in which their libraries contact nobody."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {**actors.ENVIRONMENT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
@@ -25,7 +25,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def spec(make_spec: Callable[..., AttemptSpec]) -> AttemptSpec:
-    """The second attempt of a job."""
+    """Returns the settings of a job's second attempt."""
     config = TrainConfig(batch_size=4, n_epochs=1)
     name = "ft:tiny:raydpo::12345678"
     return make_spec(attempt=2, config=config, fine_tuned_model=name, integrations=Integrations())

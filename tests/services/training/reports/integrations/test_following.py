@@ -1,4 +1,4 @@
-"""A follower against sinks that work, raise, hang, or are not there."""
+"""Tests the follower, which copies metrics to a sink, with sinks that work, raise, hang, or cannot be imported."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ from tests.services.training.spool import STARTED_AT, Spool, until
 
 
 class Place:
-    """Where a run stands, whatever becomes of the sinks that bring it there."""
+    """Holds the state of a run outside of the sinks that write to it, so that it outlives them."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

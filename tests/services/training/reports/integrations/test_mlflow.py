@@ -1,4 +1,4 @@
-"""Runs of MLflow, on a tracking server of its own and in a database file."""
+"""Tests the MLflow sink with a real tracking server, and with a database file."""
 
 import os
 import socket

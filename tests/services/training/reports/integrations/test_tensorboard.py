@@ -1,4 +1,4 @@
-"""Event files, read back by TensorBoard itself."""
+"""Tests the TensorBoard sink: TensorBoard itself reads the event files."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Runs of W&B: files written offline, read back record by record, and a server that cannot be reached."""
+"""Tests the W&B sink: offline files are read back record by record, and servers answer or cannot be reached."""
 
 import json
 import os
@@ -25,7 +25,8 @@ OPTIONS = Wandb(project="my project", name="first", entity="team", tags=("a", "b
 
 @pytest.fixture(autouse=True)
 def no_service_is_left() -> Iterator[None]:
-    """What other tests start would find it by the environment, and in it the runs of these."""
+    """Stops W&B's background process after each test. Programs of later tests would otherwise find it by the
+    environment."""
     yield
     wandb.teardown()
     assert "WANDB_SERVICE" not in os.environ
@@ -38,7 +39,10 @@ def follow(spec: AttemptSpec, status: Any, seconds: float = 60) -> list[str]:
 
 
 def records(file: Path) -> Iterator[Any]:
-    """A `.wandb` file is a LevelDB log: records in blocks of 32 KiB, after a header of 7 bytes."""
+    """Yields the records of a `.wandb` file.
+
+    The file is a LevelDB log: records in blocks of 32 KiB, after a header of 7 bytes.
+    """
     data, position, whole = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
         if (left := 32768 - position % 32768) < 7:
