@@ -212,6 +212,7 @@ class Engines:
 
     gpus: float = 0.0  # GPUs of models that no job needs as its reference
     pinned_gpus: float = 0.0  # GPUs of pinned models, which their settings keep loaded
+    go_first: bool = False  # whether a model has waited for GPUs since before the last job began; it then precedes jobs
 
 
 NO_ENGINES = Engines()
