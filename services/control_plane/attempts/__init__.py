@@ -1,1 +1,1 @@
-"""Starts, follows and ends attempts, which are executions of a job on the Ray cluster."""
+"""Starts, follows and ends attempts. An attempt is one run of a job on the Ray cluster."""

@@ -1,6 +1,6 @@
-"""The routes below /internal/attempts, to which training processes send the reports of their attempts.
+"""The routes below /internal/attempts, to which training processes on Ray send their reports.
 
-An attempt is one execution of a job on the Ray cluster. Each attempt has its own token.
+An attempt is one run of a job on the Ray cluster. Each attempt has its own token.
 """
 
 from typing import Annotated
@@ -26,9 +26,10 @@ async def record(
     credentials: Bearer,
     own_token: Annotated[str | None, Header(alias=OWN_TOKEN_HEADER, min_length=32)] = None,
 ) -> Wish:
-    """Records an attempt's reports, each once, and returns the job's desired state: run, pause or cancel.
+    """Records reports that an attempt's training process sends, each once. Returns the job's desired state: run, pause
+    or cancel.
 
-    Answers 409 if the attempt has ended or was replaced by a newer one; the training process must then stop.
+    Answers 409 if the attempt has ended or a newer one has replaced it; the training process must then stop.
     """
     if credentials is None:
         raise Unauthorized(

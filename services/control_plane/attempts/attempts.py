@@ -1,6 +1,7 @@
 """Creates, updates and ends attempts, and records their reports. No other module records reports.
 
-An attempt is one execution of a job on the Ray cluster.
+An attempt is one run of a job on the Ray cluster. Its training process sends reports, such as metrics and new
+checkpoints.
 """
 
 import secrets
@@ -43,9 +44,11 @@ from services.control_plane.settings import Settings
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Adds the row of a new attempt to the database, and clears the `waits_for` of the attempt's job.
+    """Adds the row of a new attempt (one run of a job on Ray) to the database, and returns the row. Clears the
+    `waits_for` of the job.
 
-    Call this function before Ray launches the attempt, so that the database knows of every launch.
+    `reference` is the Ray Serve application that scores for the attempt, if it needs one from the beginning. Call this
+    function before Ray launches the attempt, so that the database knows of every launch.
     """
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0
@@ -57,7 +60,7 @@ async def begin(
 
 
 async def give_token(session: AsyncSession, attempt: Attempt) -> str:
-    """Creates a token for the attempt's next launch, stores the token's digest and returns the token.
+    """Creates a token for the attempt's next launch, stores the token's digest, and returns the token.
 
     The token of the previous launch stays valid: Ray may have accepted that launch although Ray's answer was lost.
     """
@@ -74,7 +77,11 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Marks the attempt as ended, so that its later reports are refused. Returns False if it had ended before."""
+    """Marks the attempt as ended, for `reason`, so that its later reports are refused. Returns False if it had ended
+    before.
+
+    `failed` says whether the end counts as a failure of the attempt.
+    """
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
@@ -99,13 +106,14 @@ def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
 
 
 async def last_failure(session: AsyncSession, job_id: str) -> str | None:
-    """Returns the reason for the end of the job's newest failed attempt; None if no attempt failed."""
+    """Returns why the newest failed attempt of the job ended. Returns None if no attempt failed."""
     newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
     return await session.scalar(newest.limit(1))
 
 
 async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> None:
-    """Stores why the attempt is being stopped and adds an event to the job, unless a reason is stored already."""
+    """Stores `reason`, why the service stops the attempt, and adds an event to the job. Does nothing if a reason is
+    stored already."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
@@ -122,7 +130,7 @@ async def authorize(session: AsyncSession, job_id: str, number: int, token: str,
     """Raises Fenced if the attempt has ended, or if `token` is not one of the attempt's tokens.
 
     If `own_token` is given, it replaces `token` from now on. Ray's list of jobs shows the token of a launch, but only
-    the attempt knows `own_token`.
+    the training process knows `own_token`.
     """
     attempt = await session.get(Attempt, (job_id, number))
     if attempt is None or attempt.state == "ended" or digest(token) not in attempt.token.split():
@@ -153,9 +161,9 @@ async def record(
 ) -> None:
     """Records an attempt's reports in order, each once, even if the attempt sends a report several times.
 
-    `posted` says whether the attempt itself sent the reports; then even repeated reports are a sign of life. Otherwise
-    the reports come from the attempt's spool (its files of reports in storage), and only new reports are a sign of
-    life. Raises Fenced if the attempt has ended.
+    If `posted`, the training process sent the reports itself, and even repeated reports show that it is alive.
+    Otherwise the reports come from the attempt's spool (its files of reports in storage), and only new reports show
+    that it is alive. Raises Fenced if the attempt has ended.
     """
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
@@ -181,10 +189,7 @@ async def record(
 
 
 async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
-    """Records the reports.
-
-    A report that the database refuses is skipped, and an event says so; later reports are still recorded.
-    """
+    """Records reports of the attempt. Skips a report that the database refuses, and adds an event that says so."""
     if not events:
         return
     try:
@@ -266,7 +271,7 @@ async def _tell_reported(
 
 
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
-    """Writes the job's progress: the current stage, the units of work done in the stage, and their total.
+    """Stores the job's progress: the current stage, the units of work done in the stage, and their total.
 
     `since` and `start` are the time and the number of done units at which the stage began; a client can compute the
     speed from both. `encoding` is the progress of encoding while the attempt already trains on the first rows.
@@ -288,10 +293,10 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
 async def _add_checkpoint(
     session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
 ) -> None:
-    """Adds the reported checkpoint, its model and an event, and drops old checkpoints of the job.
+    """Adds a checkpoint that the attempt reported, with its model and an event, and drops old checkpoints of the job.
 
-    If the step has a checkpoint already, because a resumed attempt repeated the step, only the checkpoint's metrics are
-    updated; the last digits of the metrics may differ.
+    A resumed attempt repeats steps, so the step may have a checkpoint already. Then only the metrics of the checkpoint
+    are updated, because their last digits may differ.
     """
     job = await session.get_one(Job, attempt.job_id)
     known = update(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == report.step)
@@ -313,7 +318,7 @@ async def _add_checkpoint(
 
 
 async def _hold(session: AsyncSession, job_id: str) -> None:
-    """Locks the job's row.
+    """Locks the job's row until the transaction ends.
 
     Every writer of events must lock the job first and the attempt second, to avoid deadlocks.
     """

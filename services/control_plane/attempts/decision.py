@@ -1,7 +1,8 @@
-"""Decides which action the executor takes next for a job.
+"""Decides which action the service takes next for a job. The functions depend only on their arguments, and change
+nothing.
 
-The functions depend only on their arguments, and change nothing. An attempt is one execution of a job on the Ray
-cluster. A rest is the waiting time between a failed attempt and the next one.
+An attempt is one run of a job on the Ray cluster. It is open until it has ended; a job has at most one open attempt. A
+rest is the waiting time between a failed attempt and the next one.
 """
 
 from collections.abc import Callable
@@ -12,33 +13,33 @@ from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.ray_api import AttemptStatus
 
 HUNG_SECONDS = 300.0  # an attempt hangs if it gives no sign of life for this long; it should give one every few seconds
-PAUSE_SECONDS = 600.0  # an attempt may take this long, plus the time of PAUSE_STEPS steps, to pause
+PAUSE_SECONDS = 600.0  # to pause, an attempt may take this long plus the time of PAUSE_STEPS training steps
 PAUSE_STEPS = 3
 FIRST_REST_SECONDS, REST_FACTOR, MOST_REST_SECONDS = 5.0, 5, 3600.0  # between a dead attempt and the next one
-LONG_REST_SECONDS = 60.0  # in a rest of at least this length, other jobs get the job's slot
+LONG_REST_SECONDS = 60.0  # in a rest of at least this length, another job may run in place of the resting one
 
 
 class Decision(Enum):
-    """An action that the executor can take for a job."""
+    """An action that the executor, the class that acts on jobs, can take for a job."""
 
-    WAIT = auto()
+    WAIT = auto()  # do nothing now
     QUEUE = auto()  # no attempt may start now; write the reason to the job's `waits_for`
     OPEN = auto()  # add the row of a new attempt
     LAUNCH = auto()  # submit the attempt, which has a row, to Ray
     ADOPT = auto()  # mark the attempt as running: Ray launched it, but Ray's answer was lost
-    STOP = auto()
+    STOP = auto()  # ask Ray to stop the attempt
     COLLECT = auto()  # the attempt ended: read its last reports from storage, then decide again
     FINISH = auto()  # end the job with the outcome that the attempt reported
     REST = auto()  # end an attempt that stopped on request; pause the job if the user still wants a pause
     LOSE = auto()  # end an attempt that died without reporting an outcome
     PAUSE = auto()  # mark the job as paused: no attempt is left
-    CANCEL = auto()
-    GIVE_UP = auto()
+    CANCEL = auto()  # mark the job as cancelled: no attempt is left
+    GIVE_UP = auto()  # mark the job as failed: too many attempts in a row failed
 
 
 @dataclass(frozen=True)
 class Past:
-    """The facts that a decision depends on, beside the job, its open attempt and the attempt's status in Ray."""
+    """The facts that a decision depends on, besides the job, its open attempt and the status of this attempt in Ray."""
 
     slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
     failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
@@ -51,8 +52,8 @@ class Past:
 def decide(job: Job, attempt: Attempt | None, status: AttemptStatus, past: Past, *, collected: bool) -> Decision:
     """Returns the next action for a job that has not ended.
 
-    `attempt` is the job's open attempt, None if there is none, and `status` is the attempt's status in Ray. `collected`
-    says whether the attempt's last reports have been read from storage.
+    `attempt` is the job's open attempt (its current run on Ray), None if there is none. `status` is the status of this
+    attempt in Ray. `collected` says whether the attempt's last reports have been read from storage.
     """
     if attempt is None:
         return _without_attempt(job, past)
@@ -84,18 +85,20 @@ def _without_attempt(job: Job, past: Past) -> Decision:
 
 
 def rest_seconds(failures: int) -> float:
-    """Returns the seconds to wait before the next attempt of a job whose last `failures` attempts failed."""
+    """Returns how many seconds a job waits before its next attempt (run on Ray), after `failures` failed attempts in a
+    row."""
     return min(FIRST_REST_SECONDS * REST_FACTOR ** (failures - 1), MOST_REST_SECONDS) if failures else 0.0
 
 
 def leaves_slot(failures: int) -> bool:
-    """Whether a job lets other jobs run in its place while it waits for its next attempt, after `failures` failed
-    attempts in a row."""
+    """Whether another job may run in place of a job that waits for its next attempt after `failures` failed attempts in
+    a row."""
     return rest_seconds(failures) >= LONG_REST_SECONDS
 
 
 def pause_seconds(job: Job) -> float:
-    """Returns the seconds that the job's attempt may take to pause: more if the training steps are long."""
+    """Returns how many seconds the job's attempt (its run on Ray) may take to pause: more if the training steps are
+    long."""
     progress = job.progress or {}
     steps = progress.get("done", 0) - progress.get("start", 0)
     if steps <= 0 or progress["stage"] != "training":
@@ -105,7 +108,7 @@ def pause_seconds(job: Job) -> float:
 
 
 class Stopwatches:
-    """Measures for how many seconds conditions have held.
+    """Measures for how many seconds conditions have held, each condition by its name.
 
     Time in which this process checked no conditions does not count.
     """
@@ -117,9 +120,10 @@ class Stopwatches:
         self._looked_at = float("-inf")
 
     def look(self) -> None:
-        """Starts a new round of checks, and resets the conditions that the last round did not check.
+        """Begins a new round of checks. Resets the measurement of each condition that was not checked in the last
+        round.
 
-        Resets all conditions if the last round began more than `gap_seconds` ago.
+        Resets all measurements if the last round began more than `gap_seconds` ago.
         """
         in_time = self._clock() - self._looked_at <= self._gap_seconds
         self._since = {what: since for what, since in self._since.items() if in_time and what in self._asked}

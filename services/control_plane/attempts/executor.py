@@ -1,6 +1,6 @@
 """Carries out the decisions about jobs: launches, stops and ends attempts, and ends jobs.
 
-Carrying out a decision twice is harmless. An attempt is one execution of a job on the Ray cluster.
+An attempt is one run of a job on the Ray cluster. Carrying out a decision twice is harmless.
 """
 
 import time
@@ -32,8 +32,8 @@ LAUNCH_SECONDS = 900  # an attempt fails if Ray answers its launch with errors f
 class Executor:
     """Carries out decisions about jobs.
 
-    Raises jobs.Stale if the job changed after the decision, and the errors of the database, storage and Ray. The job is
-    then left to the next decision.
+    Its methods raise jobs.Stale if the job changed after the decision, and the errors of the database, storage and Ray.
+    The job then stays as it is until the next decision.
     """
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings, *, holder: str) -> None:
@@ -45,7 +45,8 @@ class Executor:
     ) -> None:
         """Carries out a decision about a job.
 
-        `attempt` is the job's open attempt, and `submission` its state in Ray.
+        `attempt` is the job's open attempt (its current run on Ray), `submission` is what Ray says about this attempt,
+        and `past` counts the earlier attempts.
         """
         if decision in (Decision.OPEN, Decision.LAUNCH) and (error := jobs.unreadable(job) or await self._unfit(job)):
             await self._fail(job, error, attempt)
@@ -84,7 +85,10 @@ class Executor:
                 await self._lose(job, attempt, submission)
 
     async def _unfit(self, job: Job) -> dict[str, str | None] | None:
-        """Returns the error of a queued job whose files, checked since it was submitted, cannot be used; else None."""
+        """Returns the error of a queued job that cannot use one of its files, else None.
+
+        The rows of a large file may be checked only after the job was submitted.
+        """
         if job.observed != "queued":
             return None
         try:
@@ -97,10 +101,11 @@ class Executor:
     # --- attempts ---------------------------------------------------------------------------
 
     async def _open(self, job: Job, number: int) -> Attempt:
-        """Adds the row of the job's next attempt, and marks a queued job as running, in one transaction.
+        """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
-        If vLLM must serve the job's reference model, the same transaction asks for this. If the attempt may choose
-        between vLLM and its own workers, it asks later, once it knows that vLLM is faster.
+        If vLLM must score with the job's reference model, the same transaction requests that the model is loaded. If
+        the attempt may choose between vLLM and its own workers, the attempt requests this later, once it knows that
+        vLLM is faster.
         """
         spec = JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
@@ -121,7 +126,7 @@ class Executor:
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
-        """Writes the attempt's spec to storage for the training driver, and submits the attempt to Ray.
+        """Writes the attempt's spec (what its training processes are to do) to storage, and submits the attempt to Ray.
 
         A repeated launch is harmless, because Ray accepts a submission id only once.
         """
@@ -190,15 +195,16 @@ class Executor:
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
         """Ends an attempt that Ray does not launch.
 
-        The end counts as a failure; otherwise the job would be launched again and again without end.
+        The end counts as a failure, so that the number of such attempts is limited.
         """
         async with self._store.begin() as session:
             await self._close(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
-        """Records the reports in the attempt's spool (its files of reports in storage) that did not arrive by HTTP.
+        """Records the reports of the attempt that did not arrive by HTTP, and returns the attempt's current row.
 
-        Returns the attempt as it is afterwards.
+        The reports are read from the attempt's spool, the files in storage to which its training process writes all
+        reports.
         """
         listed = await anyio.to_thread.run_sync(spool.segments, self._run_uri(job), attempt.number)
         segments = _segments_from(listed, attempt.next_seq)
@@ -222,9 +228,10 @@ class Executor:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
     async def _stop(self, job: Job, attempt: Attempt) -> None:
-        """Asks Ray to stop the attempt. The reconciler calls this method at each tick until the attempt has ended.
+        """Asks Ray to stop the attempt. Stores the reason with an event, unless the user cancelled the job.
 
-        Only the first call adds an event.
+        The reconciler calls this method about once a second until the attempt has ended. Only the first call adds an
+        event.
         """
         if job.desired != "cancel":
             late = "the job was to pause and did not do so in time" if job.desired == "pause" else None
@@ -234,7 +241,7 @@ class Executor:
         await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
-        """Ends an attempt that stopped on request.
+        """Ends an attempt that stopped because the service asked it to.
 
         Pauses the job if the user still wants a pause; otherwise the job continues with its next attempt.
         """
@@ -265,14 +272,19 @@ class Executor:
                 await deployments.forget(session, attempt.reference)  # so that the next attempt loads this model again
 
     async def _close(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
-        """Ends an attempt that reported no outcome. Adds one event, even if several control planes end the attempt."""
+        """Ends an attempt that reported no outcome, for `reason`, and adds an event to the job.
+
+        The event is added only once, even if several control planes end the attempt.
+        """
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""
             jobs.tell(session, job.id, f"Attempt {attempt.number} of the job ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Stores in the job's `waits_for` the time at which its next attempt begins. Returns this time as text for an
-        event; an empty text if no attempt follows."""
+        """Stores in the job's `waits_for` when its next attempt begins, and returns this as a clause for an event.
+
+        Returns '' if no attempt follows, because too many attempts in a row have failed.
+        """
         failures = (await history(session, job.id)).failures
         if failures >= self._settings.max_attempts:
             return ""
@@ -287,7 +299,7 @@ class Executor:
     # --- ends -------------------------------------------------------------------------------
 
     async def _finish(self, job: Job, attempt: Attempt) -> None:
-        """Ends the job as succeeded or failed, as the attempt's last report says."""
+        """Ends the job as succeeded or failed, as the last report of its attempt says."""
         outcome = attempt.outcome or {}
         if outcome["kind"] == "succeeded":
             await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
@@ -296,7 +308,10 @@ class Executor:
         await self._fail(job, error, attempt)
 
     async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
-        """Adds the trained policy and the result file, and marks the job as succeeded, in one transaction."""
+        """Adds the trained model and the file of metrics, and marks the job as succeeded, in one transaction.
+
+        `model_uri` is the folder of the model in storage.
+        """
         name = jobs.fine_tuned_name(job, self._settings)
         async with self._store.begin() as session:
             csv = results_csv(await jobs.metrics_of(session, job.id))
@@ -316,10 +331,8 @@ class Executor:
             )
 
     async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
-        """Marks the job as failed because the control plane failed `tries` times to handle it.
-
-        `why` is the last error.
-        """
+        """Marks the job as failed because the service could not take its next step, after `tries` tries. `why` is the
+        last error."""
         message = (
             f"The service tried {tries} times to take the job's next step and failed: {why}. Tell the operator, who "
             "finds more in the service's log, and submit the job again when the cause is fixed."
@@ -345,9 +358,10 @@ class Executor:
 
 
 def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
-    """Returns the version of the contract that the training driver must know to train this job.
+    """Returns the version of the contract between control plane and training that a training program must know for this
+    job.
 
-    The version is 1 if the first release can train the job.
+    An older program may run on the cluster. The version is 1 if the first release can train the job.
     """
     if reference_adapter is not None:
         return WIRE
@@ -356,6 +370,10 @@ def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
 
 
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
-    """Returns the segments of a spool that may hold report number `next_seq` or later reports."""
+    """Returns the segments of a spool that may hold report number `next_seq` or later reports.
+
+    A spool is an attempt's files of reports in storage. A segment is one file: the number of its first report, and its
+    URI.
+    """
     start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
     return segments[start:]

@@ -1,8 +1,11 @@
 """Moves every job, once a second, from its observed state towards the state that its user wants.
 
-A tick is one pass over all jobs that have not ended. Each tick reads the state anew from the database and Ray, so a
-missed tick loses nothing. An attempt is one execution of a job on the Ray cluster. While Ray says nothing about an
+An attempt is one run of a job on the Ray cluster. A tick is one pass over all jobs that have not ended. Each tick reads
+the state anew from the database and Ray, so a missed tick loses nothing. While Ray gives no information about an
 attempt, the attempt does not count as failed and is left unchanged.
+
+Several control planes may run. Only the one that holds the lease, a row in the database that expires if it is not
+renewed, handles jobs.
 """
 
 import asyncio
@@ -42,17 +45,21 @@ from services.control_plane.tenants import quotas
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0  # from the begin of a tick to that of the next one
-LEAST_PAUSE_SECONDS = 0.2  # after a tick that took about as long, or longer
+TICK_SECONDS = 1.0  # from the begin of a tick to the begin of the next one
+LEAST_PAUSE_SECONDS = 0.2  # between two ticks, also if a tick took longer than TICK_SECONDS
 LEASE_SECONDS = 10.0
 MODELS = "models"  # the name under which Patience counts failures to load models
-AT_ONCE = 8  # jobs that a tick works on at the same time, so that a slow one does not delay all
+AT_ONCE = 8  # jobs that a tick handles at the same time, so that a slow job does not delay all others
 UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after this long without a report, the attempt's spool is read
 
 
 class Reconciler:
-    """The background task that handles all jobs. Every control plane has one, but only the holder of the lease acts."""
+    """The background task that handles all jobs.
+
+    Every control plane runs one. Only the one that holds the lease acts; the lease is a row in the database that
+    expires if it is not renewed.
+    """
 
     def __init__(
         self,
@@ -66,7 +73,7 @@ class Reconciler:
         self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
-        self._slot_is_free = False  # the last tick ended an attempt, so that the next tick may start a waiting job
+        self._slot_is_free = False  # whether the last tick ended an attempt, so that a waiting job may start
         self._clock, self._job_began = clock, float("-inf")  # when this reconciler last saw a job begin
         self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
@@ -75,7 +82,7 @@ class Reconciler:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Runs a tick every second, and immediately after a tick that ended an attempt, until cancelled.
+        """Calls `tick` every second, and immediately after a tick that ended an attempt, until cancelled.
 
         When cancelled, releases the lease.
         """
@@ -105,11 +112,14 @@ class Reconciler:
                 await self.release()
 
     async def release(self) -> None:
-        """Releases the reconciler's lease, so that another control plane need not wait until the lease expires."""
+        """Releases this control plane's lease, so that another control plane can act now and need not wait until the
+        lease expires."""
         async with self._store.begin() as session:
             await store.release_lease(session, "reconciler", self._holder)
 
     async def tick(self) -> None:
+        """Handles every job that has not ended once, and has Ray Serve load and unload models. Does nothing without the
+        lease."""
         self._slot_is_free = False
         async with self._store.begin() as session:
             self._leads = await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS)
@@ -162,7 +172,8 @@ class Reconciler:
     ) -> None:
         """Decides on the job's next action and carries it out.
 
-        If the action fails, a later tick tries the job again, and the other jobs are not affected.
+        `waits_for` is the reason why the job may not start, None if it may. `told` is what Ray says about attempts, by
+        submission id. If the action fails, a later tick tries again, and the other jobs are not affected.
         """
         if (waits_for and job.observed == "queued") or not self._patience.is_due(job.id, job.version):
             return
@@ -183,7 +194,8 @@ class Reconciler:
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
         """Counts a failed try to handle the job. A later tick tries again.
 
-        After TRIES failed tries the job fails. While the database, storage or Ray are down, the tries never end.
+        After TRIES failed tries the job fails. While the database, storage or Ray are down, the number of tries is
+        unlimited.
         """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
         log.warning("The next step of job %s failed, %d times by now: %r", job.id, tries, error, exc_info=ours)
@@ -198,15 +210,16 @@ class Reconciler:
             log.warning("The failed step of job %s could not be recorded: %r", job.id, trouble)
 
     def _sweep(self) -> None:
-        """Starts the cleanup of storage and the database as a task beside the ticks, unless one is running.
+        """Starts the cleanup of storage and the database as a task beside the ticks, unless it is running already.
 
-        Listing and deleting in storage may take longer than a lease.
+        The cleanup must not run within a tick, because listing and deleting in storage may take longer than a lease
+        lasts.
         """
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
     async def _look(self) -> ServeView | None:
-        """Returns the state of Ray Serve; None if Ray does not answer.
+        """Returns the state of Ray Serve. Returns None if Ray does not answer.
 
         While Ray does not answer, no attempt is launched, because it could not be stopped.
         """
@@ -216,12 +229,13 @@ class Reconciler:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str], on_gpus: bool) -> dict[str, float]:
-        """Returns the cluster's resources if a job waits for its turn, or models use GPUs; otherwise {}."""
+        """Returns the cluster's resources (CPUs and GPUs) if a job waits for its turn, or models use GPUs. Otherwise
+        returns {}."""
         waits = back or on_gpus or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}
 
     async def _wait(self, reasons: Sequence[tuple[Job, str]]) -> None:
-        """Writes what the jobs wait for, in one transaction, however many jobs a project has in the queue."""
+        """Stores what jobs wait for, with one transaction for all jobs whose reason has changed."""
         if new := [(job, what) for job, what in reasons if job.waits_for != what]:
             async with self._store.begin() as session:
                 await jobs.wait_for(session, new)
@@ -229,7 +243,11 @@ class Reconciler:
     async def _reconcile(
         self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None
     ) -> None:
-        """Decides on one action for the job and carries it out. `submission` is the state of the attempt in Ray."""
+        """Decides on one action for the job and carries it out.
+
+        `attempt` is the job's open attempt, `submission` is what Ray says about this attempt, and `waits_for` is the
+        reason why the job may not start, None if it may.
+        """
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
             attempt = await self._executor.collect(job, attempt)
@@ -258,7 +276,7 @@ class Reconciler:
         self._slot_is_free |= decision in (Decision.FINISH, Decision.REST, Decision.LOSE)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
-        """Whether the attempt hangs: it runs, but has given no sign of life for HUNG_SECONDS.
+        """Whether the attempt hangs: Ray says that it runs, but it has given no sign of life for HUNG_SECONDS.
 
         Silence counts only from the moment at which Ray first told this process that the attempt runs.
         """
@@ -276,7 +294,10 @@ class Reconciler:
         scorers: Mapping[str, Reference],
         on_gpus: bool,
     ) -> eviction.Engines:
-        """Returns how the loaded and the waiting models limit the GPUs of the next jobs."""
+        """Returns how many GPUs the loaded and waiting models use, which limits the GPUs of the next jobs.
+
+        `view` is the state of Ray Serve, and `scorers` are the applications that score for jobs, by job id.
+        """
         if view is None or not on_gpus:
             return eviction.NO_ENGINES
         async with self._store.begin() as session:
@@ -298,7 +319,10 @@ class Reconciler:
         capacity: Mapping[str, float],
         scorers: Mapping[str, Reference],
     ) -> eviction.Room:
-        """Returns how many models may be loaded, and how many GPUs the jobs leave to models."""
+        """Returns how many models may be loaded at a time, and how many GPUs the jobs leave to models.
+
+        `next_job` holds the job that waits for GPUs of models, if there is one.
+        """
 
         def gpus(jobs: Sequence[Job]) -> float:
             return sum(needs(job, self._settings, scorers).get("GPU", 0.0) for job in jobs)
@@ -314,7 +338,7 @@ class Reconciler:
     async def _serve_models(self, view: ServeView, room: eviction.Room) -> None:
         """Makes Ray Serve run exactly the models of this service that should be loaded, each with its settings.
 
-        Each stops answering with its deleted adapters.
+        Also tells each model which of its adapters were deleted, so that it no longer answers for them.
         """
         present = {name: app for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
@@ -334,8 +358,11 @@ class Reconciler:
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Returns the ids of running jobs that do not count as running: those in a long pause between a failed attempt and
-    the next one, and those whose long pause is over."""
+    """Returns two sets of ids of running jobs that do not count as running, because their last attempt failed.
+
+    The jobs of the first set are in a long rest, the wait for the next attempt. The jobs of the second set have ended
+    their long rest, and wait for their turn like queued jobs.
+    """
     resting, back = set[str](), set[str]()
     for job in live:
         if job.observed == "running" and job.id not in opened:

@@ -11,8 +11,8 @@ On GPUs jobs and models take turns, too. A job's reference model uses the GPUs o
 A job that waits for GPUs of loaded models keeps its turn, and idle models are unloaded for it. A model that has waited
 since before the last job began goes before the next job.
 
-While a running job waits for a long time between a failed attempt and the next one, it counts neither as running nor as
-holding workers. Afterwards it waits for its turn again.
+A running job whose last attempt (run on Ray) failed may wait long for its next attempt. Meanwhile it counts neither as
+running nor as holding workers. Afterwards it waits for its turn again.
 """
 
 import heapq
@@ -47,9 +47,10 @@ def what_each_waits_for(
 ) -> dict[str, str | None]:
     """Returns, for each queued job, the reason why the job waits, or None if the job may start now.
 
-    `back` holds the ids of running jobs whose long rest (the wait after a failed attempt) is over; these jobs take
-    turns like queued jobs. `scorers` holds, by job id, the applications that would score with the jobs' reference
-    models.
+    `live` are the jobs that have not ended. `shares` holds the projects' weights and limits, and `capacity` the
+    resources of the cluster. `back` holds the ids of running jobs whose long wait after a failed attempt is over; these
+    jobs take turns like queued jobs. `engines` says how many GPUs models use. `scorers` holds, by job id, the
+    applications that would score with the jobs' reference models.
     """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
@@ -102,9 +103,9 @@ def what_each_waits_for(
 
 
 class _Turns:
-    """Iterates over the waiting jobs in the order of their turns.
+    """Iterates over the waiting jobs in the order in which they may start.
 
-    A call of `start` changes the order of the jobs that follow.
+    A call of `start`, which counts a job's workers as running, changes the order of the jobs that follow.
     """
 
     def __init__(self, running: Sequence[Job], waiting: Sequence[Job], shares: Mapping[str, Share]) -> None:
@@ -119,7 +120,7 @@ class _Turns:
             queue.sort(key=lambda job: (-job.priority, job.created_at, job.id))
 
     def __iter__(self) -> Iterator[Job]:
-        """Yields the waiting jobs of all projects in the order of their turns.
+        """Yields the waiting jobs of all projects in the order in which they may start.
 
         A project's position in the heap is computed again after each of its jobs, because no other job changes the
         position.
@@ -144,8 +145,11 @@ class _Turns:
 
 
 def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SCORERS) -> dict[str, float]:
-    """Returns the amounts of CPUs and GPUs that the job's workers reserve, or its reference model if that needs more
-    GPUs, because it is loaded before the workers start."""
+    """Returns the amounts of CPUs and GPUs that the job needs.
+
+    These are the resources of its workers. If its reference model needs more GPUs, that number counts, because the
+    reference model is loaded before the workers start.
+    """
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model
     gpus = max(num_workers * settings.num_gpus_per_worker, of_reference if _reference(job, scorers) else 0)
@@ -153,7 +157,8 @@ def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SC
 
 
 def reference_model(job: Job) -> NamedModel | None:
-    """Returns the job's reference model if vLLM may still have to score the job's rows with it; otherwise None."""
+    """Returns the job's reference model if vLLM may still have to score the job's rows with it. Otherwise returns
+    None."""
     if job.training is not None:
         return None
     try:
@@ -164,7 +169,8 @@ def reference_model(job: Job) -> NamedModel | None:
 
 
 def _reference(job: Job, scorers: Mapping[str, Reference]) -> str | None:
-    """Returns the application that may have to score for the job."""
+    """Returns the name of the Ray Serve application that may have to score with the job's reference model; None if
+    there is none."""
     if (model := reference_model(job)) is None:
         return None
     return scorers[job.id].app_name if job.id in scorers else model.app_name
@@ -175,9 +181,9 @@ def _without_pinned(capacity: Resources, engines: Engines) -> Resources:
 
 
 def _beyond(needed: Resources, capacity: Resources) -> str | None:
-    """Returns a text that names the needed resources that exceed the capacity; None if there are none.
+    """Returns a text that names the needed resources that exceed the capacity. Returns None if none does.
 
-    An empty `capacity` means that the capacity is unknown, and gives None.
+    An empty `capacity` means that the capacity is unknown; the result is None.
     """
     short = [
         f"{amount:g} {name} but the cluster has {capacity.get(name, 0):g}"

@@ -1,1 +1,1 @@
-"""Fine-tuning jobs: their request bodies, state changes and JSON objects."""
+"""Fine-tuning jobs: their request bodies, the checks of new jobs, their states, and their JSON objects."""

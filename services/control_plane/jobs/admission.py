@@ -1,4 +1,4 @@
-"""Checks a new job before it is accepted: its model, its files, and the limits of its project."""
+"""Checks a new job before the service accepts it: its model, its files, and the limits of its project."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,19 +21,17 @@ from services.control_plane.tenants import quotas
 
 
 class Admitted(NamedTuple):
-    """A new job that passed the checks."""
+    """A new job that passed all checks, and what the checks found out about it."""
 
-    spec: JobSpec  # completed
+    spec: JobSpec  # what the job is to do, with the choices that the request left to the service
     model: NamedModel  # from which the job starts
     reference: NamedModel | None  # None if the objective has none
     are_checked: bool  # whether the rows of its uploaded files have been checked
 
 
 async def check_uri(spec: JobSpec, settings: Settings) -> None:
-    """Raises InvalidRequest if the job's training file is at a URI that the job may not read.
-
-    The check may take a while.
-    """
+    """Raises InvalidRequest if the job's training file is at a URI that jobs may not read. The check may take
+    seconds."""
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
 
@@ -41,10 +39,11 @@ async def check_uri(spec: JobSpec, settings: Settings) -> None:
 async def admit(
     session: AsyncSession, settings: Settings, spec: JobSpec, asked: Asked, *, local_files: bool = False
 ) -> Admitted:
-    """Checks a new job.
+    """Checks a new job, and returns the job with the service's choices filled in.
 
-    With `local_files`, files that are not uploaded yet are not checked. Raises InvalidRequest, NotFound, Forbidden or
-    OverQuota if the job is refused.
+    `asked` holds the options of the request that may leave a choice to the service. With `local_files`, the request may
+    name files that are not uploaded yet; these are not checked. Raises InvalidRequest, NotFound, Forbidden or OverQuota
+    if the job is refused.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
@@ -66,7 +65,10 @@ async def admit(
 
 
 async def check_files(session: AsyncSession, spec: JobSpec) -> None:
-    """Raises InvalidRequest if the job cannot use a file that was checked after the job was submitted."""
+    """Checks the job's files again when it starts. Raises InvalidRequest if the job cannot use one of them.
+
+    This is needed because the rows of a large file may be checked only after the job was submitted.
+    """
     for param in files.NEEDED:
         if (file_id := getattr(spec, param)) and not (param == "training_file" and spec.is_at_uri):
             file = await session.get_one(File, file_id)
@@ -75,10 +77,10 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
 
 
 async def _within_positions(spec: JobSpec, model: NamedModel) -> JobSpec:
-    """Checks that `max_length` is within the model's positions; lowers its default to them, and returns the spec.
+    """Checks `max_length` against the number of tokens that the model takes (its positions), and returns the spec.
 
-    Raises InvalidRequest if `max_length` is larger. If the model's config cannot be read here, the job itself makes
-    this check.
+    Raises InvalidRequest if the user chose a larger `max_length`. A default that is larger is lowered. If the model's
+    config cannot be read here, the job itself makes this check.
     """
     try:
         positions = positions_of((await plans.look_at(model)).config)
@@ -93,7 +95,7 @@ async def _within_positions(spec: JobSpec, model: NamedModel) -> JobSpec:
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
-    """Returns the job's reference model; None if its objective has none."""
+    """Returns the job's reference model. Returns None if its objective (training method) uses none."""
     if not spec.config.objective.traits.needs_reference:
         return None
     if spec.reference_model is None:
@@ -103,10 +105,11 @@ async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, se
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
-    """Raises InvalidRequest if the objective cannot learn from the rows of the uploaded file, or the rows are too few.
+    """Raises InvalidRequest if the objective (training method) cannot learn from the rows of the uploaded file, or the
+    rows are too few.
 
-    A file whose rows are still to be checked passes; `check_files` looks at it again when the job starts. (For a file
-    at a URI, the job itself makes these checks.)
+    `param` is the request's field that names the file. A file whose rows are not checked yet passes; `check_files`
+    looks at it again when the job starts. For a file at a URI, the job itself makes these checks.
     """
     code, report = f"invalid_{param}", file.report
     if report is None:

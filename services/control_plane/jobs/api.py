@@ -1,4 +1,4 @@
-"""The routes below /v1/fine_tuning/jobs, which create, list, pause, resume and cancel jobs."""
+"""The routes below /v1/fine_tuning/jobs, which create, list, show, pause, resume and cancel jobs."""
 
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, cast

@@ -1,4 +1,4 @@
-"""Lists a job's checkpoints, and drops those that the job does not keep."""
+"""Lists the checkpoints that a job offers as models, and drops old checkpoints that the job's options do not keep."""
 
 from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import insert
@@ -12,16 +12,17 @@ from services.control_plane.models import models
 
 
 def offered(job_id: str) -> Select[Checkpoint]:
-    """Returns the query for the job's checkpoints whose models were neither deleted nor dropped."""
+    """Returns the SQL query for those checkpoints of the job whose models still exist."""
     query = select(Checkpoint).join(Model, Model.id == Checkpoint.model_id)
     return query.where(Checkpoint.job_id == job_id, Model.deleted_at.is_(None))
 
 
 async def drop_old(session: AsyncSession, job: Job) -> None:
-    """Drops the checkpoints that the job does not keep and nobody uses. The sweeper deletes their files.
+    """Marks old checkpoints of the job as deleted, if `keep_checkpoints` does not keep them and nobody uses their
+    models.
 
-    Call this function when a newer checkpoint is complete. The caller must hold the job's lock. A checkpoint that is in
-    use now may be dropped at a later call.
+    The regular cleanup deletes their files later. Call this function when a newer checkpoint is complete. The caller
+    must hold the lock of the job's row. A checkpoint that is in use now may be dropped by a later call.
     """
     spec = JobSpec.model_validate(job.spec)
     metric, keep = spec.config.best_metric, spec.keep_checkpoints
@@ -34,4 +35,4 @@ async def drop_old(session: AsyncSession, job: Job) -> None:
     for step in sorted(step for step in old if rows[step].model_id in dropped):
         message = f"Checkpoint of step {step} removed, because keep_checkpoints is {keep}: {rows[step].model_id}"
         event = insert(Event).values(public_id=jobs.new_event_id(), job_id=job.id, message=message)
-        await session.execute(event)  # not with `append`, because a savepoint around the report may be rolled back
+        await session.execute(event)  # not with `append`: the savepoint of this report may be rolled back

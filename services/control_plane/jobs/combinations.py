@@ -1,5 +1,7 @@
-"""Refuses jobs whose options exclude each other. `RULES` lists all forbidden combinations; the documentation prints the
-list."""
+"""Refuses jobs whose options exclude each other.
+
+`RULES` lists all forbidden combinations. The page docs/use/combinations.md prints this list.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,22 +15,22 @@ from services.control_plane.models.models import NamedModel
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of a request that leave a choice to the service. The value `auto` means that the service chooses."""
+    """The options of a job request that may leave a choice to the service. The value `auto` lets the service choose."""
 
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
     quantization: Quantization | None = None
-    comparing: frozenset[str] = field(default_factory=frozenset)  # given fields of x_raydpo that compare checkpoints
+    comparing: frozenset[str] = field(default_factory=frozenset)  # fields in the request that compare checkpoints
 
 
 @dataclass(frozen=True)
 class Combination:
-    """The parts of a request that are checked together. `reference` is None if the objective has no reference model."""
+    """The parts of a job request that the rules look at together."""
 
-    spec: JobSpec  # with the decided weights
+    spec: JobSpec  # with the service's choice of weights
     asked: Asked
-    start: NamedModel
-    reference: NamedModel | None
+    start: NamedModel  # the model that the job starts from
+    reference: NamedModel | None  # None if the objective (training method) uses no reference model
 
     @property
     def objective(self) -> str:
@@ -36,7 +38,8 @@ class Combination:
 
     @property
     def num_outputs(self) -> int:
-        """Returns the number of outputs of the reward model that the objective trains; 0 if it trains a policy."""
+        """Returns the number of outputs of the reward model that the job trains. Returns 0 if the job trains a
+        policy."""
         return self.spec.config.objective.traits.num_outputs
 
     @property
@@ -44,15 +47,15 @@ class Combination:
         return self.spec.weights.quantization is not None
 
     def compares(self, name: str) -> bool:
-        """Whether the request sets the field `name`, which needs evaluated checkpoints, for a job that evaluates no
-        checkpoints."""
+        """Whether the request sets the field `name`, which compares evaluated checkpoints, although the job has no
+        validation data to evaluate checkpoints on."""
         return name in self.asked.comparing and not self.spec.validates
 
 
 class Rule(NamedTuple):
-    """A rule that forbids a combination of options. The documents print `what` and `remedy`."""
+    """A rule that forbids a combination of options. Error messages and the documents print `what` and `remedy`."""
 
-    param: str
+    param: str  # the field of the request that the error names
     what: str
     remedy: str
     is_broken: Callable[[Combination], bool]
@@ -150,7 +153,7 @@ RULES = (
 
 
 def check(given: Combination) -> None:
-    """Raises InvalidRequest for the first rule that the request breaks."""
+    """Checks the request against all rules. Raises InvalidRequest for the first rule that it breaks."""
     for rule in RULES:
         if rule.is_broken(given):
             names = f"model is '{given.start.id}', method is '{given.objective}'"

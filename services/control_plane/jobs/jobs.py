@@ -1,12 +1,15 @@
-"""Creates jobs, and makes all changes of a job's desired and observed state.
+"""Creates jobs, and makes all changes of their states. No other module changes the state of a job.
+
+A job has two states. The desired state (`run`, `pause` or `cancel`) is what the user wants. The observed state is where
+the job is; it changes along these arrows:
 
     queued ──► running ──► succeeded | failed
        ├── paused ──┤
        └────────────┴────► cancelled
 
-A resumed job changes from paused to queued. Each change of the observed state is one UPDATE, whose WHERE names the
-states from which the change is allowed and the job's version at the time of the decision. The change, its event and its
-row in the table `transitions` share a transaction.
+A resumed job changes from paused to queued. Each change of the observed state is one UPDATE. Its WHERE names the states
+from which the change is allowed, and the version that the job had when the change was decided. The change, its event
+and its row in the table `transitions` share a transaction.
 """
 
 import secrets
@@ -43,11 +46,14 @@ MOVES = {  # state: the states from which a job may move to it
 
 
 class Stale(Exception):
-    """The job has changed since a decision about it was made; the caller must decide again."""
+    """Raised if a job has changed since a decision about it was made. The caller must decide again."""
 
 
 def draft(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> Job:
-    """Returns the row of a new job, without an id. `reference` is None if the objective has no reference model."""
+    """Returns the row of a new job, not yet in the database and without an id.
+
+    `model` is the model that the job starts from. `reference` is its reference model, None if its objective uses none.
+    """
     return Job(
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
@@ -69,9 +75,11 @@ async def submit(
     *,
     are_checked: bool = True,
 ) -> Job:
-    """Adds a new job and its first events.
+    """Adds a new job, and the first events of its history, to the database. Returns the job.
 
-    `actor` is the id of the key that submits the job. `are_checked` says whether the rows of its files are checked.
+    `model` is the model that the job starts from. `reference` is its reference model, None if its objective uses none.
+    `actor` is the id of the API key that submits the job. `are_checked` says whether the rows of its files have been
+    checked.
     """
     job = draft(spec, model, reference)
     job.id, job.traceparent = f"ftjob-{secrets.token_hex(12)}", tracing.current()
@@ -88,8 +96,8 @@ async def submit(
 
 
 async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
-    """Returns the part of an event that says why the engine of the base model cannot answer requests for the policy; ''
-    if it can."""
+    """Returns a clause for an event that says why the trained adapter will not answer on the engine of its base model,
+    but on an engine of its own. Returns '' if it will answer on the engine of its base."""
     adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
     if adapter is None or is_reward_model:  # a reward model does not answer
         return ""
@@ -113,12 +121,13 @@ def not_found(job_id: str) -> NotFound:
 
 
 async def lock(session: AsyncSession, job: Job) -> Job:
-    """Locks the job's row and returns the current row. No one else can change the job until this transaction ends."""
+    """Locks the job's row until this transaction ends, so that nobody else can change the job. Returns the current
+    row."""
     return await session.get_one(Job, job.id, with_for_update=True, populate_existing=True)
 
 
 async def confirm(session: AsyncSession, job: Job) -> None:
-    """Locks the job's row. Raises Stale if the job's version in the database is no longer `job.version`."""
+    """Locks the job's row. Raises Stale if the version in the database is no longer that of `job`."""
     version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
     if version != job.version:
         raise Stale(f"the job {job.id} is now in version {version}, not {job.version}")
@@ -127,7 +136,7 @@ async def confirm(session: AsyncSession, job: Job) -> None:
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Sets the job's desired state to `cancel`. Cancels the job immediately if it is not running.
 
-    Raises InvalidRequest if the job has ended.
+    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the job has ended.
     """
     job = await lock(session, await find(session, job_id))
     if job.observed in TERMINAL:
@@ -143,7 +152,8 @@ async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
 async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Sets the job's desired state to `pause`. Pauses the job immediately if it is queued.
 
-    Raises InvalidRequest if the job is neither queued nor running, or is being cancelled.
+    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the job is neither queued nor
+    running, or is being cancelled.
     """
     job = await lock(session, await find(session, job_id))
     if job.observed not in ("queued", "running") or job.desired == "cancel":
@@ -159,7 +169,8 @@ async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
 async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Sets the job's desired state to `run`. A paused job is queued again; a job that has not paused yet continues.
 
-    Raises InvalidRequest if the user has not paused the job, and OverQuota if the project may not queue another job.
+    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the user has not paused the job,
+    and OverQuota if the project may not queue another job.
     """
     job = await lock(session, await find(session, job_id))
     if job.desired != "pause" or job.observed in TERMINAL:
@@ -180,9 +191,10 @@ def _state(job: Job) -> str:
 
 
 async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, event: str) -> None:
-    """Sets the job's desired state (`run`, `pause` or `cancel`), raises its version and logs `event`.
+    """Sets the job's desired state (`run`, `pause` or `cancel`), and adds one to its version.
 
-    The caller must hold the job's lock.
+    Also adds `event` to the job's events and to the log of its state changes, with `actor`, who made the change. The
+    caller must hold the lock of the job's row.
     """
     job.desired, job.version = desired, job.version + 1
     _log(session, job.id, job.version, desired, job.observed, actor, event)
@@ -200,9 +212,10 @@ async def move(
     event: str,
     level: str = "info",
 ) -> None:
-    """Changes the job's observed state to `to`, sets the columns in `values` and adds an event.
+    """Changes the job's observed state to `to`, sets the columns in `values`, and adds the event `event`.
 
-    Raises Stale if the job's version in the database is no longer `job.version`.
+    `actor` is the id of the API key, or the name of the control plane, that makes the change. Webhooks are informed.
+    Raises Stale if the version in the database is no longer that of `job`.
     """
     closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
     statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)
@@ -224,9 +237,10 @@ WAIT_FOR = text(
 
 
 async def wait_for(session: AsyncSession, reasons: Sequence[tuple[Job, str]]) -> None:
-    """Sets the `waits_for` of jobs, the reason why a job or its next attempt does not start yet.
+    """Stores in each job's column `waits_for` the reason why the job does not start yet.
 
-    Adds an event to each job whose reason is new. Leaves out jobs that another transaction changes at the moment.
+    `reasons` are pairs of a job and its reason. Adds an event to each job whose reason is new. Leaves out jobs that
+    another transaction is changing at the moment.
     """
     given = [{"id": job.id, "observed": job.observed, "what": what} for job, what in reasons]
     for row in await session.execute(WAIT_FOR, {"reasons": given}):
@@ -234,7 +248,10 @@ async def wait_for(session: AsyncSession, reasons: Sequence[tuple[Job, str]]) ->
 
 
 async def hold_back(session: AsyncSession, job: Job, what: str) -> None:
-    """Sets `waits_for` of a running job that has no open attempt, without an event."""
+    """Stores in the column `waits_for` of a running job what its next attempt waits for. Adds no event.
+
+    An attempt is one run of the job on Ray; the job has none at the moment.
+    """
     await session.execute(update(Job).where(Job.id == job.id).values(waits_for=what))
 
 
@@ -246,9 +263,10 @@ def _log(
 
 
 def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
-    """Returns the desired state, the observed state and the version to which a job's transitions lead.
+    """Returns the desired state, the observed state and the version that a job has after these transitions (state
+    changes).
 
-    Raises ValueError if a transition is not allowed.
+    `transitions` are the job's, in order. Raises ValueError if one of them is not allowed.
     """
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed
@@ -261,13 +279,14 @@ def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
 
 
 async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
-    """Returns the transitions of the job, which are all changes of its desired and observed state, in order."""
+    """Returns the job's transitions, in order: all changes of its desired and its observed state."""
     query = select(Transition).where(Transition.job_id == job_id).order_by(Transition.version)
     return list(await session.scalars(query))
 
 
 async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
-    """Returns the row id of the job's event whose public id is `event_id`. Row ids give the order of a job's events.
+    """Returns the number of the job's event with the public id `event_id`. The numbers give the order of a job's
+    events.
 
     Raises InvalidRequest if the job has no such event.
     """
@@ -284,7 +303,8 @@ async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
 def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
-    """Adds an event to the job's history in the name of the service, not of an attempt."""
+    """Adds an event with this message to the job's history. The event is the service's own, not a report of a training
+    process."""
     append(session, Event(public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data))
 
 
@@ -293,13 +313,17 @@ def new_event_id() -> str:
 
 
 def fine_tuned_name(job: Job, settings: Settings) -> str:
-    """Returns the unique name of the job's policy: `ft:base:org:suffix:` and the 24 digits of the job's id."""
+    """Returns the unique name of the model that the job trains: `ft:base:org:suffix:` and the 24 digits of the job's
+    id."""
     digits = job.id.removeprefix("ftjob-")
     return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digits}"
 
 
 def unreadable(job: Job) -> dict[str, str | None] | None:
-    """Returns the error of a job whose spec, from another release, cannot be read; None if this release can read it."""
+    """Returns the error with which a job must end if this release cannot read its stored spec. Returns None if it can.
+
+    Another release of the service may have stored the spec.
+    """
     try:
         JobSpec.model_validate(job.spec)
     except ValidationError as error:
@@ -310,7 +334,7 @@ def unreadable(job: Job) -> dict[str, str | None] | None:
     return None
 
 
-WIRE_NAMES = {  # our names of metrics, and their names in OpenAI's events, checkpoints and result files
+WIRE_NAMES = {  # our names of metrics: OpenAI's names in events, checkpoints and result files
     "loss": "train_loss",
     "mean_token_accuracy": "train_mean_token_accuracy",
     "rewards/accuracies": "train_reward_accuracy",
@@ -330,7 +354,8 @@ WIRE_NAMES = {  # our names of metrics, and their names in OpenAI's events, chec
 
 
 def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Returns the metrics under OpenAI's names, which existing programs expect. Other metrics keep their names.
+    """Returns the metrics under OpenAI's names, which existing programs expect. Metrics that OpenAI does not have keep
+    their names.
 
     OpenAI evaluates a sample of the validation file at most steps (`valid_…`), and the whole file at some
     (`full_valid_…`). This service always evaluates the whole file, so each value gets both names.
@@ -340,6 +365,6 @@ def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 async def metrics_of(session: AsyncSession, job_id: str) -> list[dict[str, Any]]:
-    """Returns the data of the job's metrics events, in the order of their steps."""
+    """Returns the metrics that the job's training reported, one dictionary for each step, in the order of steps."""
     query = select(Event.data).where(Event.job_id == job_id, Event.step.is_not(None)).order_by(Event.step)
     return [data for data in await session.scalars(query) if data is not None]

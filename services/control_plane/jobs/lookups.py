@@ -1,4 +1,4 @@
-"""Reads jobs by their ids for clients that poll. Requests at the same moment share one query."""
+"""Reads jobs by their ids for clients that poll. Requests that arrive at the same time share one query."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from services.control_plane.jobs.jobs import not_found
 
 
 class JobReader:
-    """Reads jobs for all requests of this process, with one query at a time for each project."""
+    """Reads jobs for all requests of this process. Each project has at most one query running at a time."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""Plans jobs: estimates, before a job is submitted, whether the job fits into the memory of its workers."""
+"""Plans jobs: estimates, before a job is submitted, whether it fits into the memory of its workers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,17 +20,25 @@ from services.control_plane.settings import Settings
 
 BYTES_OF_TOKEN = 4  # bytes of text per token, assumed if no check has counted the file's tokens
 SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
-# Families of models whose activations were measured; plans of these models are right within a tenth.
+# Families of models whose memory for activations was measured. For these, plans are right within a tenth.
 MEASURED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "gemma3_text"}
 
 
 async def look_at(model: NamedModel) -> Shapes:
-    """Returns the shapes of the model's weights. Raises NoShapes if the model's files cannot be read."""
+    """Returns the shapes of the model's weights, for an adapter those of its base model.
+
+    Raises NoShapes if the model's files cannot be read.
+    """
     return await anyio.to_thread.run_sync(shapes_of, model.base_source or model.source)
 
 
 def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> tuple[Rows, str]:
-    """Returns the number and token lengths of the rows that the job would train on, and the source of these numbers."""
+    """Returns the number of rows that the job would train on and their lengths in tokens, and a phrase that says where
+    these numbers come from.
+
+    `file` is the uploaded training file, None if there is none. `counted` is the result of a check that counted the
+    file's tokens, None if there was no check.
+    """
     if file is None or file.report is None:
         half = max(2, spec.config.max_length // 2)
         return Rows(groups=0, prompt=half, completion=half), (
@@ -56,7 +64,10 @@ def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> 
 
 
 def run_of(spec: JobSpec, rows: Rows, nodes: Sequence[Node], settings: Settings) -> Run:
-    """Returns the options of the job on which its need for memory depends."""
+    """Returns the options of the job that its need for memory depends on.
+
+    `nodes` are the machines of the Ray cluster.
+    """
     config, adapter = spec.config.resolved(rows.groups or 10_000), spec.weights.adapter
     assert config.batch_size is not None  # set by `resolved`
     assert config.n_epochs is not None
@@ -86,7 +97,7 @@ def _device(settings: Settings) -> Literal["cpu", "cuda"]:
 
 
 def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int | None:
-    """Returns the bytes of memory of the worker that has the least memory; None if they are unknown.
+    """Returns the bytes of memory of the job's worker that has the least. Returns None if Ray does not report memory.
 
     With GPUs, this is the memory of the smallest GPU. With CPUs, it is the memory of the largest machine, divided by
     the number of workers, because Ray fills this machine first.
@@ -97,7 +108,8 @@ def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int 
 
 
 def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
-    """Returns the maximum memory of a worker, in bytes; None if it is unknown, or the cluster may grow."""
+    """Returns the bytes of memory that a worker can have at most. Returns None if this is unknown or the cluster may
+    grow."""
     if settings.max_cluster:
         return None
     if _device(settings) == "cuda":
@@ -106,16 +118,18 @@ def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
 
 
 def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None) -> Plan:
-    """Returns the plan of the job, with remedies that the user can set.
+    """Returns the plan of the job: its need for memory compared with `room`, and changes of options that make the job
+    fit.
 
-    With CPUs, more workers are no remedy, because workers share a machine's memory.
+    With CPUs, a larger number of workers is not among the changes, because workers share a machine's memory.
     """
     settable = [name for name in SETTABLE if name != "num_workers" or run.device == "cuda"]
     return plan(shapes, run, rows, room, settable)
 
 
 async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, ray_api: RayApi) -> None:
-    """Raises InvalidRequest for a job whose weights and optimizer alone exceed the memory of the largest worker."""
+    """Raises InvalidRequest if the job cannot fit: its weights and optimizer alone exceed the memory of the largest
+    worker."""
     try:
         shapes = await look_at(model)
         nodes = await ray_api.nodes()
@@ -155,7 +169,10 @@ def plan_object(
     nodes: Sequence[Node],
     settings: Settings,
 ) -> dict[str, Any]:
-    """Returns the plan of a job as a `plan` object for the response: whether the job fits, its memory, and changes."""
+    """Returns the API's JSON object of a job's plan: whether the job fits, its memory in parts, and changes that help.
+
+    `file`, `counted` and `nodes` are those of `rows_of` and `run_of`.
+    """
     rows, how = rows_of(file, counted, spec)
     room = room_of(nodes, settings, spec.num_workers)
     found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room)

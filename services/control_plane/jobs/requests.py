@@ -1,4 +1,4 @@
-"""Defines the request bodies for jobs, and turns them into the specs of jobs.
+"""Defines the request bodies for jobs, and turns them into specs (the complete descriptions of jobs).
 
 Errors name the unknown field, or the wrong value and its limits.
 """
@@ -25,7 +25,7 @@ from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, meant, parse, refuse_unknown
 from services.control_plane.jobs.combinations import Asked
 
-# HYPERPARAMETERS are in `method.<type>.hyperparameters`, beside the objective's own; EXTENSIONS are in `x_raydpo`.
+# Clients send HYPERPARAMETERS in `method.<type>.hyperparameters`, EXTENSIONS in `x_raydpo`.
 HYPERPARAMETERS = set(COMMON)
 
 
@@ -79,7 +79,7 @@ Metadata = Annotated[
 AskedQuantization: Any = Quantization | None
 AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
 AskedPolicy: Any = Policy
-# The types of the objectives that a sum of objectives may have.
+# The types of objectives (training methods) that can be parts of a weighted sum of objectives.
 PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]
 
 
@@ -101,7 +101,8 @@ class Method(BaseModel):
 
 
 class Reference(BaseModel):
-    """The field `x_raydpo.reference` of a job: the reference model, and the process that scores with this model."""
+    """The field `x_raydpo.reference` of a job: the reference model, and `source`, which says who computes its
+    log-probabilities."""
 
     model_config = ConfigDict(extra="forbid")
     source: ReferenceSource = "auto"
@@ -124,7 +125,8 @@ class CreateJob(BaseModel):
     integrations: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] | None = None
 
     def spec(self) -> JobSpec:
-        """Returns the spec of the job that the body asks for. Raises InvalidRequest, which names the wrong field."""
+        """Returns the complete description of the job that the body asks for. Raises InvalidRequest, which names the
+        wrong field."""
         if self.validation_file and self.validation_file == self.training_file:
             message = (
                 f"validation_file and training_file are both {self.training_file}; "
@@ -168,7 +170,8 @@ class CreateJob(BaseModel):
         )
 
     def asked(self) -> Asked:
-        """Returns the body's choices that are checked together. Raises InvalidRequest, which names the wrong field."""
+        """Returns the options of the body that may leave a choice to the service. Raises InvalidRequest, which names
+        the wrong field."""
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
         quantization: Any = parse(AskedQuantization, extension.get("quantization"), "x_raydpo.quantization")
@@ -202,9 +205,9 @@ class CreateJob(BaseModel):
         return reading(extension)
 
     def _training_file(self) -> str:
-        """Returns the id of an uploaded file, or the URI of a dataset.
+        """Returns the id of the uploaded training file, or the URI of the dataset, that the body names.
 
-        Raises InvalidRequest if the body names neither.
+        Raises InvalidRequest if the body names neither, or two different ones.
         """
         if (given := (self.x_raydpo or {}).get("dataset")) is not None:
             uri = parse(Text, given, "x_raydpo.dataset")
@@ -231,7 +234,7 @@ class CreateJob(BaseModel):
 
 
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:
-    """Returns the parsed field `x_raydpo.adapter`, which is `{"type": "lora", …}`, "none" or "auto"."""
+    """Parses the field `x_raydpo.adapter`, which is `{"type": "lora", …}`, "none" or "auto". Raises InvalidRequest."""
     where = "x_raydpo.adapter"
     if given in ("none", "auto"):
         return given
@@ -246,14 +249,14 @@ def _adapter(given: object) -> Lora | Literal["none", "auto"]:
 
 
 def is_local(file: str) -> bool:
-    """Whether `file` names a local file, because it is neither the id of an uploaded file nor a URI."""
+    """Whether `file` is the name of a file on the client's machine: neither the id of an uploaded file nor a URI."""
     return not file.startswith("file-") and "://" not in file
 
 
 class ValidateJob(CreateJob):
     """The JSON body of POST /v1/x/jobs/validate.
 
-    The fields for files may name local files, which the client uploads once the body is valid.
+    The fields for files may name files on the client's machine, which the client uploads once the body is valid.
     """
 
     def _reading(self) -> Reading:
@@ -265,9 +268,11 @@ class ValidateJob(CreateJob):
 def train_config(
     kind: str, hyperparameters: Mapping[str, Any], where: str, extension: Mapping[str, Any], seed: int
 ) -> TrainConfig:
-    """Returns the training config that a request describes.
+    """Returns the training config that a request describes, with the defaults of options that the request leaves out.
 
-    The value `auto` means the same as leaving an option out.
+    `kind` is the training method, `where` the path of its hyperparameters for error messages, and `extension` the field
+    `x_raydpo`. The value `auto` means the same as leaving an option out. Raises InvalidRequest, which names the wrong
+    field.
     """
     objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
     refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)
@@ -290,9 +295,9 @@ def train_config(
 
 
 def _parts(given: object, where: str) -> list[Objective]:
-    """Returns the objectives of a sum, each parsed by its `type`.
+    """Parses the objectives (training methods) of a weighted sum, each by its `type`.
 
-    Raises InvalidRequest for a type that a sum cannot have.
+    `where` is the path of the field for error messages. Raises InvalidRequest for a type that a sum cannot have.
     """
     parts = parse(list[dict[str, Any]], given, where)
     for number, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Builds the JSON objects of jobs, events and checkpoints for responses."""
+"""Builds the JSON objects of the API for jobs, events and checkpoints."""
 
 import time
 from dataclasses import asdict
@@ -112,9 +112,9 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _selection(row: Job) -> dict[str, Any]:
-    """Returns the job's options for keeping checkpoints and for choosing one of them as the policy.
+    """Returns the job's options for keeping checkpoints, and for choosing the checkpoint that becomes its model.
 
-    The oldest jobs lack these options: they kept all checkpoints, and the last one became the policy.
+    The oldest jobs lack these options: they kept all checkpoints, and the last one became the model.
     """
     spec, config = row.spec, row.spec["config"]
     validates = spec.get("validation_file") or spec.get("validation_share")
@@ -127,7 +127,8 @@ def _selection(row: Job) -> dict[str, Any]:
 
 
 def _eta_seconds(row: Job) -> float | None:
-    """Returns the seconds that the current stage will still take at its speed so far; None if the speed is unknown."""
+    """Returns the seconds that the job's current stage will still take at its speed so far. Returns None if the speed
+    is unknown."""
     progress = (row.observed == "running" and row.progress) or {}
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:
@@ -144,7 +145,8 @@ def _progress(row: Job) -> dict[str, Any] | None:
 
 
 def _estimated_finish(row: Job) -> int | None:
-    """Returns the Unix time at which training will end; None before training, because its speed is not known yet."""
+    """Returns the Unix time at which training will end. Returns None before training, because its speed is not known
+    yet."""
     progress = _progress(row) or {}
     eta = progress.get("eta_seconds") if progress.get("stage") == "training" else None
     return None if eta is None else int(time.time() + eta)

@@ -1,11 +1,11 @@
-"""Writes the result file of a job: a CSV of its step metrics, with the columns that OpenAI's users parse."""
+"""Writes the result file of a job: a CSV of the metrics of its steps, with the columns of OpenAI's result files."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COLUMNS = {  # column: key in a metrics event's data
+COLUMNS = {  # column of the CSV: key in the metrics of a step
     "step": "step",
     "train_loss": "train_loss",
     "train_accuracy": "train_mean_token_accuracy",
@@ -21,7 +21,7 @@ COLUMNS = {  # column: key in a metrics event's data
 def results_csv(metrics: Sequence[Mapping[str, Any]]) -> bytes:
     """Returns a CSV with a row for each step: OpenAI's columns first, then all other metrics.
 
-    Missing values are empty.
+    `metrics` holds a dictionary for each step. Missing values are empty in the CSV.
     """
     others = sorted({key for row in metrics for key in row} - set(COLUMNS.values()) - {"total_steps"})
     columns = {**COLUMNS, **{key: key for key in others}}

@@ -1,4 +1,5 @@
-"""The routes /v1/x/jobs/validate, which checks a job without creating it, and /v1/x/methods, which lists methods."""
+"""The routes /v1/x/jobs/validate, which checks a job without creating it, and /v1/x/methods, which lists training
+methods."""
 
 from typing import Any
 
@@ -16,7 +17,8 @@ router = APIRouter(prefix="/x")
 
 @router.post("/jobs/validate")
 async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: ValidateJob) -> dict[str, Any]:
-    """Checks the body, and returns the job that the body asks for, without an id. Writes nothing and reads no rows."""
+    """Checks the body, and returns the job that the body asks for, without an id. Stores nothing and reads no rows of
+    files."""
     spec, asked = body.spec(), body.asked()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:

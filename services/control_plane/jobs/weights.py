@@ -1,4 +1,4 @@
-"""Decides which weights a job trains and in which precision."""
+"""Decides for a new job whether it trains all weights or an adapter, and in which precision."""
 
 from dpo_core.config import Lora
 from services.contract import Precision, Weights
@@ -8,7 +8,11 @@ from services.control_plane.settings import Settings
 
 
 def decide(asked: Asked, start: NamedModel, settings: Settings) -> Weights:
-    """Returns the weights that the job trains: the request's choices, and the service's for options left at `auto`."""
+    """Returns the weights that the job trains: the request's choices, and the service's choices for options left at
+    `auto`.
+
+    `start` is the model that the job starts from.
+    """
     adapter = _adapter(asked, start, settings)
     kept = start.quantization if adapter else None  # an adapter goes on with the base that it was trained on
     quantization = asked.quantization or kept
@@ -36,7 +40,7 @@ def _precision(asked: Asked, settings: Settings) -> Precision:
 def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) -> str:
     """Returns the text of an event that says which weights the job trains and which model is its reference.
 
-    `reference` is None if the objective has no reference model.
+    `start` is the model that the job starts from. `reference` is its reference model, None if its objective uses none.
     """
     adapter, precision = weights.adapter, weights.precision
     over = f", on a base quantized to {weights.quantization.upper()}" if weights.quantization else ""
