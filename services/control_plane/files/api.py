@@ -8,11 +8,13 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import File
 from services.control_plane.files import files, row_check
+from services.control_plane.files.documents import FileDocument
 from services.control_plane.files.requests import CreateFile
 from services.control_plane.files.responses import file_object
 from services.control_plane.http.content import Content, answer, read_file
@@ -31,7 +33,7 @@ FIELDS = (
 IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked."
 
 
-@router.post("", openapi_extra=multipart("file", "purpose", *FIELDS))
+@router.post("", responses=answers(FileDocument), openapi_extra=multipart("file", "purpose", *FIELDS))
 async def create(request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart) -> Response:
     """Stores a file and checks its rows. A file with a bad row is refused; the error names the line."""
     async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
@@ -64,7 +66,7 @@ async def create(request: Request, idempotent: IdempotentPart, store: StorePart,
         return await idempotent.act(keep, content=content)
 
 
-@router.get("")
+@router.get("", responses=answers(Page[FileDocument]))
 async def list_files(
     store: StorePart,
     purpose: str | None = None,
@@ -83,7 +85,7 @@ async def list_files(
     )  # FastAPI's own encoder would take seconds for a long list
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", responses=answers(FileDocument))
 async def retrieve(store: StorePart, file_id: str) -> dict[str, Any]:
     async with store.look() as session:
         return file_object(await files.find(session, file_id))

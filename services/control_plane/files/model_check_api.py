@@ -5,7 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from services.control_plane import side_jobs
+from services.control_plane.core.documents import answers
 from services.control_plane.files import files, model_check
+from services.control_plane.files.documents import CheckDocument
 from services.control_plane.files.requests import CheckDataset
 from services.control_plane.files.responses import check_object
 from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
@@ -14,7 +16,7 @@ from services.control_plane.models import models
 router = APIRouter(prefix="/x/datasets")
 
 
-@router.post("/check")
+@router.post("/check", responses=answers(CheckDocument))
 async def check(
     request: Request, store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CheckDataset
 ) -> dict[str, Any]:

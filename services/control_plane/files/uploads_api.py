@@ -5,9 +5,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.documents import answers
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.files import files, uploads
+from services.control_plane.files.documents import PartDocument, UploadDocument
 from services.control_plane.files.requests import CompleteUpload, CreateUpload
 from services.control_plane.files.responses import part_object, upload_object
 from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
@@ -16,7 +18,7 @@ from services.control_plane.http.forms import multipart, read_form
 router = APIRouter(prefix="/uploads")
 
 
-@router.post("")
+@router.post("", responses=answers(UploadDocument))
 async def create(idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, body: CreateUpload) -> Response:
     if body.bytes > settings.max_file_bytes:
         message = (
@@ -37,7 +39,7 @@ async def create(idempotent: IdempotentPart, store: StorePart, settings: Setting
     return await idempotent.act(begin)
 
 
-@router.post("/{upload_id}/parts", openapi_extra=multipart("data"))
+@router.post("/{upload_id}/parts", responses=answers(PartDocument), openapi_extra=multipart("data"))
 async def add_part(
     request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, upload_id: str
 ) -> Response:
@@ -59,7 +61,7 @@ async def add_part(
         return await idempotent.act(keep, content=stored.sha256)
 
 
-@router.post("/{upload_id}/complete")
+@router.post("/{upload_id}/complete", responses=answers(UploadDocument))
 async def complete(
     request: Request,
     idempotent: IdempotentPart,
@@ -80,7 +82,7 @@ async def complete(
     return answer
 
 
-@router.post("/{upload_id}/cancel")
+@router.post("/{upload_id}/cancel", responses=answers(UploadDocument))
 async def cancel(idempotent: IdempotentPart, settings: SettingsPart, upload_id: str) -> Response:
     async def end(session: AsyncSession) -> dict[str, Any]:
         row = await uploads.cancel(session, upload_id)

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import tracing
 from services.control_plane.auth.keys import Caller
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Checkpoint, Event, Job
@@ -22,6 +23,7 @@ from services.control_plane.http.dependencies import (
 )
 from services.control_plane.http.idempotency import IdempotentRequest
 from services.control_plane.jobs import admission, checkpoints, jobs, plans
+from services.control_plane.jobs.documents import CheckpointDocument, EventDocument, JobDocument, Status
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
@@ -37,7 +39,7 @@ async def _job_reader(request: Request) -> JobReader:
 JobReaderPart = Annotated[JobReader, Depends(_job_reader)]
 
 
-@router.post("")
+@router.post("", responses=answers(JobDocument))
 async def create(
     idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob
 ) -> Response:
@@ -54,20 +56,21 @@ async def create(
         return await idempotent.act(submit)
 
 
-@router.get("")
+@router.get("", responses=answers(Page[JobDocument]))
 async def list_jobs(
     request: Request,
     store: StorePart,
     settings: SettingsPart,
     after: str | None = None,
     limit: Limit = 20,
+    status: Status | None = None,
     metadata: Literal["null"] | None = None,
 ) -> dict[str, Any]:
-    """Lists the project's jobs, newest first.
+    """Lists the project's jobs, newest first: all of them, or those with this status.
 
     The parameter `metadata[k]=v` selects jobs with this pair of metadata, and `metadata=null` jobs without metadata.
     """
-    query = select(Job)
+    query = select(Job) if status is None else select(Job).where(Job.observed == status)
     if metadata:
         query = query.where(Job.spec["metadata"].astext.is_(None))
     for name, value in request.query_params.multi_items():
@@ -79,7 +82,7 @@ async def list_jobs(
     return listing([job_object(row, settings) for row in rows], more)
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", responses=answers(JobDocument))
 async def retrieve(reader: JobReaderPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
     return job_object(await reader.job(caller.project_id, job_id), settings)
 
@@ -97,32 +100,39 @@ async def _wish(
     return await idempotent.act(act, changes=job_id)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", responses=answers(JobDocument))
 async def cancel(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
     return await _wish(jobs.cancel, idempotent, caller, settings, job_id)
 
 
-@router.post("/{job_id}/pause")
+@router.post("/{job_id}/pause", responses=answers(JobDocument))
 async def pause(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
     return await _wish(jobs.pause, idempotent, caller, settings, job_id)
 
 
-@router.post("/{job_id}/resume")
+@router.post("/{job_id}/resume", responses=answers(JobDocument))
 async def resume(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
     return await _wish(jobs.resume, idempotent, caller, settings, job_id)
 
 
-@router.get("/{job_id}/events")
-async def events(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Lists a job's events, newest first."""
+@router.get("/{job_id}/events", responses=answers(Page[EventDocument]))
+async def events(
+    store: StorePart,
+    job_id: str,
+    after: str | None = None,
+    limit: Limit = 20,
+    type: Literal["message", "metrics"] | None = None,
+) -> dict[str, Any]:
+    """Lists a job's events, newest first: all of them, or those of this type."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Event).where(Event.job_id == job_id)
+        query = query if type is None else query.where(Event.type == type)
         rows, more = await page(session, query, [Event.id], cursor=Event.public_id, after=after, limit=limit)
     return listing([event_object(row) for row in rows], more)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/{job_id}/checkpoints", responses=answers(Page[CheckpointDocument]))
 async def list_checkpoints(
     store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10
 ) -> dict[str, Any]:

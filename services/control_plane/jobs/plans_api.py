@@ -5,17 +5,19 @@ from typing import Any
 from fastapi import APIRouter
 
 from services.control_plane import side_jobs
+from services.control_plane.core.documents import answers
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files import files, model_check
 from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
 from services.control_plane.jobs import admission, plans
+from services.control_plane.jobs.documents import PlanDocument
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.models.shapes import NoShapes
 
 router = APIRouter(prefix="/x/plans")
 
 
-@router.post("")
+@router.post("", responses=answers(PlanDocument))
 async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob) -> dict[str, Any]:
     """Returns the plan of a job with this body: whether it fits, the memory it needs, and changes that make it fit."""
     spec, asked = body.spec(), body.asked()

@@ -6,16 +6,18 @@ from typing import Any
 from fastapi import APIRouter
 
 from dpo_core.methods import METHODS, described
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import listing
 from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
 from services.control_plane.jobs import admission, jobs, plans
+from services.control_plane.jobs.documents import DraftDocument, MethodDocument
 from services.control_plane.jobs.requests import ValidateJob
 from services.control_plane.jobs.responses import job_object
 
 router = APIRouter(prefix="/x")
 
 
-@router.post("/jobs/validate")
+@router.post("/jobs/validate", responses=answers(DraftDocument))
 async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: ValidateJob) -> dict[str, Any]:
     """Checks the body, and returns the job that the body asks for, without an id. Stores nothing and reads no rows of
     files."""
@@ -30,7 +32,7 @@ async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart
     return job_object(job, settings)
 
 
-@router.get("/methods")
+@router.get("/methods", responses=answers(Page[MethodDocument]))
 async def methods() -> dict[str, Any]:
     """Lists the training methods with their hyperparameters."""
     return listing([described(kind) for kind in METHODS], has_more=False)

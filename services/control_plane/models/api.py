@@ -7,11 +7,13 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.http.content import answer
 from services.control_plane.http.dependencies import IdempotentPart, RayApiPart, SettingsPart, StorePart
 from services.control_plane.models import deployment_settings, deployments, downloads, models
+from services.control_plane.models.documents import ModelDocument
 from services.control_plane.models.downloads import Format
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.responses import model_object
@@ -19,7 +21,7 @@ from services.control_plane.models.responses import model_object
 router = APIRouter(prefix="/models")
 
 
-@router.get("")
+@router.get("", responses=answers(Page[ModelDocument]))
 async def list_models(
     store: StorePart,
     settings: SettingsPart,
@@ -62,7 +64,7 @@ async def content(
     return await answer(request, await anyio.to_thread.run_sync(downloads.content_of, model, base, merged))
 
 
-@router.get("/{model_id:path}")
+@router.get("/{model_id:path}", responses=answers(ModelDocument))
 async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> dict[str, Any]:
     async with store.look() as session:
         return model_object(await models.find(session, settings, model_id), settings)

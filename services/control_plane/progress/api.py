@@ -9,8 +9,10 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from services.control_plane.core.documents import answers
 from services.control_plane.http.dependencies import SettingsPart, StorePart
 from services.control_plane.jobs import jobs
+from services.control_plane.jobs.documents import MetricsDocument
 from services.control_plane.progress import logs
 from services.control_plane.progress.metrics import Range, series
 from services.control_plane.progress.streams import KEEPALIVE, Streams
@@ -59,7 +61,7 @@ async def stream(
     return EventStream(streams.follow(job_id, place))
 
 
-@router.get("/{job_id}/metrics")
+@router.get("/{job_id}/metrics", responses=answers(MetricsDocument))
 async def metrics(store: StorePart, job_id: str, asked: Annotated[Range, Query()]) -> dict[str, Any]:
     async with store.look() as session:
         await jobs.find(session, job_id)

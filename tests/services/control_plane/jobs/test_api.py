@@ -568,3 +568,13 @@ def test_a_wrong_key_and_no_key_are_refused(base_url: str) -> None:
     assert httpx.get(f"{base_url}/v1/models").status_code == 401
     assert httpx.get(f"{base_url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{base_url}/readyz").json() == {"status": "ready"}
+
+
+def test_a_list_of_jobs_may_have_one_status(client: openai.OpenAI, api: httpx.Client, training_file: str) -> None:
+    queued, cancelled = (create(client, training_file).id for _ in range(2))
+    client.fine_tuning.jobs.cancel(cancelled)
+    newest = api.get("/fine_tuning/jobs", params={"status": "cancelled", "limit": 1}).json()
+    assert [job["id"] for job in newest["data"]] == [cancelled]
+    assert queued in [job["id"] for job in api.get("/fine_tuning/jobs?status=queued&limit=100").json()["data"]]
+    answer = api.get("/fine_tuning/jobs?status=done")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "status")

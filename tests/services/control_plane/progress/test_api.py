@@ -199,3 +199,13 @@ def test_events_of_different_jobs_do_not_wait_for_each_other(
         second.execute("SET lock_timeout = '1s'")
         for connection, job in ((first, job_id), (second, other)):
             connection.execute(TELL, (f"{job}-x", job))
+
+
+def test_a_list_of_events_may_leave_steps_out(base_url: str, settings: Settings, job_id: str, attempt: int) -> None:
+    step = StepMetrics(step=1, total_steps=2, metrics={"loss": 0.5})
+    record(settings, job_id, 0, [Message(message="one"), step, Message(message="two")])
+    url = f"{base_url}/v1/fine_tuning/jobs/{job_id}/events"
+    with httpx.Client(headers=HEADERS, trust_env=False) as http:
+        messages, steps = (http.get(url, params={"type": kind}).json()["data"] for kind in ("message", "metrics"))
+    assert [event["message"] for event in messages][:2] == ["two", "one"]
+    assert [event["data"]["step"] for event in steps] == [1]

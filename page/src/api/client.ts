@@ -1,0 +1,58 @@
+/** The client of the service's own API. Its types are made of the service's OpenAPI document. */
+
+import createClient from "openapi-fetch";
+import type { components, paths } from "./schema";
+import { key } from "../parts/session/session";
+
+type Documents = components["schemas"];
+export type Job = Documents["JobDocument"];
+export type Draft = Documents["DraftDocument"];
+export type JobEvent = Documents["EventDocument"];
+export type Checkpoint = Documents["CheckpointDocument"];
+export type Metrics = Documents["MetricsDocument"];
+export type Column = Documents["Column"];
+export type Method = Documents["MethodDocument"];
+export type Plan = Documents["PlanDocument"];
+export type File = Documents["FileDocument"];
+export type Model = Documents["ModelDocument"];
+export type CreateJob = Documents["CreateJob"];
+
+export const api = createClient<paths>({ baseUrl: location.origin });
+api.use({
+  onRequest({ request }) {
+    request.headers.set("authorization", `Bearer ${key.value}`);
+    return request;
+  },
+});
+
+/** Why a request failed, in the words of the service, or in our own if it did not answer. */
+export class Failure extends Error {
+  constructor(
+    message: string,
+    readonly status?: number, // undefined: no answer came
+    readonly param?: string | null,
+    readonly code?: string | null,
+  ) {
+    super(message);
+  }
+
+  static of(error: unknown): Failure {
+    if (error instanceof Failure) return error;
+    return new Failure("The service does not answer. Check that it runs and that you are online.");
+  }
+
+  static answered(status: number, body: unknown): Failure {
+    const told = (body as { error?: { message?: string; param?: string; code?: string } } | undefined)?.error;
+    const message = told?.message ?? `The service answered with status ${status}.`;
+    return new Failure(message, status, told?.param, told?.code);
+  }
+}
+
+/** Returns the body of an answer, or throws a Failure. */
+export async function ask<Body>(
+  asked: Promise<{ data?: Body; error?: unknown; response: Response }>,
+): Promise<NonNullable<Body>> {
+  const { data, error, response } = await asked;
+  if (data === undefined || data === null) throw Failure.answered(response.status, error);
+  return data;
+}

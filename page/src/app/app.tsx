@@ -1,0 +1,67 @@
+import type { JSX } from "preact";
+import { useEffect } from "preact/hooks";
+import { forget, key } from "../parts/session/session";
+import { href, route } from "../parts/route/route";
+import { SignIn } from "../views/sign-in/sign-in";
+import { Jobs } from "../views/jobs/jobs";
+import { Job } from "../views/job/job";
+
+interface View {
+  name: string; // the first part of the path
+  title: string;
+  inMenu: boolean;
+  show: (rest: string[]) => JSX.Element;
+}
+
+const VIEWS: View[] = [
+  { name: "jobs", title: "Jobs", inMenu: true, show: ([id]) => (id ? <Job key={id} id={id} /> : <Jobs />) },
+];
+
+export function App() {
+  const [name = "jobs", ...rest] = route.value.path;
+  const view = VIEWS.find((each) => each.name === name);
+  const title = key.value ? (view?.title ?? "Not found") : "Sign in";
+  useEffect(() => {
+    document.title = `${[rest[0], title].filter(Boolean).join(" · ")} · raydpo`;
+  }, [title, rest[0]]);
+  if (!key.value) return <SignIn />;
+  return (
+    <>
+      <a class="skip" href="#main" onClick={toMain}>
+        Skip to the content
+      </a>
+      <header class="bar">
+        <a class="brand" href={href("jobs")}>
+          raydpo
+        </a>
+        <nav aria-label="Views">
+          {VIEWS.filter((each) => each.inMenu).map((each) => (
+            <a href={href(each.name)} aria-current={each.name === name ? "page" : undefined}>
+              {each.title}
+            </a>
+          ))}
+        </nav>
+        <button class="quiet" onClick={forget}>
+          Sign out
+        </button>
+      </header>
+      <main id="main" tabIndex={-1}>
+        {view ? view.show(rest) : <NotFound />}
+      </main>
+    </>
+  );
+}
+
+/** The fragment of the address holds the view, so the link must not change it. */
+function toMain(event: Event) {
+  event.preventDefault();
+  document.getElementById("main")?.focus();
+}
+
+function NotFound() {
+  return (
+    <p class="note">
+      There is no such view. Go to the <a href={href("jobs")}>jobs</a>.
+    </p>
+  );
+}

@@ -1,0 +1,5 @@
+import { render } from "preact";
+import { App } from "./app/app";
+import "./sheet.css";
+
+render(<App />, document.getElementById("page")!);

@@ -1,0 +1,51 @@
+import type { ComponentChildren } from "preact";
+import { useEffect, useState } from "preact/hooks";
+import { Failure } from "../../api/client";
+import { forget } from "../session/session";
+
+export interface Loaded<Value> {
+  value?: Value; // stays while it is loaded anew
+  failure?: Failure;
+  again: () => void;
+}
+
+/** Loads a value when the view opens, when `keys` change, and each time that `again` is called. */
+export function useLoaded<Value>(load: (signal: AbortSignal) => Promise<Value>, keys: unknown[]): Loaded<Value> {
+  const [state, setState] = useState<{ value?: Value; failure?: Failure; keys?: string }>({});
+  const [turn, setTurn] = useState(0);
+  const now = JSON.stringify(keys);
+  useEffect(() => {
+    const leaving = new AbortController();
+    load(leaving.signal).then(
+      (value) => !leaving.signal.aborted && setState({ value, keys: now }),
+      (error) =>
+        !leaving.signal.aborted &&
+        setState((last) => ({ ...(last.keys === now && last), failure: Failure.of(error), keys: now })),
+    );
+    return () => leaving.abort();
+  }, [now, turn]);
+  return { ...(state.keys === now && state), again: () => setTurn((last) => last + 1) };
+}
+
+/** Shows a loaded value; before that, that it is being loaded, or why it could not be. */
+export function Show<Value>({ of, children }: { of: Loaded<Value>; children: (value: Value) => ComponentChildren }) {
+  return (
+    <>
+      {of.failure && <FailureNote failure={of.failure} again={of.again} />}
+      {of.value !== undefined ? children(of.value) : !of.failure && <p class="note">Loading…</p>}
+    </>
+  );
+}
+
+export function FailureNote({ failure, again }: { failure: Failure; again?: () => void }) {
+  return (
+    <div class="failure" role="alert">
+      <p>{failure.message}</p>
+      {failure.status === 401 ? (
+        <button onClick={forget}>Sign in with another key</button>
+      ) : (
+        again && <button onClick={again}>Try again</button>
+      )}
+    </div>
+  );
+}

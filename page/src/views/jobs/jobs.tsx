@@ -1,0 +1,112 @@
+import { useEffect } from "preact/hooks";
+import { api, ask, type Job } from "../../api/client";
+import { Show, useLoaded } from "../../parts/loading/loading";
+import { href, route, setQuery } from "../../parts/route/route";
+import { hasEnded, ProgressLine, Status, STATUSES, type JobStatus } from "../../parts/status/status";
+import { moment, zone } from "../../parts/words/words";
+
+const PAGE = 25;
+const FRESH_MS = 4000;
+
+export function Jobs() {
+  const { query } = route.value;
+  const status = STATUSES.find((each) => each === query.get("status"));
+  const after = query.get("after") ?? undefined;
+  const loaded = useLoaded((signal) => list(status, after, signal), [status, after]);
+  const lives = !loaded.value || loaded.value.data.some((job) => !hasEnded(job.status)) || !after;
+  useEffect(() => {
+    const timer = setInterval(() => lives && !document.hidden && loaded.again(), FRESH_MS);
+    return () => clearInterval(timer);
+  }, [lives]);
+
+  return (
+    <>
+      <div class="heading">
+        <h1>Jobs</h1>
+        <label>
+          Status{" "}
+          <select value={status ?? ""} onChange={(event) => choose(event.currentTarget.value)}>
+            <option value="">all</option>
+            {STATUSES.map((each) => (
+              <option>{each}</option>
+            ))}
+          </select>
+        </label>
+      </div>
+      <Show of={loaded}>
+        {(page) => (
+          <>
+            {page.data.length ? <Table jobs={page.data} /> : <Nothing status={status} isFirst={!after} />}
+            <nav class="pages" aria-label="Pages">
+              {after && <a href={href("jobs", { status })}>Newest jobs</a>}
+              {page.has_more && <a href={href("jobs", { status, after: page.last_id })}>Older jobs</a>}
+            </nav>
+          </>
+        )}
+      </Show>
+    </>
+  );
+}
+
+function list(status: JobStatus | undefined, after: string | undefined, signal: AbortSignal) {
+  return ask(api.GET("/v1/fine_tuning/jobs", { params: { query: { limit: PAGE, status, after } }, signal }));
+}
+
+function choose(status: string) {
+  setQuery({ status, after: null });
+}
+
+function Nothing({ status, isFirst }: { status?: JobStatus; isFirst: boolean }) {
+  if (status) return <p class="note">No job of this project is {status}. Choose another status above.</p>;
+  if (!isFirst) return <p class="note">There are no older jobs.</p>;
+  return <p class="note">This project has no jobs yet.</p>;
+}
+
+function Table({ jobs }: { jobs: Job[] }) {
+  return (
+    <table class="list">
+      <thead>
+        <tr>
+          <th>Job</th>
+          <th>Status</th>
+          <th>Model</th>
+          <th>Method</th>
+          <th>Created</th>
+          <th>Ends or ended</th>
+        </tr>
+      </thead>
+      <tbody>
+        {jobs.map((job) => (
+          <Row key={job.id} job={job} />
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
+function Row({ job }: { job: Job }) {
+  const { waits_for, progress } = job.x_raydpo;
+  const end = job.finished_at ?? job.estimated_finish;
+  return (
+    <tr>
+      <th scope="row">
+        <a href={href(["jobs", job.id])}>{job.user_provided_suffix ?? job.id}</a>
+        {job.user_provided_suffix && <small class="id">{job.id}</small>}
+      </th>
+      <td data-label="Status">
+        <Status of={job.status} />
+        {progress && <ProgressLine progress={progress} />}
+        {waits_for && <small>waits for {waits_for}</small>}
+        {job.error && <small class="bad">{job.error.message}</small>}
+      </td>
+      <td data-label="Model">{job.model}</td>
+      <td data-label="Method">{String(job.method.type)}</td>
+      <td data-label="Created" title={zone()}>
+        {moment(job.created_at)}
+      </td>
+      <td data-label={job.finished_at ? "Ended" : "Ends"} title={zone()}>
+        {end ? `${job.finished_at ? "" : "about "}${moment(end)}` : "–"}
+      </td>
+    </tr>
+  );
+}

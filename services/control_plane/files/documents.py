@@ -1,0 +1,61 @@
+"""The JSON objects of files, uploads and checks, as the OpenAPI document describes them.
+
+docs/wire/objects.md says what the fields mean.
+"""
+
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+from dpo_core.data.survey import FeedbackReport
+
+
+class FileExtension(TypedDict):
+    sha256: str
+    report: FeedbackReport | None
+    checked_bytes: int | None
+    columns: dict[str, str] | None
+    invalid_rows: str
+    max_invalid_share: float | None
+
+
+class FileDocument(TypedDict):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"]
+    status_details: str | None
+    x_raydpo: FileExtension
+
+
+class UploadDocument(TypedDict):
+    id: str
+    object: Literal["upload"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileDocument | None
+
+
+class PartDocument(TypedDict):
+    id: str
+    object: Literal["upload.part"]
+    created_at: int
+    upload_id: str
+
+
+class CheckDocument(TypedDict):
+    """`report` has the file's `survey`, and what encoding the rows for the model gave."""
+
+    object: Literal["dataset.check"]
+    id: str
+    status: Literal["running", "failed", "completed"]
+    report: dict[str, Any]
+    error: dict[str, Any] | None
