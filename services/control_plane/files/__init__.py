@@ -1,1 +1,1 @@
-"""Stores files and uploads, and checks the rows of training files."""
+"""Stores uploaded files, which arrive whole or in parts, and checks the rows of training files."""

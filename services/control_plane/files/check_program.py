@@ -1,8 +1,9 @@
-"""A program that checks the rows of one stored file.
+"""A program that checks the rows of one file in storage.
 
-Its command is `python -m services.control_plane.files.check_program URI READING`. The check runs in a process of its
-own, because reading rows takes one core for minutes. The program prints lines of JSON: every second the number of bytes
-that it has read, and at the end the report. It ends if nobody reads its output any more.
+Its command is `python -m services.control_plane.files.check_program URI READING`, where READING are the options for
+reading rows, as JSON. The check runs in a process of its own, because reading rows takes one core for minutes. The
+program prints lines of JSON: every second the number of bytes that it has read, and at the end the report. It ends if
+nobody reads its output any more.
 """
 
 import json
@@ -22,9 +23,10 @@ TELL_SECONDS = 1.0
 
 
 def check_rows(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Returns the file's FeedbackReport under `report`, and the reason to refuse the file (or None) under `refusal`.
+    """Reads all rows of the file at `uri`, and returns a dictionary with two keys.
 
-    Calls `tell` every second with the number of bytes that were read.
+    `report` is the FeedbackReport on the rows. `refusal` is the reason to refuse the file, or None. Every second, calls
+    `tell` with the number of bytes that were read so far.
     """
     share = reading.invalid_rows.max_share if reading.invalid_rows.how == "drop" else 0.0
     with storage.open_input(uri) as source:

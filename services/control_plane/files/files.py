@@ -1,6 +1,6 @@
-"""Stores files, which are bytes in storage and database rows that name them.
+"""Stores files. A file is its bytes in storage, and a row of the database that names the bytes.
 
-The sweeper removes bytes without a row.
+A regular cleanup deletes bytes that no row names.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # limits of `expires_after`, in s
 
 
 class Digesting:
-    """A reader that returns the bytes of `source` and computes their digests."""
+    """A reader that returns the bytes of `source`, counts them, and computes their SHA-256 and MD5."""
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
@@ -68,7 +68,10 @@ class Stored:
 
 
 async def store(source: BinaryIO, folder: str, prefix: str) -> Stored:
-    """Copies the remaining bytes of `source` into a new file in the storage folder. Returns the new file."""
+    """Copies the remaining bytes of `source` into a new file in the storage folder `folder`. Returns the new file.
+
+    The file's name is `prefix` and random digits.
+    """
     name = prefix + secrets.token_hex(12)
     uri = storage.join(folder, name)
     digesting = Digesting(source)
@@ -77,13 +80,17 @@ async def store(source: BinaryIO, folder: str, prefix: str) -> Stored:
 
 
 async def store_file(source: BinaryIO, settings: Settings) -> Stored:
-    """Copies `source` into the storage folder of files. The caller must then add the database row of the new file."""
+    """Copies the remaining bytes of `source` into a new file in the storage's folder for files. Returns the new file.
+
+    The caller must then add the file's row to the database.
+    """
     return await store(source, storage.join(settings.storage_url, "files"), "file-")
 
 
 @asynccontextmanager
 async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
-    """Deletes the stored bytes at the end of the `with` block unless a database row names them by then."""
+    """Deletes the bytes of `stored` from storage at the end of the `with` block, unless a row of the database names
+    them then."""
     try:
         yield
     finally:
@@ -92,9 +99,11 @@ async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
 
 
 def clean_name(name: str, param: str) -> str:
-    """Returns the file name without folders, as RFC 7578 requires, because clients may save the file under this name.
+    """Returns the name of an uploaded file without folders, as RFC 7578 requires. Clients may save the file under this
+    name.
 
-    Raises InvalidRequest if the name is empty, too long or not printable.
+    `param` is the request's field that holds the name. Raises InvalidRequest if the name is empty, too long or not
+    printable.
     """
     name = re.split(r"[/\\]", name)[-1]
     if name in ("", ".", "..") or len(name) > LONGEST_NAME or not name.isprintable():
@@ -118,7 +127,10 @@ async def add(
     report: dict[str, Any] | None = None,
     reading: Reading | None = None,
 ) -> File:
-    """Adds the database row of a stored file. A training file without a report is checked in the background."""
+    """Adds the database row of a file whose bytes are in storage, and returns the row.
+
+    `report` is the report on the rows of a training file. Without it, a background task checks the rows later.
+    """
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
     row = File(
@@ -143,15 +155,19 @@ async def add(
 
 
 async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -> File:
-    """Returns the file with this id. Raises NotFound if the file does not exist, was deleted or has expired."""
+    """Returns the file with this id. `param` is the request's field that names it.
+
+    Raises NotFound if the file does not exist, was deleted or has expired.
+    """
     return await _find(session, file_id, param, lock=None)
 
 
 async def find_training(session: AsyncSession, file_id: str, *, param: str) -> File:
     """Returns the training file with this id, locked against deletion until the transaction ends.
 
-    The rows of a large file may not have been checked yet. Raises NotFound if there is no such file, and InvalidRequest
-    if the file is no training file, or the check refused the rows.
+    `param` is the request's field that names the file. The rows of a large file may not have been checked yet. Raises
+    NotFound if there is no such file, and InvalidRequest if the file is no training file, or the check refused the
+    rows.
     """
     row = await _find(session, file_id, param, lock="share")
     if row.purpose != TRAINING:
@@ -164,13 +180,17 @@ async def find_training(session: AsyncSession, file_id: str, *, param: str) -> F
 
 
 def refuse_unusable(row: File, param: str) -> None:
-    """Raises InvalidRequest if the check refused the rows of the file."""
+    """Raises InvalidRequest if the check of the file's rows found that the file cannot be used.
+
+    `param` is the request's field that names the file.
+    """
     if row.refusal:
         raise InvalidRequest(f"The file {row.id} cannot be used: {row.refusal}", param=param, code=f"invalid_{param}")
 
 
 async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
-    """Returns the training file as `find_training` does. Raises InvalidRequest also if the rows are not checked yet."""
+    """Returns the training file with this id, as `find_training` does. Raises InvalidRequest also if its rows are not
+    checked yet."""
     row = await find_training(session, file_id, param=param)
     if row.report is None:
         where = await _check_in_words(session, row)
@@ -180,9 +200,10 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
 
 
 async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str, str]:
-    """Returns the jobs that name a file whose rows are still to be checked, by id.
+    """Returns the ids of those of the given jobs that must wait, because the rows of one of their files are not checked
+    yet.
 
-    The value of each job is the text for its `waits_for`, which stays the same until the check ends.
+    The value of each id is the text for the job's `waits_for`. It stays the same until the check ends.
     """
     named = {file_id for job in jobs for name in NEEDED if (file_id := job.spec.get(name))}
     query = select(File.id, File.num_bytes).where(text(UNCHECKED), File.id.in_(named))
@@ -199,9 +220,9 @@ async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str
 
 
 async def _check_in_words(session: AsyncSession, row: File) -> str:
-    """Returns a text that says how far the background check of the file is.
+    """Returns a clause that says how far the background check of the file is.
 
-    If the check has not begun, the text counts the older unchecked files of the same project.
+    If the check has not begun, the clause counts the older unchecked files of the same project.
     """
     if row.num_checked is not None:
         return f"is still being checked, {row.num_checked} of {row.num_bytes} bytes so far"
@@ -227,9 +248,9 @@ async def _find(session: AsyncSession, file_id: str, param: str, lock: str | Non
 
 
 async def remove(session: AsyncSession, file_id: str) -> File:
-    """Marks the file as deleted. Raises InvalidRequest if a job that has not ended needs the file.
+    """Marks the file as deleted, and returns its row. The caller must delete the file's bytes after the commit.
 
-    The caller must delete the file's bytes after the commit.
+    Raises NotFound, and InvalidRequest if a job that has not ended needs the file.
     """
     row = await _find(session, file_id, "file_id", lock="update")
     if job_id := (await needed_by(session, [file_id])).get(file_id):
@@ -241,12 +262,13 @@ async def remove(session: AsyncSession, file_id: str) -> File:
 
 
 async def expire(session: AsyncSession, most: int) -> list[str]:
-    """Marks expired files that no live job needs as deleted, at most `most` of them. Returns the URIs of these files.
+    """Marks expired files as deleted, at most `most`, unless a job that has not ended needs them. Returns the URIs of
+    these files.
 
     The caller must delete the bytes at these URIs after the commit.
     """
     over = select(File).where(File.deleted_at.is_(None), File.expires_at <= func.clock_timestamp())
-    for name in NEEDED:  # or files that jobs need for long would fill the first `most` rows
+    for name in NEEDED:  # otherwise files that jobs need for a long time would fill the first `most` rows
         over = over.where(File.id.not_in(select(Job.spec[name].astext).where(_lives(name))))
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True)))
     needed = await needed_by(session, [row.id for row in rows])  # a job may have taken a file before its lock
@@ -257,10 +279,11 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
 
 
 async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str]:
-    """Returns the ids of the files that a live job trains on or validates with, each with the id of one such job.
+    """Returns the ids of those of the given files that a job trains on or validates with, each with the id of one such
+    job.
 
-    A live job is one that has not ended. The caller must hold locks on the files, so that no new job can name one of
-    the files meanwhile.
+    Only jobs that have not ended count. The caller must hold locks on the files, so that no new job can name one of
+    them meanwhile.
     """
     needed: dict[str, str] = {}
     for name in NEEDED:
@@ -276,9 +299,10 @@ def _lives(name: str) -> ColumnElement[bool]:
 
 
 async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:
-    """Raises OverQuota if the project may not store `num_bytes` more bytes.
+    """Raises OverQuota if the project may not store `num_bytes` more bytes. `param` is the request's field to blame.
 
-    Locks the project, so that files that arrive at the same time are counted one after the other.
+    Locks the project's row until the transaction ends. So files that arrive at the same time are counted one after the
+    other.
     """
     limit = select(Project.max_bytes).where(Project.id == project_id)
     most = await session.scalar(limit.with_for_update(key_share=True))
@@ -297,7 +321,8 @@ async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, par
 
 
 async def check_uri(uri: str, settings: Settings) -> None:
-    """Raises InvalidRequest if a job may not train on the user's URI. Connects to no other machine."""
+    """Raises InvalidRequest if jobs may not train on the data at the URI that a user sent. Connects to no other
+    machine."""
     try:
         await anyio.to_thread.run_sync(_check_uri, uri, settings)
     except InvalidUri as error:

@@ -1,4 +1,7 @@
-"""Describes checks of training files with a model: a Ray job finds out how training would encode the rows."""
+"""Describes checks of a training file with a model, which find out how training would encode the file's rows.
+
+Such a check runs as a side job: a short Ray job beside training.
+"""
 
 import hashlib
 import json
@@ -16,10 +19,11 @@ CHECKING = 1  # the version of the check; raise the version when the same conten
 
 
 def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings, instance: str) -> SideJob:
-    """Returns the check of a file with a model. The same bytes, model and options give the same check.
+    """Returns the description of the side job (a short Ray job) that checks the file with the model.
 
-    Projects do not share checks, so that no project learns which files another project has checked. Services on one
-    cluster do not share checks either.
+    The same bytes, model and options give the same side job, so that its result can be used again. Projects do not
+    share checks, so that no project learns which files another project has checked. Services on one cluster do not
+    share checks either; `instance` is the id of this service.
     """
     reading, project = reading_of(file), file.project_id
     content = [

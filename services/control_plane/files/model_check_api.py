@@ -20,7 +20,8 @@ router = APIRouter(prefix="/x/datasets")
 async def check(
     request: Request, store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CheckDataset
 ) -> dict[str, Any]:
-    """Returns a report on the training file's rows and, if a model is named, on the encoding of the rows for the model.
+    """Returns a report on the training file's rows and, if a model is named, on the encoding of the rows for this
+    model.
 
     Send the request again while the answer's status is `running`.
     """

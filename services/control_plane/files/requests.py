@@ -1,4 +1,4 @@
-"""Defines the request bodies for files, uploads and checks of their rows."""
+"""Defines the request bodies for files, for uploads in parts, and for checks of rows."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +26,7 @@ Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=25
 
 
 def reading(extension: Mapping[str, Any]) -> Reading:
-    """Returns the options in `x_raydpo` for reading a file's rows.
+    """Returns the options for reading a file's rows that the field `x_raydpo` of a request holds.
 
     Raises InvalidRequest, which names the wrong field.
     """
@@ -66,7 +66,7 @@ class CheckDataset(BaseModel):
     truncation: Truncation | None = None
 
     def config(self) -> TrainConfig:
-        """Returns the config of a job with the options of this body.
+        """Returns a training config with the options of this body, which are those that influence the encoding of rows.
 
         Raises InvalidRequest, which names the wrong field.
         """
@@ -81,7 +81,7 @@ class CheckDataset(BaseModel):
 
 
 class ExpiresAfter(BaseModel):
-    """The time from a file's creation until it expires.
+    """The field `expires_after` of a request: the time from a file's creation until it expires.
 
     In multipart forms, the fields are `expires_after[anchor]` and `expires_after[seconds]`.
     """
@@ -116,7 +116,7 @@ class CreateFile(BaseModel):
         return self.expires_after.seconds if self.expires_after else None
 
     def reading(self) -> Reading:
-        """Returns the options in `x_raydpo` for reading the file's rows.
+        """Returns the options for reading the file's rows that the field `x_raydpo` of this body holds.
 
         Raises InvalidRequest, which names the wrong field.
         """

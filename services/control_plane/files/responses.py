@@ -1,4 +1,4 @@
-"""Builds the JSON objects of files, uploads and checks for responses."""
+"""Builds the JSON objects of the API for files, uploads and checks of training files."""
 
 from typing import Any
 
@@ -71,10 +71,10 @@ def part_object(row: UploadPart) -> dict[str, Any]:
 
 
 def check_object(check_id: str, file: File, result: SideJobResult | None, *, running: bool = False) -> dict[str, Any]:
-    """Returns a check as a `dataset.check` object: its status, and the report on the file's rows.
+    """Returns the API's JSON object of a check of a training file: its status, and the report on the file's rows.
 
-    `result` is the result of encoding the rows for a model; None if the request named no model, or the check still
-    runs.
+    `result` is the result of encoding the rows for a model. It is None if the request named no model, or the check
+    still runs (`running`).
     """
     error = result.error if result else None
     of_model = result.report or {} if result else {}

@@ -1,8 +1,8 @@
 """Checks the rows of training files: small files before the response, large files in the background.
 
-A large file is stored unchecked. Every control plane looks for unchecked files; the one that gets a file's lease checks
-the file. If this control plane dies, another one therefore repeats the check, and no two control planes check a file at
-the same time.
+A large file is stored unchecked. Every control plane looks for unchecked files. To check a file, it takes the file's
+lease, a row in the database that expires if it is not renewed. So no two control planes check a file at the same time,
+and if a control plane dies, another one repeats its check.
 """
 
 import asyncio
@@ -33,9 +33,9 @@ from services.control_plane.files.files import Stored
 
 log = logging.getLogger(__name__)
 
-IN_PROCESS_BYTES = 4 * 2**20  # a check of so many bytes takes 0.1 s, less than starting a process
-AT_ONCE = 4  # the most processes, each of 90 MiB, however many cores there are
-AT_ONCE_BYTES = 512 * 2**20  # a check of so many bytes takes 12 s; proxies cut responses off after 60 s
+IN_PROCESS_BYTES = 4 * 2**20  # checking this many bytes takes 0.1 s, less than starting a process
+AT_ONCE = 4  # the most processes at the same time, each of 90 MiB, even if there are more cores
+AT_ONCE_BYTES = 512 * 2**20  # checking this many bytes takes 12 s; proxies cut responses off after 60 s
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
@@ -48,13 +48,15 @@ _turns: RunVar[Turns] = RunVar("checks at once")
 
 
 class Died(Exception):
-    """The process that checked a file's rows ended without a report."""
+    """Raised if the process that checks a file's rows ended without a report."""
 
 
 async def report_of(stored: Stored, reading: Reading, *, param: str, project_id: str) -> dict[str, Any] | None:
-    """Checks the file's rows and returns the report; None if the file is so large that it is checked in the background.
+    """Checks the rows of a stored file before the response, and returns the report on them. Returns None for a large
+    file, which a background task checks later.
 
-    Raises InvalidRequest, which names the first bad line, and Unavailable if the process of the check died.
+    `param` is the request's field that holds the file. Raises InvalidRequest, which names the first bad line, and
+    Unavailable if the process that checks the rows died.
     """
     if stored.num_bytes > AT_ONCE_BYTES:
         return None
@@ -81,7 +83,8 @@ async def _run_check(
 
 
 def _processes() -> Turns:
-    """Returns the turns of this control plane's check processes: at most AT_ONCE run, and further checks wait."""
+    """Returns the limit on the number of processes in which this control plane checks rows. Projects whose checks wait
+    take turns."""
     try:
         return _turns.get()
     except LookupError:
@@ -113,13 +116,14 @@ async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] |
 
 
 class RowChecker:
-    """The background task that checks files. Every control plane has one, which checks one file at a time."""
+    """The background task that checks the rows of large files. Every control plane runs one, which checks one file at a
+    time."""
 
     def __init__(self, store: Store, *, holder: str) -> None:
         self._store, self._holder = store, holder
 
     async def run(self) -> None:
-        """Looks for unchecked files and checks them, until cancelled."""
+        """Looks for unchecked files every second and checks them, until cancelled."""
         while True:
             try:
                 await self.tick()
@@ -128,6 +132,7 @@ class RowChecker:
             await asyncio.sleep(TICK_SECONDS)
 
     async def tick(self) -> None:
+        """Checks one unchecked file, if there is one that no other control plane is checking."""
         async with self._store.begin() as session:
             row = await self._claim(session)
         if row is None:
@@ -145,6 +150,11 @@ class RowChecker:
                     await store.hold_lease(session, _lease(row), "nobody", seconds=RETRY_SECONDS)
 
     async def _claim(self, session: AsyncSession) -> File | None:
+        """Takes the lease of an unchecked file, which gives this control plane the right to check it. Returns the
+        file's row.
+
+        Returns None if there is no such file. Also refuses files that could not be checked for a day.
+        """
         await session.execute(
             update(File)
             .where(text(UNCHECKED), File.created_at < func.now() - GIVEN_UP_AFTER)
@@ -156,7 +166,7 @@ class RowChecker:
         return None
 
     async def _check(self, row: File) -> None:
-        """Checks the file's rows, renews the file's lease meanwhile, and writes the result."""
+        """Checks the file's rows, and stores the result. Renews the file's lease meanwhile."""
         num_checked = 0
 
         def tell(num_bytes: int) -> None:
@@ -186,9 +196,9 @@ class RowChecker:
             await self._write(row, refusal=refusal, num_checked=row.num_bytes)
 
     async def _beat(self, row: File, num_checked: int) -> bool:
-        """Renews the file's lease and writes the progress of the check.
+        """Renews the file's lease, and stores how many bytes have been checked.
 
-        Returns False if the lease was lost, or the file was deleted.
+        Returns False if the lease was lost, or the file was deleted; the check must then stop.
         """
         async with self._store.begin() as session:
             held = await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS)
@@ -201,9 +211,10 @@ class RowChecker:
 
 
 def _next(most: int) -> Select[File]:
-    """Returns the query for the files to check next: the oldest of each project, then the second oldest, and so on.
+    """Returns the SQL query for the files to check next: the oldest of each project, then the second oldest, and so on.
 
-    Files that are being checked or were put off are left out, but keep their position in the order of their project.
+    Files that are being checked, or whose check failed seconds ago, are left out, but keep their position in the order
+    of their project.
     """
     place = func.row_number().over(partition_by=File.project_id, order_by=(File.created_at, File.id))
     unchecked = select(File.id, place.label("place")).where(text(UNCHECKED)).subquery()

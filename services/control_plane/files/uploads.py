@@ -1,6 +1,6 @@
-"""Handles uploads, which are files that arrive in parts.
+"""Handles uploads: files that arrive in parts.
 
-Each part is an object in storage until the upload is completed, cancelled or expired.
+Each part is a file in storage until the upload is completed, cancelled or expired.
 """
 
 import io
@@ -31,8 +31,10 @@ def folder(upload_id: str, settings: Settings) -> str:
 
 
 async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) -> Upload:
-    """Adds the row of a new upload. The upload's bytes count towards the project's limit from now on. Raises OverQuota
-    if they would exceed the limit."""
+    """Adds the row of a new upload with the columns `wanted`, and returns the row.
+
+    The upload's bytes count towards the project's limit from now on. Raises OverQuota if they would exceed the limit.
+    """
     await files.reserve(session, project_id, wanted["num_bytes"], param="bytes")
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
@@ -44,9 +46,10 @@ async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) 
 
 
 async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> tuple[Upload, str]:
-    """Returns the upload, and its state by the database's clock. Raises NotFound if the project has no such upload.
+    """Returns the upload with this id, and its state by the database's clock. Raises NotFound if there is no such
+    upload.
 
-    With `lock`, no one else can end the upload before the session's transaction ends.
+    With `lock`, nobody else can complete, cancel or expire the upload before this transaction ends.
     """
     query = select(Upload).where(Upload.id == upload_id)
     if lock:
@@ -60,11 +63,14 @@ async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> 
 
 
 async def file_of(session: AsyncSession, row: Upload) -> File | None:
-    """Returns the file that was made from the upload; None if the file does not exist, was deleted or has expired."""
+    """Returns the file that was made from the upload. Returns None if the file does not exist, was deleted or has
+    expired."""
     return await session.scalar(select(File).where(File.id == row.file_id, File.alive()))
 
 
 def check_pending(row: Upload, state: str, wish: str) -> None:
+    """Raises InvalidRequest unless the upload is pending. `wish` is a participle for the message, such as
+    "cancelled"."""
     if state != "pending":
         raise InvalidRequest(
             f"The upload {row.id} is {state} and cannot be {wish}; create another upload.", param="upload_id"
@@ -72,7 +78,10 @@ def check_pending(row: Upload, state: str, wish: str) -> None:
 
 
 async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> UploadPart:
-    """Adds the row of a part. Raises InvalidRequest if the upload has ended, or has too many bytes or parts."""
+    """Adds the row of a part whose bytes are in storage, and returns the row.
+
+    Raises InvalidRequest if the upload has ended, or would have too many bytes or parts.
+    """
     one_at_a_time = func.pg_advisory_xact_lock(func.hashtextextended(upload_id, 0))
     await session.execute(select(one_at_a_time))
     row, state = await find(session, upload_id)
@@ -101,9 +110,11 @@ async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> Upl
 async def complete(
     session: AsyncSession, upload_id: str, part_ids: Sequence[str], md5: str | None, settings: Settings
 ) -> tuple[Upload, File | None]:
-    """Joins the parts of the upload to a file and checks the rows of the file. Returns the upload and the file.
+    """Joins the parts of the upload to a file, and checks the rows of this file. Returns the upload and the file.
 
+    The file has the parts in the order of `part_ids`; `md5` is the expected digest of the file, if the client sent one.
     Locks the upload until the transaction ends, so that a second call waits and returns the file of the first call.
+    Raises NotFound and InvalidRequest.
     """
     row, state = await find(session, upload_id, lock=True)
     if state == "completed":
@@ -142,7 +153,7 @@ async def complete(
 
 
 async def cancel(session: AsyncSession, upload_id: str) -> Upload:
-    """Cancels the upload. Cancelling an upload twice gives the same answer."""
+    """Marks the upload as cancelled, and returns it. Cancelling an upload twice is harmless."""
     row, state = await find(session, upload_id, lock=True)
     if state != "cancelled":
         check_pending(row, state, "cancelled")
@@ -163,9 +174,10 @@ async def expire(session: AsyncSession, most: int, settings: Settings) -> list[s
 
 
 async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
-    """Returns the upload's parts in the order of `part_ids`. An id may come twice, because equal parts may share an id.
+    """Returns the upload's parts in the order of `part_ids`. The same id may come twice, because a client that sends
+    two equal parts may get the same id for both.
 
-    Raises InvalidRequest for an unknown id, or if the parts do not have as many bytes as the upload.
+    Raises InvalidRequest for an unknown id, or if the parts together do not have as many bytes as the upload.
     """
     query = select(UploadPart).where(UploadPart.upload_id == row.id)
     parts = {part.id: part for part in await session.scalars(query)}

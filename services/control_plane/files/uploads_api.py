@@ -1,4 +1,4 @@
-"""The routes below /v1/uploads, which take files in parts if they are too large for one request."""
+"""The routes below /v1/uploads, which take files in parts that are too large for one request."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ async def create(idempotent: IdempotentPart, store: StorePart, settings: Setting
 async def add_part(
     request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, upload_id: str
 ) -> Response:
-    """Adds a part to the upload. Parts may come in any order, and several at the same time."""
+    """Adds a part to the upload. Parts may arrive in any order, and several at the same time."""
     async with store.begin() as session:  # refuse before the body is read
         uploads.check_pending(*await uploads.find(session, upload_id), "added to")
     remedy = "Send the file in smaller parts."

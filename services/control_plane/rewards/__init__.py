@@ -1,1 +1,1 @@
-"""Computes the rewards of completions: from a policy and its reference model, or from a reward model."""
+"""Computes the rewards of completions, either with a policy and its reference model, or with a reward model."""

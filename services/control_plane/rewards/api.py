@@ -23,8 +23,7 @@ router = APIRouter()
 
 @router.post("/x/rewards")
 async def create(request: Request, store: StorePart, settings: SettingsPart, body: RewardsBody) -> Response:
-    """Scores completions with a policy and its reference model, or with a reward model. The service does not store the
-    rows."""
+    """Scores completions with a policy and its reference model, or with a reward model. The rows are not stored."""
     groups = groups_of(body)
     async with store.begin() as session:
         judge = await judge_of(session, settings, body.model, reference=body.reference, beta=body.beta)

@@ -1,4 +1,4 @@
-"""Finds the models that score a request's completions: a policy and its reference model, or a reward model."""
+"""Finds the models that score the completions of a request: a policy and its reference model, or a reward model."""
 
 from dataclasses import dataclass
 from datetime import date
@@ -18,8 +18,7 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Judge:
-    """The models that score completions: a policy with its reference model and beta, or a reward model, which has
-    neither."""
+    """The models that score completions: a policy with its reference model and beta, or a reward model alone."""
 
     model: NamedModel
     reference: NamedModel | None = None
@@ -30,10 +29,11 @@ class Judge:
 async def judge_of(
     session: AsyncSession, settings: Settings, name: str, *, reference: str | None, beta: float | None
 ) -> Judge:
-    """Returns the judge (the models that score) for the model `name`. `reference` and `beta` override the values of the
-    policy's job.
+    """Returns the models that score completions for a request that names the model `name`.
 
-    Raises InvalidRequest for values that exclude each other, and for values that neither the request nor the job gives.
+    If `name` is a policy, its reference model and beta are those of the job that trained it, unless `reference` and
+    `beta` give others. Raises InvalidRequest for values that exclude each other, and if neither the request nor the job
+    gives a value.
     """
     model = await models.find(session, settings, name)
     job = await _job_of(session, model)
@@ -62,7 +62,11 @@ async def judge_of(
 
 
 async def _job_of(session: AsyncSession, model: NamedModel) -> Any:
-    """Returns the row of the job that trained the model, also if another project shares the model; None for a base."""
+    """Returns the row of the job that trained the model, even if the job belongs to another project that shares the
+    model.
+
+    Returns None for a base model.
+    """
     jobs = Job.__table__
     return (await session.execute(select(jobs).where(jobs.c.id == model.job_id))).first()
 
@@ -77,7 +81,8 @@ def _beta(name: str, objective: Objective | None) -> float:
 
 
 def _compares(objective: Objective) -> bool:
-    """Whether the objective's reward is beta times the log-ratio of policy and reference."""
+    """Whether the reward of the objective (training method) is beta times the log-ratio of policy and reference
+    model."""
     return objective.traits.needs_reference and objective.traits.reward == "logratios"
 
 

@@ -1,5 +1,7 @@
-"""Computes rewards and preferences from log-probabilities and from the outputs of reward models. The functions depend
-only on their arguments."""
+"""Computes rewards and preferences from log-probabilities, or from the outputs of reward models.
+
+The functions depend only on their arguments.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +10,15 @@ from itertools import accumulate, pairwise
 from operator import mul
 from statistics import NormalDist
 
-GRID_POINTS, DEVIATIONS = 256, 5.0  # of an integral: at least so many points, so many deviations around each mean
+GRID_POINTS, DEVIATIONS = 256, 5.0  # of a numerical integral: points, and standard deviations around each mean
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A completion and its reward. `outputs` is set for a reward model; the three fields after it are set for a
-    policy."""
+    """A completion's reward, and the numbers that it was computed from.
+
+    `outputs` is set if a reward model scored the completion; the three fields after it are set if a policy did.
+    """
 
     reward: float
     num_tokens: int
@@ -25,24 +29,29 @@ class Judged:
 
 
 def implicit(beta: float, logp: float, reference_logp: float, num_tokens: int) -> Judged:
-    """Returns a completion with DPO's implicit reward, beta (log pi(y|x) - log pi_ref(y|x)): arXiv 2305.18290, section
-    5.1. The term of the reward that depends only on the prompt is left out."""
+    """Returns a completion's implicit reward of DPO, beta (log pi(y|x) - log pi_ref(y|x)): arXiv 2305.18290, section
+    5.1.
+
+    The log-probabilities, in nats, are sums over the completion's tokens. The term of the reward that depends only on
+    the prompt is left out.
+    """
     log_ratio = logp - reference_logp
     return Judged(beta * log_ratio, num_tokens, log_ratio=log_ratio, logp=logp, reference_logp=reference_logp)
 
 
 def explicit(outputs: Sequence[float], num_tokens: int) -> Judged:
-    """Returns a completion with a reward model's reward: the first output."""
+    """Returns a completion's reward by a reward model: the first of the model's outputs."""
     return Judged(outputs[0], num_tokens, outputs=tuple(outputs))
 
 
 def winner(judged: Sequence[Judged]) -> int:
-    """Returns the index of the completion with the highest reward; the first index if several completions have it."""
+    """Returns the index of the completion with the highest reward; the smallest index if several have the same
+    reward."""
     return max(range(len(judged)), key=lambda i: (judged[i].reward, -i))
 
 
 def probabilities(judged: Sequence[Judged]) -> list[float]:
-    """Returns for each completion the probability that it is preferred to all the others.
+    """Returns, for each completion, the probability that it is preferred to all the others.
 
     If rewards are numbers, the probability is that of the Plackett-Luce model (a softmax), which for two completions is
     the Bradley-Terry model. If a reward model gives a mean and the logarithm of a variance, the probability is that the
@@ -61,7 +70,7 @@ def _gaussian(mean: float, log_variance: float) -> NormalDist:
 
 
 def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
-    """Returns the probability of each reward to be the highest.
+    """Returns, for each of several independent Gaussian rewards, the probability that it is the highest.
 
     This probability is the integral of the product of the other rewards' cumulative distributions over the reward's own
     distribution. The points of the numerical sum lie around all means; they are dense where standard deviations are
@@ -79,7 +88,7 @@ def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
 
 
 def _all_but_one(factors: Sequence[float]) -> list[float]:
-    """Returns for each factor the product of all other factors."""
+    """Returns, for each factor, the product of all other factors."""
     before = accumulate(factors[:-1], mul, initial=1.0)
     after = accumulate(reversed(factors[1:]), mul, initial=1.0)
     return [one * other for one, other in zip(before, reversed(list(after)), strict=True)]

@@ -1,4 +1,4 @@
-"""Defines and reads the JSON body of POST /v1/x/rewards."""
+"""Defines the JSON body of POST /v1/x/rewards, and reads its rows."""
 
 from typing import Annotated, Any
 
@@ -11,14 +11,14 @@ from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.http.validation import Text
 
 MOST_ROWS = 256
-MOST_COMPLETIONS = 64  # of one row
+MOST_COMPLETIONS = 64  # in one row
 
 _MESSAGE = {"type": "object", "properties": {"role": {"type": "string"}, "content": {"type": "string"}}}
 _TEXT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": _MESSAGE}]}
 
 
 class Row(BaseModel):
-    """A prompt and its completions. `dpo_core.data` reads the values, so they are not checked twice."""
+    """A prompt and its completions. Pydantic does not check their values, because `dpo_core.data` does."""
 
     model_config = ConfigDict(extra="forbid")
     prompt: Annotated[Any, WithJsonSchema(_TEXT)]
@@ -39,7 +39,10 @@ class RewardsBody(BaseModel):
 
 
 def groups_of(body: RewardsBody) -> list[Group]:
-    """Returns the rows as groups. Raises InvalidRequest, with the path of the value, for a row that cannot be read."""
+    """Returns the rows of the body as groups (prompts with their completions).
+
+    Raises InvalidRequest, with the path of the value, for a row that cannot be read.
+    """
     try:
         groups = [
             read_in_request(number, row.model_dump(exclude_unset=True)) for number, row in enumerate(body.rows, 1)

@@ -1,5 +1,4 @@
-"""Sends groups (prompts with their completions) to the models of a judge, and computes rewards from the models'
-scores."""
+"""Sends groups (prompts with their completions) to the models that score them, and computes rewards from the scores."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -22,17 +21,17 @@ MOST_KEPT_BYTES, KEPT_SECONDS = 2**26, 1800.0  # of policies' scores
 
 @dataclass(frozen=True)
 class Judgement:
-    """The completions of each group with their rewards, and the number of tokens that the models read."""
+    """The rewards of the completions of each group, and the number of tokens that the models read."""
 
     groups: list[list[Judged]]
     num_tokens: int
 
 
 class Scoring:
-    """Sends groups to the models that score them.
+    """Computes the rewards of groups (prompts with their completions) with the models that score them.
 
-    Keeps a policy's scores until its reference model has scored as well. A request that is repeated while the reference
-    model loads therefore does not need the policy, which may have been unloaded for the reference model.
+    Keeps a policy's scores until its reference model has scored as well. So a request that is repeated while the
+    reference model loads does not need the policy, which may have been unloaded to make room for the reference model.
     """
 
     def __init__(self, inference: Inference) -> None:
@@ -40,11 +39,11 @@ class Scoring:
         self._kept: TTLCache[tuple[str, bytes], bytes] = TTLCache(MOST_KEPT_BYTES, KEPT_SECONDS, getsizeof=len)
 
     async def judge(self, judge: Judge, groups: Sequence[Group], meter_of: Callable[[str], Meter]) -> Judgement:
-        """Returns the rewards of the groups. `meter_of` returns a meter for the scores of a model, by the model's id.
+        """Returns the rewards of the groups by the models of `judge`. `meter_of` returns, for a model's id, the meter
+        that counts its tokens.
 
-        The policy's application encodes the texts, as in training, and scores them. The reference model scores the same
-        token ids. Its loading is requested at the start, so that both models load at the same time if there is room for
-        both.
+        The policy's engine encodes the texts, as in training, and scores them. The reference model scores the same
+        token ids. It is requested at the start, so that both models load at the same time if there is room for both.
         """
         texts = TextsToScore(groups=list(map(_on_wire, groups)), today=judge.today).model_dump_json().encode()
         if judge.reference is None or judge.beta is None:
