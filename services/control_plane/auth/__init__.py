@@ -1,1 +1,1 @@
-"""Authenticates the sender of a request, and checks the scopes of the request's key."""
+"""Finds out who sends a request, and checks that the sender's API key has the scope that the request needs."""

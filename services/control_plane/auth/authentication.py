@@ -1,6 +1,6 @@
-"""Authenticates requests: finds the caller of a bearer token.
+"""Finds the caller (the sender) of a request from the bearer token in the request.
 
-A token is the API key from the settings, an API key in the database, or a token of the OIDC issuer.
+A token is the API key from the settings, an API key in the database, or a token of the OpenID Connect issuer.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ NOTE_SECONDS = 60.0  # how often the last uses of keys are written to the databa
 
 
 class Authentication:
-    """Finds the callers of bearer tokens and caches each caller for a second, so that few requests need a query.
+    """Finds the callers of bearer tokens, and caches each caller for a second, so that few requests need a query.
 
-    Unknown keys are cached as well, and keys that arrive at the same moment share a query.
+    Unknown tokens are cached as well. Tokens that arrive at the same time share a query.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -71,13 +71,15 @@ class Authentication:
             return await keys.callers_of(session, digests)
 
     async def project_of(self, token: str) -> str | None:
-        """Returns the project id of the token's caller; None if the token is not valid or cannot be checked now."""
+        """Returns the id of the project to which the token gives access. Returns None if the token is not valid, or
+        cannot be checked now."""
         try:
             return (await self.caller(token)).project_id
         except (ApiError, SQLAlchemyError, OSError):
             return None
 
     async def _with_project(self, caller: Caller) -> Caller:
+        """Returns the caller. Raises Unauthorized if its project does not exist or is archived."""
         async with self._store.begin() as session:
             living = select(Project.id).where(Project.id == caller.project_id, Project.archived_at.is_(None))
             if await session.scalar(living) is None:
@@ -91,7 +93,8 @@ class Authentication:
     # --- last use -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Writes the last uses of keys to the database every minute until cancelled, and once more then."""
+        """Stores in the database, every minute, when API keys were last used. Runs until cancelled, and stores the rest
+        then."""
         try:
             while True:
                 await asyncio.sleep(NOTE_SECONDS)
@@ -102,6 +105,7 @@ class Authentication:
                 await self._issuer.close()
 
     async def note_uses(self) -> None:
+        """Stores that the API keys that were used since the last call are in use now."""
         used, self._used = self._used, set()
         if not used:
             return

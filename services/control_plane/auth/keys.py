@@ -1,6 +1,6 @@
-"""Creates, finds and revokes API keys. Each key belongs to a project and has scopes.
+"""Creates, finds and revokes API keys. Each key belongs to a project, and its scopes say what it may do.
 
-The database stores only the digests of keys.
+The database stores only the SHA-256 of keys.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 @dataclass(frozen=True)
 class Caller:
-    """The sender of a request: the id, the project and the scopes of the key or OIDC token in the request.
+    """The sender of a request: the id, the project and the scopes of the API key, or OpenID Connect token, in the
+    request.
 
     If `requests_per_minute` or `tokens_per_minute` is None, the setting of the same name limits the caller.
     """
@@ -36,10 +37,7 @@ class Caller:
 
     @property
     def manages_all(self) -> bool:
-        """Whether the caller's admin scope covers all projects.
-
-        This is true only for callers of the default project.
-        """
+        """Whether the caller's project is the default project, whose admins manage all projects."""
         return self.project_id == DEFAULT_PROJECT
 
 
@@ -56,7 +54,7 @@ async def create(
     tokens_per_minute: int | None,
     expires_at: datetime | None,
 ) -> tuple[Key, str]:
-    """Creates an API key. Returns its row and its text; the text is not stored and cannot be shown again."""
+    """Creates an API key, and returns its row and its text. The text is not stored and cannot be shown again."""
     text = f"rd-{secrets.token_urlsafe(32)}"
     key = Key(
         id=f"key_{secrets.token_hex(12)}",
@@ -79,10 +77,10 @@ Limits = Mapping[str, int | None]  # per minute: of requests_per_minute and toke
 
 
 async def check(session: AsyncSession, caller: Caller, wanted: Limits, usual: Limits) -> None:
-    """Raises InvalidRequest if the caller asks for more per minute, or for more keys, than its project may have.
+    """Raises InvalidRequest if the caller may not create a key with the limits `wanted`, or no further key at all.
 
-    `usual` are the settings of the same names, the highest limits that a project's own admin may give to a key. Admins
-    of the default project have no limit.
+    `usual` are the settings of the same names: the highest limits that a project's own admin may give to a key. Admins
+    of the default project have no such limit.
     """
     if caller.manages_all:
         return
@@ -98,6 +96,7 @@ async def check(session: AsyncSession, caller: Caller, wanted: Limits, usual: Li
 
 
 def managed_by(caller: Caller) -> Select[Key]:
+    """Returns the SQL query for the keys that the caller may manage: all keys, or those of the caller's project."""
     every = select(Key)
     return every if caller.manages_all else every.where(Key.project_id == caller.project_id)
 
@@ -121,9 +120,9 @@ async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
 
 
 async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
-    """Returns the callers of the valid keys among those with these digests, by digest.
+    """Returns, by digest, the callers of those API keys that have one of these digests and are valid.
 
-    Keys that have expired or were revoked, and keys of archived projects, are left out.
+    Keys that have expired or were revoked, and keys of archived projects, are not valid.
     """
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
@@ -135,7 +134,7 @@ async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str,
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:
-    """Returns the scopes among the given words, and ignores all other words."""
+    """Returns those of the given words that are scopes, and ignores all others."""
     return frozenset(scope for scope in SCOPES if scope in words)
 
 
@@ -144,5 +143,5 @@ async def note_uses(session: AsyncSession, key_ids: Sequence[str]) -> None:
 
 
 def digest(text: str) -> str:
-    """Returns the SHA-256 of a key. A key has 256 random bits, so its digest needs no salt."""
+    """Returns the SHA-256 of an API key's text. A key has 256 random bits, so its digest needs no salt."""
     return hashlib.sha256(text.encode()).hexdigest()

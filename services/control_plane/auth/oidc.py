@@ -26,9 +26,9 @@ PAUSE_SECONDS = 5  # at least this long between two requests to the issuer, what
 
 
 class Issuer:
-    """The OpenID Connect issuer from the settings.
+    """The OpenID Connect issuer from the settings, whose tokens the service accepts.
 
-    If the issuer does not answer, its last published keys stay in use.
+    If the issuer does not answer, the keys that it last published stay in use.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,7 +47,7 @@ class Issuer:
         await self._http.aclose()
 
     async def caller(self, token: str) -> Caller:
-        """Returns the caller of a JWT. Does not check that the caller's project exists.
+        """Checks a JWT, and returns the caller that it names. Does not check that the caller's project exists.
 
         Raises Unauthorized if the token is not valid, and Unavailable if the issuer does not answer.
         """
@@ -74,7 +74,8 @@ class Issuer:
         )
 
     async def _key(self, name: str) -> jwt.PyJWK:
-        """Returns the issuer's key with the id `name`. Fetches the issuer's keys first if they are old or lack the id.
+        """Returns the issuer's public key with the id `name`. Fetches the issuer's keys first if they are old or lack
+        this id.
 
         PyJWT's own client would block all requests of this process while it waits for the issuer.
         """
@@ -93,12 +94,14 @@ class Issuer:
         raise jwt.InvalidKeyError("it is signed with a key that the issuer has not published")
 
     def _is_due(self, name: str) -> bool:
+        """Whether the issuer's keys must be fetched to find the key `name`, and may be, because the last request was
+        not just now."""
         now = time.monotonic()
         wanted = name not in self._keys or now - self._fetched_at > FRESH_SECONDS
         return wanted and now - self._asked_at > PAUSE_SECONDS
 
     async def _ask(self) -> None:
-        """Fetches the issuer's discovery document, and then the issuer's keys from the URL in the document."""
+        """Fetches the issuer's discovery document, and then the issuer's keys from the URL in this document."""
         issuer = self._settings.oidc_issuer or ""
         try:
             about = await self._get(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
@@ -123,9 +126,9 @@ class Issuer:
         return project_id
 
     def _scopes(self, claims: dict[str, Any]) -> frozenset[Scope]:
-        """Returns the scopes of this service in the token's claim, and ignores scopes of other services.
+        """Returns the scopes that a token gives: those words of its claim that are scopes of this service.
 
-        The claim is a list of scopes, or a text with spaces between the scopes.
+        The claim is a list of words, or a text with spaces between the words.
         """
         given = claims.get(self._settings.oidc_scopes_claim)
         return known(given.split() if isinstance(given, str) else given if isinstance(given, list) else [])

@@ -1,4 +1,4 @@
-"""Checks that a key has the scope that a route needs."""
+"""Checks that an API key has the scope (the kind of permission) that a route needs."""
 
 from services.control_plane.auth.keys import Caller, Scope
 from services.control_plane.core.errors import Forbidden
@@ -8,7 +8,8 @@ INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")
 
 
 def check(caller: Caller, method: str, path: str) -> None:
-    """Raises Forbidden unless the caller's key has the scope that the route needs."""
+    """Raises Forbidden unless the caller has the scope that the request needs. `path` is the route's template, as in
+    `needed`."""
     if (scope := needed(method, path)) not in caller.scopes:
         has = ", ".join(sorted(caller.scopes)) or "none"
         message = (

@@ -1,1 +1,1 @@
-"""Modules that all parts of the control plane use: the database, errors, logs and metrics."""
+"""What all parts of the control plane use: the database, errors, logs, metrics, and limits on concurrent work."""

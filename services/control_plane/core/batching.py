@@ -8,10 +8,10 @@ Value = TypeVar("Value")
 
 
 class Batcher(Generic[Value]):
-    """Looks up keys with the function `find`: one call at a time, with all keys that are waiting.
+    """Looks up values by key with the function `find`, one call at a time, with all keys that are waiting then.
 
-    A key that arrives during a call waits for the next call. Every value therefore includes all changes that were
-    committed before its key was requested.
+    A key that is requested during a call waits for the next call. So every value includes all changes that were
+    committed before it was requested.
     """
 
     def __init__(self, find: Callable[[list[str]], Awaitable[Mapping[str, Value]]]) -> None:
@@ -20,7 +20,7 @@ class Batcher(Generic[Value]):
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self, key: str) -> Value | None:
-        """Returns the value that `find` returns for the key; None if `find` returns no value for it.
+        """Returns the value of the key, as `find` returns it. Returns None if `find` returns no value for the key.
 
         Raises the error that `find` raises.
         """

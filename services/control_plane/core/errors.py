@@ -1,4 +1,4 @@
-"""Defines the API's errors in OpenAI's form: an HTTP status, and a JSON body whose four keys are always present.
+"""Defines the errors of the API, in OpenAI's form: an HTTP status, and a JSON body whose four keys are always present.
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409
@@ -15,13 +15,14 @@ from services.contract import storable
 
 
 def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Returns the JSON body of an error response."""
+    """Returns the JSON body of an error response, in OpenAI's form. `kind` becomes the error's `type`."""
     quoted = storable(message)  # a message may quote text that JSON cannot hold, such as half of a surrogate pair
     return {"error": {"message": quoted, "type": kind, "param": param and storable(param), "code": code}}
 
 
 class ApiError(Exception):
-    """An error that the API answers with. The exception of OpenAI's client has the same `code` and `param`."""
+    """An error with which the API answers a request. OpenAI's client raises an exception with the same `code` and
+    `param`."""
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
@@ -39,9 +40,9 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The client made a mistake.
+    """Answers 400: the client made a mistake.
 
-    Conflicts with an object's state are 400 too, because OpenAI's clients resend a 409.
+    A conflict with the state of an object is 400 as well and not 409, because OpenAI's clients resend after a 409.
     """
 
     status, kind = 400, "invalid_request_error"
@@ -63,7 +64,8 @@ class NotFound(ApiError):
 
 
 class Stalled(ApiError):
-    """The client did not send the rest of the request's body in time. The response closes the connection."""
+    """Answers 408: the client did not send the rest of the request's body in time. The response closes the
+    connection."""
 
     status, kind = 408, "invalid_request_error"
 
@@ -73,14 +75,15 @@ class Stalled(ApiError):
 
 
 class Fenced(ApiError):
-    """Refuses the report of an attempt that has ended or was replaced by a newer one."""
+    """Answers 409 to the report of an attempt (one run of a job on Ray) that has ended or was replaced by a newer
+    one."""
 
     status, kind = 409, "invalid_request_error"
 
 
 class InFlight(ApiError):
-    """The same request was sent before and is still being answered. OpenAI's clients repeat the request
-    automatically."""
+    """Answers 409: the same request was sent before and is still being answered. OpenAI's clients then send it
+    again."""
 
     status, kind = 409, "invalid_request_error"
 
@@ -102,7 +105,7 @@ class RangeNotSatisfiable(ApiError):
 
 
 class RateLimited(ApiError):
-    """The key sent more requests than its limit allows; the client may send again after `seconds`."""
+    """Answers 429: the API key sent more requests than its limit allows. The client may send again after `seconds`."""
 
     status, kind = 429, "rate_limit_error"
 
@@ -113,7 +116,7 @@ class RateLimited(ApiError):
 
 
 class OverQuota(ApiError):
-    """The project has reached one of its limits. Sending the request again does not help."""
+    """Answers 429: the project has reached one of its limits. Sending the request again does not help."""
 
     status, kind = 429, "insufficient_quota"
 
@@ -123,7 +126,7 @@ class OverQuota(ApiError):
 
 
 class Unavailable(ApiError):
-    """The service cannot answer now; the client may send again after `retry_after` seconds."""
+    """Answers 503: the service cannot answer now. The client may send again after `retry_after` seconds."""
 
     status, kind = 503, "server_error"
 

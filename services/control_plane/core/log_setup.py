@@ -1,6 +1,6 @@
 """Sets up the service's log, as text for people or as one JSON object per line.
 
-Each record also has the fields that `about` has set, such as the id of a job.
+Each log record also has the fields that the context manager `about` adds, such as the id of a job.
 """
 
 import logging
@@ -28,7 +28,8 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 def configure(log_format: LogFormat, file: Path) -> None:
-    """Sends the log to `file` as text, for people at a terminal, or to standard error as JSON, for a collector."""
+    """Sends the service's log to `file` as text, for people, or to standard error as JSON, for a program that collects
+    logs."""
     handler: logging.Handler
     if log_format == "json":
         handler = logging.StreamHandler()

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 async def remove_bytes(uri: str) -> bool:
-    """Deletes a file or folder in storage. Returns False if the deletion fails; the sweeper then tries again later."""
+    """Deletes a file or folder in storage. Returns False if this fails; the regular cleanup then tries again later."""
     try:
         await anyio.to_thread.run_sync(storage.delete, uri)
     except (OSError, ValueError) as error:  # ValueError: a URI of a storage that the service no longer knows

@@ -1,4 +1,4 @@
-"""Builds the parts that all JSON responses share.
+"""Builds the parts of JSON responses that many routes share.
 
 Times are integers in Unix seconds. Fields that OpenAI's API lacks are in `x_raydpo`.
 """
@@ -13,7 +13,8 @@ def seconds(moment: datetime | None) -> int | None:
 
 
 def listing(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """Returns one page of a list. The client asks for the next page with `after` set to this page's `last_id`."""
+    """Returns the JSON object of one page of a list. The client asks for the next page with `after` set to this page's
+    `last_id`."""
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": list(data), "has_more": has_more, **ends}
 

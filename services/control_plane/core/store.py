@@ -1,4 +1,4 @@
-"""Connects to the database, and holds the queries that several packages use.
+"""Connects to the database, limits sessions to the rows of one project, and holds queries that several packages use.
 
 The query functions take an open session and never commit.
 """
@@ -72,7 +72,7 @@ from services.control_plane.core.turns import Turns
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; the jobs behind these wait
+QUEUE_HEAD = 50  # the most queued jobs of a project that may start next; the jobs behind these wait
 STATEMENT_SECONDS = 30  # the server cancels a statement after this long, even if it only waits for a lock
 IDLE_SECONDS = 60  # the server ends a transaction that is idle for this long
 ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # a connection whose server does not answer for this long counts as lost
@@ -100,7 +100,7 @@ Row = TypeVar("Row", bound=Base)
 
 
 def _url(database_url: str, *, limits: bool = False) -> URL:
-    """Returns the URL for SQLAlchemy, with the settings of CONNECTING that the URL does not set itself.
+    """Returns the database's URL for SQLAlchemy, with the options of CONNECTING that the URL does not set itself.
 
     `limits` adds SERVER_LIMITS too, which connection poolers refuse.
     """
@@ -117,21 +117,21 @@ def _url(database_url: str, *, limits: bool = False) -> URL:
 def _conninfo(url: URL) -> str:
     """Returns the URL as a connection string of libpq.
 
-    psycopg cannot use the URL: SQLAlchemy writes a space as a plus sign, and psycopg would keep the plus sign.
+    The URL itself will not do: SQLAlchemy writes a space in it as a plus sign, which psycopg would keep.
     """
     _, arguments = url.get_dialect()().create_connect_args(url)
     return make_conninfo(**arguments)
 
 
 class PoolerUrl(ValueError):
-    """The database URL leads to a connection pooler. The message says which setting the operator must add.
+    """Raised if the database's URL leads to a connection pooler. The message says which setting the operator must add.
 
     Poolers support neither LISTEN nor SERVER_LIMITS.
     """
 
 
 def migrate(database_url: str) -> None:
-    """Migrates the database to this release's schema. Several replicas may call this function at the same time.
+    """Migrates the database to this release's schema. Several control planes may call this function at the same time.
 
     Leaves the schema of a newer release as it is: during an upgrade, control planes of the older release may restart
     after the migration, and each schema serves the release before it. Raises PoolerUrl if the URL leads to a connection
@@ -153,7 +153,7 @@ def migrate(database_url: str) -> None:
 
 
 def _version(database_url: str) -> str:
-    """Returns the version of the database's schema; '' if the database is empty."""
+    """Returns the version of the database's schema. Returns '' if the database is empty."""
     try:
         connected = psycopg.connect(_conninfo(_url(database_url, limits=True)))
     except psycopg.OperationalError as error:
@@ -172,7 +172,7 @@ def _version(database_url: str) -> str:
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
-    """A connection that is closed if the server does not answer within ANSWER_SECONDS.
+    """A connection to PostgreSQL that is closed if the server does not answer within ANSWER_SECONDS.
 
     The limit also holds if a proxy in between still accepts data although the server does not answer.
     """
@@ -190,7 +190,7 @@ class _Connection(psycopg.AsyncConnection[Any]):
 
 
 class Store:
-    """The database: a pool of connections. Each call of `begin` or `begin_for` opens one transaction.
+    """The database, with a pool of connections. `begin` and `begin_for` open transactions.
 
     `direct_url` is the URL of the database server itself. It is needed if `database_url` leads to a pooler, such as
     PgBouncer, that gives a connection to another client after each transaction.
@@ -209,7 +209,7 @@ class Store:
         event.listen(self._engine.sync_engine, "handle_error", _drop_a_standby)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        # A tenth of the connections is the service's own, so that no project's requests keep jobs from going on.
+        # A tenth of the connections is kept for the service itself, so that requests of projects never stop its jobs.
         self._turns = Turns(connections - connections // 10, leaves_free=True)
         self._instance: str | None = None
         self._listen_url = _url(direct_url or database_url)
@@ -220,17 +220,19 @@ class Store:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """Opens a transaction of the service itself, which sees and writes the rows of all projects."""
+        """Opens a transaction of the service itself, which sees and writes the rows of all projects. It commits at the
+        end of the `with` block."""
         async with self._sessions.begin() as session:
             yield session
             await _append(session)
 
     @asynccontextmanager
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """Opens a transaction that sees and writes the rows of one project only.
+        """Opens a transaction that sees and writes the rows of one project only. It commits at the end of the `with`
+        block.
 
-        The limit applies to the tables with an owner (class Owned). The transaction can also read the models that other
-        projects share with the project.
+        The limit applies to the tables whose rows belong to projects (class Owned). The transaction can also read the
+        models that other projects share with the project.
         """
         async with (
             self._turns.turn(project_id),
@@ -242,7 +244,7 @@ class Store:
 
     @asynccontextmanager
     async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """Opens a session that reads the rows of one project.
+        """Opens a session that reads the rows of one project, and writes nothing.
 
         Each statement is a transaction of its own, which saves two of three round trips to the database.
         """
@@ -253,10 +255,10 @@ class Store:
             yield session
 
     async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
-        """Yields the payload of each notice on the channel, over a connection of its own.
+        """Yields the payload of each PostgreSQL notification on the channel. Uses a connection of its own.
 
-        Also yields None at first, and after `quiet_seconds` without a notice; the caller should then read the tables.
-        Raises psycopg.OperationalError when the connection is lost.
+        Also yields None at first, and after `quiet_seconds` without a notification; the caller should then read the
+        tables. Raises psycopg.OperationalError when the connection is lost.
         """
         url = _conninfo(self._listen_url)
         connect = _Connection.connect(url, autocommit=True, application_name=f"raydpo {channel}")
@@ -269,7 +271,7 @@ class Store:
                 await connection.execute("SELECT 1")
 
     async def instance(self) -> str:
-        """Returns the id of the service that this database belongs to. The id never changes."""
+        """Returns the id of this service, which the database holds. The id never changes."""
         if self._instance is None:
             async with self.begin() as session:
                 self._instance = (await session.scalars(select(Instance.id))).one()
@@ -280,7 +282,7 @@ class Store:
 
 
 def _drop_a_standby(context: ExceptionContext) -> None:
-    """Drops the pool's connections after an error that says that the server is read-only.
+    """Has SQLAlchemy drop all connections of the pool after an error that says that the server is read-only.
 
     After a failover, such a server is a standby, and another server has replaced it.
     """
@@ -290,7 +292,7 @@ def _drop_a_standby(context: ExceptionContext) -> None:
 
 @dataclass(frozen=True)
 class ProjectStore:
-    """The database, limited to the rows that the callers of one project may see and write."""
+    """The database, limited to the rows that one project may see and write."""
 
     store: Store
     project_id: str
@@ -304,6 +306,7 @@ class ProjectStore:
 
 @event.listens_for(Session, "do_orm_execute")
 def _see_own_rows_only(state: ORMExecuteState) -> None:
+    """Limits each statement of a session for one project to the rows of this project."""
     project_id = state.session.info.get("project_id")
     if project_id is not None and state.is_orm_statement:  # statements without the ORM name no rows of projects
         state.statement = state.statement.options(*_criteria(project_id, state.is_select))
@@ -313,7 +316,7 @@ def _see_own_rows_only(state: ORMExecuteState) -> None:
 def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
     """Returns the ORM options that limit a statement to the rows of one project.
 
-    A statement that reads also sees the models that other projects share with the project.
+    If `reading`, the statement also sees the models that other projects share with the project.
     """
     criteria: dict[type[Owned], ColumnElement[bool]] = {
         kind: kind.project_id == project_id for kind in Owned.__subclasses__()
@@ -326,6 +329,8 @@ def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...
 
 @event.listens_for(Session, "before_flush")
 def _write_own_rows_only(session: Session, context: UOWTransaction, instances: object) -> None:
+    """Gives new rows of a session for one project the id of this project. Fails if a changed row belongs to another
+    project."""
     project_id = session.info.get("project_id")
     if project_id is None:
         return
@@ -352,11 +357,11 @@ async def now(session: AsyncSession) -> datetime:
 
 
 def append(session: AsyncSession, row: Base) -> None:
-    """Inserts a row at the end of the transaction, in one statement with all other appended rows.
+    """Adds a row that is inserted at the end of the transaction, in one statement with all other rows added this way.
 
-    Use this function for rows that no query of the transaction reads, such as a job's events and log entries: one round
-    trip for each would take most of a request's time. The row object does not get the values that the database fills
-    in.
+    Use this function for rows that no query of the transaction reads, such as a job's events. One round trip to the
+    database for each of them would take most of a request's time. The row object does not get the values that the
+    database fills in.
     """
     if (project_id := session.info.get("project_id")) is not None:
         _claim(row, project_id)
@@ -368,7 +373,8 @@ def append(session: AsyncSession, row: Base) -> None:
 
 @cache
 def _columns(kind: type[Base]) -> dict[str, Any]:
-    """Returns the names of the columns that the database does not fill in, each with its default value in Python."""
+    """Returns the names of the table's columns that the database does not fill in, each with its default value in
+    Python."""
     given = (column for column in kind.__table__.c if column.server_default is None)
     return {column.name: getattr(column.default, "arg", None) for column in given}
 
@@ -387,9 +393,9 @@ async def _append(session: AsyncSession) -> None:
 
 @cache
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
-    """Returns the statement that inserts rows into these tables.
+    """Returns the SQL statement that inserts rows into these tables.
 
-    The rows of a table are the parameter with its name.
+    Each table has a parameter, with the table's name: a JSON list of its rows.
     """
     parts = []
     for kind in kinds:
@@ -401,7 +407,7 @@ def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
 
 
 def owns(session: AsyncSession, row: Owned) -> bool:
-    """Whether the session may change the row. A session may only read models that another project shares."""
+    """Whether the session may change the row. It may not if another project owns the row and only shares it."""
     return session.info.get("project_id") in (None, row.project_id)
 
 
@@ -411,7 +417,7 @@ def project_of(session: AsyncSession) -> str:
 
 
 def refuses_value(error: DBAPIError) -> bool:
-    """Whether the database or its driver refused a value, and would refuse the same value again.
+    """Whether the error means that the database or its driver refused a value, and would refuse it again.
 
     SQLSTATE's class 22 means bad data, 23 a broken constraint, 54 a limit of the server such as an index row's size.
     """
@@ -420,12 +426,13 @@ def refuses_value(error: DBAPIError) -> bool:
 
 
 async def wait_long(session: AsyncSession) -> None:
-    """Removes the server's limit on idle time for the session's current transaction."""
+    """Removes the server's limit on idle time for the session's current transaction, which may then wait for
+    storage."""
     await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
 
 
 async def check(session: AsyncSession) -> None:
-    """Tests the database by writing a row. Raises SQLAlchemyError if the database takes no writes."""
+    """Tests whether the database takes writes, by writing a row. Raises SQLAlchemyError if it does not."""
     await hold_lease(session, "readyz", "readyz", seconds=60)
 
 
@@ -441,9 +448,9 @@ async def page(
 ) -> tuple[list[Row], bool]:
     """Returns one page of the query's rows, sorted by the columns `keys`, and whether more rows follow.
 
-    The values of all `keys` together must be unique in each row. `after` identifies the last row of the previous page
-    by its value in column `cursor`, or in the last of `keys` if there is no `cursor`. Raises InvalidRequest if no row
-    of `query` has that value.
+    The values of all `keys` together must be unique in each row. The page begins after the row whose column `cursor`
+    has the value `after`; without `cursor`, the last of `keys` is this column. Raises InvalidRequest if no row of
+    `query` has that value.
     """
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
@@ -462,7 +469,7 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Returns the jobs that the reconciler must handle.
+    """Returns the jobs that the reconciler, the background task that handles jobs, must look at.
 
     These are the running jobs, the paused jobs that their users want to run or cancel, and the first queued jobs of
     each project.
@@ -476,13 +483,13 @@ async def live_jobs(session: AsyncSession) -> list[Job]:
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
-    """Returns the attempts that have not ended, by job id. A job has at most one such attempt."""
+    """Returns the attempts (runs of jobs on Ray) that have not ended, by job id. A job has at most one such attempt."""
     return {row.job_id: row for row in await session.scalars(select(Attempt).where(Attempt.state != "ended"))}
 
 
 @dataclass(frozen=True)
 class History:
-    """Counts of a job's attempts and of its failures so far."""
+    """Counts of a job's attempts (its runs on Ray) and of their failures so far."""
 
     total: int
     failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
@@ -493,6 +500,7 @@ NO_ATTEMPTS = History(total=0, failures=0, rested_seconds=0.0)
 
 
 async def history(session: AsyncSession, job_id: str) -> History:
+    """Returns the counts of a job's attempts (its runs on Ray) and of their failures so far."""
     of_job = Attempt.job_id == job_id
     saved = select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job_id).scalar_subquery()
     progressed = select(func.max(Attempt.number)).where(of_job, Attempt.created_at <= saved).scalar_subquery()
@@ -510,12 +518,13 @@ class Census:
     """Counts of jobs and of webhook messages over all projects, for Prometheus."""
 
     jobs: Mapping[str, int]  # by state
-    lease_seconds: float  # seconds until the reconciler's lease ends; NaN if nobody ever held the lease
+    lease_seconds: float  # seconds until the lease ends by which one control plane handles jobs; NaN: never held
     outbox: int  # webhook messages that wait to be sent
     outbox_seconds: float  # seconds since the oldest waiting message was written
 
 
 async def census(session: AsyncSession) -> Census:
+    """Returns the current counts of jobs and of webhook messages over all projects, for Prometheus."""
     by_state = (await session.execute(select(Job.observed, func.count().label("number")).group_by(Job.observed))).all()
     left = func.extract("epoch", Lease.expires_at - func.clock_timestamp())
     lease = await session.scalar(select(left).where(Lease.name == "reconciler"))
@@ -543,15 +552,17 @@ async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limi
 
 
 async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
-    """Returns the first `limit` events of the job after the event id `after`, in order."""
+    """Returns the first `limit` events of the job after the event with the id `after`, in order."""
     query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
     return (await session.execute(query)).all()
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
-    """Takes or renews the lease `name` for `holder`, by the database's clock.
+    """Takes or renews the lease `name` for `holder`, for so many seconds from now by the database's clock. Returns
+    True.
 
-    Returns False if another holder has it.
+    A lease is the right of one process to do something that only one process may do. Returns False if another holder
+    has it.
     """
     until = func.clock_timestamp() + timedelta(seconds=seconds)
     statement = insert(Lease).values(name=name, holder=holder, expires_at=until)
@@ -563,4 +574,5 @@ async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: 
 
 
 async def release_lease(session: AsyncSession, name: str, holder: str) -> None:
+    """Gives up the lease `name`, if `holder` has it, so that another process can take it now."""
     await session.execute(delete(Lease).where(Lease.name == name, Lease.holder == holder))

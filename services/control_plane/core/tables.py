@@ -1,5 +1,7 @@
-"""Defines the database's tables. All state of jobs is in these tables; constraints in the database enforce the
-guarantees in the docs."""
+"""Defines the database's tables. They hold all state of jobs.
+
+Constraints in the database enforce the guarantees that the documentation gives.
+"""
 
 from datetime import date, datetime
 from functools import cache
@@ -46,7 +48,7 @@ class Base(DeclarativeBase):
 
 
 class Project(Base):
-    """A project, which owns files, jobs, models and keys. None in a column `max_…` means no limit."""
+    """A project, the owner of files, jobs, models and API keys. None in a column `max_…` means no limit."""
 
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -140,7 +142,10 @@ class File(Owned, Base):
 
 
 class SideJobAttempt(Owned, Base):
-    """A Ray job beside training: it checks a training file with a model, or merges an adapter into its base."""
+    """A run of a side job, which is a short Ray job beside training.
+
+    A side job checks a training file with a model, or merges an adapter into its base model.
+    """
 
     __tablename__ = "checks"
     submission_id: Mapped[str] = mapped_column(primary_key=True)
@@ -172,7 +177,7 @@ class Upload(Owned, Base):
 
 
 def reading_of(row: File | Upload) -> Reading:
-    """Returns the options for reading the rows of the file; the defaults if the row has none."""
+    """Returns the options for reading the rows of the file or upload. Returns the defaults if its row has none."""
     return Reading.model_validate(row.reading or {})
 
 
@@ -229,7 +234,7 @@ class Job(Owned, Base):
 class Transition(Base):
     """A change of a job's desired or observed state.
 
-    Rows never change; replaying a job's rows in order gives its state.
+    Rows never change. The rows of a job, in order, give its state.
     """
 
     __tablename__ = "transitions"
@@ -245,9 +250,10 @@ class Transition(Base):
 
 
 class Attempt(Base):
-    """An attempt: one execution of a job on the Ray cluster.
+    """An attempt: one run of a job on the Ray cluster.
 
-    The row is written before the launch. A job has at most one open attempt, which is one that has not ended.
+    The row is written before Ray starts the attempt. An attempt is open until it has ended; a job has at most one open
+    attempt.
     """
 
     __tablename__ = "attempts"
@@ -276,16 +282,16 @@ class Attempt(Base):
 
     @property
     def submission_id(self) -> str:
-        """Returns the submission id under which Ray runs the attempt."""
+        """Returns the id under which the attempt is submitted to Ray."""
         return f"{self.job_id}-{self.number}"
 
 
 class Event(Base):
     """An event in a job's history, which the job's user can read.
 
-    The columns (job_id, attempt, seq) are together unique, so an attempt may send a report twice. Events with attempt 0
-    come from the control plane itself. A trigger makes the ids of one job's events rise in the order in which the
-    events become visible.
+    The columns (job_id, attempt, seq) are together unique, so an attempt (a run of the job on Ray) may send a report
+    twice. Events with attempt 0 come from the control plane itself. A trigger makes the ids of one job's events rise in
+    the order in which the events become visible.
     """
 
     __tablename__ = "events"
@@ -308,7 +314,7 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """A checkpoint of a job that is complete in storage."""
+    """A checkpoint of a job. It is complete in storage."""
 
     __tablename__ = "checkpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -335,7 +341,7 @@ class Model(Owned, Base):
         server_default="0"
     )  # outputs of a reward model's head; 0: the model is no reward model
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
-    attached_at: Mapped[datetime | None]  # when it was last seen in use on the engine of its base; written now and then
+    attached_at: Mapped[datetime | None]  # when an adapter was last recorded in use on the engine of its base model
     deleted_at: Mapped[datetime | None]
     removed_at: Mapped[datetime | None]  # when the deleted model's files were removed from storage
     __table_args__ = (
@@ -348,7 +354,7 @@ class Model(Owned, Base):
 
 
 class CheckpointPermission(Base):
-    """A permission for another project to use a model, which is a trained policy or a checkpoint."""
+    """A permission for another project to use a trained model."""
 
     __tablename__ = "checkpoint_permissions"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -382,7 +388,7 @@ class WebhookEndpoint(Owned, Base):
 
 
 class Outbound(Base):
-    """A webhook message to one endpoint. The transaction that ends the job writes the row."""
+    """A webhook message to one URL, sent or still to be sent. The transaction that ends the job writes the row."""
 
     __tablename__ = "outbox"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -397,7 +403,8 @@ class Outbound(Base):
 
 
 class AuditEntry(Base):
-    """An entry of the audit log: a request that changed data or was refused, and its key. Entries never change."""
+    """An entry of the audit log: a request that changed data or was refused, and the key that sent it. Entries never
+    change."""
 
     __tablename__ = "audit_log"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -414,27 +421,27 @@ class AuditEntry(Base):
 
 
 class Deployment(Base):
-    """A model that Ray Serve should run, because a request or a job that uses the model as its reference needs it."""
+    """A model that Ray Serve should run, because a request needs it, or a job needs it as its reference model."""
 
     __tablename__ = "deployments"
     app_name: Mapped[str] = mapped_column(primary_key=True)
     model_id: Mapped[str]
     source: Mapped[str]
     num_outputs: Mapped[int] = mapped_column(server_default="0")  # of a reward model's head; 0: no reward model
-    scores: Mapped[bool] = mapped_column(server_default="false")  # it only computes log-probabilities, for jobs
-    asked_at: Mapped[datetime] = mapped_column(server_default=func.now())  # first; models that wait take turns by it
+    scores: Mapped[bool] = mapped_column(server_default="false")  # the application only computes log-probabilities
+    asked_at: Mapped[datetime] = mapped_column(server_default=func.now())  # of the first request; gives the turns
     last_used_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    placed_at: Mapped[datetime | None]  # since when it loads or runs
-    ready_at: Mapped[datetime | None]  # since when it runs
-    answered_at: Mapped[datetime | None]  # when a request, or an attempt that needs it, was last seen since then
+    placed_at: Mapped[datetime | None]  # when Ray Serve was told to load the model; None: the model waits
+    ready_at: Mapped[datetime | None]  # when the model was first seen running, since placed_at
+    answered_at: Mapped[datetime | None]  # when a request, or a job that needs the model, was last seen since placed_at
     answering: Mapped[dict[str, Any]] = mapped_column(
         server_default="{}"
-    )  # control planes that have requests of it in flight, each with the time in epoch seconds until which that counts
-    waits_for: Mapped[str | None]  # what it waits for, in words; one that is placed gets no new requests then
+    )  # control planes with requests to the model in flight, each with the Unix time until which this counts
+    waits_for: Mapped[str | None]  # what the model waits for, in words; if placed, it gets no new requests
 
 
 class ModelSettings(Base):
-    """The settings of a model's deployment that someone chose through the API."""
+    """The settings of a model's deployment (how the model is served) that a client chose through the API."""
 
     __tablename__ = "model_settings"
     model_id: Mapped[str] = mapped_column(primary_key=True)
@@ -443,7 +450,7 @@ class ModelSettings(Base):
 
 
 class UsageRow(Base):
-    """The usage of one model with one key on one day (in UTC): requests, tokens and accelerator seconds."""
+    """The usage of one model with one API key on one day (in UTC): requests, tokens and accelerator seconds."""
 
     __tablename__ = "usage"
     project_id: Mapped[str] = mapped_column(primary_key=True)
@@ -458,8 +465,7 @@ class UsageRow(Base):
 
 
 class UsageWriter(Base):
-    """The number of the last batch of usage that a control plane has written. It prevents that a batch is counted
-    twice."""
+    """The number of the last batch of usage that a control plane has written, so that no batch is counted twice."""
 
     __tablename__ = "usage_writers"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -468,7 +474,7 @@ class UsageWriter(Base):
 
 
 class Instance(Base):
-    """The service's id, in a table with one row.
+    """The id of this service, in a table with one row.
 
     The names of the service's applications in Ray contain the id, so that services can share a cluster.
     """
@@ -478,10 +484,9 @@ class Instance(Base):
 
 
 class Lease(Base):
-    """A lease: the right of one process, until `expires_at`, to do work that only one process may do, such as the
-    reconciler's.
+    """A lease: the right of one process, until `expires_at`, to do work that only one process may do.
 
-    All times are by the database's clock.
+    For example, only one control plane at a time starts and ends jobs. All times are by the database's clock.
     """
 
     __tablename__ = "leases"

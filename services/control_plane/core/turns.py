@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """A limit on the number of tasks that run at the same time.
+    """A limit on the number of tasks that run at the same time, which projects share fairly.
 
     The next task to run belongs to the project with the fewest running tasks; projects with equally many take turns. A
     project without competitors may therefore run as many tasks as the limit allows. Many waiting tasks of one project
