@@ -1,1 +1,2 @@
-"""The HTTP layer around the routes: limits, authentication, idempotency and the access log."""
+"""What happens to every HTTP request around its route: limits, authentication, idempotency, errors and the access
+log."""

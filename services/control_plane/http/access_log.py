@@ -1,4 +1,5 @@
-"""Gives every request an id and every response its headers, writes the access log and counts requests."""
+"""Gives every request an id, adds headers to every response, writes the access log, and counts requests for
+Prometheus."""
 
 import logging
 import re
@@ -23,7 +24,11 @@ PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class AccessLog:
-    """The outermost middleware of the app. It also answers requests that crash, so that these responses have an id."""
+    """The outermost ASGI middleware of the app.
+
+    Gives each request an id, logs it and counts it. Also answers 500 to requests that crash, so that these responses
+    have an id, too.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -71,7 +76,8 @@ def _crashed() -> JSONResponse:
 
 
 def _given_id(scope: Scope) -> dict[str, str]:
-    """Returns the client's own id of the request as a field of the log, if the id is short and printable."""
+    """Returns the id that the client itself gave the request, as a field for the log. Returns {} if it is long or not
+    printable."""
     given = next((value for name, value in scope["headers"] if name == b"x-client-request-id"), b"")
     return {"client_request_id": given.decode()} if PRINTABLE.fullmatch(given) else {}
 

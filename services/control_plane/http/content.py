@@ -1,5 +1,7 @@
-"""Answers requests for the bytes of a stored file, or for a range of them, so that clients can resume interrupted
-downloads."""
+"""Answers requests for the bytes of a file in storage, or for a range of these bytes.
+
+Ranges allow clients to resume interrupted downloads.
+"""
 
 import base64
 import hashlib
@@ -20,14 +22,14 @@ from services.control_plane.core.errors import RangeNotSatisfiable
 CHUNK = 1 << 20
 # One range of bytes, as RFC 9110 writes it. The service ignores other `Range` headers, as the RFC allows.
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
-DIGESTS_AT_ONCE = 2  # how many contents are read for their digest at the same time
+DIGESTS_AT_ONCE = 2  # how many files are read at the same time only to compute their digests
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("digests at once")
 _digests: LRUCache[str, bytes] = LRUCache(1000)  # SHA-256 by ETag, of contents that were read to their end
 
 
 @dataclass(frozen=True)
 class Content:
-    """The bytes of a response, and the values that describe them. The bytes never change while `etag` stays the
+    """The bytes of a download, and the values that describe them. The bytes never change while `etag` stays the
     same."""
 
     num_bytes: int
@@ -39,9 +41,10 @@ class Content:
 
 
 async def answer(request: Request, content: Content) -> Response:
-    """Returns the content, or the part of it that the headers `Range` and `If-Range` ask for.
+    """Returns the response with the whole content, or with the part that the headers `Range` and `If-Range` ask for.
 
     A client that sends `Want-Repr-Digest: sha-256=1` (RFC 9530) gets the digest of the whole content in `Repr-Digest`.
+    Raises RangeNotSatisfiable if the content has none of the bytes.
     """
     span, status = range(content.num_bytes), 200
     headers = {"accept-ranges": "bytes", "etag": f'"{content.etag}"', **_attached(content.filename)}
@@ -64,7 +67,7 @@ async def answer(request: Request, content: Content) -> Response:
 
 
 def read_file(uri: str, span: range) -> Iterator[bytes]:
-    """Yields a range of the bytes of the file at `uri`. Raises OSError if the file is too short."""
+    """Yields the bytes of the file at `uri` whose positions are in `span`. Raises OSError if the file is too short."""
     with storage.open_input(uri) as source:
         source.seek(span.start)
         left = len(span)
@@ -76,8 +79,7 @@ def read_file(uri: str, span: range) -> Iterator[bytes]:
 
 
 def _is_same(request: Request, content: Content) -> bool:
-    """Whether the part that the client has already downloaded belongs to this content, judged by the header
-    `If-Range`."""
+    """Whether a range of this content fits the part that the client already has, judged by the header `If-Range`."""
     return request.headers.get("if-range") in (None, f'"{content.etag}"')
 
 
@@ -87,7 +89,8 @@ def _attached(filename: str) -> dict[str, str]:
 
 
 def _part(asked: re.Match[str], num_bytes: int) -> range:
-    """Returns the range of bytes that a `Range` header asks for; an empty range if the file has none of these bytes."""
+    """Returns the range of bytes that a `Range` header asks for. Returns an empty range if the file has none of these
+    bytes."""
     first, last = asked[1], asked[2]
     if not first:  # the last bytes of the file
         return range(max(0, num_bytes - int(last)), num_bytes)
@@ -95,7 +98,7 @@ def _part(asked: re.Match[str], num_bytes: int) -> range:
 
 
 async def _digest(content: Content) -> bytes:
-    """Returns the SHA-256 of the content. Reads the content if the digest is not known yet."""
+    """Returns the SHA-256 of the whole content. Reads the content if the digest is not known yet."""
     if found := content.sha256 or _digests.get(content.etag):
         return found
     try:
@@ -112,7 +115,7 @@ def _exhaust(chunks: Iterator[bytes]) -> None:
 
 
 def _noting_digest(content: Content) -> Iterator[bytes]:
-    """Yields the whole content. If the content is read to its end, stores its digest for later requests."""
+    """Yields the whole content. If it is read to its end, keeps its SHA-256 for later requests."""
     digest = hashlib.sha256()
     for chunk in content.read(range(content.num_bytes)):
         digest.update(chunk)
@@ -121,7 +124,7 @@ def _noting_digest(content: Content) -> Iterator[bytes]:
 
 
 async def _in_threads(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Yields `first`, the first chunk of bytes, and then all further chunks. Reads each further chunk in a thread."""
+    """Yields the chunk `first`, and then all chunks of the iterator `chunks`. Reads each of these in a thread."""
     yield first
     while chunk := await anyio.to_thread.run_sync(next, chunks, b""):
         yield chunk

@@ -1,4 +1,5 @@
-"""Defines the FastAPI dependencies of route functions: the parts that `app` built, and the authenticated caller."""
+"""Defines the FastAPI dependencies of routes: the parts of the service that `app` built, and the caller of the
+request."""
 
 from collections.abc import Collection
 from typing import Annotated, Any, cast
@@ -42,11 +43,11 @@ RayApiPart = Annotated[RayApi, Depends(_ray_api)]
 
 
 async def admit(request: Request, credentials: Bearer) -> Caller:
-    """Returns the caller of the request.
+    """Checks the API key of the request, and returns the caller (the sender of the request).
 
     Raises an ApiError if the key is missing or unknown, has reached its rate limit, or lacks the scope that the route
-    needs. The function takes the other parts from `app.state`. If they were parameters, FastAPI would look them up
-    again for each dependency that needs the caller.
+    needs. The parts of the service come from `app.state`. If they were parameters, FastAPI would look them up again for
+    each dependency that needs the caller.
     """
     parts = request.app.state
     if credentials is None or not credentials.credentials:
@@ -65,11 +66,16 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
 
 
 def tokens_per_minute(caller: Caller, settings: Settings) -> int | None:
+    """Returns the caller's limit of tokens per minute: its own, else that of the settings. Returns None if there is
+    none."""
     return caller.tokens_per_minute or settings.tokens_per_minute
 
 
 def _check_header(request: Request, what: str, keys_own: str) -> None:
-    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` is present and not `keys_own`."""
+    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` is present and is not `keys_own`.
+
+    `what` is `organization` or `project`.
+    """
     if (named := request.headers.get(f"openai-{what}")) not in (None, keys_own):
         message = (
             f"The header OpenAI-{what.capitalize()} is '{named}', but your key belongs to '{keys_own}'; "
@@ -82,7 +88,10 @@ CallerPart = Annotated[Caller, Depends(admit)]
 
 
 def _names(param: Any) -> Collection[str]:
-    """Returns the names of the query parameters of a FastAPI field, which may be a pydantic model with several."""
+    """Returns the names of the query parameters that one parameter of a route function reads.
+
+    A parameter whose type is a pydantic model reads several.
+    """
     kind = param.field_info.annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return [field.alias or name for name, field in kind.model_fields.items()]
@@ -92,7 +101,7 @@ def _names(param: Any) -> Collection[str]:
 async def check_query(request: Request) -> None:
     """Raises InvalidRequest for a query parameter that the route does not read.
 
-    The name `a[b]` belongs to the parameter `a`.
+    A query parameter with the name `a[b]` counts as `a`.
     """
     route = cast(APIRoute, request.scope["route"])
     if not request.query_params or not route.include_in_schema:

@@ -1,4 +1,4 @@
-"""Reads multipart requests with a file: to disk, within limits, and only after the request's key was checked."""
+"""Reads multipart requests that hold a file: to disk, within limits, and only after the API key was checked."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,9 +19,9 @@ OVERHEAD_BYTES = 2**17  # the most bytes of boundaries, headers and fields
 
 @dataclass(frozen=True)
 class Form:
-    """A multipart body: its file, and its other fields.
+    """A multipart body: its file, and its text fields.
 
-    The field named `a[b]` is the key b of the dict `fields["a"]`.
+    The value of a text field named `a[b]` is `fields["a"]["b"]`.
     """
 
     source: BinaryIO
@@ -32,10 +32,10 @@ class Form:
 
 @asynccontextmanager
 async def read_form(request: Request, part: str, *, most: int, remedy: str) -> AsyncIterator[Form]:
-    """Reads a multipart body, whose part named `part` is a file of at most `most` bytes.
+    """Reads the multipart body of the request, in which the part named `part` is a file of at most `most` bytes.
 
-    Raises InvalidRequest if the body is wrong, and TooLarge, whose message ends with `remedy`, if the file is too
-    large.
+    The file lies on disk until the end of the `with` block. Raises InvalidRequest if the body is wrong. Raises
+    TooLarge, whose message ends with the text `remedy`, if the file is too large.
     """
     body: Body = request.state.body
     body.spool(most + OVERHEAD_BYTES, remedy)
@@ -81,7 +81,7 @@ def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def multipart(part: str, *fields: str) -> dict[str, Any]:
-    """Returns the description of a multipart body for the OpenAPI document.
+    """Returns the part of the OpenAPI document that describes a multipart body.
 
     The body has a file named `part` and the text fields `fields`, of which the first is required.
     """

@@ -1,4 +1,5 @@
-"""The routes /healthz, which answers while the process lives, and /readyz, which answers while it can do its work."""
+"""The routes /healthz, which answers while the process lives, and /readyz, which answers 200 while the database
+works."""
 
 import asyncio
 

@@ -1,8 +1,8 @@
-"""Makes a request that changes data act once, however often the client sends the request.
+"""Makes a request that changes data act only once, however often the client sends it.
 
-The change, the response and the audit entry are written in one transaction; a retry gets the stored response. The
-service recognizes a retry by the header `Idempotency-Key`, or by `x-stainless-retry-count`, which OpenAI's clients send
-when they resend a request by themselves.
+The change, the response and the audit entry are written in one transaction. A retry (a repeated send of the same
+request) gets the stored response. The service recognizes a retry by the header `Idempotency-Key`, or by
+`x-stainless-retry-count`, which OpenAI's clients send when they resend a request by themselves.
 """
 
 import json
@@ -22,7 +22,7 @@ from services.control_plane.core.store import ProjectStore, append
 from services.control_plane.core.tables import Answer, AuditEntry, Project
 
 KEPT = timedelta(hours=24)
-RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and then a little more
+RESENT_WITHIN = timedelta(minutes=15)  # OpenAI's clients resend after ten minutes without an answer, and a pause
 LONGEST_KEY = 255
 
 # The statements are built once, because building one takes as long as running it.
@@ -52,7 +52,7 @@ NEWEST_OF_SAME, STILL_THE_NEWEST = (
 
 
 class IdempotentRequest:
-    """A request that changes data, with the methods that answer its retries."""
+    """A request that changes data. Its method `act` makes the change, or answers a retry with the stored response."""
 
     def __init__(self, request: Request, store: ProjectStore, caller: Caller) -> None:
         self._request, self._store, self._caller = request, store, caller
@@ -68,12 +68,13 @@ class IdempotentRequest:
         content: str | None = None,
         secret: str | None = None,
     ) -> JSONResponse:
-        """Runs `work` and returns its result as the response; for a retry, returns the stored response instead.
+        """Runs `work`, which makes the change, and returns its result as the response. For a retry, returns the stored
+        response.
 
         `work` must not commit; if it raises, nothing is stored. `changes` is the id of the object that `work` changes,
         None if `work` creates an object. A retry without an Idempotency-Key runs `work` again if another request has
-        changed the object since. `content` identifies a body that is not JSON. The response's field named by `secret`
-        is not stored, so a retry gets null in this field.
+        changed the object since. `content` identifies a body that is not JSON. The field `secret` of the response is
+        not stored, so a retry gets null in this field.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())
@@ -97,9 +98,9 @@ class IdempotentRequest:
         return JSONResponse(body)
 
     def _audit_entry(self, body: dict[str, Any]) -> AuditEntry:
-        """Returns the audit entry of this request.
+        """Returns the entry of this request for the audit log. `body` is the response.
 
-        Its object is the one in the response, or else the last one in the path.
+        The entry's object is the one whose id is in the response, or else the last one in the path.
         """
         request = self._request
         named = body.get("id") or next(reversed(request.path_params.values()), None)
@@ -127,6 +128,8 @@ class IdempotentRequest:
         return key
 
     async def _take_key(self, session: AsyncSession, key: str) -> None:
+        """Locks the Idempotency-Key until the transaction ends. Raises InFlight if another request with this key holds
+        the lock."""
         name = func.hashtextextended(f"{self._store.project_id} {key}", 0)
         if not await session.scalar(select(func.pg_try_advisory_xact_lock(name))):
             raise InFlight(
@@ -135,6 +138,11 @@ class IdempotentRequest:
             )
 
     async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
+        """Returns the stored response for this Idempotency-Key. Returns None if there is none, or it is more than a day
+        old.
+
+        `sent` is the digest of the body. Raises InvalidRequest if the key was sent before with another request.
+        """
         query = select(Answer, Answer.created_at > func.now() - KEPT).where(Answer.idempotency_key == key)
         if (row := (await session.execute(query)).first()) is None:
             return None
@@ -152,7 +160,7 @@ class IdempotentRequest:
     # --- silent resends ----------------------------------------------------------------------------
 
     async def _take_turn(self, session: AsyncSession, sent: str) -> None:
-        """Locks the content of the request: shared for a first send, exclusive for a retry.
+        """Locks the content of the request (`sent`, its digest): shared for a first send, exclusive for a retry.
 
         So first sends do not wait for each other. The same statement also reads the project and the time into
         `session.info`.
@@ -162,7 +170,7 @@ class IdempotentRequest:
         session.info.update(project=turn.Project, now=turn.now)
 
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
-        """Returns the stored response to another send of this request; None if there is none.
+        """Returns the stored response to another send of this request. Returns None if there is none.
 
         A first send finds a response only if a retry of the request arrived before the first send itself.
         """
@@ -180,7 +188,7 @@ class IdempotentRequest:
 
 
 def _retry_count(request: Request) -> int:
-    """Returns the number of this retry; 0 for a first send, and for clients that do not send the header."""
+    """Returns which retry of a request this is; 0 for the first send, and for clients that do not send the header."""
     given = request.headers.get("x-stainless-retry-count", "")
     return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
 

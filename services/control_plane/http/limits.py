@@ -1,5 +1,4 @@
-"""Limits requests: the size of a body, the time for which a body may stall, and the number of requests that are
-answered at the same time.
+"""Limits the size of a request's body, how slowly it may arrive, and how many requests are answered at the same time.
 
 No project can use up the amounts that all requests share. A refused request is answered immediately; the server reads
 and drops the rest of the request, so that the connection is not reset.
@@ -18,17 +17,17 @@ from services.control_plane.settings import Settings
 
 SLOWEST = 1024  # bytes a second that a body must bring on average, after `stall_seconds`
 HELD_BYTES = 2**28  # the most bytes of bodies in memory, of all requests together
-OPEN_STREAMS = 20_000  # the most open event streams; one costs little but its socket
-UNCOUNTED = ("/healthz", "/readyz", "/metrics")  # answered however busy the service is
-INTERNAL = "/internal/"  # attempts' reports; their own limits keep users' requests from crowding them out
+OPEN_STREAMS = 20_000  # the most open event streams; each costs little more than its socket
+UNCOUNTED = ("/healthz", "/readyz", "/metrics")  # answered even if the service is busy
+INTERNAL = "/internal/"  # reports of training processes; their own limits keep users' requests from delaying them
 ASKING_MODELS = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")  # these may wait for a model for minutes
 
-STRANGERS = ""  # the holder of all requests without a known key
-ProjectOf = Callable[[str], Awaitable[str | None]]  # finds a bearer token's project; None: it has none
+STRANGERS = ""  # the holder (see Room) of all requests without a known key
+ProjectOf = Callable[[str], Awaitable[str | None]]  # returns the project of a bearer token; None: an unknown token
 
 
 class Room:
-    """A limited amount that requests share, such as memory.
+    """A limited amount of something, such as memory, that all requests share.
 
     Each request belongs to a holder, which is a project or the service itself. A holder's only request may take all
     that it needs. Several requests of one holder may together take at most as much as they leave free for other
@@ -42,8 +41,11 @@ class Room:
         self._held: Counter[str] = Counter()
 
     def take(self, amount: int, holder: str | None = None, *, has: int = 0) -> None:
-        """Reserves `amount` for a request. Raises Unavailable if too little is left. `has` is the amount that the
-        request has reserved already. If no other request holds a reservation, the request may take any amount."""
+        """Reserves `amount` for a request of `holder`. Raises Unavailable if too little is left.
+
+        `has` is the amount that this request has reserved already. If no other request has reserved anything, the
+        request may take any amount.
+        """
         if self.taken and self.taken + amount > self.most:
             raise self._full(f"The service is full: requests use {self.taken} of at most {self.most} {self._what}")
         if holder is not None:
@@ -69,8 +71,10 @@ class Room:
 
 
 class Bounds:
-    """The limited amounts that all requests of users share: requests at the same time, open streams and memory. Reports
-    of training processes share separate amounts."""
+    """The limited amounts that requests share: requests at the same time, open event streams, memory and disk.
+
+    Requests of users share one object of this class, reports of training processes another one.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.places = Room(settings.max_requests, "requests at once")
@@ -80,14 +84,15 @@ class Bounds:
 
 
 class Place:
-    """A request's slot: its share of the limit on requests that are answered at the same time.
+    """A request's slot under the limit on requests that are answered at the same time.
 
     The request holds the slot until it is answered. For a streamed answer, the request exchanges this slot for a slot
     under the limit on open streams.
     """
 
     def __init__(self, bounds: Bounds, holder: str | None) -> None:
-        """Takes a slot. Raises Unavailable if no slot is left for the holder, such as a project, of the request."""
+        """Takes a slot for a request of `holder`, such as a project. Raises Unavailable if no slot is left for this
+        holder."""
         bounds.places.take(1, holder)
         self.bounds, self.holder = bounds, holder
         self._room = bounds.places
@@ -103,8 +108,10 @@ class Place:
 
 
 class Body:
-    """The body of a request while it is being received. The body is held in memory; routes that take files call `spool`
-    first."""
+    """The body of a request while it arrives, within the limits on size and time.
+
+    The body is held in memory. Routes that take files call `spool` first, and then write it to disk.
+    """
 
     def __init__(self, receive: Receive, headers: Mapping[str, str], settings: Settings, place: Place) -> None:
         self._receive, self._stall, self._place = receive, settings.stall_seconds, place
@@ -116,14 +123,20 @@ class Body:
         self._complete = False
 
     def spool(self, most: int, remedy: str) -> None:
-        """Lets the body have up to `most` bytes, which the route writes to disk. Reserves the disk space before the
-        body is read."""
+        """Allows the body to have up to `most` bytes, because the route writes it to disk, and reserves the disk space.
+
+        `remedy` is a sentence for the error about a body that is too large. Raises Unavailable if too little disk is
+        left.
+        """
         self._most, self._remedy, self._room = most, remedy, self._place.bounds.disk
         self._hold(self._declared)
 
     async def receive(self) -> Message:
-        """Returns the next part of the body, like ASGI's `receive`. Raises TooLarge for a body above the limit, Stalled
-        if the client stops sending, and Unavailable if too little space is left."""
+        """Returns the next part of the body, like ASGI's `receive`.
+
+        Raises TooLarge for a body above the limit, Stalled if the client stops sending, and Unavailable if too little
+        space is left.
+        """
         if self._complete:
             return await self._receive()
         if self._began is None:
@@ -158,7 +171,8 @@ class Body:
 
 
 class Limits:
-    """The middleware that limits how large and how slow a request may be, and how many run at the same time.
+    """The ASGI middleware that limits how large and how slow a request may be, and how many are answered at the same
+    time.
 
     Stores the request's body, as a Body, in `request.state.body`.
     """
@@ -196,17 +210,20 @@ class Limits:
             place.leave()
 
     async def _enter(self, scope: Scope) -> Place:
-        """Counts the request against the limit on requests that are answered at the same time, before the request's
-        body is read. Raises Unavailable if the limit is reached."""
+        """Takes the request's slot under the limit on requests that are answered at the same time, before its body is
+        read.
+
+        Raises Unavailable if the limit is reached.
+        """
         if scope["path"].startswith(INTERNAL):
             return Place(self.attempts, None)
         return Place(self.users, await self._holder(scope))
 
     async def _holder(self, scope: Scope) -> str:
-        """Returns the holder of the request: its key's project.
+        """Returns the holder against whose share of the limits the request counts: the project of its API key.
 
-        The completions of a project have a holder of their own. Therefore the project's other requests are answered
-        while its completions wait for models.
+        Completions of a project have a holder of their own. So the project's other requests are answered while its
+        completions wait for models.
         """
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
@@ -220,14 +237,16 @@ class Limits:
 
 
 def _declared(headers: Mapping[str, str]) -> int:
-    """Returns the body's length in bytes according to the headers; 0 if the headers do not state it. The received bytes
-    are counted as well."""
+    """Returns the length of the body in bytes that the headers state. Returns 0 if they state none.
+
+    The bytes that arrive are counted as well.
+    """
     length = headers.get("content-length", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
 
 
 def _is_stream(scope: Scope, message: Message) -> bool:
-    """Whether the answer streams a job's events. A streamed completion is not such a stream, because a model works on
+    """Whether the answer is a stream of a job's events. A streamed completion does not count, because a model works on
     it all the time."""
     kinds = (value for name, value in message["headers"] if name == b"content-type")
     return scope["path"] not in ASKING_MODELS and any(kind.startswith(b"text/event-stream") for kind in kinds)

@@ -1,4 +1,4 @@
-"""The route /metrics for Prometheus. The route needs no key, because metrics name no user's objects."""
+"""The route /metrics, from which Prometheus reads. It needs no API key, because metrics name no user's objects."""
 
 import time
 

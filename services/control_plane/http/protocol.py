@@ -1,4 +1,5 @@
-"""Adds two limits to uvicorn's HTTP protocol: on a request's headers, and on clients that do not read a response."""
+"""Adds two limits to uvicorn's HTTP protocol: on the headers of a request, and on clients that do not read their
+response."""
 
 import asyncio
 import json
@@ -13,7 +14,8 @@ HEAD_SECONDS = 30.0
 
 
 class Protocol(HttpToolsProtocol):
-    """A client's connection. The client must send the headers within 30 seconds and 64 KiB, and read the response."""
+    """A connection to a client. The client must send headers within 30 seconds and 64 KiB, and must read the
+    response."""
 
     _head_bytes: int | None = 0  # bytes received of the request line and headers; None: both are complete
     _head_timer: asyncio.TimerHandle | None = None
@@ -58,7 +60,8 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _expect_reading(self) -> None:
-        """Aborts the connection if the client has read too little since the last call, or else schedules a call.
+        """Aborts the connection if the client has read too little since this method last ran. Otherwise has it run
+        again later.
 
         (A close instead of an abort would wait until the client has read the rest.)
         """

@@ -1,5 +1,4 @@
-"""Limits the requests and the tokens per minute of each API key. Every replica of the service counts only its own
-requests.
+"""Limits the requests and the tokens per minute of each API key. Each control plane counts only its own requests.
 
 A key may use the amount of a whole minute in a burst; afterwards one further unit (a request or a token) is allowed
 every 1/limit of a minute. For each key, the process stores one number: the time at which the whole amount is allowed
@@ -23,16 +22,19 @@ MAX_KEYS = 100_000
 
 
 class RateLimits:
-    """Counts the requests or tokens of every API key, and refuses requests beyond a key's limit. `what` is the counted
-    unit: requests or tokens."""
+    """Counts the requests or the tokens of every API key, and refuses requests beyond the limit of a key.
+
+    `what` says what is counted: requests or tokens.
+    """
 
     def __init__(self, what: str = "requests", *, now: Callable[[], float] = time.monotonic) -> None:
         self._what, self._now = what, now
-        # A key that may use a minute's amount again need not be kept.
+        # The cache drops a key as soon as the key may use the amount of a whole minute again.
         self._full_at: TLRUCache[str, float] = TLRUCache(MAX_KEYS, lambda _, full_at, now: full_at, timer=now)
 
     def take(self, key_id: str, limit: int) -> dict[str, str]:
-        """Counts one unit for a key whose limit is `limit` per minute. Returns the x-ratelimit headers of the response.
+        """Counts one unit (a request or a token) for a key whose limit is `limit` per minute. Returns the x-ratelimit
+        headers of the response.
 
         Raises RateLimited if the key has reached its limit.
         """
@@ -41,13 +43,14 @@ class RateLimits:
         return self._headers(key_id, limit)
 
     def look(self, key_id: str, limit: int) -> dict[str, str]:
-        """Returns the x-ratelimit headers without counting a unit. Raises RateLimited if the key has reached its
-        limit."""
+        """Returns the x-ratelimit headers of the response without counting anything. Raises RateLimited if the key has
+        reached its limit."""
         self._admit(key_id, limit, 0)
         return self._headers(key_id, limit)
 
     def count(self, key_id: str, limit: int, amount: int) -> None:
-        """Counts the units that a key has used, even beyond the key's limit."""
+        """Counts `amount` units (requests or tokens) that a key has used, even beyond its limit of `limit` per
+        minute."""
         now = self._now()
         self._full_at[key_id] = max(now, self._full_at.get(key_id, now)) + amount * MINUTE / limit
 
@@ -70,7 +73,7 @@ class RateLimits:
 
 
 def _duration(seconds: float) -> str:
-    """Returns a duration in OpenAI's form: `12ms`, `1s`, `6m0s`."""
+    """Returns a number of seconds as a text in OpenAI's form: `12ms`, `1s`, `6m0s`."""
     if seconds < 1:
         return f"{max(1, math.ceil(seconds * 1000))}ms"
     minutes, rest = divmod(math.ceil(seconds), 60)

@@ -1,4 +1,4 @@
-"""Writes refused requests to the audit log: a missing scope, a change of an unknown object, an exceeded limit.
+"""Writes refused requests to the audit log, for example for a missing scope, an unknown object or an exceeded limit.
 
 Only the first refusals of a key in a minute get an entry each, so that nobody can fill the log. Further refusals are
 counted, and at the end of the minute one entry is written for all refusals with the same key, action, status and code.
@@ -20,17 +20,15 @@ from services.control_plane.core.tables import AuditEntry
 
 log = logging.getLogger(__name__)
 
-ENTRIES = 10  # the most single entries for a key in a minute, in each replica
+ENTRIES = 10  # the most single entries for a key in a minute, in each control plane
 MINUTE_SECONDS = 60.0
 LONGEST_NAME = 100  # the most characters of an object id from a path; the object need not exist
 READING = ("GET", "HEAD")
 
 
 class Refusals:
-    """Records refused requests in the audit log.
-
-    Every control plane has one, which counts its own process's requests.
-    """
+    """Records refused requests in the audit log. Every control plane has one object of this class, for its own
+    requests."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -38,7 +36,8 @@ class Refusals:
         self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # counted, by key, action, status, code
 
     async def note(self, request: Request, error: ApiError) -> None:
-        """Writes the refused request to the audit log, or counts it. Ignores errors that do not belong in the log."""
+        """Writes the refused request to the audit log, or counts it. Does nothing for errors that do not belong in the
+        log."""
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None or not _belongs(request, error):
             return
@@ -55,7 +54,7 @@ class Refusals:
             self._more[kind] = entry
 
     async def run(self) -> None:
-        """Calls `end_minute` every minute until cancelled, and once more then."""
+        """Calls `end_minute` every minute. Runs until cancelled, and calls it once more then."""
         try:
             while True:
                 await asyncio.sleep(MINUTE_SECONDS)

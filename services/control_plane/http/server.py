@@ -1,4 +1,4 @@
-"""Defines the web server that runs the app."""
+"""Defines the web server in which the app runs."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""Refuses the parts of OpenAI's API that the service does not offer, with a reason instead of a bare 404."""
+"""The routes of OpenAI's API that the service does not offer. They answer 400 with the reason instead of a bare 404."""
 
 from fastapi import APIRouter, Request
 
@@ -13,7 +13,7 @@ INSTEAD = {
 
 
 async def refuse(request: Request) -> None:
-    """Raises an InvalidRequest that names the unsupported part of OpenAI's API and the reason."""
+    """Raises InvalidRequest, which names the part of OpenAI's API that the service does not offer, and the reason."""
     part = next(part for part in INSTEAD if request.url.path.startswith(f"/v1{part}"))
     message = f"{request.method} {request.url.path} is not supported: {INSTEAD[part]}."
     raise InvalidRequest(message, param=part.removeprefix("/"), code="unsupported_value")

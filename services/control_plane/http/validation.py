@@ -1,6 +1,6 @@
-"""Validates the values in request bodies. Each error names the field and the mistake.
+"""Validates values in request bodies, and turns errors of pydantic into errors of the API.
 
-Errors about a choice also list the values or names that are known there.
+Each error names the field and the mistake. Errors about a choice also list the values or names that are allowed.
 """
 
 import functools
@@ -29,6 +29,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
+    """Returns `value` as the type `kind`, checked by pydantic. Raises InvalidRequest, which names the wrong field.
+
+    `where` and `paths` are those of `refused`.
+    """
     try:
         parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
     except ValidationError as error:
@@ -44,10 +48,10 @@ def refused(
     paths: Mapping[str, str] | None = None,
     kind: Any = None,
 ) -> InvalidRequest:
-    """Returns the InvalidRequest for a pydantic error: the dotted path of the field, a code, and the reason.
+    """Turns an error of pydantic into an InvalidRequest with the dotted path of the field, a code, and the reason.
 
-    `where` is the path of the validated value in the body, and `kind` its type. `paths` gives the full paths of fields
-    that came from elsewhere in the body.
+    `location` is the field's path within the validated value. `where` is the path of this value in the body, and `kind`
+    its type. `paths` gives the full paths of fields that came from elsewhere in the body.
     """
     cause = error.get("ctx", {}).get("error")
     path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
@@ -62,13 +66,18 @@ def refused(
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Raises InvalidRequest for the first key of `given` that is not in `known`. `where` is the path of `given` in the
+    body."""
     for name in given:
         if name not in known:
             raise _unknown(f"{where}.{name}", known)
 
 
 def _unknown(param: str, known: set[str]) -> InvalidRequest:
-    """Returns the error for a field that is not in `known`, with the name in `known` that resembles it most."""
+    """Returns the error for a field that is not in `known`. Its message suggests the known name that resembles it most.
+
+    `param` is the dotted path of the field.
+    """
     where, _, name = param.rpartition(".")
     guess = meant(name, known)
     listed = f" {where or 'The request'} can have: {', '.join(sorted(known))}." if known else ""
@@ -76,15 +85,15 @@ def _unknown(param: str, known: set[str]) -> InvalidRequest:
 
 
 def meant(name: str, known: Collection[str]) -> str:
-    """Returns a sentence that asks whether the user meant the known name that resembles `name` most.
+    """Returns the sentence " Did you mean …?" with the known name that resembles `name` most.
 
-    The result is empty if no known name resembles it.
+    Returns '' if no known name resembles it.
     """
     close = get_close_matches(name, known, n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _names(kind: Any) -> set[str]:
-    """Returns the names of the fields of a pydantic model or a dataclass; an empty set for any other type."""
+    """Returns the names of the fields of a pydantic model or a dataclass. Returns an empty set for any other type."""
     fields: Mapping[str, Any] = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
     return set(fields)

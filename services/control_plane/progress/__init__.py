@@ -1,1 +1,1 @@
-"""Serves a job's events, metrics and logs to clients that follow the job."""
+"""Shows clients how a job goes on: its events as a stream, its metrics, and its logs."""

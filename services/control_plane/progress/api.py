@@ -1,4 +1,4 @@
-"""The routes below /v1/x/jobs: a job's event stream, its metrics as columns, and the logs of its processes."""
+"""The routes below /v1/x/jobs that show how a job goes on: its events as a stream, its metrics, and its logs."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -28,10 +28,10 @@ StreamsPart = Annotated[Streams, Depends(_streams)]
 
 
 class EventStream(StreamingResponse):
-    """A response that sends server-sent events in the request's own task.
+    """A response that sends server-sent events, within the task of the request itself.
 
-    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, the response checks
-    whether the client has left; if it has, the response ends.
+    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, checks whether the client
+    has left, and then ends.
     """
 
     media_type = "text/event-stream"

@@ -1,4 +1,4 @@
-"""Reads the logs of a job's driver and workers, which the job's attempts write to storage."""
+"""Reads the logs of a job's processes from storage, where the processes write them."""
 
 import math
 from collections.abc import Iterator
@@ -14,9 +14,11 @@ PAGE_BYTES = 2**20
 def page(
     settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
 ) -> dict[str, Any]:
-    """Returns at most `limit` lines of a log from byte `after` on, and the byte of the next page as `next`.
+    """Returns at most `limit` lines of a log from byte `after` on, and as `next` the byte at which the next page
+    begins.
 
-    If `attempt` is None, the log is that of the newest attempt.
+    `attempt` is the number of a run of the job on Ray; None means the newest run. `source` is the process, such as
+    `driver` or `worker-0`. Raises InvalidRequest for a run without logs.
     """
     folder = storage.join(settings.storage_url, "runs", job_id, "logs")
     attempts = sorted(map(int, storage.list_folders(folder)))
@@ -41,7 +43,7 @@ def page(
 
 
 def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
-    """Yields each line of the log with the byte at which the next line begins.
+    """Yields each line of the log in `folder` from byte `after` on, and with it the byte at which the next line begins.
 
     Where a part of the log was left out, yields a line that says so.
     """

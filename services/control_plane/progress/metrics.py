@@ -1,4 +1,4 @@
-"""Returns the metrics of a job's steps as columns. The database summarizes the metrics in buckets of steps."""
+"""Returns the metrics of a job's training steps as columns. The database summarizes them in buckets of steps."""
 
 from typing import Annotated, Any
 
@@ -10,14 +10,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import Event
 
-MOST_POINTS = 10_000
+MOST_POINTS = 10_000  # the most buckets of steps that a request may ask for
 STATISTICS = ("mean", "min", "max", "last")
 
 Step = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Range(BaseModel):
-    """The query parameters of a request for metrics: the range of steps, and the most points to return.
+    """The query parameters of a request for metrics: the range of steps, and the largest number of points to return.
 
     If `to` is None, the range ends at the newest step.
     """
@@ -29,7 +29,11 @@ class Range(BaseModel):
 
 
 async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, Any]:
-    """Returns the statistics of each metric in each bucket of steps; None if no step in the bucket has the metric."""
+    """Returns the job's metrics as columns. The steps of the range `asked` are divided into buckets of equal size.
+
+    For each bucket, the columns of a metric hold its mean, least, greatest and last value, or None if no step of the
+    bucket has the metric. Raises InvalidRequest if the range ends before it begins.
+    """
     if asked.last is not None and asked.last < asked.first:
         raise InvalidRequest(
             f"The query parameter 'to' is {asked.last}, which is less than 'from', {asked.first}; send a range "
@@ -56,7 +60,8 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
 
 
 def _buckets(job_id: str, first: int, last: int, width: int) -> Any:
-    """Returns the query for the statistics of metrics: one row for each bucket of steps and each metric."""
+    """Returns the SQL query for these statistics of metrics: one row for each bucket of `width` steps and each
+    metric."""
     numbers = func.jsonb_each(Event.data).table_valued("key", "value").lateral("numbers")
     value = numbers.c.value.cast(Double)
     bucket = ((Event.step - first) // width).label("bucket")

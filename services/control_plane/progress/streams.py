@@ -1,6 +1,6 @@
-"""Sends jobs' events to clients as streams. The events of a job are read once, for all open streams of the job.
+"""Sends the events of jobs to clients as streams. New events of a job are read once for all open streams of the job.
 
-Triggers in the database send a notice of each change. A stream holds no database connection; it stores only its
+Triggers in the database send a notification of each change. A stream holds no database connection; it stores only its
 position, which is the id of the last event that it sent. Later events come from the newest events in memory or, if the
 stream is further behind, from the table. So a slow stream delays no other stream, and loses no event.
 """
@@ -30,24 +30,25 @@ KEPT = 200  # the most events of a watched job in memory
 PAGE = 500  # events that a stream reads from the table in one statement
 READERS = 4  # streams that read from the table at a time
 JOBS_AT_ONCE = 500  # jobs that are read in one transaction
-MERGE_SECONDS = 0.05  # changes within this time are sent together
+MERGE_SECONDS = 0.05  # changes of a job within this time are sent together
 KEEPALIVE_SECONDS = 15.0
 LONGEST_SECONDS = 3600.0  # a stream ends after this long; the client reconnects, with a key that is still valid
-QUIET_SECONDS = 30.0  # after this long without a notice, all watched jobs are read
-DEAF_SECONDS = 2.0  # how often watched jobs are read while no notices come
+QUIET_SECONDS = 30.0  # after this long without a notification, all jobs with open streams are read
+DEAF_SECONDS = 2.0  # how often jobs with open streams are read while the database cannot send notifications
 
-WOKEN_AT_ONCE = 200  # streams that are woken in one go; other work of the process gets its turn in between
+WOKEN_AT_ONCE = 200  # streams that go on without a pause; then other tasks of the process run
 
 KEEPALIVE = b": keepalive\n\n"
 
 
 class News:
-    """Wakes the streams that wait for changes of a job, a limited number at a time."""
+    """Tells waiting streams that a job has changed, a limited number of streams at a time."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def wait(self) -> None:
+        """Waits until `tell` is called."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
         try:
@@ -56,6 +57,7 @@ class News:
             self._waiting.discard(future)
 
     async def tell(self) -> None:
+        """Lets all waiting streams go on."""
         for number, future in enumerate(list(self._waiting), start=1):
             if not future.done():
                 future.set_result(None)
@@ -64,7 +66,7 @@ class News:
 
 
 class Watched:
-    """A job with open streams: its newest events and its progress."""
+    """A job that clients follow: its newest events, its status, and the number of its open streams."""
 
     def __init__(self) -> None:
         self.frames: deque[tuple[int, bytes]] = deque()
@@ -76,7 +78,10 @@ class Watched:
         self.num_streams = 0
 
     def add(self, events: list[tuple[int, bytes]]) -> None:
-        """Adds the job's events after `last` to `frames`: all of them, or the newest KEPT + 1 if there are more."""
+        """Adds events of the job to those in memory, and drops the oldest if there are more than KEPT.
+
+        `events` are pairs of an id and a frame: all events after `last`, or the newest KEPT + 1 if there are more.
+        """
         if len(events) > KEPT:
             self.frames.clear()
         for event in events:
@@ -88,6 +93,7 @@ class Watched:
         self.last = self.frames[-1][0] if self.frames else self.last
 
     def after(self, place: int) -> bytes:
+        """Returns the frames of the events in memory whose ids are greater than `place`, joined."""
         newer = []
         for number, frame in reversed(self.frames):
             if number <= place:
@@ -108,18 +114,20 @@ class Streams:
         self._closed = False
 
     async def close(self) -> None:
-        """Ends every stream. Clients resume at another control plane."""
+        """Ends every stream. The clients then reconnect, to another control plane."""
         self._closed = True
         for watched in list(self._watched.values()):
             await watched.news.tell()
 
     async def run(self) -> None:
-        """Listens for notices of the database and reads the changed jobs, until cancelled."""
+        """Listens for notifications of the database, and reads the events of changed jobs that clients follow, until
+        cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._look())
 
     async def _listen(self) -> None:
+        """Listens for notifications, which name changed jobs, and passes these on to `_look`, until cancelled."""
         while True:
             try:
                 async with aclosing(self._store.listen("jobs", quiet_seconds=QUIET_SECONDS)) as notices:
@@ -139,6 +147,7 @@ class Streams:
             self._woken.set()
 
     async def _look(self) -> None:
+        """Reads the events of changed jobs that clients follow, until cancelled."""
         while True:
             await self._woken.wait()
             self._woken.clear()
@@ -153,6 +162,7 @@ class Streams:
             await asyncio.sleep(MERGE_SECONDS)
 
     async def _look_at(self, job_ids: Iterable[str]) -> None:
+        """Reads the new events and the state of these jobs, and lets their streams go on."""
         # `looked` keeps the Watched objects, not the ids: during the read, a job's last stream may leave and another
         # stream join. The other stream has a new Watched object, which is read next.
         looked = {job_id: self._watched[job_id] for job_id in job_ids if job_id in self._watched}
@@ -186,7 +196,8 @@ class Streams:
             watched.end = _data(job) + b"data: [DONE]\n\n"
 
     async def follow(self, job_id: str, place: int) -> AsyncGenerator[bytes]:
-        """Yields the frames of a stream: the job's events after the event id `place`, until the job ends.
+        """Yields the frames of a stream, as bytes: the job's events after the event with the id `place`, until the job
+        ends.
 
         Yields KEEPALIVE if nothing happened for a while. The stream may end early; the client then resumes after the
         last event that it received.
@@ -214,7 +225,8 @@ class Streams:
             self._leave(job_id, watched)
 
     async def _read(self, job_id: str, place: int) -> tuple[int, bytes]:
-        """Reads events after the event id `place` from the table. Returns the id of the last event, and the frames."""
+        """Reads events of the job after the event with the id `place` from the table. Returns the last event's id, and
+        their frames."""
         async with self._reading, self._store.begin() as session:
             events = await next_events(session, job_id, place, limit=PAGE)
         STREAM_TABLE_READS.inc()
@@ -236,9 +248,9 @@ class Streams:
 
 
 async def _news(watched: Watched) -> bytes:
-    """Waits until the watched job changes, and returns b"".
+    """Waits until the job changes, and returns b"".
 
-    Returns KEEPALIVE after KEEPALIVE_SECONDS without a change.
+    Returns KEEPALIVE if the job does not change for KEEPALIVE_SECONDS.
     """
     try:
         async with asyncio.timeout(KEEPALIVE_SECONDS):
