@@ -1,1 +1,1 @@
-"""Manages projects, API keys, quotas and the audit log."""
+"""Manages projects (the tenants of the service), their API keys, limits and usage, and the audit log."""

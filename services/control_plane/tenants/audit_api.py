@@ -1,4 +1,4 @@
-"""The route /v1/x/audit, which lists the audit log."""
+"""The route /v1/x/audit, which lists the audit log: the requests that changed data or were refused."""
 
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""Creates, finds, changes and archives projects, which own files, jobs, models and keys."""
+"""Creates, finds, changes and archives projects. A project owns files, jobs, models and API keys."""
 
 import secrets
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from services.control_plane.core.tables import DEFAULT_PROJECT, TERMINAL, Job, P
 
 
 def managed_by(caller: Caller) -> Select[Project]:
+    """Returns the SQL query for the projects that the caller may manage: all projects, or only its own."""
     every = select(Project)
     return every if caller.manages_all else every.where(Project.id == caller.project_id)
 
@@ -31,6 +32,8 @@ async def find(session: AsyncSession, caller: Caller, project_id: str) -> Projec
 
 
 async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) -> Project:
+    """Returns the project with this id. Raises NotFound if the caller does not manage it, InvalidRequest if it is
+    archived."""
     project = await find(session, caller, project_id)
     if project.archived_at is not None:
         raise InvalidRequest(f"The project {project_id} is archived; use another project.", param="project_id")
@@ -38,13 +41,18 @@ async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) ->
 
 
 async def find_to_change(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Returns the project, locked. Raises Forbidden if the caller is not an admin of the default project."""
+    """Returns the project with this id, locked until the transaction ends.
+
+    Raises Forbidden if the caller is not an admin of the default project, NotFound, and InvalidRequest if the project
+    is archived.
+    """
     project = await find_to_use(session, caller, project_id)
     check_manages_all(caller)
     return await lock(session, project.id)
 
 
 def check_manages_all(caller: Caller) -> None:
+    """Raises Forbidden unless the caller belongs to the default project, whose admins manage all projects."""
     if not caller.manages_all:
         message = (
             "Only an admin key of the default project may change projects, but your key belongs to the project "
@@ -85,9 +93,9 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
 
 
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Archives the project. Its keys stop working, but its files, jobs and models stay.
+    """Archives the project: its keys stop working, but its files, jobs and models stay.
 
-    Raises InvalidRequest if a job of the project has not ended.
+    Raises InvalidRequest for the default project, and if a job of the project has not ended.
     """
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(

@@ -1,6 +1,6 @@
-"""Computes the usage of projects, and refuses requests that would exceed a project's limits.
+"""Computes how much each project uses, and refuses requests that would exceed a project's limits.
 
-Usage is summed up while the project's row is locked, so that simultaneous requests cannot exceed a limit.
+The usage is summed up while the project's row is locked, so that simultaneous requests cannot exceed a limit.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ SHARED_OVER = timedelta(days=1)  # the time over which projects' worker hours ar
 
 @dataclass(frozen=True)
 class Share:
-    """The numbers that decide, beside a project's running workers, when its next job starts."""
+    """A project's weight, limit and recent use, which decide when its next job starts."""
 
     max_running_jobs: int | None = None  # None: no limit
     weight: float = 1.0
@@ -48,7 +48,8 @@ async def usage(session: AsyncSession) -> Usage:
 
 
 async def admit_job(session: AsyncSession) -> None:
-    """Raises OverQuota if the session's project may not submit another job now, and Forbidden if it is archived."""
+    """Raises OverQuota if the session's project may not submit another job now, and Forbidden if the project is
+    archived."""
     await _admit(session, project_of(session), WAITING)
 
 
@@ -83,7 +84,7 @@ async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str])
 
 
 async def shares(session: AsyncSession) -> dict[str, Share]:
-    """Returns the Share of each project, by project id."""
+    """Returns the weight, the limit and the recent use of each project, by project id."""
     since = func.now() - SHARED_OVER
     hours = func.extract(
         "epoch", func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.created_at, since)
@@ -97,9 +98,9 @@ async def shares(session: AsyncSession) -> dict[str, Share]:
 
 
 async def out_of_hours(session: AsyncSession) -> dict[str, str]:
-    """Returns the projects that have used up their accelerator hours, by id.
+    """Returns the ids of the projects that have used up their accelerator hours.
 
-    The value of each project is the text for the `waits_for` of its jobs.
+    The value of each id is the text for the `waits_for` of the project's jobs.
     """
     used = func.sum(Attempt.num_accelerators * HOURS)
     query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
@@ -115,7 +116,7 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
 
 
 async def num_bytes(session: AsyncSession, project_id: str) -> int:
-    """Returns the total bytes of the project's files and of its pending uploads."""
+    """Returns the number of bytes of all files of the project, and of its uploads that are not complete."""
     files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.alive())
     uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
     return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)

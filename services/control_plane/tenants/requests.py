@@ -1,4 +1,4 @@
-"""Defines the request bodies for projects and keys."""
+"""Defines the request bodies for projects and API keys."""
 
 import time
 from typing import Annotated

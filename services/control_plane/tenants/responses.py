@@ -1,4 +1,4 @@
-"""Builds the JSON objects of projects, keys and audit entries for responses."""
+"""Builds the JSON objects of the API for projects, API keys and entries of the audit log."""
 
 from typing import Any
 
@@ -26,7 +26,8 @@ def project_object(row: Project) -> dict[str, Any]:
 
 
 def usage_object(project: Project, usage: Usage) -> dict[str, Any]:
-    """Returns the project's usage of each of its limits. A limit of null means no limit."""
+    """Returns the API's JSON object of a project's usage: for each limit, how much is used. A limit of null means no
+    limit."""
     waiting = sum(usage.jobs[state] for state in WAITING)
     used = (usage.jobs["running"], waiting, usage.num_bytes, round(usage.accelerator_hours, 6))
     return {

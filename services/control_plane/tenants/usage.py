@@ -1,7 +1,7 @@
 """Counts the requests, tokens and accelerator seconds of completions, by project, key, model and day.
 
-Every control plane adds up its answers in memory and writes the sums to the database every FLUSH_SECONDS, in one
-transaction. A crash loses the sums that were not written yet. Nothing is counted twice: each batch of sums has a
+Every control plane adds up the usage of its answers in memory. Every FLUSH_SECONDS it writes the sums to the database,
+in one transaction. A crash loses the sums that were not written yet. Nothing is counted twice: each batch of sums has a
 number, and is written only if this number is higher than the number of the last batch from the same control plane.
 """
 
@@ -23,7 +23,7 @@ from services.control_plane.core.tables import UsageRow, UsageWriter
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10.0
-WRITERS_KEPT = timedelta(days=1)  # a batch is tried again for less than this
+WRITERS_KEPT = timedelta(days=1)  # how long a batch's number is kept; no write is repeated after this time
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class UsageRecorder:
         used.accelerator_seconds += accelerator_seconds
 
     async def run(self) -> None:
-        """Writes the sums every FLUSH_SECONDS until cancelled, and one last time when cancelled."""
+        """Calls `flush` every FLUSH_SECONDS. Runs until cancelled, and writes the rest then."""
         try:
             while True:
                 await asyncio.sleep(FLUSH_SECONDS)
@@ -87,8 +87,7 @@ class UsageRecorder:
                 await self.flush()
 
     async def flush(self) -> None:
-        """Writes the sums to the database as one batch. If the write fails, the next call writes the same batch
-        again."""
+        """Writes the sums to the database as one batch. If this fails, the next call writes the same batch again."""
         async with self._writing:
             if not self._unwritten:
                 self._unwritten, self._sums = self._sums, {}
@@ -104,7 +103,10 @@ class UsageRecorder:
 
 
 async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[Account, Used]) -> None:
-    """Adds the batch's sums to the table, unless this batch was written before."""
+    """Adds a batch of sums to the table of usage, unless this batch was written before.
+
+    `writer` is the id of this control plane, and `batch` the batch's number.
+    """
     row = insert(UsageWriter).values(id=writer, batch=batch)
     newer = {"batch": batch, "written_at": func.now()}
     row = row.on_conflict_do_update(index_elements=[UsageWriter.id], set_=newer, where=UsageWriter.batch < batch)
@@ -119,5 +121,5 @@ async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[A
 
 
 async def forget_writers(session: AsyncSession) -> None:
-    """Deletes the stored batch numbers of control planes that have ended."""
+    """Deletes the stored batch numbers of control planes that have not written for a day."""
     await session.execute(delete(UsageWriter).where(UsageWriter.written_at < func.now() - WRITERS_KEPT))

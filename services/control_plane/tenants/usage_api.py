@@ -35,8 +35,10 @@ async def list_usage(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Lists the usage of completions, summed up by project, key, model or day. The first and the last day are included;
-    days are in UTC."""
+    """Lists the usage of completions, summed up by project, key, model or day.
+
+    The first and the last day are included; days are in UTC.
+    """
     last = to or datetime.now(UTC).date()
     first = begin or max(last, date.min + timedelta(days=DAYS)) - timedelta(days=DAYS - 1)
     if first > last:

@@ -1,1 +1,1 @@
-"""Manages webhook endpoints, and sends messages to the endpoints from the outbox, a table of the database."""
+"""Manages webhook endpoints (URLs of users), and sends messages about jobs to them."""

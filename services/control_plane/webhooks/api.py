@@ -1,4 +1,7 @@
-"""The routes for webhook endpoints. Only the responses of create and rotate_secret contain the signing secret."""
+"""The routes for webhook endpoints, the URLs to which the service sends messages about jobs.
+
+Only the responses of create and rotate_secret contain the secret with which messages are signed.
+"""
 
 from typing import Annotated, Any, cast
 

@@ -1,8 +1,9 @@
-"""Sends webhook messages from the outbox. A sender runs in every control plane; one of the senders claims each row.
+"""Sends webhook messages from the outbox, a table with one row for each message to one endpoint (a user's URL).
 
-A claim is a lease: the row is due again when the lease ends. If a sender dies before it has stored the result of a
-send, the send is therefore repeated with the same webhook-id. Receivers should ignore messages with an id that they
-have already received.
+A sender runs in every control plane. A sender claims a row before it sends the message: it sets the time from which the
+row is due again, so that no other sender takes the row meanwhile. If the sender dies before it has stored the result,
+the message is sent again, with the same webhook-id. Receivers should ignore messages with an id that they have already
+received.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 SEND_SECONDS = 15.0  # from the DNS look-up to the answer's headers
-LEASE_SECONDS = 60.0  # longer than a send
+LEASE_SECONDS = 60.0  # how long a claimed row is not due; longer than a send takes
 AT_ONCE, AT_ONCE_TO_ONE = 64, 4  # sends under way in one control plane, and to one endpoint
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 6 * 3600.0
 LONGEST_CLOSED_SECONDS = 900.0  # the longest pause after which a failing endpoint is tried again
@@ -37,11 +38,11 @@ TRIED_FOR = timedelta(hours=72)  # after this time a message is given up
 
 
 class Unreachable(Exception):
-    """The endpoint did not answer. The message gives the reason, for the endpoint's owner."""
+    """Raised if the endpoint did not answer. The message gives the reason, for the endpoint's owner."""
 
 
 class Claim(NamedTuple):
-    """A row of the outbox that the sender of this process has claimed and sends now."""
+    """A row of the outbox that this process has claimed, and sends now."""
 
     id: int
     body: dict[str, Any]
@@ -55,7 +56,7 @@ class Claim(NamedTuple):
 
 
 class Sender:
-    """Sends due messages to many endpoints at the same time.
+    """Sends due messages from the outbox to many endpoints at the same time.
 
     A slow or dead endpoint delays only the messages of its own project.
     """
@@ -70,7 +71,8 @@ class Sender:
         await self._client.aclose()
 
     async def run(self) -> None:
-        """Sends messages until cancelled. Sends that are interrupted are repeated when their leases end."""
+        """Sends due messages until cancelled. Another sender repeats the sends that are interrupted, after
+        LEASE_SECONDS."""
         async with asyncio.TaskGroup() as sends:
             while True:
                 self._send_ended.clear()
@@ -86,7 +88,7 @@ class Sender:
                 await _until(self._send_ended, TICK_SECONDS)
 
     async def send(self, endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> int:
-        """Sends a message to the endpoint and returns the HTTP status of the answer.
+        """Signs a message and sends it to the endpoint. Returns the HTTP status of the answer.
 
         Raises Unreachable if no answer comes.
         """
@@ -103,9 +105,9 @@ class Sender:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """Claims rows to send now: the oldest due row of each endpoint, up to AT_ONCE sends under way.
+        """Claims the rows to send now: the oldest due row of each endpoint, in all at most as many as AT_ONCE allows.
 
-        Projects take turns.
+        Projects take turns. A claimed row is not due for other senders until LEASE_SECONDS have passed.
         """
         if self._under_way.total() >= AT_ONCE:
             return []
@@ -120,7 +122,7 @@ class Sender:
         return claims
 
     def _oldest_due(self) -> Select[Any]:
-        """Returns the query for the oldest due row of each endpoint.
+        """Returns the SQL query for the oldest due row of each endpoint.
 
         The query uses an index, so its cost does not depend on the number of rows that wait.
         """
@@ -136,10 +138,11 @@ class Sender:
         return query.with_for_update(of=Outbound, skip_locked=True)
 
     def _full(self) -> list[str]:
+        """Returns the ids of the endpoints that may get no further message now."""
         return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
-        """Returns the claims that are sent now, and counts them as under way.
+        """Returns those of the claims that may be sent now, and counts them as under way.
 
         At most AT_ONCE sends may be under way. A project may have at most as many sends under way as are still free. If
         the endpoints of one project are slow, half of the sends therefore stay free for other projects; if the
@@ -156,6 +159,7 @@ class Sender:
         return sent
 
     async def _deliver(self, claim: Claim) -> None:
+        """Sends the message of the claim and stores the result, whatever happens."""
         try:
             outcome, again = await self._try(claim)
             await self._note(claim, outcome, again=again)
@@ -185,16 +189,17 @@ class Sender:
         return f"answered {status}", not (200 <= status < 300 or status == httpx.codes.GONE)
 
     async def _disable(self, endpoint: WebhookEndpoint) -> None:
-        """Disables an endpoint that answered 410 Gone, unless the endpoint's URL was changed meanwhile."""
+        """Disables an endpoint that answered 410 Gone, unless its URL was changed meanwhile."""
         there = update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint.id, WebhookEndpoint.url == endpoint.url)
         async with self._store.begin() as session:
             await session.execute(there.values(disabled_at=func.now()))
 
     async def _note(self, claim: Claim, outcome: str, *, again: bool) -> None:
-        """Stores the result of a send. After a failure, nothing is sent to the endpoint for a while.
+        """Stores the result of a send, and when to send the message `again` if it failed. A failed endpoint gets
+        nothing for a while.
 
-        A send that took longer than its lease stores no failure in the row, because another sender may have claimed the
-        row.
+        A send that took longer than LEASE_SECONDS stores no failure in the row, because another sender may have claimed
+        the row.
         """
         statement = update(Outbound).where(Outbound.id == claim.id)
         due_at: ColumnElement[Any] = null()
@@ -218,14 +223,14 @@ class Sender:
 
 
 async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float, **values: int) -> None:
-    """Prevents sends to the endpoints for `seconds`, and sets the columns in `values`."""
+    """Prevents sends to these endpoints for `seconds`, and sets their columns `values`."""
     if endpoint_ids:
         closed = update(WebhookEndpoint).where(WebhookEndpoint.id.in_(endpoint_ids))
         await session.execute(closed.values(retry_at=_in_seconds(seconds), **values))
 
 
 async def give_up_old(session: AsyncSession) -> None:
-    """Gives up messages that have waited for a failing endpoint for 72 hours without being sent."""
+    """Marks messages as given up that have waited 72 hours for endpoints that fail."""
     failing = select(WebhookEndpoint.id).where(WebhookEndpoint.num_failures > 0)
     old = update(Outbound).where(Outbound.due_at.is_not(None), Outbound.created_at < func.now() - TRIED_FOR)
     outcome = func.coalesce(Outbound.outcome, "not sent: the endpoint did not answer for 72 hours")
@@ -233,13 +238,14 @@ async def give_up_old(session: AsyncSession) -> None:
 
 
 def pause_seconds(num_sends: int) -> float:
-    """Returns the seconds to wait after `num_sends` failed sends, random by a fifth so that retries spread out."""
+    """Returns how many seconds to wait after `num_sends` failed sends. A random fifth more or less spreads retries
+    out."""
     pause: float = min(FIRST_PAUSE_SECONDS * 2 ** min(num_sends - 1, 30), LONGEST_PAUSE_SECONDS)
     return pause * random.uniform(0.8, 1.2)
 
 
 def _in_seconds(seconds: float) -> ColumnElement[datetime]:
-    """Returns the time that is `seconds` after now, by the database's clock."""
+    """Returns the SQL expression for the time that is `seconds` after now, by the database's clock."""
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 

@@ -1,7 +1,7 @@
-"""Manages a project's webhook endpoints, and writes and signs the messages about the project's jobs.
+"""Manages a project's webhook endpoints (URLs of users), and writes and signs the messages about the project's jobs.
 
-The transaction that ends a job writes the messages, so a message is sent if and only if the job ended. `outbox` sends
-the messages.
+The transaction that ends a job writes the messages to the table `outbox`, so a message is sent if and only if the job
+ended. The module `outbox` sends the messages.
 """
 
 import base64
@@ -65,7 +65,10 @@ async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -
 
 
 async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, Any]) -> WebhookEndpoint:
-    """Sets the values of the endpoint that differ. Sending a URL, even the same one, enables a disabled endpoint."""
+    """Sets the values of the endpoint, and returns it. Sending a URL, even the same one, enables a disabled endpoint.
+
+    Raises NotFound.
+    """
     endpoint = await find(session, endpoint_id, lock=True)
     anew = {"disabled_at": None, "num_failures": 0, "retry_at": None}
     wanted = {**values, **(anew if "url" in values else {})}
@@ -78,6 +81,10 @@ async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, A
 
 
 async def rotate_secret(session: AsyncSession, endpoint_id: str, *, keep_old: bool) -> WebhookEndpoint:
+    """Gives the endpoint a new secret for signing, and returns the endpoint. Raises NotFound.
+
+    With `keep_old`, messages are signed with the old secret as well, for 24 hours.
+    """
     endpoint, at = await find(session, endpoint_id, lock=True), await now(session)
     endpoint.old_secret, endpoint.old_secret_until = (
         (endpoint.secret, at + OLD_SECRET_KEPT) if keep_old else (None, None)
@@ -109,7 +116,8 @@ def _new_secret() -> str:
 
 
 async def announce(session: AsyncSession, job: Job, to: str) -> None:
-    """Adds a message to the outbox for each endpoint of the job's project, if `to` is a state in which jobs end."""
+    """Adds a message to the outbox for each endpoint of the job's project that wants it, if `to` is a state that ends a
+    job."""
     if to not in TERMINAL:
         return
     body = event(f"fine_tuning.job.{to}", job.id)
@@ -125,6 +133,7 @@ async def announce(session: AsyncSession, job: Job, to: str) -> None:
 
 
 def event(event_type: str, job_id: str) -> dict[str, Any]:
+    """Returns the body of a webhook message about a job, with an id and a time of its own."""
     return {
         "id": f"evt_{secrets.token_hex(12)}",
         "object": "event",
@@ -135,7 +144,7 @@ def event(event_type: str, job_id: str) -> dict[str, Any]:
 
 
 def signed(endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """Returns the bytes to send now for a message, and the headers with their signature.
+    """Returns the bytes to send for a message, and the HTTP headers with their signature.
 
     While the endpoint's old secret is active, the headers have a second signature.
     """
