@@ -1,4 +1,4 @@
-"""Builds the control plane: the FastAPI app, the database store, the client of Ray and the background tasks.
+"""Builds the control plane: the FastAPI app, the database, the client of Ray, and the background tasks.
 
 No other module builds these parts or connects them.
 """
@@ -108,6 +108,8 @@ def create_app(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Builds the parts of the service when the app starts, runs its background tasks, and closes everything at the
+    end."""
     settings = app.state.settings
     store = Store(
         settings.database_url, direct_url=settings.database_direct_url, connections=settings.database_connections
@@ -150,9 +152,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _end_process(part: asyncio.Task[None]) -> None:
-    """Ends this process if a background task has ended without being cancelled.
+    """Ends this process if a background task has ended by itself, without being cancelled.
 
-    The supervisor of the process must start it again.
+    Whatever runs the process, such as Kubernetes, must start it again.
     """
     if not part.cancelled():
         log.critical(
@@ -172,12 +174,9 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """Answers 400 in OpenAI's form where FastAPI would answer 422.
-
-    The first item of an error's location names a part of the request: body, query or path.
-    """
+    """Answers 400 in OpenAI's form to a request that FastAPI finds invalid, and for which it would answer 422."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = error.errors()[0]  # its location begins with a part of the request: body, query or path
     if first["type"] == "json_invalid":
         message = f"The body of the request is not valid JSON: {first['ctx']['error']}."
         return JSONResponse(envelope(message, "invalid_request_error"), 400)
@@ -199,6 +198,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
+    """Answers 503 if the storage is full or does not answer. Any other OSError is raised again."""
     if storage.is_full(error):
         log.error("The storage, or the folder TMPDIR, is full: %s", error)
         message = (

@@ -1,7 +1,8 @@
-"""Removes expired and deleted objects from storage and the database. Runs beside the reconciler that has the lease.
+"""Removes expired and deleted objects from storage and the database, and stops Ray jobs that nobody needs any more.
 
 A sweep is one pass over the objects of one kind. A sweep may run twice, or in two processes at the same time, without
-harm. Each sweep removes a limited number of objects; the next sweep continues with the rest.
+harm. Each sweep removes a limited number of objects; the next sweep continues with the rest. Sweeps run beside the
+reconciler, in the one control plane that handles jobs.
 """
 
 import asyncio
@@ -34,13 +35,14 @@ log = logging.getLogger(__name__)
 
 MOST = 100  # rows, or files in storage, that one sweep removes
 OUTBOX_KEPT = timedelta(days=30)
-GRACE_SECONDS = 86_400  # a file in storage that no row names after this long will get no row
-EXIT_GRACE = timedelta(seconds=60)  # an attempt that reported its outcome gets this long to exit
+GRACE_SECONDS = 86_400  # a file in storage that no database row names after this long will get no row
+EXIT_GRACE = timedelta(seconds=60)  # how long the Ray job of an ended attempt gets to exit
 TRASH_SECONDS = 30 * 86_400  # files stay in the trash for this long, in case an older database is restored
 
 
 class Sweeper:
-    """Runs each sweep at its own interval. After a start of the process, all sweeps are due."""
+    """Runs the sweeps (passes of the cleanup), each at its own interval. After a start of the process, all sweeps are
+    due."""
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
         self._store, self._ray_api, self._settings = store, ray_api, settings
@@ -97,7 +99,7 @@ class Sweeper:
         await _remove(side_jobs_left)
 
     async def _put_away(self) -> None:
-        """Moves files that no database row names from the storage folder to the trash folder.
+        """Moves files that no database row names from the storage folder `files` to the folder `trash`.
 
         Files whose rows are marked as deleted, and the remains of interrupted writes, are deleted immediately instead.
         """
@@ -113,7 +115,8 @@ class Sweeper:
             await self._move(name, "files", "trash")
 
     async def _empty_trash(self) -> None:
-        """Deletes files that have been in the trash for TRASH_SECONDS, and moves files that rows name back.
+        """Deletes files that have been in the folder `trash` for TRASH_SECONDS. Moves files that database rows name
+        back.
 
         A row can name a file in the trash after the database was restored to an earlier moment.
         """
@@ -140,7 +143,8 @@ class Sweeper:
         await _remove([self._place("uploads", name) for name in over[:MOST]])
 
     async def _remove_models(self) -> None:
-        """Deletes the files of deleted models from storage; for a checkpoint's model, all files of the checkpoint.
+        """Deletes the files of deleted models from storage. For a checkpoint's model, deletes all files of the
+        checkpoint.
 
         Deletes them in random order, so that models whose files cannot be deleted do not block the deletion of other
         models.
@@ -167,7 +171,8 @@ class Sweeper:
 
 
 def _among(column: InstrumentedAttribute[str], names: list[str]) -> ColumnElement[bool]:
-    """Returns the condition that the column has one of the values. (SQLAlchemy's `in_` takes at most 65,535 values.)"""
+    """Returns the SQL condition that the column has one of the values. (SQLAlchemy's `in_` takes at most 65,535
+    values.)"""
     return column == any_(literal(names, ARRAY(Text)))
 
 
@@ -180,7 +185,8 @@ async def _remove(uris: list[str]) -> None:
 
 
 async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
-    """Stops Ray jobs that still run although their attempts have ended. Returns the ids of the stopped Ray jobs.
+    """Stops Ray jobs that still run although the attempts (runs of jobs) that they belong to have ended. Returns their
+    submission ids.
 
     Such a Ray job started late or ignored a request to stop. Ray jobs that this database does not know belong to
     another service, and are left alone.

@@ -1,6 +1,7 @@
-"""Calls Ray over HTTP: the Jobs API runs attempts, and the Serve API runs models.
+"""Calls Ray over HTTP: the Jobs API, which runs attempts and side jobs, and the Serve API, which runs models.
 
-The control plane does not import ray. An attempt is one execution of a job on the Ray cluster.
+The control plane does not import ray. An attempt is one run of a fine-tuning job on the Ray cluster. A side job is a
+short program beside training, such as a check of a file. Each of them is a job in Ray with a submission id.
 """
 
 import asyncio
@@ -31,11 +32,11 @@ ANSWER_SECONDS = 8  # shorter than the reconciler's lease, because a tick waits 
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL, for an attempt to write a checkpoint
 TRANSIENT = (408, 425, 429)  # the 4xx that mean: try again later
 MOST_CHARACTERS = 300  # of Ray's message in an error
-VIEW_SECONDS = 0.5  # requests within this time share one look at Serve
-NODES_ANSWER_SECONDS = 2  # a submission waits at most this long for Ray's list of machines
-LOAD_ANSWER_SECONDS = 2  # a replica that does not tell its load within this time is left out
+VIEW_SECONDS = 0.5  # requests within this time share one answer of Ray Serve about its state
+NODES_ANSWER_SECONDS = 2  # the submission of a job waits at most this long for Ray's list of machines
+LOAD_ANSWER_SECONDS = 2  # a replica that does not report its load within this time is left out
 ASKS_PER_REPLICA = 4  # Serve's proxy chooses the replica that answers
-NODES_SECONDS = 10  # submissions within this time share one look at the machines
+NODES_SECONDS = 10  # submissions within this time share one list of machines
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Submission:
     message: str = ""  # Ray's message, with the last lines of the driver's log
 
     def cause(self) -> str:
-        """Returns the reason, for the user, why an attempt ended without reporting an outcome."""
+        """Returns the reason, for the user, why an attempt (one run of a fine-tuning job) ended without reporting an
+        outcome."""
         if self.status == "absent":
             return "the Ray cluster that it ran on is gone"
         if self.error_type and self.error_type.startswith(NEVER_STARTED):
@@ -62,7 +64,8 @@ class Submission:
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:
-    """Returns the signal that a process died of, by its exit status from Python (-9) or a shell (137); else None."""
+    """Returns the signal that a process died of, by its exit status from Python (-9) or a shell (137). Returns None for
+    others."""
     if exit_code is None:
         return None
     number = -exit_code if exit_code < 0 else exit_code - 128
@@ -74,23 +77,23 @@ UNKNOWN = Submission("unknown")
 
 @dataclass(frozen=True)
 class Application:
-    """The state of an application in Ray Serve, as Serve reports it."""
+    """The state of an application in Ray Serve, as Ray Serve reports it."""
 
     state: Literal["loading", "running", "failed", "stopping"]
     message: str
-    deployment: Deployment | None = None  # what it was deployed with; None: in a form that this release cannot read
+    deployment: Deployment | None = None  # its arguments; None: in a form that this release cannot read
     num_ready: int = 0  # replicas that answer
     num_replicas: int = 0
-    deleted_adapters: frozenset[str] = frozenset()  # the adapters that it was told to stop answering with
+    deleted_adapters: frozenset[str] = frozenset()  # ids of adapters for which it was told to answer no more
 
 
 @dataclass(frozen=True)
 class ServeView:
     """The state of Ray Serve at one moment."""
 
-    applications: dict[str, Application]  # this service's own
+    applications: dict[str, Application]  # those of this service, by name
     base_url: str | None  # of Serve's HTTP proxy; None while Serve is not up
-    seen_at: float
+    seen_at: float  # seconds of the monotonic clock
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,14 @@ class Node:
 
 
 class Refused(Exception):
-    """Ray refused a launch, and would refuse the same launch again. The message is Ray's."""
+    """Raised if Ray refused to launch a job, and would refuse the same launch again. The message is Ray's."""
 
 
 class RayApi:
     """A client of Ray's HTTP APIs. Its methods may raise httpx.HTTPError; the caller must then change nothing.
 
-    Several services may share a cluster. `instance` returns the id that the names of this service's applications in Ray
-    contain. Callers of this class see neither that id nor the applications of other services.
+    Several services may share a cluster. `instance` returns the id of this service, which is part of the names of its
+    applications in Ray. Callers of this class see neither that id nor the applications of other services.
     """
 
     def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
@@ -141,18 +144,21 @@ class RayApi:
     # --- attempts ---------------------------------------------------------------------------
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
-        """Launches an attempt in Ray. Ray accepts a submission id only once, so the attempt starts at most once.
+        """Launches an attempt (one run of a fine-tuning job) as a job in Ray.
 
-        Raises Refused if Ray would refuse the launch again.
+        `spec_uri` is the file that says what the attempt is to do, and `token` the secret with which it reports. Ray
+        accepts a submission id only once, so the attempt starts at most once. Raises Refused if Ray would refuse the
+        launch again.
         """
         # Ray's job supervisor reads the second variable, and so does the driver.
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         await self._submit(submission_id, "services.training.driver", spec_uri, environment)
 
     async def submit_side_job(self, submission_id: str, program: str, request_uri: str) -> None:
-        """Launches a program that is no attempt, such as a check of a training file, in Ray.
+        """Launches a side job (a program beside training, such as a check of a training file) as a job in Ray.
 
-        Ray accepts an id only once, so the program starts at most once.
+        `program` is a Python module, and `request_uri` the file with its input. Ray accepts a submission id only once,
+        so the program starts at most once. Raises Refused if Ray would refuse the launch again.
         """
         await self._submit(submission_id, program, request_uri, {})
 
@@ -174,7 +180,7 @@ class RayApi:
         return (await self._submission(submission_id)).status
 
     async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
-        """Returns the states of these jobs in Ray; UNKNOWN for each job if Ray does not answer.
+        """Returns the states of these jobs in Ray, by submission id. Each state is UNKNOWN if Ray does not answer.
 
         Asks Ray for the list of all jobs, then for each job that is missing in the list.
         """
@@ -192,8 +198,8 @@ class RayApi:
     async def _submission(self, submission_id: str) -> Submission:
         """Returns the state of one job in Ray.
 
-        The status is `absent` only if Ray says that it does not know the id; without a usable answer the status is
-        `unknown`.
+        The status is `absent` only if Ray says that it does not know the submission id. Without a usable answer the
+        status is `unknown`.
         """
         try:
             answer = await self._ray.get(f"/api/jobs/{submission_id}")
@@ -217,7 +223,8 @@ class RayApi:
         return [job["submission_id"] for job in await self._jobs() if job["status"] in LIVE and job["submission_id"]]
 
     async def capacity(self) -> dict[str, float]:
-        """Returns the amounts of CPUs and GPUs that the cluster has or may grow to; {} if Ray does not answer."""
+        """Returns the numbers of CPUs and GPUs that the cluster has or may grow to. Returns {} if Ray does not
+        answer."""
         try:
             nodes = (await self._ray.get("/api/v0/nodes")).raise_for_status().json()["data"]["result"]["result"]
         except (httpx.HTTPError, KeyError, TypeError):
@@ -229,7 +236,8 @@ class RayApi:
         return amounts
 
     async def nodes(self) -> list[Node]:
-        """Returns the cluster's live nodes, at most ten seconds old; an empty list if Ray does not answer."""
+        """Returns the machines of the cluster that are alive, as of at most ten seconds ago. Returns [] if Ray does not
+        answer."""
         if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_SECONDS:
             self._nodes = time.monotonic(), await self._look_at_nodes()
         return self._nodes[1]
@@ -246,7 +254,8 @@ class RayApi:
     # --- models -----------------------------------------------------------------------------
 
     async def own_name(self, app_name: str) -> str:
-        """Returns the full name of this service's application in Ray, which is also the application's route."""
+        """Returns the full name in Ray Serve of this service's application `app_name`, which is also the application's
+        route."""
         return f"{await self._prefix()}{app_name}"
 
     async def _prefix(self) -> str:
@@ -255,9 +264,9 @@ class RayApi:
     async def serve(
         self, deployments: Sequence[Deployment], deleted_adapters: Mapping[str, Collection[str]] | None = None
     ) -> None:
-        """Makes Serve run these applications, and no other applications of this service.
+        """Makes Ray Serve run exactly these applications, and no other applications of this service.
 
-        `deleted_adapters` holds, by application name, the ids of deleted adapters. The applications stop answering with
+        `deleted_adapters` holds, by application name, the ids of deleted adapters. The applications stop answering for
         these adapters, without a restart.
 
         A PUT to Serve removes every application that the request leaves out, if a PUT has deployed it. Therefore the
@@ -288,7 +297,7 @@ class RayApi:
             return self._view
 
     async def load(self, app_name: str) -> Load | None:
-        """Returns the load of the application's replicas that answer; None if none answers, or Ray does not."""
+        """Returns the load of the application's replicas that answer. Returns None if none answers, or Ray does not."""
         try:
             view = await self.look()
         except httpx.HTTPError:
@@ -315,7 +324,8 @@ class RayApi:
         return status
 
     def _http_options(self) -> dict[str, Any]:
-        """Returns the address on which Serve listens if a PUT of this service starts Serve.
+        """Returns the address on which Ray Serve is to listen, for the case that a PUT of this service starts Ray
+        Serve.
 
         The host is on loopback if Ray's address is.
         """
@@ -379,7 +389,8 @@ def _config(deployment: Deployment, prefix: str, deleted_adapters: Collection[st
 def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
     """Returns the configs of other services' applications as they were submitted.
 
-    Leaves out the applications that `serve.run` has deployed, because a PUT leaves them alone.
+    Leaves out the applications that `serve.run` has deployed, because a PUT leaves them alone. Raises httpx.HTTPError
+    if Ray Serve does not report a config.
     """
     configs = []
     for name, app in applications.items():
@@ -429,6 +440,6 @@ def _deployed(app: dict[str, Any], prefix: str) -> Deployment | None:
 
 
 def rays_words(message: str) -> str:
-    """Returns the part of Ray's message that helps a user: the last error in its tracebacks, or else its end."""
+    """Returns the part of a message from Ray that helps a user: the last error in its tracebacks, or else its end."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
     return storable(errors[-1] if errors else message.strip()[-300:])

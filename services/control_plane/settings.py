@@ -1,4 +1,4 @@
-"""Reads the control plane's settings from the command line, else the environment, else the settings file."""
+"""Defines the control plane's settings, and reads them from the command line, the environment and the settings file."""
 
 import os
 import re
@@ -26,7 +26,8 @@ def _model_name(name: str) -> str:
 
 
 def _without_key(place: str) -> str:
-    """Raises ValueError if a storage URI holds a key, because Ray's list of jobs, rows and logs show the URI."""
+    """Returns the storage URI. Raises ValueError if it holds a password, because Ray's list of jobs and logs show the
+    URI."""
     if "@" in urlsplit(place).netloc:
         raise ValueError(
             "the URI contains credentials before its '@'; remove them, and set them in the environment, for "
@@ -45,16 +46,16 @@ def _webhook_prefix(prefix: str) -> str:
 
 
 class BaseModel(pydantic.BaseModel):
-    """A base model, which users can query and jobs can train."""
+    """A base model, which clients can query and from which jobs can start."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id
     adapter: Lora | Literal["none"] = Lora()  # default of jobs that do not choose an adapter; none: all weights
-    deployment: DeploymentSettings = DeploymentSettings()  # how it is served; its policies inherit most of this
+    deployment: DeploymentSettings = DeploymentSettings()  # how it is served; models trained from it inherit most
 
 
 class DeploymentLimits(pydantic.BaseModel):
-    """The limits on how a project may serve its own models."""
+    """The limits on how a project may serve the models that it trained."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     max_replicas: int = Field(default=1, ge=1)
@@ -298,22 +299,24 @@ class Settings(BaseSettings):
         return self
 
     def num_gpus_of(self, own: DeploymentSettings) -> float:
-        """Returns the number of GPUs for each replica of the deployment with the settings `own`."""
+        """Returns the number of GPUs for each replica of a model that is served with the settings `own`."""
         return self.num_gpus_per_model if own.num_gpus is None else own.num_gpus
 
     def dtype_of(self, own: DeploymentSettings) -> Dtype:
-        """Returns the number type in which the deployment with the settings `own` is served."""
+        """Returns the number type in which a model with the settings `own` is served."""
         return own.dtype or self.dtype or ("bfloat16" if self.num_gpus_of(own) else "float32")
 
     def scores_apart(self, own: DeploymentSettings) -> bool:
-        """Whether the deployment's engine cannot compute a reference model's log-probabilities. If true, a separate
-        engine computes them."""
+        """Whether the engine of a model with the settings `own` cannot compute log-probabilities for jobs.
+
+        A second engine then computes them.
+        """
         changed = own.quantization is not None or own.max_model_len is not None
         return changed or self.dtype_of(own) != self.reference_dtype
 
     @property
     def most_pinned(self) -> int:
-        """Returns the maximum number of pinned models: at least one other model can always be loaded."""
+        """Returns how many models may be pinned (always loaded). At least one other model can always be loaded."""
         return self.max_loaded_models - 1
 
     @classmethod

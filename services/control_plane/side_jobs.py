@@ -1,9 +1,9 @@
 """Runs side jobs: programs in Ray jobs that do not train, such as checks of files and merges of adapters.
 
 A side job has a folder in storage. The folder's name is a digest of everything that the result depends on, so the same
-work is done only once. The folder has a subfolder for each attempt, numbered from 1, with `request.json` and, when the
-attempt is done, `report.json`. A row of the table `checks` names the project of each attempt. A project may run only a
-few side jobs at the same time.
+work is done only once. The folder has a subfolder for each attempt (run of the program), numbered from 1, with
+`request.json` and, when the attempt is done, `report.json`. A row of the table `checks` names the project of each
+attempt. A project may run only a few side jobs at the same time.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ from services.control_plane.core.tables import SideJobAttempt
 from services.control_plane.ray_api import RayApi, Refused
 from services.control_plane.tenants import projects
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 60.0  # how long a request waits for the result
 POLL_SECONDS = 0.5
 FAILURE_SECONDS = 60.0  # a failure is reported for this long; then the side job is tried again
 RETRY_AFTER_SECONDS = 15
 LAUNCHING_SECONDS = 120.0  # from the writing of a side job's row until Ray knows the side job
 LONGEST_SECONDS = 3600.0  # a side job is stopped after this long
-KEPT = timedelta(days=7)  # from the end of a side job
+KEPT = timedelta(days=7)  # how long results are kept, from the end of a side job
 
 
 @dataclass(frozen=True)
 class SideJob:
-    """A program that runs once for the same content, in a Ray job."""
+    """The description of a side job: a program that Ray runs once for the same content."""
 
     what: str  # such as "check": a word for messages and error codes
     key: str  # a digest of everything that the result depends on
@@ -53,7 +53,7 @@ class SideJob:
         return storage.join(self.uri, str(attempt))
 
     def submission_id(self, attempt: int) -> str:
-        """Returns the submission id under which Ray runs the attempt."""
+        """Returns the id under which this attempt (run of the program) is submitted to Ray."""
         return f"{self.id}-{attempt}"
 
 
@@ -64,10 +64,10 @@ async def result_of(
     most: int,
     is_disconnected: Callable[[], Awaitable[bool]],
 ) -> SideJobResult | None:
-    """Runs the side job, unless it runs already, and returns its result.
+    """Runs the side job, unless it runs already or is done, and returns its result.
 
     Returns None if the side job still runs after WAIT_SECONDS, or the client has disconnected. Raises Unavailable if
-    Ray refuses the side job or does not answer, and RateLimited if too many side jobs of the project are running.
+    Ray refuses the side job or does not answer, and RateLimited if `most` side jobs of the project are running.
     """
     attempt, result = await _newest(job)
     if result is None:
@@ -88,7 +88,7 @@ async def result_of(
 
 
 async def seconds_running(job: SideJob, store: ProjectStore) -> float:
-    """Returns the seconds since the newest attempt of the side job began."""
+    """Returns how many seconds ago the newest attempt of the side job (run of its program) began."""
     mine = SideJobAttempt.submission_id.startswith(f"{job.id}-", autoescape=True)
     begun = select(func.extract("epoch", func.clock_timestamp() - func.max(SideJobAttempt.created_at))).where(mine)
     async with store.look() as session:
@@ -96,12 +96,12 @@ async def seconds_running(job: SideJob, store: ProjectStore) -> float:
 
 
 async def known(job: SideJob) -> SideJobResult | None:
-    """Returns the result of an earlier run on the same content; None if there is none."""
+    """Returns the result of the side job, if it has run before. Returns None if there is no result."""
     return (await _newest(job))[1]
 
 
 async def _newest(job: SideJob) -> tuple[int, SideJobResult | None]:
-    """Returns the number of the side job's newest attempt (0 if there is none) and the attempt's result.
+    """Returns the number of the side job's newest attempt (0 if there is none), and the result of this attempt.
 
     If that attempt failed more than FAILURE_SECONDS ago, returns the next number and no result.
     """
@@ -114,9 +114,10 @@ async def _newest(job: SideJob) -> tuple[int, SideJobResult | None]:
 
 
 async def _launch(job: SideJob, attempt: int, store: ProjectStore, ray_api: RayApi, most: int) -> int:
-    """Launches the attempt unless it runs already, or the next attempt if this one died. Returns the attempt's number.
+    """Launches the attempt (run of the side job's program) unless it runs already, or the next attempt if this one
+    died.
 
-    A repeated launch is harmless.
+    Returns the number of the attempt that runs. A repeated launch is harmless. Raises Unavailable and RateLimited.
     """
     attempt = max(1, attempt)
     status = await ray_api.status(job.submission_id(attempt))
@@ -156,7 +157,8 @@ async def _read(job: SideJob, attempt: int) -> SideJobResult | None:
 
 
 async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: RayApi, most: int) -> None:
-    """Adds the row of an attempt that is about to run. Raises RateLimited if `most` of the project run already."""
+    """Adds the row of an attempt that is about to run. Raises RateLimited if `most` side jobs of the project run
+    already."""
     for is_last_try in (False, True):
         async with store.begin() as session:
             await projects.lock(session, store.project_id)
@@ -190,7 +192,7 @@ async def _running(session: AsyncSession) -> list[tuple[SideJobAttempt, float]]:
 async def _lives(row: SideJobAttempt, age: float, ray_api: RayApi) -> bool:
     """Whether the attempt may be running.
 
-    False if Ray says that the attempt ended, or still does not know the attempt LAUNCHING_SECONDS after its row was
+    Returns False if Ray says that the attempt ended, or still does not know it LAUNCHING_SECONDS after its row was
     written.
     """
     status = await ray_api.status(row.submission_id)
@@ -203,7 +205,7 @@ async def _note_ends(session: AsyncSession, submission_ids: list[str]) -> None:
 
 
 async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
-    """Stops side jobs that run for more than LONGEST_SECONDS. Returns the submission ids of the stopped ones.
+    """Stops side jobs that have run for more than LONGEST_SECONDS. Returns the submission ids of these side jobs.
 
     Also stores the ends of the side jobs that have ended.
     """
@@ -222,7 +224,7 @@ async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
 
 
 async def forget_old(session: AsyncSession, most: int) -> list[str]:
-    """Deletes the rows of side jobs that ended more than KEPT ago. Returns the storage folders of these side jobs.
+    """Deletes the rows of side jobs that ended more than KEPT ago, at most `most`. Returns their storage folders.
 
     The caller must delete the folders after the commit.
     """
