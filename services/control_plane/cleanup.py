@@ -59,7 +59,8 @@ class Sweeper:
         self._swept = [float("-inf")] * len(self._sweeps)
 
     async def sweep(self) -> None:
-        """Runs the sweeps that are due. A sweep that fails is logged, and runs again when it is next due."""
+        """Runs the sweeps (passes of the cleanup) that are due. A sweep that fails is logged, and runs again when it is
+        next due."""
         for number, (seconds, sweep) in enumerate(self._sweeps):
             if time.monotonic() - self._swept[number] < seconds:
                 continue
@@ -162,7 +163,10 @@ class Sweeper:
         return storage.join(self._settings.storage_url, *names)
 
     async def _ages(self, *folder: str) -> dict[str, float]:
-        """Returns the names of the files in a storage folder, each with the seconds since the file was written."""
+        """Returns the names of the files in a folder of the storage, each with the seconds since the file was written.
+
+        `folder` holds the parts of the folder's path below the storage URL.
+        """
         return dict(await anyio.to_thread.run_sync(storage.list_ages, self._place(*folder)))
 
     async def _move(self, name: str, folder: str, target: str) -> None:

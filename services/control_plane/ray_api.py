@@ -41,7 +41,7 @@ NODES_SECONDS = 10  # submissions within this time share one list of machines
 
 @dataclass(frozen=True)
 class Submission:
-    """The state of a job in Ray, as Ray reports it."""
+    """The state of a job in Ray (an attempt or a side job), as Ray reports it."""
 
     status: AttemptStatus
     error_type: str | None = None  # how the job failed, in Ray's categories
@@ -98,7 +98,7 @@ class ServeView:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of an application's replicas, as their engines measure it."""
+    """The load of an application in Ray Serve, summed up over its replicas, as their engines measure it."""
 
     num_replicas: int  # that answered
     requests_in_flight: int
@@ -215,7 +215,7 @@ class RayApi:
         return jobs
 
     async def stop(self, submission_id: str) -> None:
-        """Asks Ray to stop a job, first with SIGTERM, then with SIGKILL."""
+        """Asks Ray to stop a job: first with SIGTERM, and with SIGKILL if the job still runs STOP_SECONDS later."""
         (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
 
     async def live_submissions(self) -> list[str]:
@@ -290,7 +290,7 @@ class RayApi:
         self._view = None
 
     async def look(self) -> ServeView:
-        """Returns the state of Ray Serve, at most half a second old."""
+        """Returns the state of Ray Serve and of this service's applications in it, at most half a second old."""
         async with self._looking:
             if self._view is None or time.monotonic() - self._view.seen_at > VIEW_SECONDS:
                 self._view = self._read(await self._serve_status(), await self._prefix())

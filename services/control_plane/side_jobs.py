@@ -183,7 +183,7 @@ async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: 
 
 
 async def _running(session: AsyncSession) -> list[tuple[SideJobAttempt, float]]:
-    """Returns the attempts whose ends have not been stored yet, each with its age in seconds."""
+    """Returns the attempts (runs of side jobs) whose ends have not been stored yet, each with its age in seconds."""
     age = func.extract("epoch", func.clock_timestamp() - SideJobAttempt.created_at)
     rows = await session.execute(select(SideJobAttempt, age).where(SideJobAttempt.ended_at.is_(None)))
     return [(row, float(age)) for row, age in rows]

@@ -241,7 +241,7 @@ class Executor:
         await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
-        """Ends an attempt that stopped because the service asked it to.
+        """Ends an attempt (a run of the job on Ray) that stopped because the service asked it to.
 
         Pauses the job if the user still wants a pause; otherwise the job continues with its next attempt.
         """
@@ -256,7 +256,7 @@ class Executor:
                 jobs.tell(session, job.id, f"The service stopped attempt {attempt.number} of the job{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
-        """Ends an attempt that died without reporting an outcome.
+        """Ends an attempt (a run of the job on Ray) that died without reporting an outcome.
 
         The end counts as a failure if Ray still knows the attempt, and the user has asked for neither a pause nor a
         cancellation.

@@ -245,7 +245,7 @@ class Reconciler:
     ) -> None:
         """Decides on one action for the job and carries it out.
 
-        `attempt` is the job's open attempt, `submission` is what Ray says about this attempt, and `waits_for` is the
+        `attempt` is the job's open attempt, and `submission` is what Ray says about this attempt. `waits_for` is the
         reason why the job may not start, None if it may.
         """
         status = submission.status

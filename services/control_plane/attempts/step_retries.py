@@ -35,7 +35,10 @@ class Patience:
         return failed_in != version or self._clock() >= due_at
 
     def fail(self, job_id: str, version: int) -> int:
-        """Counts a failed step of the job. Returns the number of failed steps in a row, including this one."""
+        """Counts a failed step (handling) of the job, and sets the time of the next try.
+
+        Returns the number of failed steps in a row, including this one.
+        """
         failed_in, tries, _ = self._failed.get(job_id, (version, 0, 0.0))
         tries = tries + 1 if failed_in == version else 1
         pause = min(2.0 ** (tries - 1) - 1, LONGEST_PAUSE_SECONDS)
@@ -43,7 +46,7 @@ class Patience:
         return tries
 
     def forget(self, job_id: str) -> None:
-        """Resets the job's count of failed steps. Call this method after a step of the job has succeeded."""
+        """Resets the job's count of failed steps. Call this method after a step (handling) of the job has succeeded."""
         self._failed.pop(job_id, None)
 
 

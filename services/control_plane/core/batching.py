@@ -32,7 +32,7 @@ class Batcher(Generic[Value]):
         return await asyncio.shield(answer)  # other callers may be waiting for the same answer
 
     async def _read(self) -> None:
-        """Calls `find` until no key is waiting."""
+        """Calls `find` with the keys that are waiting, and hands out the values, until no key is waiting."""
         while asked := self._asked:
             self._asked = {}
             try:

@@ -133,9 +133,9 @@ class PoolerUrl(ValueError):
 def migrate(database_url: str) -> None:
     """Migrates the database to this release's schema. Several control planes may call this function at the same time.
 
-    Leaves the schema of a newer release as it is: during an upgrade, control planes of the older release may restart
-    after the migration, and each schema serves the release before it. Raises PoolerUrl if the URL leads to a connection
-    pooler.
+    Leaves the schema of a newer release as it is. During an upgrade, control planes of the older release may restart
+    after the migration, and each schema also serves the release before it. Raises PoolerUrl if the URL leads to a
+    connection pooler.
     """
     newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
     found = _version(database_url)

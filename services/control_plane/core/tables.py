@@ -195,8 +195,8 @@ class UploadPart(Base):
 class Job(Owned, Base):
     """A fine-tuning job.
 
-    `desired` is the state that the user wants, and `observed` is the state that the job is in. A change of either
-    raises `version` by one.
+    `desired` is the state that the user wants, and `observed` is the state that the job is in. A change of either adds
+    one to `version`.
     """
 
     __tablename__ = "jobs"

@@ -57,7 +57,7 @@ class Digesting:
 
 @dataclass
 class Stored:
-    """Bytes that were written to storage, with their URI, size and digests."""
+    """A new file in storage: its URI, its size and its digests."""
 
     id: str
     uri: str

@@ -57,7 +57,7 @@ def _invalid_rows(extension: Mapping[str, Any]) -> InvalidRows:
 
 
 class CheckDataset(BaseModel):
-    """The JSON body of POST /v1/x/datasets/check."""
+    """The JSON body of POST /v1/x/datasets/check, which asks for a check of a training file, perhaps with a model."""
 
     model_config = ConfigDict(extra="forbid")
     training_file: Text
@@ -92,7 +92,8 @@ class ExpiresAfter(BaseModel):
 
 
 class CreateFile(BaseModel):
-    """The fields of the multipart body of POST /v1/files, without the file itself."""
+    """The text fields of the multipart body of POST /v1/files, which uploads a file. The file itself is not among
+    them."""
 
     model_config = ConfigDict(extra="forbid")
     purpose: Text
@@ -126,7 +127,7 @@ class CreateFile(BaseModel):
 
 
 class CreateUpload(CreateFile):
-    """The JSON body of POST /v1/uploads."""
+    """The JSON body of POST /v1/uploads, which begins an upload of a file in parts."""
 
     filename: Text
     bytes: Annotated[int, Field(ge=1)]
@@ -134,7 +135,8 @@ class CreateUpload(CreateFile):
 
 
 class CompleteUpload(BaseModel):
-    """The JSON body of POST /v1/uploads/{id}/complete. The parts are joined in the order of `part_ids`."""
+    """The JSON body of POST /v1/uploads/{id}/complete, which joins the parts of an upload in the order of
+    `part_ids`."""
 
     model_config = ConfigDict(extra="forbid")
     part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]

@@ -194,5 +194,5 @@ def _retry_count(request: Request) -> int:
 
 
 async def forget_old(session: AsyncSession) -> None:
-    """Deletes the stored responses that are older than a day."""
+    """Deletes the stored responses that are more than a day old."""
     await session.execute(delete(Answer).where(Answer.created_at < func.now() - KEPT))

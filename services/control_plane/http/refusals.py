@@ -63,7 +63,7 @@ class Refusals:
             await self.end_minute()
 
     async def end_minute(self) -> None:
-        """Writes one audit entry for each group of counted refusals, and starts counting anew."""
+        """Writes one audit entry for each group of refusals that were only counted, and starts counting anew."""
         more, self._more, self._written = self._more, {}, Counter()
         await self._write(list(more.values()))
 

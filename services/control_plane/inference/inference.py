@@ -211,7 +211,8 @@ class Inference:
         meter.end(use.share - share)
 
     async def _wait_until_served(self, engine: Engine) -> str:
-        """Waits until the model runs, counts the request as in flight and returns the URL of Ray Serve's proxy.
+        """Waits until the engine's model is loaded, and counts the request as in flight. Returns the URL of Ray Serve's
+        proxy.
 
         Raises Unavailable after `model_wait_seconds`, or if the model cannot be loaded.
         """

@@ -1,6 +1,6 @@
 """An HTTP client for sending requests to engines (the servers of models on Ray Serve).
 
-A stream of tokens arrives in one chunk per token, and a general HTTP client takes more time per chunk than the rest of
+A stream of tokens arrives in one chunk per token. A general HTTP client takes more time per chunk than all the rest of
 the control plane. This client returns all bytes that have arrived since the last call. Each connection serves one
 request and is closed when the answer ends. So an engine notices that a client has left, and stops generating.
 """

@@ -96,8 +96,10 @@ async def submit(
 
 
 async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
-    """Returns a clause for an event that says why the trained adapter will not answer on the engine of its base model,
-    but on an engine of its own. Returns '' if it will answer on the engine of its base."""
+    """Returns a clause for an event if the trained adapter will have an engine of its own. The clause says why.
+
+    Returns '' if the adapter will answer on the engine of its base model.
+    """
     adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
     if adapter is None or is_reward_model:  # a reward model does not answer
         return ""

@@ -33,11 +33,10 @@ async def look_at(model: NamedModel) -> Shapes:
 
 
 def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> tuple[Rows, str]:
-    """Returns the number of rows that the job would train on and their lengths in tokens, and a phrase that says where
-    these numbers come from.
+    """Returns the number and the lengths, in tokens, of the rows that the job would train on.
 
-    `file` is the uploaded training file, None if there is none. `counted` is the result of a check that counted the
-    file's tokens, None if there was no check.
+    Also returns a phrase that says where these numbers come from. `file` is the uploaded training file, None if there
+    is none. `counted` is the result of a check that counted the file's tokens, None if there was no check.
     """
     if file is None or file.report is None:
         half = max(2, spec.config.max_length // 2)

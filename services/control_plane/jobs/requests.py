@@ -84,7 +84,8 @@ PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(
 
 
 class Method(BaseModel):
-    """The field `method` of a job, such as `{"type": "dpo", "dpo": {"hyperparameters": {…}}}`.
+    """The field `method` of a job: the training method and its options, such as `{"type": "dpo", "dpo":
+    {"hyperparameters": {…}}}`.
 
     The value of `type` is the name of the other key.
     """
@@ -110,7 +111,7 @@ class Reference(BaseModel):
 
 
 class CreateJob(BaseModel):
-    """The JSON body of POST /v1/fine_tuning/jobs."""
+    """The JSON body of POST /v1/fine_tuning/jobs, which creates a job."""
 
     model_config = ConfigDict(extra="forbid")
     model: Text

@@ -1,4 +1,5 @@
-"""Alembic's entry. A lock in the database lets replicas that start together migrate once."""
+"""Runs the migrations for Alembic. A lock in the database makes control planes that start together migrate only
+once."""
 
 from alembic import context
 from sqlalchemy import create_engine, text

@@ -46,11 +46,10 @@ async def content(
     model_id: str,
     format: Format | None = None,
 ) -> Response:
-    """Returns the files of a trained model as a tar of a Hugging Face folder, or the bytes of the tar that the header
-    `Range` names.
+    """Returns the files of a trained model as a tar of a Hugging Face folder.
 
-    An adapter is merged into its base first if `format` is `merged`. Until the merge has finished, the answer is 503
-    with `retry-after`.
+    With the header `Range`, returns only these bytes of the tar. An adapter is merged into its base first if `format`
+    is `merged`. Until the merge has finished, the answer is 503 with `retry-after`.
     """
     async with store.look() as session:
         model = await models.find_to_download(session, settings, model_id)

@@ -200,8 +200,11 @@ async def status(
 async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
-    """Unloads the model's engine, if it is loaded. Raises InvalidRequest if the model is pinned, is the reference of a
-    running job, is answering requests, or is an adapter on the engine of its base."""
+    """Unloads the model's engine, if it is loaded.
+
+    Raises InvalidRequest if the model is pinned, is the reference of a running job, or is answering requests. Also
+    raises it for an adapter on the engine of its base.
+    """
     engine = await engine_of(session, settings, model)
     if engine.adapter:
         message = f"'{model.id}' is attached to the engine of '{engine.loaded.id}'; unload '{engine.loaded.id}'."

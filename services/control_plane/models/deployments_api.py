@@ -35,7 +35,8 @@ router = APIRouter(prefix="/x/deployments")
 async def list_deployments(
     store: StorePart, settings: SettingsPart, ray_api: RayApiPart, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
-    """Lists deployments: first those of base models, then those of trained models, newest first."""
+    """Lists deployments (how models are served): first those of base models, then those of trained models, newest
+    first."""
     view = await _look(ray_api)
     async with store.look() as session:
         page, more = await models.list_page(session, settings, after=after, limit=limit)
@@ -111,7 +112,7 @@ async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayA
 async def unload(
     idempotent: IdempotentPart, settings: SettingsPart, caller: CallerPart, ray_api: RayApiPart, model_id: str
 ) -> Response:
-    """Unloads a model that answers no requests."""
+    """Unloads a model that is answering no requests."""
     view = await _look(ray_api)
 
     async def remove(session: AsyncSession) -> dict[str, Any]:

@@ -214,7 +214,7 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
 
 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Marks a trained model as deleted, also for the projects with which it is shared.
+    """Marks a trained model as deleted, also for the projects with which it is shared. Returns the model.
 
     Raises InvalidRequest if a job that has not ended, or an adapter, needs the model. The caller must delete the
     model's files after the commit.

@@ -22,7 +22,8 @@ router = APIRouter(prefix="/fine_tuning/checkpoints/{model_id:path}/permissions"
 
 
 class SharedWith(BaseModel):
-    """The JSON body of POST /v1/fine_tuning/checkpoints/{model}/permissions."""
+    """The JSON body of POST /v1/fine_tuning/checkpoints/{model}/permissions: the projects with which to share the
+    model."""
 
     model_config = ConfigDict(extra="forbid")
     project_ids: Annotated[list[Text], Field(min_length=1, max_length=100)]

@@ -31,8 +31,8 @@ class Range(BaseModel):
 async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, Any]:
     """Returns the job's metrics as columns. The steps of the range `asked` are divided into buckets of equal size.
 
-    For each bucket, the columns of a metric hold its mean, least, greatest and last value, or None if no step of the
-    bucket has the metric. Raises InvalidRequest if the range ends before it begins.
+    The columns of a metric hold its mean, least, greatest and last value in each bucket. A value is None if no step of
+    the bucket has the metric. Raises InvalidRequest if the range ends before it begins.
     """
     if asked.last is not None and asked.last < asked.first:
         raise InvalidRequest(

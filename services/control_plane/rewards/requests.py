@@ -29,7 +29,8 @@ class Row(BaseModel):
 
 
 class RewardsBody(BaseModel):
-    """The JSON body of POST /v1/x/rewards."""
+    """The JSON body of POST /v1/x/rewards: rows of prompts with completions, and the models that score the
+    completions."""
 
     model_config = ConfigDict(extra="forbid")
     model: Text

@@ -30,8 +30,9 @@ class Judgement:
 class Scoring:
     """Computes the rewards of groups (prompts with their completions) with the models that score them.
 
-    Keeps a policy's scores until its reference model has scored as well. So a request that is repeated while the
-    reference model loads does not need the policy, which may have been unloaded to make room for the reference model.
+    Keeps a policy's scores until its reference model has scored as well. A request is repeated while the reference
+    model loads. Thanks to the scores, the repeated request does not need the policy again, which may have been unloaded
+    to make room.
     """
 
     def __init__(self, inference: Inference) -> None:

@@ -39,7 +39,7 @@ class Usage:
 
 
 async def usage(session: AsyncSession) -> Usage:
-    """Returns the usage of the session's project."""
+    """Returns how many bytes, jobs and accelerator hours the session's project uses."""
     counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
     jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
     return Usage(

@@ -21,7 +21,7 @@ Limit = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CreateKey(BaseModel):
-    """The JSON body of POST /v1/x/keys."""
+    """The JSON body of POST /v1/x/keys, which creates an API key."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
@@ -40,7 +40,8 @@ class CreateKey(BaseModel):
 
 
 class UpdateProject(BaseModel):
-    """The JSON body of POST /v1/x/projects/{id}. Fields that the body leaves out stay as they are."""
+    """The JSON body of POST /v1/x/projects/{id}, which changes a project. Fields that the body leaves out stay as they
+    are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
@@ -52,6 +53,6 @@ class UpdateProject(BaseModel):
 
 
 class CreateProject(UpdateProject):
-    """The JSON body of POST /v1/x/projects."""
+    """The JSON body of POST /v1/x/projects, which creates a project."""
 
     name: Name

@@ -1,8 +1,10 @@
 """Counts the requests, tokens and accelerator seconds of completions, by project, key, model and day.
 
 Every control plane adds up the usage of its answers in memory. Every FLUSH_SECONDS it writes the sums to the database,
-in one transaction. A crash loses the sums that were not written yet. Nothing is counted twice: each batch of sums has a
-number, and is written only if this number is higher than the number of the last batch from the same control plane.
+in one transaction. A crash loses the sums that were not written yet.
+
+Nothing is counted twice: each batch of sums has a number. A batch is written only if its number is higher than that of
+the last batch from the same control plane.
 """
 
 import asyncio
@@ -47,7 +49,7 @@ class Used:
 
 
 class UsageRecorder:
-    """Adds up the usage of this process's requests, and writes the sums to the database."""
+    """Adds up the usage of completions that this process answers, and writes the sums to the database."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -67,7 +69,7 @@ class UsageRecorder:
         completion_tokens: int,
         accelerator_seconds: float,
     ) -> None:
-        """Adds the usage of one answer to the sums."""
+        """Adds the usage of one completion request to the sums in memory."""
         account = Account(project_id, key_id, model_id, datetime.now(UTC).date())
         used = self._sums.setdefault(account, Used())
         used.num_requests += 1

@@ -41,7 +41,7 @@ EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lamb
 
 
 class CreateWebhook(BaseModel):
-    """The JSON body of POST /v1/webhook_endpoints."""
+    """The JSON body of POST /v1/webhook_endpoints, which registers a URL for messages about jobs."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
@@ -50,7 +50,8 @@ class CreateWebhook(BaseModel):
 
 
 class UpdateWebhook(BaseModel):
-    """The JSON body of POST /v1/webhook_endpoints/{id}. Fields that the body leaves out stay as they are."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}, which changes an endpoint. Fields that are left out stay as
+    they are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
@@ -59,14 +60,14 @@ class UpdateWebhook(BaseModel):
 
 
 class RotateSecret(BaseModel):
-    """The JSON body of POST /v1/webhook_endpoints/{id}/rotate_secret."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}/rotate_secret, which replaces the secret that signs messages."""
 
     model_config = ConfigDict(extra="forbid")
     keep_old_secret_active_for_24_hours: bool = False
 
 
 class SendTest(BaseModel):
-    """The JSON body of POST /v1/webhook_endpoints/{id}/test."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}/test, which sends a test message of the type `event_type`."""
 
     model_config = ConfigDict(extra="forbid")
     event_type: EventType

@@ -1,7 +1,7 @@
 """Sends webhook messages from the outbox, a table with one row for each message to one endpoint (a user's URL).
 
 A sender runs in every control plane. A sender claims a row before it sends the message: it sets the time from which the
-row is due again, so that no other sender takes the row meanwhile. If the sender dies before it has stored the result,
+row is due again. No other sender takes the row before this time. If the sender dies before it has stored the result,
 the message is sent again, with the same webhook-id. Receivers should ignore messages with an id that they have already
 received.
 """
@@ -51,7 +51,7 @@ class Claim(NamedTuple):
 
     @property
     def place(self) -> tuple[str, str]:
-        """Returns the ids of the project and of the endpoint against whose limits the send counts."""
+        """Returns the ids of the project and of the endpoint, for which sends under way are counted and limited."""
         return self.endpoint.project_id, self.endpoint.id
 
 

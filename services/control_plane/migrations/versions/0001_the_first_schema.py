@@ -1,4 +1,4 @@
-"""The first schema"""
+"""Creates the tables of the first release"""
 
 from collections.abc import Sequence
 

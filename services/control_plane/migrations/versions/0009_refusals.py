@@ -1,4 +1,4 @@
-"""Adds refused requests to the audit log"""
+"""Adds the columns of the audit log that describe refused requests"""
 
 from collections.abc import Sequence
 

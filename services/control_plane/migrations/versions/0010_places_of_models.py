@@ -1,4 +1,4 @@
-"""Adds which models are loaded, which control planes use them, and what other models wait for"""
+"""Adds the columns that say which models are loaded, which control planes use them, and what other models wait for"""
 
 from collections.abc import Sequence
 

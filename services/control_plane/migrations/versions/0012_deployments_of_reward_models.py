@@ -1,4 +1,4 @@
-"""Adds the deployments of reward models"""
+"""Adds the number of outputs of a requested model, by which reward models can be deployed"""
 
 from collections.abc import Sequence
 

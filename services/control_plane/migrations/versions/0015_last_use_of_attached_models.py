@@ -1,7 +1,6 @@
-"""When an adapter on the engine of its base was last used.
+"""Adds the time at which an adapter was last used on the engine of its base model.
 
-Revision ID: 0015
-Revises: 0014
+Revision ID: 0015 Revises: 0014
 """
 
 from collections.abc import Sequence

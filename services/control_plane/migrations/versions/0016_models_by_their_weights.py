@@ -1,7 +1,6 @@
-"""Indexes for finding a model by its weights or its base, and the models that were deleted lately.
+"""Adds indexes for finding models by their weights, by their base model, and by the time of their deletion.
 
-Revision ID: 0016
-Revises: 0015
+Revision ID: 0016 Revises: 0015
 """
 
 from collections.abc import Sequence
