@@ -1,1 +1,1 @@
-"""Turns the rows of a file into groups: a group is a prompt and its completions. Uses only the standard library."""
+"""Turns the rows of a file into groups. A group is a prompt with its completions. Uses only the standard library."""

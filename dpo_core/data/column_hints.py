@@ -1,12 +1,15 @@
-"""Guesses the meaning of columns from their names in any spelling, such as `System`, `system prompt`,
-`systemInstruction`. Uses only the standard library."""
+"""Guesses from the name of a column what the column holds. Uses only the standard library.
+
+A column is a key in the rows of a file of preference data. The spelling of its name hardly matters: `System`, `system
+prompt` and `systemInstruction` all mean a system prompt.
+"""
 
 import re
 from collections.abc import Set
 from functools import lru_cache
 
-LONGEST = 40  # characters; the meaning of a longer name is not guessed
-MOST_COLUMNS = 100  # columns of a row; roles are not guessed in rows with more
+LONGEST = 40  # the most characters of a name whose meaning is guessed
+MOST_COLUMNS = 100  # the most columns of a row for which roles are guessed
 
 SYSTEM_KEYS = frozenset({"system", "system_prompt"})
 TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
@@ -30,7 +33,7 @@ _MEANT = re.compile(
 )
 _MEDIA = re.compile(r"(chosen|rejected)?(image|img|picture|photo|video|audio)s?(path|url|file|bytes|base64)?s?\d*")
 
-# For each role, a pattern of the names that a column with this role may have.
+# For each role (the standard name for what a column holds), a pattern of the names that such a column may have.
 _ROLES = {
     "system": _SYSTEM,
     "prompt": "(user)?(prompt|question|query|instruction|input|problem)(text)?",
@@ -51,18 +54,18 @@ _SCORE = "(avg|average|mean)?(score|rating|reward)s?"
 
 @lru_cache(maxsize=1024)
 def side_rated(key: str) -> str | None:
-    """Returns the side ('chosen' or 'rejected') whose score the column holds, judging by the column's name; None if the
-    name does not say.
+    """Returns whose score a column holds, judging by the column's name: 'chosen' for `chosen_score`, 'rejected' for
+    `rating_rejected`, None if the name does not say.
 
-    The name must have at most LONGEST characters, because this function caches names.
+    `key` is the column's name. It must have at most LONGEST characters, because this function caches names.
     """
     plain, sides = _plain(key), {"chosen": _ONE, "rejected": _OTHER}
     return next((side for side, word in sides.items() if re.fullmatch(f"{word}{_SCORE}|{_SCORE}{word}", plain)), None)
 
 
 def says_something(key: str) -> bool:
-    """Whether the column's name means a prompt, an answer, a label, or anything else that the model should learn
-    from."""
+    """Whether the name of a column suggests contents to learn from, such as a prompt, an answer, a label, tools or
+    images. False for a name with more than LONGEST characters."""
     return len(key) <= LONGEST and _says_something(key)
 
 
@@ -73,26 +76,34 @@ def _says_something(key: str) -> bool:
 
 
 def is_media(key: str) -> bool:
-    """Whether the column's name says that the column holds images, videos or sounds."""
+    """Whether the name of a column suggests that the column holds images, videos or sounds."""
     return _MEDIA.fullmatch(_plain(key)) is not None
 
 
 def holds_answer(key: str, name: str) -> bool:
-    """Whether the column `key` may hold the answer called `name`: `response_a` holds A; `answer_1` or `answers` holds
-    1."""
+    """Whether a column may hold the text of an answer that the row elsewhere only names. `key` is the column's name.
+
+    `response_a` may hold the answer named "A". `answer_1`, or a list `answers`, may hold the answer named "1".
+    """
     plain = _plain(name)
     names = f"({_NOUN})?s?{re.escape(plain)}" + (f"|({_NOUN})s" if plain.isdecimal() else "")
     return bool(plain) and re.fullmatch(names, _plain(key[:LONGEST])) is not None
 
 
 def role_of(key: str) -> str | None:
-    """Returns the role of a column, such as `prompt`, guessed from the column's name; None if the name fits no role."""
+    """Returns the standard name for the contents of a column, such as `prompt`, `chosen` or `label`, guessed from the
+    column's own name. Returns None if no standard name fits."""
     plain = _plain(key[:LONGEST])
     return next((role for role, names in _ROLES.items() if re.fullmatch(names, plain)), None)
 
 
 def likely_columns(keys: Set[str]) -> dict[str, str]:
-    """Returns a column for each role that is not the name of a column, if the name of a column suggests the role."""
+    """Returns the columns whose names resemble a standard name such as `prompt` or `chosen`. The keys of the result are
+    the standard names; the values are the columns' own names.
+
+    `keys` are the names of a row's columns. Standard names that are among them need no guess and are left out. The
+    result is empty if there are more than MOST_COLUMNS columns.
+    """
     if len(keys) > MOST_COLUMNS:
         return {}
     columns = {role: key for key in sorted(keys, reverse=True) if (role := role_of(key))}
@@ -100,5 +111,5 @@ def likely_columns(keys: Set[str]) -> dict[str, str]:
 
 
 def _plain(key: str) -> str:
-    """Returns the column's name in lower case, without punctuation and spaces."""
+    """Returns a column's name in lower case, without punctuation and spaces."""
     return re.sub(r"[\W_]", "", key).casefold()

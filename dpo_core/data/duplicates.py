@@ -1,7 +1,8 @@
-"""Finds groups of a file that repeat or contradict earlier groups. Uses only the standard library.
+"""Finds groups that repeat or contradict earlier groups of the same file. A group is a prompt with its completions.
+Uses only the standard library.
 
-Texts are kept as 64-bit hashes, in a temporary database on disk, so that a billion rows need little memory. The hashes
-are Python's own, whose key is different in each process.
+A temporary database on disk holds 64-bit hashes of the texts, so that a billion rows need little memory. The hashes are
+those of Python's `hash`, whose key is different in each process.
 """
 
 import marshal
@@ -19,7 +20,7 @@ LINES_NAMED = 10
 
 @dataclass(frozen=True)
 class Named:
-    """The number of lines of a file that have some property, and the line numbers of the first ten such lines."""
+    """The lines of a file that have some property: how many there are, and the line numbers of the first ten."""
 
     count: int
     lines: tuple[int, ...]
@@ -39,7 +40,7 @@ class Duplicates:
 
 
 def find_duplicates(groups: Iterable[Group]) -> Duplicates:
-    """Returns the groups that repeat or contradict earlier groups."""
+    """Compares all groups of a file, and returns the lines of those that repeat or contradict an earlier group."""
     database = sqlite3.connect("")  # makes a temporary file, which SQLite removes
     try:
         database.execute("PRAGMA journal_mode = OFF")
@@ -82,7 +83,8 @@ def _named(database: sqlite3.Connection, query: str) -> Named:
 
 
 def _row(group: Group) -> tuple[int, int, int, int, int]:
-    """Returns the row of the database for a group: the group's line, and hashes of its texts."""
+    """Returns the database's row for a group: the group's line number, and hashes of its prompt, of its best
+    completion, of its worst completion, and of all completions with their ratings."""
     completions = [_digest(text) for text in group.completions]
     best, worst = completions[0], completions[-1]
     if len(completions) == 1:  # a label: a good completion is better than none (0), a bad one worse

@@ -1,7 +1,8 @@
-"""Reads the columns of a row that the reader of the row's format does not read. Uses only the standard library.
+"""Reads the optional columns that rows of most formats may have, and checks the columns that nothing reads. Uses only
+the standard library.
 
-Some of these columns are read in every format: a system prompt, arguments of the chat template, a weight and a margin.
-The other columns must be empty, or repeat texts of the row's groups.
+The optional columns are a system prompt, arguments of the chat template, a weight and a margin. A column that nothing
+reads may repeat texts of the row's groups. A group is a prompt with its completions.
 """
 
 import re
@@ -16,7 +17,8 @@ from dpo_core.data.values import is_finite, number_of, says_nothing, shown, stri
 
 
 def system_prompt(row: Row) -> str | None:
-    """Returns the system prompt in the row's column `system` or `system_prompt`; None if there is none."""
+    """Returns the system prompt in the row's column `system` or `system_prompt`; None if there is none. Raises
+    InvalidRow if both columns have contents."""
     if SYSTEM_KEYS.isdisjoint(row.value):
         return None
     columns = [key for key in sorted(SYSTEM_KEYS) if not says_nothing(row.value.get(key))]
@@ -28,8 +30,11 @@ def system_prompt(row: Row) -> str | None:
 
 
 def with_system(row: Row, group: Group, system: str) -> Group:
-    """Returns the group with the system prompt as the first message of its prompt. The group's prompt must be a list of
-    messages."""
+    """Returns the group with the system prompt as the first message of its prompt, which must be a list of messages.
+
+    Returns the group unchanged if its prompt already begins with this message. Raises InvalidRow if the prompt begins
+    with another system message.
+    """
     assert isinstance(group.prompt, list)
     message: Message = {"role": "system", "content": system}
     if group.prompt[0] == message:
@@ -51,8 +56,8 @@ RESERVED_ARGUMENTS = frozenset(_TAKEN.split())
 
 
 def template_arguments(row: Row) -> dict[str, object] | None:
-    """Returns the arguments, such as enable_thinking, that the row's column `chat_template_kwargs` gives the chat
-    template; None if there are none."""
+    """Returns the arguments for the chat template, such as enable_thinking, in the row's column `chat_template_kwargs`;
+    None if there are none. Raises InvalidRow for an argument that a row cannot set."""
     arguments = row.value.get("chat_template_kwargs")
     if arguments is None:
         return None
@@ -96,8 +101,11 @@ def positive_number(row: Row, name: str) -> float | None:
 
 
 def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterator[Group]]:
-    """Returns a reader that yields the groups of `reader` as messages: the prompt as the user's, the completions as the
-    assistant's."""
+    """Returns a reader that turns texts in the groups of `reader` into messages: a prompt into a message of the user, a
+    completion into a message of the assistant.
+
+    A reader is a function that yields the groups of a row. A group is a prompt with its completions.
+    """
 
     def read(row: Row) -> Iterator[Group]:
         for group in reader(row):
@@ -114,8 +122,11 @@ def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterato
 
 
 def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
-    """Raises InvalidRow if the group's answers are only the names of unread columns that hold the real answers, such as
-    A for response_a."""
+    """Raises InvalidRow if the group's completions are only the names of the real answers. The real answers are then in
+    columns that the row's format does not read, `unread`.
+
+    For example, the completions are "A" and "B", and the answers are in the columns `response_a` and `response_b`.
+    """
     best = group.completions[0]
     if len(best if isinstance(best, str) else best[-1]["content"]) > LONGEST or len(group.completions) < 2:
         return  # returns early for nearly all groups
@@ -134,13 +145,14 @@ def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
 
 
 def is_said(value: object, groups: Sequence[Group]) -> bool:
-    """Whether one of the groups already contains all texts in `value`."""
+    """Whether one of the groups contains all texts in `value`, the contents of a column. False if `value` has no
+    text."""
     texts = [text for text in _texts(value) if text.strip()]
     return bool(texts) and any(all(_contains(said, text) for text in texts) for said in map(_all_text, groups))
 
 
 def _contains(whole: str, text: str) -> bool:
-    """Whether the text occurs in `whole` as whole words."""
+    """Whether `text` occurs in `whole` as whole words."""
     return re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", whole) is not None
 
 
@@ -149,8 +161,8 @@ def _all_text(group: Group) -> str:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yields the texts within a value. The value is a text, a message, or a list or dictionary of texts and
-    messages."""
+    """Yields the texts in a value. The value is a text, a message, or a list or dictionary of texts and messages. The
+    roles of messages are not yielded."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""Reads the groups of a file of feedback (data on which completions are good or better), row by row. Uses only the
-standard library.
+"""Reads a file of feedback (data on which completions are good or better) row by row, and turns the rows into groups.
+Uses only the standard library.
 
-A file is JSON Lines in UTF-8. The first row decides the format; a row of another format is refused.
+A group is a prompt with its completions. A file is JSON Lines in UTF-8. The format of the first row is the format of
+the file; rows of other formats are refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -13,7 +14,7 @@ from dpo_core.data.formats import FORMATS, Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows
 
-MOST_JOINED = 1000  # rows of one prompt that can be one group
+MOST_JOINED = 1000  # the most rows of one prompt that become one group
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Record:
     groups: Sequence[Group]
     ignored_keys: frozenset[str]  # columns that are not read
     problem: InvalidRow | None
-    is_contrary: bool = False  # the row is a pair whose own, unread scores rate the rejected one higher
+    is_contrary: bool = False  # the row is a pair that, in columns that are not read, rates the rejected answer higher
     subset: str | None = None  # the text in the row's column `subset`, by which benchmarks divide their rows
 
 
@@ -36,11 +37,11 @@ def read_records(
     columns: Mapping[str, str] | None = None,
     formats: Sequence[Format] = FORMATS,
 ) -> Iterator[Record]:
-    """Yields the record of every row of a file, in order. If `lines` are a part of a file, `first_line` is the number
-    of the first line.
+    """Yields the result of reading each row of a file, in order. `lines` may be a part of the file; `first_line` is the
+    number of the first one.
 
-    If the columns have other names than the roles, `columns` names the column of each role, such as {"prompt":
-    "question"}. The file must have one of `formats`.
+    `columns` is needed if the file's columns have names of their own: it gives the column for each standard name, such
+    as {"prompt": "question"}. A row whose format is not one of `formats` gets an error.
     """
     records = _read_each(lines, first_line, columns or {}, formats)
     for record in records:
@@ -61,14 +62,18 @@ def _read_each(
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether two neighbouring lines belong to one group. A file must not be cut between such lines."""
+    """Whether two neighbouring lines of a file belong to one group, because each of them rates one answer to the same
+    prompt. The file must not be cut between such lines."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
 
 def _joined(records: Iterable[Record]) -> Iterator[Record]:
-    """Joins neighbouring rows of one prompt. The record of the first row gets one group of all rows, if the rows can be
-    one group."""
+    """Joins neighbouring rows that have the same prompt, in files whose rows each rate one answer. The record of the
+    first row gets one group with all answers; the records of the other rows get no group.
+
+    If a prompt has only one row or more than MOST_JOINED rows, the records of these rows get an error instead.
+    """
     for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
         rows = list(islice(run, MOST_JOINED + 1))  # bounded, because all rows of a file may have the same prompt
         if rows[0].problem:
@@ -96,7 +101,8 @@ def _group_of(run: Sequence[Record]) -> Group:
 
 
 def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:
-    """Yields the groups of a file, in order. Raises InvalidRow at the first row that cannot be used."""
+    """Yields the groups of a file (a group is a prompt with its completions), in order. Raises InvalidRow at the first
+    row that cannot be used."""
     for record in read_records(lines, first_line=first_line):
         if record.problem:
             raise record.problem
@@ -133,8 +139,8 @@ def _read(
 
 
 def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
-    """Whether the row is a pair whose own scores, in unread columns, rate the rejected completion higher than the
-    chosen one."""
+    """Whether the row rates its rejected completion higher than its chosen one. The two scores are in columns that the
+    row's format does not read, `unread`. False unless the row is a pair with exactly two such scores."""
     if form.kind != "pairs":
         return False
     rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]

@@ -1,9 +1,10 @@
 """Lists the formats in which preference data are published, and finds the format of a row. Uses only the standard
 library.
 
-The keys of a row and the types of their values decide the row's format. A text decides only if it begins with
-`\\n\\nHuman:`, as a dialogue does, or with `[{`, as messages in JSON do. A column that the model should learn from is
-read; if the format cannot read the column, the row is refused with the column's name.
+The keys of a row and the types of their values decide the row's format. A text matters only if it begins with
+`\\n\\nHuman:`, as a dialogue does, or with `[{`, as messages in JSON do. Columns that a format does not read are
+ignored, unless their names suggest contents to learn from. A row with such a column is refused, and the error names the
+column.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -31,7 +32,8 @@ from dpo_core.options import Kind
 
 @dataclass(frozen=True)
 class Format:
-    """A format of rows: a test that recognizes a row of the format, and a reader that turns the row into groups."""
+    """A format of rows: a test that recognizes a row of the format, and a reader (a function) that turns the row into
+    groups. A group is a prompt with its completions."""
 
     name: str
     row: str  # the columns of a row, in Markdown
@@ -39,15 +41,15 @@ class Format:
     keys: frozenset[str]  # the columns that are read
     matches: Callable[[dict[str, object]], bool]
     reader: Callable[[Row], Iterator[Group]]
-    joins: bool = False  # a row rates one answer; neighbouring rows of one prompt are one group
+    joins: bool = False  # True: a row rates one answer, and neighbouring rows of one prompt become one group
 
     def unread(self, row: Row) -> frozenset[str]:
         """Returns the columns of the row that this format does not read."""
         return frozenset(row.value.keys() - self.keys)
 
     def read(self, row: Row, unread: Set[str]) -> list[Group]:
-        """Returns the groups of the row. Raises InvalidRow if the row cannot be read, or if a column in `unread` holds
-        something that the model should learn from."""
+        """Returns the groups of the row. Raises InvalidRow if the row cannot be read, or if a column in `unread`, the
+        columns that this format does not read, holds something that the model should learn from."""
         telling = unread and list(filter(says_something, unread))
         is_plain = not telling and self._extras.isdisjoint(row.value)  # true for most rows
         groups = list(self.reader(row) if is_plain else self._read_all(row, sorted(telling)))
@@ -60,8 +62,8 @@ class Format:
         return groups
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
-        """Yields the groups of the row together with its system prompt, tools, template arguments, weight and margin.
-        Raises InvalidRow if an unread column says something that the groups do not say."""
+        """Yields the groups of the row, with the row's system prompt, tools, template arguments, weight and margin in
+        them. Raises InvalidRow if a column in `unread` has contents that the groups do not contain."""
         weight, margin = (positive_number(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
         arguments = template_arguments(row) if self._takes_arguments else None
@@ -91,8 +93,8 @@ class Format:
 
     @cached_property
     def _extras(self) -> frozenset[str]:
-        """The optional columns of this format, such as `weight`, `margin` and tools, that `_read_all` reads itself;
-        `reader` reads the other columns."""
+        """The optional columns of this format, such as `weight`, `margin` and `tools`. `_read_all` reads these columns;
+        `reader` reads all others."""
         return self.keys & (OPTIONAL_KEYS | {"weight", "margin"})
 
     @cached_property
@@ -108,7 +110,8 @@ class Format:
         return self.keys >= SYSTEM_KEYS
 
     def _refuse_unread(self, row: Row, unread: Sequence[str], groups: Sequence[Group]) -> None:
-        """Raises InvalidRow for the first column in `unread` that says something which the groups do not say."""
+        """Raises InvalidRow for the first column in `unread` with contents that the groups do not contain. Accepts
+        empty columns, and the value false in columns that are no labels."""
         for key in unread:
             value = row.value[key]
             if says_nothing(value) or (value is False and role_of(key) != "label") or is_said(value, groups):
@@ -129,7 +132,8 @@ _JSON_STARTS = "[{ \n"  # the first character of messages as JSON
 
 
 def detect(row: Row, formats: Sequence[Format] | None = None) -> Format:
-    """Returns the first of `formats` (by default those of training) that the row has. Raises InvalidRow if it has none.
+    """Returns the first of `formats` that matches the row. None means the formats of training data. Raises InvalidRow
+    if no format matches.
 
     The function also changes the row: messages that a column holds as a text of JSON become lists of messages.
     """
@@ -146,8 +150,11 @@ def detect(row: Row, formats: Sequence[Format] | None = None) -> Format:
 
 
 def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
-    """Returns the advice to give `columns` these roles, for the end of an error; None if the row could not be read
-    even then."""
+    """Returns advice for the end of an error message: to give `columns`, a dictionary from standard names to the row's
+    own names, in the option `columns`.
+
+    Returns None if the row could not be read even then.
+    """
     if not columns or not ROLES.issuperset(columns):
         return None
     try:
@@ -181,7 +188,7 @@ CONVERSATION_KEYS = frozenset(
     | {"conversation_a", "conversation_b"}
 )
 
-# The roles that the option `columns` may name: the keys of formats that belong to no public data set.
+# The standard names that the option `columns` may use: the keys of the formats that belong to no public data set.
 ROLES = (_PAIR_KEYS | _LABEL_KEYS | _RANKED_KEYS | {"messages"}) - {"functions", "parallel_tool_calls", "system_prompt"}
 
 Test = Callable[[dict[str, object]], bool]
@@ -199,7 +206,8 @@ def _is_dialogues(row: dict[str, object]) -> bool:
 
 
 def _answers_a_prompt(row: dict[str, object]) -> bool:
-    """Whether the value of `prompt` or `chosen` is messages, and `chosen` does not repeat the prompt."""
+    """Whether the row has a prompt and a chosen answer, at least one of them as messages, and the chosen answer does
+    not begin with the prompt."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
     if isinstance(prompt, str) and isinstance(chosen, str):
         return False
@@ -219,7 +227,8 @@ def _is_openai(row: dict[str, object]) -> bool:
 
 
 def _has(*keys: str, **kinds: type) -> Test:
-    """Returns a test that is true for rows with all these keys, whose values have the types in `kinds`."""
+    """Returns a test for rows. The test is true if the row has all `keys`, and a value of the given type for each name
+    in `kinds`."""
     wanted = {*keys, *kinds}
     if not kinds:
         return wanted.issubset
@@ -227,26 +236,28 @@ def _has(*keys: str, **kinds: type) -> Test:
 
 
 def _any(*tests: Test) -> Test:
-    """Returns a test that is true for rows for which at least one of `tests` is true."""
+    """Returns a test for rows. The test is true if at least one of `tests` is true."""
     return lambda row: any(test(row) for test in tests)
 
 
 def _beside_messages(**kinds: type) -> Test:
-    """Returns a test that is true for rows with a conversation, in `messages` or `conversations`, and values of the
-    types in `kinds`."""
+    """Returns a test for rows. The test is true if the row has a conversation in `messages` or `conversations`, and a
+    value of the given type for each name in `kinds`."""
     return _any(_has(messages=list, **kinds), _has(conversations=list, **kinds))
 
 
 def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
-    """Returns a format for rows that have all these columns, parsed by `reader`. Rows may also have columns for a
-    system prompt, chat-template arguments and a weight."""
+    """Returns the format of a public data set. Its rows have all of `columns` (names, with spaces between them), and
+    `reader` turns them into groups. They may also have columns for a system prompt, arguments of the chat template, and
+    a weight."""
     keys = columns.split()
     row = ", ".join(f"`{key}`" for key in keys)
     return Format(name, row, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)
 
 
 def _pairs_of(name: str, prompt: str, chosen: str, rejected: str) -> Format:
-    """Returns a format for rows that have a prompt, a chosen and a rejected answer in the columns with these names."""
+    """Returns a format for rows with a prompt, a chosen answer and a rejected answer, in the columns that `prompt`,
+    `chosen` and `rejected` name."""
     form = _published(name, published.pair(prompt, chosen, rejected), f"{prompt} {chosen} {rejected}")
     return replace(form, keys=form.keys | TOOL_KEYS | {"margin"} | ({"input"} if prompt == "instruction" else set()))
 
@@ -288,7 +299,8 @@ _TEXTS = (
 
 
 def with_system_prompt(form: Format) -> Format:
-    """Returns a format for rows of `form` that also have a system prompt. Their texts are read as messages."""
+    """Returns a format for rows that match `form` and also have a system prompt. The texts of such rows are read as
+    messages."""
 
     def matches(row: dict[str, object]) -> bool:
         return not SYSTEM_KEYS.isdisjoint(row) and form.matches(row)
@@ -466,6 +478,7 @@ FORMATS = (
 
 
 def table() -> str:
-    """Returns a Markdown table of the formats, in the order in which they are tried on a row."""
+    """Returns a Markdown table of all formats of training data. The order is that in which the formats are tried on a
+    row."""
     lines = [f"| {form.name} | {form.row} | {form.kind} |" for form in FORMATS]
     return "\n".join(["| format | row | holds |", "|---|---|---|", *lines])

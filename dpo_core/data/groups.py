@@ -1,5 +1,5 @@
-"""Defines a group of texts, and has functions with which readers make groups from rows. Uses only the standard
-library."""
+"""Defines a group (a prompt with its completions, as texts), and has functions with which readers make groups from
+rows. Uses only the standard library."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Group:
 
 
 def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
-    """Returns a group whose completions are in the order of their ratings, the highest first. Raises InvalidRow for
-    fewer than two completions."""
+    """Returns a group with the completions sorted by their ratings, the highest first. Raises InvalidRow for fewer than
+    two completions."""
     order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
     if len(order) < 2:
         raise row.invalid(
@@ -38,25 +38,28 @@ def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Seq
 
 
 def text_or_messages(row: Row, pointer: str, value: object) -> Text:
-    """Returns a prompt read from `value`: messages if `value` is a list, otherwise a text."""
+    """Returns the prompt in `value`: messages if `value` is a list, otherwise a text. `pointer` says for errors where
+    the value is in the row."""
     return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
 
 
 def completion_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """Returns a completion read from `value` in the form of its prompt: messages or a text."""
+    """Returns the completion in `value`, in the same form as its prompt: messages or a text. Raises InvalidRow if the
+    completion is empty or has another form."""
     return completion_of(row, pointer, value) if isinstance(prompt, list) else filled(row, pointer, value)
 
 
 def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """Returns a rejected completion read from `value` in the form of its prompt. The completion may be empty; its only
-    token is then EOS."""
+    """Returns the rejected completion in `value`, in the same form as its prompt: messages or a text. The completion
+    may be empty; the model then reads only the end-of-sequence token."""
     if isinstance(prompt, list):
         return completion_of(row, pointer, value, may_be_empty=True)
     return string_of(row, pointer, value)
 
 
 def question(row: Row, column: str) -> list[Message]:
-    """Returns a prompt of messages, read from a column that holds messages, one message, or a text of the user."""
+    """Returns the prompt in a column of the row, as messages. The column holds a list of messages, one message, or the
+    user's text."""
     value = row.value[column]
     if isinstance(value, dict):
         value = [value]
@@ -66,7 +69,8 @@ def question(row: Row, column: str) -> list[Message]:
 
 
 def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """Returns a completion of messages, read from a value that is messages, one message, or a text of the assistant."""
+    """Returns the completion in `value`, as messages. The value is a list of messages, one message, or the assistant's
+    text. Raises InvalidRow for an empty completion, unless `may_be_empty`."""
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
@@ -80,10 +84,11 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
 def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
-    """Splits two conversations into their shared prompt and two completions.
+    """Splits two conversations into the prompt that they share and two completions. `columns` names the columns of the
+    conversations, for errors.
 
-    Raises InvalidRow unless the first message in which the conversations differ is an answer of the assistant.
-    `may_be_empty` says of each completion whether it may be empty.
+    Raises InvalidRow unless the first message in which the conversations differ is the assistant's. `may_be_empty` says
+    of each completion whether it may be empty.
     """
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)
@@ -102,8 +107,7 @@ def parted(
 
 
 def completions_of(row: Row, column: str) -> list[object]:
-    """Returns the list of completions in the row's column. Raises InvalidRow if the value is no list, or an empty
-    one."""
+    """Returns the list in the row's column. Raises InvalidRow if the column holds no list, or an empty list."""
     value = row.value[column]
     if not isinstance(value, list) or not value:
         raise row.invalid(f"/{column}", "wrong_type", "must be a list of at least one completion.")
@@ -111,8 +115,8 @@ def completions_of(row: Row, column: str) -> list[object]:
 
 
 def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
-    """Yields the dictionaries in the list of the row's column. Raises InvalidRow for an element that is no dictionary
-    with these keys."""
+    """Yields the dictionaries of the list in the row's column. Raises InvalidRow for an element that is no dictionary
+    with all of `keys`."""
     for number, item in enumerate(completions_of(row, column)):
         if not isinstance(item, dict) or not item.keys() >= set(keys):
             what = f"must be an object with the keys {' and '.join(keys)}."

@@ -1,4 +1,5 @@
-"""Parses JSON Lines into rows, and refuses lines that are no JSON dictionary in UTF-8. Uses only the standard library.
+"""Parses JSON Lines into rows, and refuses lines that are not a JSON dictionary in UTF-8. Uses only the standard
+library.
 
 A byte order mark at the start, CRLF and blank lines are accepted.
 """
@@ -17,8 +18,8 @@ _TOO_DEEP = f"nests lists and objects more than {MAX_DEPTH} levels deep; nest th
 
 
 class InvalidRow(ValueError):
-    """Raised for a row that cannot be used. The error has the row's line from 1, a JSON pointer into the row, a code,
-    and a sentence."""
+    """Raised for a row that cannot be used. The error has the row's line number (from 1), the JSON pointer of the wrong
+    value, a code, and a sentence for the user."""
 
     def __init__(self, line: int, pointer: str, code: str, message: str) -> None:
         super().__init__(line, pointer, code, message)  # unpickling needs all four arguments
@@ -32,7 +33,8 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line of a file. `columns` gives, for each renamed key, the key's name in the file."""
+    """One parsed line of a file: its line number, and its dictionary. `columns` gives the original name of each key
+    that `renamed` has renamed, because errors use the file's own names."""
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
@@ -40,8 +42,8 @@ class Row:
         self._columns = columns or {}
 
     def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
-        """Returns the error for the field of the row at `pointer`; for the whole row if `pointer` is empty. `what` is
-        the end of a sentence whose subject is the field or the row."""
+        """Returns an error about the field at `pointer`, or about the whole row if `pointer` is empty. `what` is the
+        end of the error's sentence, such as "is not a string."; the sentence's subject is the field or the row."""
         if self._columns and pointer:
             first, *rest = pointer[1:].split("/")
             pointer = "/".join([pointer_to((self._columns[first],)) if first in self._columns else f"/{first}", *rest])
@@ -50,8 +52,8 @@ class Row:
         return InvalidRow(self.line, pointer, code, f"Line {self.line}: {subject} {what}")
 
     def renamed(self, columns: Mapping[str, str]) -> "Row":
-        """Returns a copy of the row in which each column `columns[role]` has the name `role`. Raises InvalidRow if such
-        a column is missing, or if another column already has the name."""
+        """Returns a copy of the row in which the column `columns[role]` has the name `role`, for each role in
+        `columns`. Raises InvalidRow if such a column is missing, or if another column already has the name."""
         others = {key: value for key, value in self.value.items() if key not in columns.values()}
         for role, column in columns.items():
             if column not in self.value:
@@ -72,14 +74,14 @@ def _shortened(text: str, length: int) -> str:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a file. A line longer than `MAX_LINE_BYTES` is yielded in pieces, to bound memory."""
+    """Yields the lines of a file. A line longer than `MAX_LINE_BYTES` is yielded in several parts, to bound memory."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line
 
 
 def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | InvalidRow]:
-    """Yields a row or an error for each line that is not blank. A line that is too long yields one error, and its later
-    pieces are skipped."""
+    """Parses lines of JSON, and yields a row or an error for each line that is not blank. A line that is too long
+    yields one error; its later parts, which `read_lines` yields separately, are skipped."""
     number, has_ended = first_line - 1, True
     for line in lines:
         begins, has_ended = has_ended, len(line) <= MAX_LINE_BYTES or line.endswith(b"\n")
@@ -97,8 +99,8 @@ def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | Inv
 
 @dataclass(frozen=True)
 class _Flaw:
-    """Stands in a parsed value for a part of the JSON that must be refused. The error is raised later, when the part's
-    JSON pointer is known."""
+    """Marks, in a parsed value, a part of the JSON that must be refused. `_refuse_flaws` raises the error later,
+    because only then the part's JSON pointer is known."""
 
     code: str
     what: str
@@ -135,7 +137,8 @@ def _parse(number: int, line: bytes) -> Row:
 
 
 def _parse_plain(line: bytes) -> dict[str, object] | None:
-    """Returns the parsed line if it certainly holds nothing that must be refused, as nearly every line; otherwise None.
+    """Parses a line by the fast way, and returns its dictionary if nothing in the line can be wrong. This is so for
+    nearly every line. Returns None if something may be wrong.
 
     A NUL or half of a surrogate pair can only come from an escape, and a line with few brackets cannot nest deeply.
     """
@@ -152,8 +155,8 @@ _ESCAPED = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 def parse_within(row: Row, pointer: str, text: str) -> object:
-    """Returns the JSON value in a text of the row, parsed by the same rules as rows. The keys in `pointer` must need no
-    escapes."""
+    """Returns the JSON value in a text of the row. The text is parsed by the same rules as rows. Raises InvalidRow with
+    `pointer`, whose keys must need no escapes, for JSON that cannot be used."""
     try:
         value = _loads(text)
     except RecursionError:

@@ -1,7 +1,8 @@
-"""Reads the messages of a row, and refuses other values with their JSON pointer. Uses only the standard library.
+"""Reads the messages in a row, and refuses other values with their JSON pointer. Uses only the standard library.
 
-The module reads OpenAI's chat format, ShareGPT's messages with `from` and `value`, and thoughts under the names that
-vLLM, Qwen and gpt-oss use. A key whose value is null or empty is ignored.
+The module reads OpenAI's chat format, and ShareGPT's messages with the keys `from` and `value`. It also reads thoughts
+(an assistant's reasoning before its answer) under the names that vLLM, Qwen and gpt-oss use. A key whose value is null
+or empty is ignored.
 """
 
 import re
@@ -48,7 +49,8 @@ _TURNS = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """Returns the messages of a prompt. Raises InvalidRow if an answer of the assistant cannot follow them."""
+    """Returns the messages of a prompt. Raises InvalidRow if `value` is no list of messages, or if an answer of the
+    assistant cannot follow these messages."""
     messages = _list_of(row, pointer, value)
     last = f"{pointer}/{len(messages) - 1}"
     if messages[-1]["role"] == "assistant":
@@ -60,7 +62,8 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """Returns the messages of a completion: messages of the assistant, and messages of tools or users between them."""
+    """Returns the messages of a completion. The assistant's messages come first and last; messages of tools or users
+    may be between them. Raises InvalidRow for any other value."""
     messages = _list_of(row, pointer, value)
     if len(messages) > 1:
         _unanswered(row, pointer, messages)
@@ -71,8 +74,8 @@ def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool =
 def check_completion(
     row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
 ) -> None:
-    """Raises InvalidRow if the messages are not a completion. `first` is the index of the completion's first message in
-    the list at `pointer`."""
+    """Raises InvalidRow unless the messages are a valid completion. `pointer` leads to a list in the row; `first` is
+    the index of the completion's first message in this list."""
     if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # nearly always
         if not may_be_empty:
             refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])
@@ -105,7 +108,8 @@ def check_completion(
 
 
 def messages_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """Returns the messages of a conversation. The calls of tools in the last message need no answers."""
+    """Returns the messages of a conversation. Tool calls in the last message need no answers; all others do. Raises
+    InvalidRow for any other value."""
     messages = _list_of(row, pointer, value)
     _unanswered(row, pointer, messages)
     return messages
@@ -181,7 +185,8 @@ def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
 
 
 def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
-    """Returns the thoughts of a message, None if it has none. Raises InvalidRow if two keys hold different thoughts."""
+    """Returns the thoughts of a message (the reasoning before an answer); None if it has none. Raises InvalidRow if two
+    keys hold different thoughts."""
     keys = [key for key in THOUGHTS if not says_nothing(value.get(key))]
     for key in keys:
         string_of(row, f"{pointer}/{key}", value[key])
@@ -219,8 +224,8 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
 
 
 def _content(row: Row, pointer: str, value: object) -> str:
-    """Returns the text of a message's content. If the content is a list of parts, line feeds join their texts, as in
-    vLLM."""
+    """Returns the text of a message's content. If the content is a list of parts, the texts of the parts are joined by
+    line feeds, as in vLLM."""
     if not isinstance(value, list):
         return string_of(row, pointer, value)
     texts = []
@@ -240,8 +245,8 @@ def _content(row: Row, pointer: str, value: object) -> str:
 
 
 def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[ToolCall]:
-    """Returns the tool calls that have no answer at the end of the messages. Raises InvalidRow if another message comes
-    before an answer."""
+    """Returns the last tool calls in the messages, without those that a tool message answers. Raises InvalidRow if a
+    message of another role comes before all answers."""
     calls: list[ToolCall] = []
     for index, message in enumerate(messages):
         if message["role"] == "tool":
@@ -266,7 +271,7 @@ def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall
 
 
 def _needed(calls: Sequence[ToolCall]) -> str:
-    """Returns what must come first if tool calls have no answers, for the end of an error."""
+    """Returns the end of an error message: that the tool of the first call must have answered, and how to mend this."""
     return f"the tool {shown(calls[0]['function']['name'])} has answered its call; add its answer as a tool message."
 
 
@@ -278,8 +283,8 @@ _BROKEN_MESSAGES = re.compile(  # messages in Python's notation, or cut off at t
 
 
 def opened(row: Row, pointer: str, text: str) -> object:
-    """Returns the messages, or the message, that a text holds as JSON, as in many tables. Returns any other text
-    unchanged."""
+    """Parses messages, or one message, that are written as JSON into a text, as in many tables. Returns any other text
+    unchanged. Raises InvalidRow for messages in broken JSON."""
     if not _LIKE_JSON.match(text):
         return text
     try:
@@ -303,7 +308,7 @@ def opened(row: Row, pointer: str, text: str) -> object:
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
-    """Returns the messages of a text "\\n\\nHuman: …\\n\\nAssistant: …", as in HH-RLHF (arXiv 2204.05862)."""
+    """Splits a text of the form "\\n\\nHuman: …\\n\\nAssistant: …", as in HH-RLHF (arXiv 2204.05862), into messages."""
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
         raise row.invalid(pointer, "wrong_type", 'must be a dialogue that begins with "\\n\\nHuman:".')

@@ -1,6 +1,7 @@
 """Reads public preference data sets that have column names of their own. Uses only the standard library.
 
-Each reader yields groups whose prompts and completions are messages.
+Each reader (a function of a row) yields groups. A group is a prompt with its completions; here all of them are
+messages.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ Reader = Callable[[Row], Iterator[Group]]
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Reader:
-    """Returns a reader of rows that have a question, the better answer and the worse answer in these columns."""
+    """Returns a reader for rows with a question, a better and a worse answer, in the columns that `prompt`, `chosen`
+    and `rejected` name."""
 
     def read(row: Row) -> Iterator[Group]:
         better = answer(row, f"/{chosen}", row.value[chosen])
@@ -25,8 +27,8 @@ def pair(prompt: str, chosen: str, rejected: str) -> Reader:
 
 
 def _question(row: Row, column: str) -> list[Message]:
-    """Returns the question in the row's column as messages. In Alpaca's rows the question is the instruction followed
-    by its input."""
+    """Returns the question in the row's column, as messages. In rows of Alpaca's form, the text of `input` is added to
+    the instruction."""
     messages = question(row, column)
     extra = row.value.get("input")
     if column == "instruction" and extra not in (None, ""):
@@ -35,9 +37,11 @@ def _question(row: Row, column: str) -> list[Message]:
 
 
 def two(prompt: str, first: str, second: str, lead: Callable[[Row], float]) -> Reader:
-    """Returns a reader of rows that have a question and two answers in these columns.
+    """Returns a reader for rows with a question and two answers, in the columns that `prompt`, `first` and `second`
+    name.
 
-    `lead` is a function that returns by how much the second answer of a row is better; 0 is a tie.
+    `lead` is a function that returns by how much the row's second answer is better than its first. 0 is a tie; a
+    negative number means that the first is better.
     """
 
     def read(row: Row) -> Iterator[Group]:
@@ -48,25 +52,26 @@ def two(prompt: str, first: str, second: str, lead: Callable[[Row], float]) -> R
 
 
 def _ratings(lead: float) -> tuple[float, float]:
-    """Returns the ratings of two answers, of which the second is better by `lead`."""
+    """Returns ratings for two answers, of which the second is better by `lead`; a negative `lead` means that the first
+    is better."""
     return max(0.0, -lead), max(0.0, lead)
 
 
 def strength(column: str) -> Callable[[Row], float]:
-    """Returns a function that reads by how much a row's second answer is better from a column. As in HelpSteer 2 and 3,
-    the number there is negative if the first answer is better."""
+    """Returns a function that reads from `column` by how much the row's second answer is better. The number is negative
+    if the first answer is better, as in HelpSteer 2 and 3."""
     return lambda row: number_of(row, f"/{column}", row.value[column])
 
 
 def scores(first: str, second: str) -> Callable[[Row], float]:
-    """Returns a function that computes by how much a row's second answer is better, from the columns with the answers'
-    scores."""
+    """Returns a function that computes by how much the row's second answer is better. The columns `first` and `second`
+    hold the scores of the two answers."""
     return lambda row: number_of(row, f"/{second}", row.value[second]) - number_of(row, f"/{first}", row.value[first])
 
 
 def choice(column: str, first: object, second: object, *ties: object) -> Callable[[Row], float]:
-    """Returns a function that reads by how much a row's second answer is better (-1, 0 or 1) from a column whose word
-    or number names the better answer or a tie."""
+    """Returns a function that reads from `column` which answer of the row is better. It returns -1 if the value is
+    `first`, 1 if it is `second`, and 0 if it is one of `ties`."""
     leads: dict[object, float] = {first: -1.0, second: 1.0, **dict.fromkeys(ties, 0.0)}
 
     def lead(row: Row) -> float:
@@ -80,7 +85,7 @@ def choice(column: str, first: object, second: object, *ties: object) -> Callabl
 
 
 def read_a_or_b(row: Row) -> Iterator[Group]:
-    """Reads rows that have two answers and a letter for the better one."""
+    """Reads rows with two answers, and a letter (A or B) for the better answer or the word `tie`."""
     return two("prompt", "response_a", "response_b", _letter)(row)
 
 
@@ -93,7 +98,8 @@ def _letter(row: Row) -> float:
 
 
 def read_arena(row: Row) -> Iterator[Group]:
-    """Reads rows of LMSYS's Chatbot Arena: two conversations with the same questions, and the name of the winner."""
+    """Reads rows of LMSYS's Chatbot Arena: two conversations with the same questions, and the name of the model that
+    won."""
     columns = ("conversation_a", "conversation_b")
     sides = [messages_of(row, f"/{column}", row.value[column]) for column in columns]
     prompt, answers = parted(row, columns, sides, may_be_empty=(True, True))
@@ -102,14 +108,15 @@ def read_arena(row: Row) -> Iterator[Group]:
 
 
 def read_rated(row: Row) -> Iterator[Group]:
-    """Reads rows of HelpSteer 1 and 2: one answer and its helpfulness, by which the data set's authors rank answers."""
+    """Reads rows of HelpSteer 1 and 2: one answer, and how helpful it is. The authors of these data rank answers by
+    this number."""
     completion = answer(row, "/response", row.value["response"], may_be_empty=True)
     rating = number_of(row, "/helpfulness", row.value["helpfulness"])
     yield Group(_question(row, "prompt"), (completion,), row.line, (rating,))
 
 
 def read_summaries(row: Row) -> Iterator[Group]:
-    """Reads rows of OpenAI's comparisons of summaries (arXiv 2009.01325). The prompt has the form of TRL's
+    """Reads rows of OpenAI's comparisons of summaries (arXiv 2009.01325). The prompts are written as in TRL's data set
     tldr-preference."""
     info = row.value["info"]
     assert isinstance(info, dict)
@@ -126,7 +133,7 @@ def read_summaries(row: Row) -> Iterator[Group]:
 
 
 def _to_summarize(row: Row, info: dict[str, object]) -> str:
-    """Returns the prompt that asks for a summary of the post or the article in `info`."""
+    """Returns a prompt that asks for a summary of the post or article in `info`."""
     names = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": ""}
     parts = [f"{label}{string_of(row, f'/info/{name}', info[name])}" for name, label in names.items() if info.get(name)]
     if not parts:
@@ -135,7 +142,8 @@ def _to_summarize(row: Row, info: dict[str, object]) -> str:
 
 
 def read_ranked_completions(row: Row) -> Iterator[Group]:
-    """Reads rows of NeMo RL: a context, and completions of messages with ranks. The best completion has rank 0."""
+    """Reads rows of NeMo RL: a context, and completions with ranks, of which 0 is the best. A completion is a list of
+    messages."""
     completions, ranks = [], []
     for number, item in enumerate(items(row, "completions", "completion", "rank")):
         completions.append(answer(row, f"/completions/{number}/completion", item["completion"]))
@@ -144,7 +152,8 @@ def read_ranked_completions(row: Row) -> Iterator[Group]:
 
 
 def read_vertex(row: Row) -> Iterator[Group]:
-    """Reads rows of Google's Vertex AI: contents with parts, and completions with scores."""
+    """Reads rows of Google's Vertex AI: a prompt in `contents`, and completions with scores. Every message is a list of
+    parts."""
     prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
     if prompt[-1]["role"] != "user":
         raise row.invalid("/contents", "invalid_order", "must end with a message of the role 'user'.")
@@ -166,7 +175,8 @@ _VERTEX_ROLES = {"user": "user", "model": "assistant", "system": "system"}
 
 
 def _of_parts(row: Row, pointer: str, value: object) -> Message:
-    """Returns the message for a `content` object of Vertex AI, whose parts must all be texts."""
+    """Returns the message in a `content` object of Vertex AI. Raises InvalidRow if a part of the object is not a
+    text."""
     parts = value.get("parts") if isinstance(value, dict) else None
     role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
     if role is None or not isinstance(parts, list):

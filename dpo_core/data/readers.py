@@ -1,6 +1,7 @@
 """Reads the rows of common formats. Uses only the standard library.
 
-Each reader yields the groups of a row. A reader raises InvalidRow, with a JSON pointer, for a value that it cannot use.
+Each reader (a function of a row) yields the row's groups. A group is a prompt with its completions, the best first. A
+reader raises InvalidRow, with a JSON pointer, for a value that it cannot use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,8 @@ LABELS = ("label", "kto_tag")
 
 
 def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
-    """Reads a conversation and yields one demonstration for each assistant message whose weight is not 0."""
+    """Reads a conversation, and yields one group for each assistant message whose weight is not 0. The messages before
+    it are the prompt."""
     messages = messages_of(row, f"/{column}", row.value[column])
     weights = [message.pop("weight", 1) for message in messages]
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
@@ -98,27 +100,27 @@ def _either(row: Row, key: str, alias: str) -> str:
 
 
 def read_explicit(row: Row) -> Iterator[Group]:
-    """Reads a row with a prompt, a chosen and a rejected answer."""
+    """Reads a row with a prompt, a chosen answer and a rejected answer."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     chosen = completion_like(row, "/chosen", row.value["chosen"], prompt)
     yield Group(prompt, (chosen, rejected_like(row, "/rejected", row.value["rejected"], prompt)), row.line)
 
 
 def read_answers(row: Row) -> Iterator[Group]:
-    """Reads a row with a question, a chosen and a rejected answer, some of which are messages and others texts."""
+    """Reads a row with a prompt, a chosen answer and a rejected answer. Each of them may be a text or messages."""
     yield Group(
         question(row, "prompt"), (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line
     )
 
 
 def read_conversations(row: Row) -> Iterator[Group]:
-    """Reads a row with two conversations. The messages with which both begin are the prompt."""
+    """Reads a row with a chosen and a rejected conversation. The messages with which both begin are the prompt."""
     yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in SIDES])
 
 
 def read_dialogues(row: Row) -> Iterator[Group]:
-    """Reads a row with two dialogues, each in one text, as in HH-RLHF. The turns with which both begin are the
-    prompt."""
+    """Reads a row with a chosen and a rejected dialogue, each in one text, as in HH-RLHF. The turns with which both
+    begin are the prompt."""
     texts = (string_of(row, f"/{side}", row.value[side]) for side in SIDES)
     yield _split_conversations(
         row, [dialogue_of(row, f"/{side}", text) for side, text in zip(SIDES, texts, strict=True)]
@@ -135,7 +137,8 @@ def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
 
 
 def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
-    """Whether the value is the whole prompt, the text of one of the prompt's messages, or null."""
+    """Whether `value`, the contents of the row's column `prompt`, is the whole prompt, the text of one of the prompt's
+    messages, or null."""
     if isinstance(value, list):
         return messages_of(row, "/prompt", value) == prompt
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
@@ -145,7 +148,8 @@ def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
 
 
 def read_implicit(row: Row) -> Iterator[Group]:
-    """Reads a row with two texts. As in TRL, the prompt is their common start, without a space at its end."""
+    """Reads a row with a chosen and a rejected text. The prompt is their common beginning, without a space at its end,
+    as in TRL."""
     texts = [string_of(row, f"/{side}", row.value[side]) for side in SIDES]
     prompt = commonprefix(texts).removesuffix(" ")  # noqa: RUF071 (characters are meant)
     if not prompt:
@@ -163,7 +167,7 @@ def read_implicit(row: Row) -> Iterator[Group]:
 
 
 def read_unpaired(row: Row) -> Iterator[Group]:
-    """Reads a row with a prompt, a completion, and a label that says whether the completion is good."""
+    """Reads a row with a prompt, one completion, and a label that says whether the completion is good."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     completion = completion_like(row, "/completion", row.value["completion"], prompt)
     yield Group(prompt, (completion,), row.line, (_label(row, "label"),))
@@ -177,16 +181,16 @@ def _label(row: Row, column: str) -> float:
 
 
 def read_labelled_chat(row: Row) -> Iterator[Group]:
-    """Reads a row with a conversation and a label. The label says whether the last message, the assistant's, is
-    good."""
+    """Reads a row with a conversation and a label. The label says whether the last message, which is the assistant's,
+    is good."""
     prompt, completion = _ending_with_an_answer(row, _either_of(row, "messages", "conversations"))
     label = _either_of(row, *LABELS)
     yield Group(prompt, (completion,), row.line, (_label(row, label),))
 
 
 def _either_of(row: Row, key: str, alias: str) -> str:
-    """Returns the one of the keys `key` and `alias` whose value in the row is not empty; if both are empty, the one
-    that the row has. Raises InvalidRow if both have values."""
+    """Returns one of the keys `key` and `alias`, which mean the same: the key whose value in the row is not empty. If
+    both values are empty, returns a key that the row has. Raises InvalidRow if both have values."""
     used = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
     if len(used) == 2:
         raise row.invalid(f"/{alias}", "duplicate_key", f"and the field /{key} mean the same; send only one.")
@@ -234,7 +238,7 @@ def read_answers_beside(row: Row) -> Iterator[Group]:
 
 
 def read_ranked(row: Row) -> Iterator[Group]:
-    """Reads a row with a prompt, and completions with ranks or scores."""
+    """Reads a row with a prompt, and completions with ranks (1 is best) or scores (the highest is best)."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     values = completions_of(row, "completions")
     completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(values)]
@@ -266,8 +270,8 @@ def read_nectar(row: Row) -> Iterator[Group]:
 
 
 def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text], list[float]]:
-    """Returns the answers, and their numbers, in the row's list `key`. Each dictionary in the list has an answer under
-    the key `text`, and a number under the key `number`."""
+    """Returns the answers in the row's list `key`, and a number for each answer. Each element of the list is a
+    dictionary that has the answer under the key `text` and its number under the key `number`."""
     answers: list[Text] = []
     numbers = []
     for i, item in enumerate(items(row, key, text, number)):

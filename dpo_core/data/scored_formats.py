@@ -1,5 +1,5 @@
-"""Lists the formats whose rows a model scores: those of training, and two that training does not read. Uses only the
-standard library."""
+"""Lists the formats of rows that a model can score: the formats of training data, and two more that training does not
+read. Uses only the standard library."""
 
 import json
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from dpo_core.data.readers import SIDES
 
 
 def read_unranked(row: Row) -> Iterator[Group]:
-    """Reads a row with a prompt and its completions in any order. A completion may be empty; its only token is then
-    EOS."""
+    """Reads a row with a prompt and its completions in any order. A completion may be empty; the model then reads only
+    the end-of-sequence token."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     values = completions_of(row, "completions")
     completions = (rejected_like(row, f"/completions/{i}", value, prompt) for i, value in enumerate(values))
@@ -21,8 +21,8 @@ def read_unranked(row: Row) -> Iterator[Group]:
 
 
 def read_best_of(row: Row) -> Iterator[Group]:
-    """Reads a row of RewardBench 2 (arXiv 2506.01937): a question, a list of good and a list of bad answers. The good
-    answers are rated 1, the bad ones 0."""
+    """Reads a row of RewardBench 2 (arXiv 2506.01937): a question, a list of good answers and a list of bad answers.
+    Good answers get the rating 1, bad ones 0."""
     answers = [
         (answer(row, f"/{side}/{i}", value, may_be_empty=side == "rejected"), rating)
         for side, rating in zip(SIDES, (1.0, 0.0), strict=True)
@@ -61,7 +61,8 @@ SCORED_FORMATS = (BEST_OF, *FORMATS, *REQUEST_FORMATS)
 
 
 def read_in_request(number: int, row: dict[str, object]) -> Group:
-    """Returns the group of row `number`, from 1, of a request to score rows. Raises InvalidRow."""
+    """Returns the group (a prompt with its completions) in a row of a request to score rows. `number` counts the
+    request's rows from 1. Raises InvalidRow if the row cannot be read."""
     (record,) = read_records([json.dumps(row).encode()], first_line=number, formats=REQUEST_FORMATS)
     if record.problem:
         raise record.problem
@@ -70,8 +71,8 @@ def read_in_request(number: int, row: dict[str, object]) -> Group:
 
 
 def in_request(error: InvalidRow) -> tuple[str, str]:
-    """Returns the path of the wrong value in a request, such as `rows.0.prompt.1.content`, and the error about this
-    path. The first row is `rows.0`."""
+    """Turns an error about a row into an error about a request with several rows. Returns the path of the wrong value,
+    such as `rows.0.prompt.1.content`, and a sentence that begins with this path. The first row is `rows.0`."""
     path = f"rows.{error.line - 1}{error.pointer.replace('/', '.')}"
     subject = f"the field {error.pointer} " if error.pointer else "the row "
     what = error.message.removeprefix(f"Line {error.line}: ")

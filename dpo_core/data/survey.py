@@ -1,5 +1,5 @@
-"""Reports on a file of feedback: its format, its counts of rows and groups, and all its errors. Uses only the standard
-library."""
+"""Reports on a file of feedback (data on which completions are good or better): its format, its counts of rows and
+groups, and all its errors. Uses only the standard library."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +18,8 @@ KEYS_NAMED, KEY_SHOWN = 100, 100  # a hostile file may have other keys in every 
 
 @dataclass(frozen=True)
 class Problem:
-    """The rows of a file that cannot be used for one reason. `pointer` and `message` describe the error in the first
-    such row."""
+    """All rows of a file that cannot be used for the same reason. `pointer` and `message` describe the error in the
+    first of these rows."""
 
     code: str
     pointer: str  # RFC 6901
@@ -29,7 +29,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class FeedbackReport:
-    """A report on a file of feedback: its format, its counts of rows and groups, and its problems."""
+    """A report on a file of feedback: its format, its counts of rows and groups, and its problems. A group is a prompt
+    with its completions."""
 
     format: str | None  # None: no row of a known format was found
     kind: Kind | None
@@ -42,7 +43,7 @@ class FeedbackReport:
     num_chosen_longer: int  # groups whose best completion has more characters than its worst
     num_rejected_longer: int
     ignored_keys: tuple[str, ...]  # columns that are not read
-    contrary: Named  # pairs whose own, unread scores rate the rejected completion higher
+    contrary: Named  # pairs that, in columns that are not read, rate the rejected completion higher
     duplicates: Duplicates
     problems: tuple[Problem, ...]  # in the order of the file
     is_read_whole: bool = True  # False: the container is damaged, and the rest was not read
@@ -54,12 +55,12 @@ class FeedbackReport:
 
     @property
     def refusal(self) -> str | None:
-        """A sentence that says why the file cannot be used in its present form; None if it can be used."""
+        """A sentence that says why the file cannot be used as it is; None if it can be used."""
         return self.refusal_beyond(0.0)
 
     def refusal_beyond(self, max_invalid_share: float) -> str | None:
-        """Returns a sentence that says why the file cannot be used; None if it can be used. Unusable rows may be left
-        out up to `max_invalid_share` of all rows."""
+        """Returns a sentence that says why the file cannot be used; None if it can be used without its invalid rows.
+        These may be at most the share `max_invalid_share` of all rows."""
         if not self.problems or (self.is_read_whole and self.num_invalid <= max_invalid_share * self.num_rows):
             return None
         first = self.problems[0].message
@@ -71,8 +72,8 @@ class FeedbackReport:
 
 
 def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
-    """Reads all rows of a file, also after errors, and returns a report on them. `columns` names the column of each
-    role, such as {"prompt": "question"}."""
+    """Reads all rows of a file, also those after an error, and returns a report on them. `columns` gives the file's own
+    column for each standard name, such as {"prompt": "question"}."""
     counts = _Counts()
     duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:
@@ -85,7 +86,7 @@ def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) 
 
 @dataclass
 class _Counts:
-    """The counts of rows, groups and problems in a file while its rows are being read."""
+    """Counts rows, groups and problems of a file while its rows are being read."""
 
     format: str | None = None
     kind: Kind | None = None
@@ -97,7 +98,7 @@ class _Counts:
     is_read_whole: bool = True
 
     def groups(self, records: Iterable[Record]) -> Iterator[Group]:
-        """Yields the groups of the records, and counts the records and the groups."""
+        """Yields the groups of the records, and counts the records and the groups as they pass."""
         try:
             for record in records:
                 self.rows += 1

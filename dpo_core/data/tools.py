@@ -1,5 +1,5 @@
-"""Reads the tools that a prompt offers and the calls of tools, in the form that chat templates read. Uses only the
-standard library."""
+"""Reads the tools that a prompt offers to the assistant, and the assistant's calls of tools, into the form that chat
+templates read. Uses only the standard library."""
 
 from collections.abc import Sequence, Set
 from typing import Any, NotRequired, TypedDict, cast
@@ -31,8 +31,8 @@ class ToolCall(TypedDict):
 
 
 def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | None:
-    """Returns the tools in the dictionary `holder`; None if there are none. An empty list also gives None, because some
-    templates would write a heading for an empty list."""
+    """Returns the tools under the key `tools` of the dictionary `holder`, which is at `pointer` in the row. Returns
+    None for no tools, also for an empty list, because some templates would write a heading for it."""
     if holder.get("functions") not in (None, []):
         remedy = 'is OpenAI\'s older form of tools; use tools instead, each {"type": "function", "function": …}.'
         raise row.invalid(f"{pointer}/functions", "unsupported", remedy)
@@ -69,8 +69,8 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
 
 
 def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) -> None:
-    """Raises InvalidRow for a call with a null argument that its tool does not have. Tables write such arguments into
-    empty cells."""
+    """Raises InvalidRow if a call has a null argument that its tool does not have. Tables give all calls the same
+    arguments, and write null into the empty cells."""
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         nulls = {key for key, value in arguments.items() if value is None}
@@ -82,7 +82,8 @@ def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) ->
 
 
 def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
-    """Returns the tool calls of an assistant message; an empty list if the value is null."""
+    """Returns the tool calls in `value`, which comes from a message of the assistant. Returns an empty list if `value`
+    is null."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -119,7 +120,8 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
 
 
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
-    """Returns the function's name, and its dictionary, in the tool or call `holder`."""
+    """Returns the function's name, and the dictionary that describes the function, from the tool or call `holder`.
+    Raises InvalidRow if `holder` is of another type. `keys` are the keys that the dictionary may have."""
     if holder.get("type") not in (None, "function"):
         what = f'is {shown(holder.get("type"))}; it must be "function", because tools of other types are not supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)
@@ -131,7 +133,8 @@ def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str])
 
 
 def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[str, object]:
-    """Returns `value`, which must be a dictionary with keys only from `keys`. Raises InvalidRow for any other value."""
+    """Returns `value`, which must be a dictionary with no other keys than `keys`. Raises InvalidRow for any other
+    value."""
     known = ", ".join(sorted(keys))
     if not isinstance(value, dict):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be an object with the keys {known}.")
@@ -146,6 +149,6 @@ def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[s
 
 
 def _parsed(row: Row, pointer: str, value: object) -> object:
-    """Returns the JSON value in a text, as OpenAI writes arguments and TRL writes tools. Returns any other value
-    unchanged."""
+    """Parses `value` as JSON if it is a text, and returns the result. Returns any other value unchanged. OpenAI writes
+    the arguments of calls as texts of JSON, and TRL writes tools so."""
     return parse_within(row, pointer, value) if isinstance(value, str) else value

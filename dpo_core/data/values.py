@@ -1,5 +1,5 @@
-"""Reads texts and numbers from a row, and refuses other values with their JSON pointer. Uses only the standard
-library."""
+"""Reads texts and numbers from a row. A value of another kind raises an error with the value's JSON pointer. Uses only
+the standard library."""
 
 import json
 import math
@@ -11,12 +11,13 @@ LARGEST = 1e9  # the largest rating, rank, weight or margin
 
 
 def says_nothing(value: object) -> bool:
-    """Whether the value is null, empty or NaN."""
+    """Whether the value is null, NaN, or an empty text, list or dictionary."""
     return value in NOTHING or value != value
 
 
 def is_finite(value: object) -> bool:
-    """Whether all numbers in the value are finite. JSON has no NaN, and Python reads 1e999 as infinite."""
+    """Whether all numbers in the value, also in nested lists and dictionaries, are finite. JSON has no NaN, but Python
+    reads 1e999 as infinite."""
     if isinstance(value, dict | list):
         return all(map(is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)
@@ -54,7 +55,7 @@ def number_of(row: Row, pointer: str, value: object) -> float:
 
 
 def shown(value: object) -> str:
-    """Returns a short form of the value for error messages."""
+    """Returns a short description of the value for error messages."""
     if isinstance(value, str):
         return repr(value[:40])
     if value is None or value != value:
