@@ -1,1 +1,1 @@
-"""Turns a group of texts into the token ids that a model reads."""
+"""Turns groups of texts into the token ids that a model reads. A group is a prompt with its completions."""

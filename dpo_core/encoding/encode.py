@@ -1,5 +1,5 @@
-"""Turns groups of texts into token ids, separately for prompt and completions. A group is a prompt and its completions.
-Each group is encoded once; later steps read only ids."""
+"""Turns groups of texts into token ids, separately for prompt and completions. A group is a prompt with its
+completions. Each group is encoded once; all later steps read only the ids."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,14 +24,14 @@ MOST_TAILS = 1024  # ends of prompts whose ids are cached; most rows of a file h
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group (a prompt and its completions) as token ids. The policy reads `prompt_ids + completion_ids[j]`; the best
+    """A group (a prompt with its completions) as token ids. The policy reads `prompt_ids + completion_ids[j]`; the best
     completion comes first."""
 
     prompt_ids: Sequence[int]
     completion_ids: tuple[Sequence[int], ...]
     ref_logps: tuple[float, ...] | None  # the reference's sums over each completion, in nats; None: not scored
     line: int
-    ref_head_logps: tuple[float, ...] | None = None  # summed over `head_length` tokens
+    ref_head_logps: tuple[float, ...] | None = None  # the reference's sums over the heads, see `head_length`
     ratings: tuple[float, ...] | None = None  # higher is better; None: only the order counts; nan: of another prompt
     weight: float = 1.0  # of the group's loss
     margin: float | None = None  # by which the chosen completion should lead
@@ -54,7 +54,7 @@ class EncodedGroup:
             )
 
     def learned(self, completion: int) -> Sequence[int]:
-        """Returns the positions of the tokens in the loss in completion number `completion`: all positions except those
+        """Returns the positions of the tokens in completion number `completion` that count in the loss: all but those
         of messages by a tool or a user."""
         places = range(len(self.completion_ids[completion]))
         spans = self.others[completion] if self.others else ()
@@ -62,7 +62,7 @@ class EncodedGroup:
 
     @property
     def num_learned(self) -> list[int]:
-        """The number of tokens in the loss of each completion."""
+        """For each completion, the number of its tokens that count in the loss."""
         lengths = [len(ids) for ids in self.completion_ids]
         if self.others is None:
             return lengths
@@ -71,19 +71,19 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The length of the group's heads. A head is the first tokens in the loss of a completion, as many as the
-        group's shortest completion has."""
+        """The number of tokens that count in the loss of the group's shortest completion. This many first such tokens
+        of a completion are called its head."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
-        """Returns a rating for each completion. In a group without ratings, the ratings fall by 1 from one completion
-        to the next, down to 0; a single completion gets 1."""
+        """Returns a rating for each completion. Without given ratings, the ratings fall by 1 from one completion to the
+        next, down to 0; a single completion gets 1."""
         last = max(1, len(self.completion_ids) - 1)
         return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
 
     def rated(self) -> list[float]:
-        """Returns the ratings of the completions of the group's own prompt, without the nan of other prompts'
-        completions."""
+        """Returns the ratings of the completions that answer the group's own prompt. A completion that answers another
+        prompt has the rating nan and is left out."""
         return [rating for rating in self.ranked() if not math.isnan(rating)]
 
     @property
@@ -93,8 +93,8 @@ class EncodedGroup:
 
 
 def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedGroup:
-    """Returns the token ids of the group. Raises InvalidRow if the chat template cannot write the group or the
-    tokenizer cannot encode it, and UnusableTemplate if the tokenizer has no usable chat template."""
+    """Returns the token ids of a group. Raises InvalidRow if the chat template cannot write the group or the tokenizer
+    cannot encode it, and UnusableTemplate if the tokenizer has no usable chat template."""
     (encoded,) = encode_groups([group], tokenizer)
     if isinstance(encoded, InvalidRow):
         raise encoded
@@ -104,8 +104,8 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
 def encode_groups(
     groups: Iterable[Group], tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None
 ) -> Iterator[EncodedGroup | InvalidRow]:
-    """Yields for each group its token ids, or the error that explains why it has none. Raises UnusableTemplate if the
-    tokenizer has no usable chat template.
+    """Yields for each group its token ids, or the error of a group that cannot be encoded. Raises UnusableTemplate if
+    the tokenizer has no usable chat template.
 
     `today` is the date that some templates write; None means the day on which this process first encoded. The template
     and the tokenizer are called for many groups together, and the tokenizer reads each prompt once.
@@ -170,16 +170,16 @@ def _encoded(
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a prompt, as text and ids. The tokenizer gives text after this end the same ids as after the whole
-    prompt."""
+    """The end of a prompt, as text and as ids. A completion gets the same ids after this end as after the whole prompt,
+    so the tokenizer need not read the whole prompt for each completion."""
 
     text: str
     ids: Sequence[int]
 
 
 def _tail(prompt: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> _Tail:
-    """Returns the end of the prompt, from its last special token on. Tokenizers first cut a text at special tokens. For
-    a prompt without a special token, returns the whole prompt."""
+    """Returns the end of a prompt, from the prompt's last special token on: tokenizers first cut a text at special
+    tokens. Returns the whole prompt if it has no special token."""
     markers = _markers(tokenizer)
     place = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] in markers), 0)
     if place:
@@ -203,10 +203,11 @@ def _few_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]
 def _behind(
     tail_ids: Sequence[int], continued_ids: Sequence[int], completion: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Sequence[int]:
-    """Returns the ids of the completion: the part of `continued_ids` after `tail_ids`.
+    """Returns the ids of a completion. `continued_ids` are the ids of a prompt's end followed by the completion;
+    `tail_ids` are the ids of the prompt's end alone.
 
-    If a token crosses the border between prompt and completion, the completion is encoded by itself, because a served
-    policy always has the prompt's own ids before its answer.
+    If a token crosses the border between the two, the completion is encoded by itself, because a served policy always
+    has the prompt's own ids before its answer.
     """
     if continued_ids[: len(tail_ids)] == tail_ids:
         return continued_ids[len(tail_ids) :]
@@ -216,7 +217,7 @@ def _behind(
 def _tokens_of(
     span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int]:
-    """Returns the range of the completion's token ids that belongs to `span`, a range of the completion's characters. A
+    """Returns the range of a completion's token `ids` that stands for `span`, a range of characters of its `text`. A
     token that crosses a border of `span` counts as after the border."""
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
@@ -239,8 +240,8 @@ def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[in
 
 @lru_cache(maxsize=8)
 def _calls_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a call of the tokenizer does no more than call the library `tokenizers`. A direct call of the library is
-    faster, because it need not report offsets."""
+    """Whether a call of this tokenizer does no more than call the library `tokenizers`. The library can then be called
+    directly, which is faster because it need not report offsets."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     kind = type(tokenizer)

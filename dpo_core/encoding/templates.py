@@ -1,7 +1,7 @@
-"""Writes a group as the texts that the model reads: a prompt and its completions, in the form that the chat template
+"""Writes a group (a prompt with its completions) as the texts that the model reads, in the form that the chat template
 gives them.
 
-A group is refused if the template leaves out a part of it, so that training never loses text unnoticed.
+If the template leaves out a part of a group, the group is refused, so that training never loses text unnoticed.
 """
 
 import json
@@ -42,7 +42,7 @@ class UnusableTemplate(ValueError):
 
 @dataclass(frozen=True)
 class WrittenGroup:
-    """The texts of a group's prompt and completions as the model reads them."""
+    """The texts of a group's prompt and of its completions, as the model reads them."""
 
     prompt: str
     completions: list[str]
@@ -52,7 +52,7 @@ class WrittenGroup:
 def write_groups(
     groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None
 ) -> list[WrittenGroup | InvalidRow]:
-    """Returns for each group its texts as the model reads them, or the reason why it has none.
+    """Returns for each group its texts as the model reads them, or the error of a group that the template cannot write.
 
     The template is called once for all groups. If this call fails, the template is called for each group alone, to find
     the groups that it cannot write.
@@ -77,8 +77,8 @@ def write_groups(
 
 
 def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
-    """Returns for each group the texts that the chat template writes: the prompt, and the prompt with each
-    completion."""
+    """Returns for each group the texts that the chat template writes: the prompt, and the prompt followed by each
+    completion. A group of plain texts instead of messages needs no template; its texts are returned unchanged."""
     rendered: list[_Rendered] = []
     for (chat, tools, arguments), neighbours in groupby(groups, key=_template_inputs):
         members = list(neighbours)
@@ -104,11 +104,12 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
 
 
 def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dialogue: str) -> Spans:
-    """Returns the ranges of the text `dialogue`, after the prompt, that messages of a tool or a user take up between
-    the assistant's answers.
+    """Returns the ranges of characters in `dialogue` that messages of a tool or a user take up between the assistant's
+    answers. `dialogue` is the text of the group's prompt and this completion.
 
-    The words that ask for an answer belong to these ranges, because a served policy is given them and does not write
-    them. Raises InvalidRow for a template that writes a message differently once other messages follow.
+    The words with which the template asks for an answer belong to these ranges, because a served policy is given these
+    words and does not write them. Raises InvalidRow for a template that writes a message differently once other
+    messages follow.
     """
     messages = [*cast(list[Message], group.prompt), *cast(list[Message], completion)]
     spans = []
@@ -127,23 +128,23 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dia
 
 @cache
 def _first_day() -> date:
-    """Returns the day on which this function was first called. Templates write this date until the process ends, even
-    after midnight."""
+    """Returns the day on which this function was first called. Templates that write the date write this day until the
+    process ends, even after midnight."""
     return date.today()
 
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
-    """Returns the properties that groups in one call of the template must share: whether they hold messages or texts,
-    their tools, and their template arguments."""
+    """Returns the properties that groups must have in common to be written in one call of the template: whether they
+    hold messages or texts, their tools, and their template arguments."""
     return isinstance(group.prompt, list), group.tools, group.template_arguments
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """The texts of a group as the chat template writes them, before prompt and completions are separated."""
+    """The texts of a group as the chat template writes them, before the prompt and the completions are separated."""
 
     prompt: str  # the prompt as a served policy is given it, with the words that ask for an answer
-    dialogues: tuple[str, ...]  # the prompt and each completion
+    dialogues: tuple[str, ...]  # for each completion, the prompt and it; in a group of texts, only the completion
     bare_prompt: str | None  # `prompt` without words that ask for an answer; None: dialogues begin with `prompt`
     others: tuple[Spans, ...] | None = None  # for each dialogue, the characters of messages by a tool or a user
 
@@ -155,8 +156,8 @@ def _apply(
     *,
     asks: bool = False,
 ) -> list[str]:
-    """Returns the text that the chat template writes for each dialogue. With `asks`, each text ends with the words that
-    ask for an answer.
+    """Returns the text that the chat template writes for each dialogue (a list of messages). With `asks`, each text
+    ends with the generation prompt, the words with which the template asks for an answer.
 
     The template gets a message's thoughts under each name that templates use, and its content as a list of parts if the
     template reads only parts.
@@ -173,8 +174,8 @@ def _apply(
 
 
 def _template_message(message: Message, *, in_parts: bool) -> Mapping[str, object]:
-    """Returns the message as a template reads it: its thoughts under each name that templates use and, if `in_parts`,
-    its content as a list of parts."""
+    """Returns the message in the form that a template reads: its thoughts under each name that templates use and, with
+    `in_parts`, its content as a list of parts."""
     if "reasoning_content" not in message and not in_parts:
         return message
     fields: dict[str, object] = {**message}
@@ -187,8 +188,8 @@ def _template_message(message: Message, *, in_parts: bool) -> Mapping[str, objec
 
 @lru_cache(maxsize=8)
 def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the words that end a prompt and that the template does not write at the start of a given answer, such as
-    `<think>`; empty if there are none."""
+    """Returns the words, such as `<think>`, that the template adds when it asks for an answer, but does not write
+    before an answer that it is given. Returns an empty text if there are none."""
     question: list[Message] = [{"role": "user", "content": _PROBE}]
     try:
         apply = partial(_apply, tokenizer, {})
@@ -212,7 +213,7 @@ def variables(template: str) -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the template writes a message's content only if the content is a list of parts, not if it is a text."""
+    """Whether the template writes a message's content only if the content is a list of parts instead of a text."""
 
     def writes(content: object) -> bool:
         try:
@@ -228,8 +229,8 @@ def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
-    """Yields for each completion of the group the messages of the prompt and the completion. Removes an EOS at the end
-    of the completion, because the template writes its own."""
+    """Yields for each completion of the group the messages of the prompt followed by those of the completion. Removes
+    an EOS at the end of the completion, because the template writes its own."""
     eos = tokenizer.eos_token
     for completion in group.completions:
         assert isinstance(group.prompt, list)
@@ -241,7 +242,8 @@ def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[l
 
 
 def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerBase") -> WrittenGroup | InvalidRow:
-    """Returns the texts of the group's prompt and completions, or the reason why the group has none.
+    """Returns the texts of the group's prompt and completions, or the error of a group of which the template leaves out
+    something.
 
     In a group of texts, each completion gets one EOS at its end, and the prompt a BOS at its start if the tokenizer
     adds one. In a group of messages the template writes both.
@@ -266,7 +268,8 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
 
 
 def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow:
-    """Cuts the rendered texts of the group into its prompt and its completions.
+    """Cuts the texts that the template wrote for a group into the prompt and the completions. Returns an error if the
+    template changes the prompt once an answer follows.
 
     The prompt ends with the words that ask for an answer, as far as these words precede all completions.
     """
@@ -292,15 +295,15 @@ def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow
 
 
 def _common(asked: str, dialogues: Sequence[str]) -> str:
-    """Returns the longest common start of a prompt `asked` and its dialogues. The start ends before a tag of the
-    prompt, such as `<think>`, of which the dialogues share only a part, such as `<`."""
+    """Returns the longest common beginning of `asked`, the text of a prompt, and all `dialogues`. If it would end
+    within a tag of the prompt, such as after the `<` of `<think>`, it ends before this tag."""
     common = commonprefix([asked, *dialogues])  # noqa: RUF071 (characters are meant)
     half = next((tag for tag in _TAG.finditer(asked) if tag.start() < len(common) < tag.end()), None)
     return common[: half.start()] if half else common
 
 
 def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
-    """Returns the error for the first part of the group that the template does not write; None if the template writes
+    """Returns an error for the first part of the group that the template leaves out; None if the template writes
     everything.
 
     Answers in the prompt may lose their thoughts, as they do when the policy is served.
@@ -339,14 +342,14 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
 
 
 def _required_text(message: Message) -> str:
-    """Returns the text that the template must write for a message of the prompt. The thoughts of an earlier answer may
-    be left out."""
+    """Returns the text that the template must write for a message of the prompt: its content, without the thoughts
+    before an earlier answer of the assistant."""
     content = message["content"]
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
 
 
 def _lacks_tool(function: Mapping[str, object], text: str) -> bool:
-    """Whether the text lacks the name of the tool, a word of its description, or a word of its parameters' names."""
+    """Whether `text` lacks the name of the tool, a word of its description, or a word of its parameters' names."""
     properties = cast(dict[str, object], function.get("parameters") or {}).get("properties")
     phrases = [str(function.get("description") or ""), *(properties if isinstance(properties, dict) else ())]
     lost = any(phrase not in text and _lacks_a_word(set(_words(phrase)), text) for phrase in phrases)
@@ -354,7 +357,7 @@ def _lacks_tool(function: Mapping[str, object], text: str) -> bool:
 
 
 def _lacks_calls(message: Message, text: str) -> bool:
-    """Whether the text lacks a word of a call in the message: of the tool's name, of the arguments' names, or of the
+    """Whether `text` lacks a word of a tool call in the message: of the tool's name, of the arguments' names, or of the
     words and numbers in the arguments."""
     return _lacks_a_word({word for call in message.get("tool_calls", ()) for word in _words(call["function"])}, text)
 
@@ -383,7 +386,8 @@ def _drops(group: Group, what: str, where: str, lost: str) -> InvalidRow:
 
 
 def _first_lost(content: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Returns the first part of the content that the text lacks; None if the text has all parts.
+    """Returns the first part of `content` that `text` lacks; None if it lacks nothing. The tags <think> and </think>
+    separate the parts.
 
     Templates may change spaces around thoughts and at both ends, so such spaces are ignored.
     """
@@ -396,7 +400,8 @@ def _first_lost(content: str, text: str, tokenizer: "PreTrainedTokenizerBase") -
 
 
 def _with_bos(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the prompt with the BOS token at its start if the tokenizer adds one; the token is not repeated."""
+    """Returns the prompt with the BOS token at its start, if the tokenizer adds one. A prompt that already begins with
+    BOS is returned unchanged."""
     bos = tokenizer.bos_token
     return prompt if not _wants_bos(tokenizer) or prompt.startswith(bos) else bos + prompt
 

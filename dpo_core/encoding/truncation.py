@@ -1,4 +1,4 @@
-"""Drops groups that are longer than the limit, or shortens them at the end that the option `truncation` names."""
+"""Keeps groups within a limit of tokens: drops longer groups, or shortens them, as the option `truncation` says."""
 
 from dataclasses import replace
 

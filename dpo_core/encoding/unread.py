@@ -1,5 +1,5 @@
-"""Finds the values that a row gives the chat template and that the template does not read. The model is trained on such
-a row without these values."""
+"""Finds values in a row that the chat template does not read, such as an argument that it does not know. The model is
+trained on such a row without these values."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None) -> Iterator[str]:
-    """Yields the names of the group's values that the chat template does not read. The template must be able to write
-    the group.
+    """Yields the names of the values in a group that the chat template does not read. The template must be able to
+    write the group.
 
-    The names are `messages/name`, keys of `chat_template_kwargs`, and `messages/tool_call_id` if nothing else shows to
-    which call a result belongs.
+    The names are `messages/name`, `messages/tool_call_id` and `chat_template_kwargs/` with a key. An unread
+    `tool_call_id` is named only if the order of the results does not show to which call each belongs.
     """
     if isinstance(group.prompt, str):
         return
@@ -43,7 +43,7 @@ def _are_mixed(messages: Sequence[Message]) -> bool:
 
 
 def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBase", today: date | None) -> bool:
-    """Whether the template's text for the group changes if the messages of `role` lose the key `key`."""
+    """Whether the template's text for the group changes if the key `key` is removed from all messages of `role`."""
 
     def bare(text: Text) -> Text:
         messages = cast(list[Message], text)
