@@ -1,4 +1,5 @@
-"""Puts low-rank adapters on models, decides which layers get an adapter, and identifies the base of an adapter."""
+"""Puts low-rank adapters on models, decides which layers get an adapter, and identifies the base of an adapter (the
+model under it)."""
 
 import hashlib
 import json
@@ -18,7 +19,7 @@ from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
-BEFORE_NF4 = "fingerprint_before_nf4"  # attribute of a quantized model: its fingerprint before
+BEFORE_NF4 = "fingerprint_before_nf4"  # attribute of a quantized model: its fingerprint before it was quantized
 BASE = "base_model.json"  # the file beside an adapter that identifies its base
 SAMPLED = 64  # how many numbers of each weight are in a fingerprint
 ROUTERS = {"gate", "shared_expert_gate"}  # names of routers, besides those that contain "router"
@@ -32,10 +33,12 @@ def attach(
     trained_whole: list[str] | None = None,
     like: PreTrainedModel | None = None,
 ) -> None:
-    """Puts a new adapter on the model, and freezes all other weights except those of the modules `trained_whole`.
+    """Puts a new adapter on the model. Freezes all other weights, except those of the modules that `trained_whole`
+    names.
 
-    `like` is needed if the model cannot compute yet: a model with weights and with the same kinds of layers. Raises
-    InvalidOption for target modules that the model does not have, or whose adapters would not learn.
+    A model that has no weights yet needs `like`: a model that has weights and the same kinds of layers. A trial on
+    `like` finds the layers to adapt. Raises InvalidOption for target modules that the model does not have, or whose
+    adapters would not learn.
     """
     from peft import LoraConfig
 
@@ -76,7 +79,7 @@ def fingerprint(model: nn.Module) -> str:
 
     The digest covers some numbers of each frozen weight except those of the head: a reward model that continues to
     train a policy's adapter has another head than this policy. The names of weights do not count, because releases of
-    transformers rename weights. All ranks must call this together for a sharded model, of which one weight at a time is
+    transformers rename weights. For a sharded model all ranks must call this together; one weight at a time is
     gathered.
     """
     if before := getattr(model, BEFORE_NF4, None):
@@ -92,7 +95,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Returns the whole weight without a gradient. All ranks must call this together for a weight that is sharded."""
+    """Returns all numbers of the weight, detached from autograd. If the weight is sharded, all ranks must call this
+    together."""
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
 
 
@@ -103,29 +107,28 @@ def _head_weights(model: Any) -> list[nn.Parameter]:
 
 
 def base_file(base: str, model: nn.Module) -> bytes:
-    """Returns the content of base_model.json: the fingerprint `base` of a model's base, and whether the base is in
-    NF4."""
+    """Returns the contents of base_model.json, the file beside a saved adapter that identifies its base: the
+    fingerprint `base`, and whether the base of `model` is in NF4."""
     quantization = {"quantization": "nf4"} if hasattr(model, BEFORE_NF4) else {}
     return json.dumps({"sha256_of_samples": base, **quantization}).encode()
 
 
 def quantization_of(folder: Path) -> str | None:
-    """Returns the quantization of the base with which the adapter in `folder` was trained; None if the base was not
-    quantized."""
+    """Returns how the base was quantized when the adapter in `folder` was trained, such as nf4; None if it was not."""
     file = folder / BASE
     return json.loads(file.read_bytes()).get("quantization") if file.is_file() else None
 
 
 def saved_base(folder: Path) -> str | None:
-    """Returns the fingerprint of the base that the adapter in `folder` was trained on; None if the folder does not
-    tell."""
+    """Returns the fingerprint of the base on which the adapter in `folder` was trained; None if the folder does not
+    hold one."""
     file = folder / BASE
     return str(json.loads(file.read_bytes())["sha256_of_samples"]) if file.is_file() else None
 
 
 def has_learned(folder: Path) -> bool:
-    """Whether the adapter saved in `folder` changes its base at all: a new LoRA adapter has only zeros in its B
-    matrices. Raises UnusableModel for numbers that are not finite."""
+    """Whether the adapter saved in `folder` changes its base at all. The B matrices of a new LoRA adapter are zero, so
+    it changes nothing. Raises UnusableModel for numbers that are not finite."""
     weights = load_file(folder / WEIGHTS)
     if broken := sorted(name for name, weight in weights.items() if not weight.isfinite().all()):
         what = f"The adapter in {folder} has numbers that are not finite, such as in {broken[0]}"
@@ -135,7 +138,7 @@ def has_learned(folder: Path) -> bool:
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
     """Raises UnusableModel if the adapter in `folder` was trained on another base than `model`. Does nothing if the
-    folder does not identify its base: folders written by other programs do not."""
+    folder does not identify its base, as folders that other programs have written."""
     saved = saved_base(folder)
     if saved and saved != fingerprint(model):
         what = f"The adapter in {folder} was trained on a base with other weights than {model.name_or_path} has now"
@@ -174,8 +177,8 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Loads the weights of the adapter saved in `folder` into the model's adapter. A reward model that continues to
-    train a policy's adapter keeps its new head. Raises UnusableModel if the weights do not fit."""
+    """Loads the weights of the adapter saved in `folder` into the model's adapter. If a reward model continues a
+    policy's adapter, it keeps its own new head. Raises UnusableModel if the weights do not fit."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
@@ -198,14 +201,14 @@ def put_weights(model: Any, folder: Path) -> None:
 
 
 def _model_name(name: str) -> str:
-    """Returns the name of a saved weight in a model of transformers. PEFT adds a prefix to this name when it saves the
-    weight."""
+    """Returns the name that a saved weight has in a model of transformers, without the prefix that PEFT adds when it
+    saves."""
     return name.removeprefix("base_model.model.")
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
-    """Raises InvalidOption if the model has an adapter on its head, or on a layer that training on texts does not
-    change."""
+    """Raises InvalidOption if the model has an adapter on its head, or on a layer that is not among `linears`, the
+    layers that training on texts can change."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
@@ -223,7 +226,7 @@ def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | 
 
 
 def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> str:
-    """Returns the reason for which PEFT refused the target modules, as an error message for the user."""
+    """Returns an error message for the user that says why PEFT refused the target modules."""
     from peft.utils.error import NoMatchingPeftModuleError
 
     if isinstance(error, NoMatchingPeftModuleError):
@@ -233,8 +236,8 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
 
 
 def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
-    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass of
-    `like` on a few tokens.
+    """Returns the names of the model's linear layers whose output affects the loss of a text. A backward pass of `like`
+    on a few tokens finds them.
 
     The names do not include layers for images, layers that return more than a product, layers whose weights other code
     reads directly, and layers that only choose, such as some routers. As a side effect the function freezes both
@@ -266,13 +269,13 @@ def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
 
 
 def linears_in(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the names of all linear layers of the model, by layer."""
+    """Returns all linear layers of the model; the values are their names."""
     return {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """Returns those names in `linears` that are not the head, routers, or layers whose weights the kernels of Mamba
-    read."""
+    """Returns the names in `linears` of the layers that may get an adapter: not the head, not routers, and not layers
+    whose weights the kernels of Mamba read."""
     head = model.get_output_embeddings()
     return [
         name
@@ -282,7 +285,8 @@ def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
 
 
 def _experts(model: PreTrainedModel) -> list[str]:
-    """Returns the target modules with which PEFT adapts the experts of a mixture of experts, without routers.
+    """Returns the names that PEFT needs as target modules to adapt the experts of a mixture of experts, without its
+    routers.
 
     The list is empty unless transformers keeps all experts of a layer in one three-dimensional weight.
     """
@@ -299,8 +303,8 @@ def is_router(name: str) -> bool:
 
 
 def is_read_only(model: PreTrainedModel, name: str) -> bool:
-    """Whether the layer `name` is in a Mamba block whose kernels read the layer's weights. An adapter on such a layer
-    has no effect."""
+    """Whether the layer called `name` is in a Mamba block whose kernels read the layer's weights directly. An adapter
+    on such a layer has no effect."""
     parent, _, part_name = name.rpartition(".")
     block = model.get_submodule(parent)
     is_mamba = all(hasattr(block, part) for part in ("A_log", "D", "conv1d"))
@@ -308,8 +312,8 @@ def is_read_only(model: PreTrainedModel, name: str) -> bool:
 
 
 def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """Returns the chosen names of modules, each shortened to its last part. A name whose last part is also that of a
-    module not chosen stays whole."""
+    """Shortens the names of modules in `chosen` to their last parts, as target modules for PEFT. A name stays whole if
+    its last part is also that of a module that is not chosen."""
     suffixes = {name.rpartition(".")[2] for name in chosen}
     others = [name for name, _ in model.named_modules() if name not in set(chosen)]
     clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}

@@ -1,4 +1,5 @@
-"""Finds parts of a model's structure: its repeated layers, its head, and whether its weights are sharded."""
+"""Answers questions about a model's structure: its repeated layers, its kind of head, its device, and whether its
+weights are sharded."""
 
 import re
 
@@ -13,14 +14,15 @@ class UnusableModel(ValueError):
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the layers that the model's architecture repeats; an empty list if transformers does not name them."""
+    """Returns the layers that repeat in the model, such as its transformer blocks; an empty list if transformers does
+    not say which they are."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
 def kind_of(name: str) -> str:
-    """Returns the name of a module or weight with a `*` in place of the numbers of layers and experts, so that equal
-    parts get equal names."""
+    """Returns the name of a module or weight with `*` in place of the numbers of layers and experts. The same part of
+    any two layers then has the same name."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 

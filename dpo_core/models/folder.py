@@ -1,4 +1,4 @@
-"""Writes model folders that transformers and vLLM can load."""
+"""Saves models into folders that transformers and vLLM can load."""
 
 import logging
 from collections import OrderedDict
@@ -56,9 +56,10 @@ def save_model(
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy of the model without weights. With the copy, the model can be saved while it is in use.
+    """Returns a copy of the model's structure without weights. Another thread can save a model with this copy while the
+    model itself is in use.
 
-    The model itself changes in every forward: some of PEFT's layers replace modules, and attention over segments
+    The model itself changes in every forward: some of PEFT's layers replace modules, and `dpo_core.policy.attention`
     changes the config.
     """
     copies: dict[int, Any] = {}
@@ -88,8 +89,8 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
-    """Returns the files of the model's processors for images and sounds, by name, from the folder or hub id of the
-    model."""
+    """Returns the files, by name, that say how the model turns images and sounds into inputs. They are read from the
+    model's folder or hub id. Returns an empty dictionary, with a warning, if neither can be found."""
     if not model.name_or_path:
         return {}
     try:

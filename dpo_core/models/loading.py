@@ -1,4 +1,5 @@
-"""Loads models from folders that hold exactly the weights that their config asks for. Refuses all other folders."""
+"""Loads models from folders or hub ids whose weights are exactly those that their config asks for. Refuses all
+others."""
 
 import logging
 import re
@@ -28,20 +29,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """A checked folder or hub id, and the arguments with which transformers loads its model."""
+    """A checked model folder or hub id, and the arguments with which transformers loads the model from it."""
 
     kind: Any  # a model class of transformers, or an auto class
     source: str | Path
     config: PretrainedConfig
     dtype: torch.dtype | str
     names: dict[str, str] | None = None  # patterns that rename weights
-    quantization: Mxfp4Config | None = None  # makes transformers expand a model in MXFP4
+    quantization: Mxfp4Config | None = None  # makes transformers convert a model in MXFP4 to full precision
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of `from_pretrained`
 
 
 def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> Found:
-    """Returns what is needed to load a model, without reading a weight. `kind` is an auto class of transformers;
-    `options` change the model's config.
+    """Checks a model folder or hub id, and returns what is needed to load the model, without reading a weight. `kind`
+    is an auto class of transformers; `options` change the model's config.
 
     Raises UnusableModel for a folder whose files show that it does not hold one model in full precision or in MXFP4.
     """
@@ -59,7 +60,8 @@ def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: 
 
 
 def read(found: Found) -> PreTrainedModel:
-    """Loads the model on the CPU and checks its weights. Raises UnusableModel if they and the config do not match."""
+    """Loads the model on the CPU and checks its weights. Raises UnusableModel if the weights do not match the config or
+    are not finite."""
     source = found.source
     try:
         model, report = found.kind.from_pretrained(
@@ -90,8 +92,8 @@ def read(found: Found) -> PreTrainedModel:
 
 
 def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
-    """Resets the values of a folder's config that describe how the model was last run. Raises UnusableModel for a
-    pad_token_id outside the vocabulary."""
+    """Removes from a loaded config the settings with which its model was last run, such as the kind of attention.
+    Raises UnusableModel for a pad_token_id outside the vocabulary."""
     config._attn_implementation = None  # selects SDPA if the architecture supports it
     text = config.get_text_config()
     for part in (config, text):
@@ -104,8 +106,8 @@ def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
 
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
-    """Returns the config that makes transformers expand a model in MXFP4, the only format in which gpt-oss is
-    published; None if the model is not quantized.
+    """Returns the option that makes transformers convert a model in MXFP4 to full precision; None for a model that is
+    not quantized. gpt-oss is published only in MXFP4.
 
     Raises UnusableModel for other kinds of quantized weights.
     """
@@ -122,10 +124,11 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns the config of the model to load, and patterns that rename its weights, None if no weight is renamed.
+    """Returns the config with which to load a model for texts, and patterns that rename the weights in its folder
+    (None: no renaming).
 
-    A multimodal model for which transformers has no class for texts is loaded as its text model, whose class gets the
-    weights.
+    If transformers cannot load a multimodal model for texts as it is, the config is that of the text model within it,
+    and the patterns give the weights the names that the text model expects.
     """
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -151,7 +154,8 @@ _NAMES_OF_TEXTS = {
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
-    """Raises UnusableModel if transformers drew weights of the model at random, or left out weights of the folder."""
+    """Raises UnusableModel if transformers drew weights of the model at random because the folder lacks them, or
+    ignored weights of the folder. `report` is what transformers says about loading."""
     wanted = f"the {type(model).__name__} that its config.json describes"
     remedy = "use weights and a config.json of the same model."
     for name, shape, expected in sorted(report["mismatched_keys"]):
@@ -181,10 +185,11 @@ _TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bi
 
 
 def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Returns the unused weights in `names` that belong to the model's layers or to a reward model's head.
+    """Returns the names in `names`, weights that transformers did not use, that belong to the model's layers or to a
+    reward model's head.
 
-    Image encoders are left out, and so are layers after the last one that predict further tokens: neither is trained on
-    texts.
+    The result leaves out image encoders, and layers after the last one that predict further tokens: training on texts
+    uses neither.
     """
     config = model.config.get_text_config()
     first_further: int = getattr(config, "num_hidden_layers", 0)
@@ -202,8 +207,8 @@ def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
 
 
 def _correct_tying(model: PreTrainedModel) -> None:
-    """Sets tie_word_embeddings in the model's config to whether the head and the embeddings are one weight.
-    transformers makes them two if they differ in the folder, and vLLM reads the config."""
+    """Corrects the entry tie_word_embeddings of the model's config, which vLLM reads, to whether the head and the
+    embeddings are one weight. transformers makes them two if they differ in the folder."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
         if head is not None and getattr(config, "tie_word_embeddings", False):

@@ -1,4 +1,5 @@
-"""Merges a trained adapter into its base in float32, and measures what the merge changes."""
+"""Merges a trained adapter into its base (the model under it) in float32, and measures how much the merge changes the
+outputs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ NUM_TEXTS, TEXT_TOKENS = 4, 32
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest difference between the outputs of a merged model and of the base with its adapter attached."""
+    """The largest difference between the outputs of two models: the base with its adapter attached, and the merged
+    model."""
 
     largest_difference: float
     difference_of: Literal["logprobs", "rewards"]  # logprobs: of every token of the vocabulary, after each token
@@ -25,7 +27,7 @@ class Comparison:
 
 def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Comparison:
     """Writes a trained adapter and its base as one float32 model into a Hugging Face folder. Compares the outputs
-    before and after the merge, both in float32.
+    before and after the merge, both in float32, and returns the largest difference.
 
     Raises ValueError if the adapter was not trained on this base, or if the merged model's outputs are not finite.
     """

@@ -1,7 +1,7 @@
 """Builds a small float32 model with the architecture and options of a large one, for quick experiments.
 
-The windows and chunks of the small model are so short that a few tokens show effects which the large model shows only
-in long texts.
+The attention windows and chunks of the small model are very short. A few tokens therefore show effects that the large
+model shows only in long texts.
 """
 
 from collections.abc import Iterator
@@ -52,9 +52,11 @@ _AT_MOST = {
 
 
 def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
-    """Returns a small copy of the model with random weights: one layer of each kind, and at least two layers.
+    """Returns a small copy of the model with random weights. It has one layer of each kind that the model has, and at
+    least two layers.
 
-    A `narrow` copy has few heads. Passes on the error of the architecture if its config cannot be made smaller.
+    With `narrow` the copy also has fewer heads. If the architecture does not accept so small a config, its error is
+    raised.
     """
     config = deepcopy(model.config)
     for part in _parts(config):
@@ -99,8 +101,8 @@ def _cut(config: Any) -> None:
 
 
 def _narrow(config: Any) -> None:
-    """Lowers the config's number of key-value heads to two, keeps the number of queries for each key-value head, and
-    reduces the hidden size in proportion."""
+    """Lowers the config's number of key-value heads to at most two. Lowers the number of query heads and the hidden
+    size in the same proportion."""
     heads: int = getattr(config, "num_attention_heads", None) or 1
     keys: int = getattr(config, "num_key_value_heads", None) or heads
     if heads % keys or config.hidden_size % heads:
@@ -119,8 +121,8 @@ def ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def _cut_layers(config: Any) -> None:
-    """Keeps in the config the first layer of each kind, and the entries of these layers in lists that have one entry
-    per layer."""
+    """Keeps only the first layer of each kind in the config. Lists with one entry per layer keep the entries of these
+    layers."""
     count = getattr(config, "num_hidden_layers", 0)
     lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
     kinds = list(zip(*(v for v in lists.values() if len(set(map(str, v))) <= MOST_KINDS), strict=True)) or [()] * count
@@ -134,8 +136,8 @@ def _cut_layers(config: Any) -> None:
 
 
 def _randomize(model: PreTrainedModel) -> None:
-    """Draws random weights that all affect the model's answers: inner products are about 1, logits vary, and no bias is
-    0."""
+    """Draws random weights for a model. All of them affect the model's answers: inner products are about 1, logits
+    vary, and no bias is 0."""
     spreads = {id(module.weight): 1.0 for module in model.modules() if isinstance(module, nn.Embedding)}
     if head := model.get_output_embeddings():
         spreads[id(head.weight)] = 4 * head.weight.shape[-1] ** -0.5

@@ -50,11 +50,13 @@ def load_policy(
 
     With an `adapter`, all weights but the adapter's are frozen. `adapter` is either the options of a new adapter, whose
     first weights depend on `seed`, or the folder of a trained adapter that training continues. With `quantization`, the
-    frozen base is in NF4 and its products are computed in `dtype`. A multimodal model for which transformers has no
-    class for texts is loaded as its text model. A model in MXFP4 is expanded.
+    frozen base (the model under the adapter) is in NF4 and its products are computed in `dtype`. A multimodal model for
+    which transformers has no class for texts is loaded as its text model. A model in MXFP4 is converted to full
+    precision.
 
-    With `in_parts`, the model has no weights until `train` has divided it over ranks: then each rank reads only its
-    part. All ranks must be able to read `source`. A model that cannot be loaded so is loaded whole, with a warning.
+    With `in_parts`, the model has no weights at first. `train` later divides the model over ranks, and then each rank
+    reads only its part. All ranks must be able to read `source`. A model that does not allow this is loaded whole, with
+    a warning.
 
     Raises InvalidOption if the model has none of the adapter's target modules or their adapters would not learn, and
     for a quantization without an adapter or of a model that cannot be quantized. Raises ValueError for float16, for
@@ -76,13 +78,13 @@ def load_reward_model(
     seed: int = 0,
     in_parts: bool = False,
 ) -> PreTrainedModel:
-    """Loads a model with a linear head for rewards in place of the vocabulary's head. `seed` draws the head's weights
-    if `source` has none.
+    """Loads a reward model: a language model with a linear head for rewards in place of the vocabulary's head. `seed`
+    draws the head's weights if `source` has none.
 
     The head has one output, the reward; for `reward_gaussian` it has two, the mean and the logarithm of the variance.
     The config says regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs
     unchanged and not as probabilities. A `source` that is the folder of an adapter is refused; merge the adapter first.
-    `in_parts` is as in `load_policy`.
+    The other arguments are those of `load_policy`.
     """
     check_dtype(dtype)
     return _load(
@@ -153,7 +155,8 @@ def _load(
 def _structure(
     found: Found, device: str | torch.device, adapter: Lora | Path | None, quantization: Quantization | None, seed: int
 ) -> PreTrainedModel | None:
-    """Returns the model without weights; None, with a warning, if it must be loaded whole."""
+    """Builds the model without weights, which each rank reads in parts later. Returns None, with a warning, if the
+    model must be loaded whole."""
     try:
         if quantization:
             raise NeedsWeights(f"its layers are rounded to {quantization}")
@@ -170,8 +173,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Turns the model's trained adapter off in the `with` block, so that the policy is its own reference. A frozen
-    adapter stays on, because it is part of the model."""
+    """Turns the adapter that is being trained off in the `with` block. Without its adapter the policy computes as its
+    reference, the model from which training started. A frozen adapter stays on."""
     if not has_adapter(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
@@ -215,8 +218,8 @@ def load_attached(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> Any:
-    """Loads PEFT's model of a trained adapter on its base. A base that was quantized in training has the values of
-    NF4, in `dtype`. Raises ValueError if the adapter does not fit the base."""
+    """Loads a trained adapter and its base as a PeftModel, without merging them. If the base was quantized in training,
+    its weights are rounded to the values of NF4, in `dtype`. Raises ValueError if the adapter does not fit the base."""
     from peft.utils import load_peft_weights
 
     source = base_of(adapter) if base is None else base
@@ -235,14 +238,15 @@ def load_attached(
 
 
 def fingerprint_of(source: str | Path) -> str:
-    """Returns the fingerprint of the base model in a folder or of a hub id. The weights stay in mapped files, unless
-    transformers has to convert them. Raises ValueError for a model that cannot be loaded."""
+    """Returns the fingerprint (see `fingerprint` in `adapter`) of the base model in a folder or of a hub id. The
+    weights stay in mapped files, unless transformers has to convert them. Raises ValueError for a model that cannot be
+    loaded."""
     return fingerprint(_load(AutoModelForCausalLM, source, "auto", "cpu", None, 0, None, False).requires_grad_(False))
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
-    """Returns PEFT's model of the base with the adapter on it. `names` are the names of the adapter's saved weights.
-    Raises ValueError for weights that do not fit, which PEFT would leave out or draw at random."""
+    """Returns the base with the saved adapter on it, as a PeftModel. `names` are the names of the adapter's saved
+    weights. Raises ValueError for weights that do not fit, which PEFT would leave out or draw at random."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -265,8 +269,9 @@ def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
 def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Returns the tokenizer to save with the model.
 
-    For a reward model, this is a copy that pads with a token other than EOS, and the function sets the model's
-    pad_token_id to this token: transformers reads a row's reward at its last token before padding.
+    A policy's tokenizer is returned unchanged. For a reward model the result is a copy that pads with a token other
+    than EOS, and the function sets the model's pad_token_id to this token: transformers reads a row's reward at its
+    last token before padding.
     """
     if not is_reward_model(model):
         return tokenizer
@@ -283,8 +288,8 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_policy(model: nn.Module) -> None:
-    """Raises UnusableModel for a wrapped model (such as PEFT's), a model with several adapters, and a model with an
-    adapter on its head."""
+    """Raises UnusableModel for a model that cannot be trained here: one that is wrapped (such as PEFT's), has several
+    adapters, or has an adapter on its head."""
     if not isinstance(model, PreTrainedModel):
         remedy = (
             "pass the transformers model itself, or load one with an adapter by load_policy(folder, adapter=Lora())"

@@ -1,5 +1,5 @@
-"""Loads a model in two stages: its structure without weights, and later, on each rank, the parts of the weights that
-the rank keeps."""
+"""Loads a model in two stages. First it gets its structure without weights; later each rank reads only the parts of the
+weights that it keeps."""
 
 import json
 import logging
@@ -33,12 +33,14 @@ _ALONE = DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1, ep_size=1)
 
 
 class NeedsWeights(Exception):
-    """Raised for a model that must be loaded whole; the text is the reason."""
+    """Raised for a model that cannot be loaded in two stages, because its structure needs its weights. The text is the
+    reason."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Where a model gets its weights from, and the device on which it computes."""
+    """Kept on a model that has no weights yet: where to read the weights, and the device on which the model will
+    compute."""
 
     found: Found
     device: torch.device
@@ -46,10 +48,11 @@ class Unread:
 
 
 def load_structure(found: Found, device: str | torch.device, adapter: Lora | Path | None) -> PreTrainedModel:
-    """Returns the model without weights: its parameters are on the meta device until `read_parts`. The parameters of a
+    """Returns a model without weights: its parameters are on the meta device until `read_parts`. The parameters of a
     new adapter and of a reward model's new head are drawn from torch's generator on the CPU, as for a whole model.
 
-    Raises NeedsWeights for a model whose structure depends on its weights, or that transformers changes while loading.
+    `adapter` is either the options of a new adapter or the folder of a trained one. Raises NeedsWeights for a model
+    whose structure depends on its weights, or that transformers changes while loading.
     """
     if found.quantization:
         raise NeedsWeights("its weights are expanded from MXFP4")
@@ -71,7 +74,8 @@ def load_structure(found: Found, device: str | torch.device, adapter: Lora | Pat
 
 
 def _move_drawn(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Moves what was drawn on the CPU to the device, on which ranks exchange weights: NCCL takes no CPU tensors."""
+    """Moves the parameters with values, which were drawn on the CPU, to the device. Ranks exchange weights there, and
+    NCCL takes no CPU tensors."""
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
@@ -82,7 +86,7 @@ def is_unread(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> None:
-    """Reads the weights into a model that was built without them. Of a sharded parameter, each rank reads only its own
+    """Reads the weights into a model that `load_structure` made. Of a sharded parameter, each rank reads only its own
     shard. All ranks must call this together.
 
     The weights come from the folder or hub id for which the model was built, or from the folder of a saved model if
@@ -116,7 +120,8 @@ def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> None:
 
 
 def _read_like(found: Found, kind: type[PreTrainedModel], wanted: dict[str, nn.Parameter]) -> PreTrainedModel:
-    """Returns a model of transformers with the weights in `found`, which holds the same shards as `wanted`."""
+    """Loads a model of class `kind` from `found`, and returns it. Of each parameter in `wanted` that is sharded, this
+    rank reads only the shard that it has there."""
 
     def split(cls: Any, model: PreTrainedModel, *others: Any) -> PreTrainedModel:
         like: dict[int, nn.Parameter] = {}
@@ -136,7 +141,8 @@ def _read_like(found: Found, kind: type[PreTrainedModel], wanted: dict[str, nn.P
 
 
 def _check(model: PreTrainedModel, saved: set[str]) -> None:
-    """Raises NeedsWeights for a model that `read_parts` could not complete. `saved` are the names of its weights."""
+    """Raises NeedsWeights for a model that `read_parts` could not complete. `saved` are the names of the weights in the
+    model's folder."""
     if model._get_dtype_plan(model.dtype):
         raise NeedsWeights(f"some of its weights stay in float32 beside {model.dtype}")
     tied = model.all_tied_weights_keys
@@ -150,7 +156,8 @@ def _check(model: PreTrainedModel, saved: set[str]) -> None:
 
 
 def _attach(model: PreTrainedModel, adapter: Lora | Path, *, has_head: bool) -> None:
-    """Puts an adapter, which is on the CPU, on a model that has no weights."""
+    """Puts an adapter, whose weights are on the CPU, on a model that has no weights. `has_head` says whether a reward
+    model's head will be read from its folder."""
     options = adapter if isinstance(adapter, Lora) else options_of(adapter)
     if options.use_dora:
         raise NeedsWeights("DoRA computes its first magnitudes from the weights")
@@ -170,7 +177,8 @@ def _attach(model: PreTrainedModel, adapter: Lora | Path, *, has_head: bool) -> 
 
 
 def _miniature(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a small model that has weights and the same kinds of layers."""
+    """Returns a small model with random weights and the same kinds of layers as `model`. Raises NeedsWeights if there
+    can be none."""
     try:
         small = miniature(model, narrow=False)
     except Exception as error:  # architectures refuse such configs with errors of any kind
@@ -183,7 +191,7 @@ def _miniature(model: PreTrainedModel) -> PreTrainedModel:
 
 def _hollow(model: PreTrainedModel) -> dict[int, nn.Parameter]:
     """Replaces all parameters on the meta device by zeros on the CPU that take no memory, because PEFT puts an adapter
-    where its base is. Returns the new parameters; a key is the id of a parameter."""
+    on the device of its base. Returns the new parameters, by the id of each."""
     hollow: dict[int, nn.Parameter] = {}
     for name, own in dict(model.named_parameters(remove_duplicate=False)).items():
         if own.is_meta:
@@ -194,8 +202,9 @@ def _hollow(model: PreTrainedModel) -> dict[int, nn.Parameter]:
 
 
 def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
-    """Returns a DTensor on the meta device that is sharded like `own`. If this rank has no part of a weight of several
-    experts, which transformers cannot read, the rank gets a part of another dimension, and drops it later."""
+    """Returns an empty DTensor on the meta device that is sharded like `own`. transformers cannot read a weight of
+    several experts on a rank that has no part of it; such a rank is given a part along the last dimension, and drops it
+    later."""
     empty = cast(DTensor, torch.empty_like(own, dtype=dtype, device="meta", requires_grad=False))
     if own.ndim < 3 or own.to_local().numel():
         return empty
@@ -206,7 +215,7 @@ def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
 
 
 def _as(own: Tensor, taken: Tensor, device: torch.device) -> Tensor:
-    """Returns a copy of `taken` on the device, in the dtype of `own` and sharded like it. The copy is in memory of its
+    """Returns a copy of `taken` on the device, with the dtype and the sharding of `own`. The copy has memory of its
     own, because `taken` may be a part of a mapped file."""
     if not isinstance(own, DTensor):
         return taken.to(device=device, dtype=own.dtype, copy=True)
@@ -226,7 +235,7 @@ def _set(model: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 def _plain(name: str) -> str:
-    """Returns the name that a weight has in a model without an adapter."""
+    """Returns the name of a weight without what PEFT adds to it on a model with an adapter."""
     return _OF_PEFT.sub("", name)
 
 

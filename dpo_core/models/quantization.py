@@ -1,5 +1,5 @@
-"""Quantizes a frozen base to NF4, arXiv 2305.14314: each weight takes 4.1 bits, and products are computed in the
-model's dtype."""
+"""Quantizes the frozen base of an adapter to NF4, arXiv 2305.14314: each weight takes 4.1 bits, and products are
+computed in the model's dtype."""
 
 from collections.abc import Iterator
 from typing import cast
@@ -14,11 +14,11 @@ from dpo_core.options import InvalidOption
 
 
 def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """Moves the model to the device, with the linear layers of its decoder in NF4. Each layer is unquantized on the
-    device only for a moment.
+    """Moves the model to the device, and puts the linear layers of its decoder into NF4. Only one layer at a time is on
+    the device in full precision.
 
-    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption if most weights of the layers would
-    keep theirs.
+    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption if most weights of the decoder's
+    layers would keep theirs.
     """
     names = _linears(model)
     _check_share(model, names)
@@ -33,8 +33,8 @@ def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMo
 
 @torch.no_grad()
 def round_to_nf4(model: PreTrainedModel) -> None:
-    """Rounds the weights that `quantize` would quantize to values of NF4; the weights keep their dtype. An adapter is
-    then merged into the same values as in training."""
+    """Rounds the weights that `quantize` would quantize to the values that NF4 has; the weights keep their dtype. An
+    adapter can then be merged into the same values as in training."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for name in _linears(model):
@@ -48,8 +48,8 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def precision_of(model: PreTrainedModel) -> str:
-    """Returns the dtype in which the model computes, spelled as in config.json, followed by " over nf4" if its base is
-    in NF4."""
+    """Returns the dtype in which the model computes, spelled as in config.json. If the model's base is in NF4, " over
+    nf4" follows."""
     return str(model.dtype).removeprefix("torch.") + (" over nf4" if is_quantized(model) else "")
 
 
