@@ -15,7 +15,7 @@ Keep = int | Literal["all"]
 
 
 class Evaluation(NamedTuple):
-    """The value of a run's metric at the checkpoint of one step."""
+    """The value of a run's best_metric (the metric that compares checkpoints) at the checkpoint of one step."""
 
     step: int
     value: float
@@ -29,8 +29,8 @@ def evaluations(checkpoints: Iterable[tuple[int, Mapping[str, float]]], metric: 
 
 
 def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
-    """Returns the evaluation with the best value of `metric`; None if `found` is empty. If several have the best value,
-    returns the first, so a later evaluation that only equals the best never replaces it."""
+    """Returns the best evaluation, None if `found` is empty. `metric` decides whether higher or lower is better. Of
+    several equal ones the first is returned, so a later evaluation never replaces an equal one."""
     return max(found, key=lambda evaluation: _sign(metric) * evaluation.value, default=None)
 
 
@@ -54,7 +54,7 @@ def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | 
 
 
 def kept(steps: Iterable[int], found: Sequence[Evaluation], metric: Metric, keep: Keep) -> set[int]:
-    """Returns the steps of the checkpoints to keep: the last `keep` steps, and the step with the best value of
+    """Returns the steps of the checkpoints to keep: the last `keep` of `steps`, and the step with the best value of
     `metric`."""
     if keep == "all":
         return set(steps)

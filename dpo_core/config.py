@@ -57,8 +57,8 @@ ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the object
 
 
 def default_learning_rate(objective: Objective, *, with_adapter: bool) -> float:
-    """Returns the learning rate of a run that does not choose one. Rounding removes the error of the product, as in
-    10 * 1e-6 = 9.999999999999999e-06."""
+    """Returns the learning rate of a run that does not choose one. Rounds it to six digits, to remove the error of a
+    product such as 10 * 1e-6 = 9.999999999999999e-06."""
     rate = objective.traits.default_learning_rate
     return float(f"{rate * ADAPTERS_RATE:.6g}") if with_adapter else rate
 
@@ -114,7 +114,7 @@ class TrainConfig:
 
     def settled(self, *, with_adapter: bool = False) -> "TrainConfig":
         """Returns a copy of the options with the number of epochs and the learning rate decided. The default learning
-        rate for an adapter is higher than the default for all weights."""
+        rate of an adapter is higher than that of a whole model."""
         traits = self.objective.traits
         default_rate = default_learning_rate(self.objective, with_adapter=with_adapter)
         rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)

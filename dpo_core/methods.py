@@ -48,7 +48,8 @@ def _with_ranges(defaults: Mapping[str, Any], *options: Any) -> dict[str, dict[s
 
 
 def _range(option: "Field[Any]") -> str:
-    """Returns the allowed values of an option in words; an empty text for the objectives and weights of `mpo`."""
+    """Returns the allowed values of an option in words. The result is empty for options without a range, such as the
+    objectives and weights of `mpo`."""
     if option.type is bool:
         return "true or false"
     if get_origin(option.type) is Literal:

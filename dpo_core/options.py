@@ -34,16 +34,16 @@ class InvalidOption(ValueError):
 
 
 def check(valid: bool, field: str, value: object, limit: str) -> None:
-    """Raises InvalidOption unless `valid` is true. `limit` describes the allowed values of the option `field` in the
-    error."""
+    """Raises InvalidOption unless `valid` is true. The error says that the option `field` is `value` and must be
+    `limit`, words for the allowed values."""
     if not valid:
         raise InvalidOption(field, f"{field} is {value}; it must be {limit}.")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a numeric option, written in the option's annotation. The decorator `options` checks the limit, unless
-    the option's value is None."""
+    """A limit on a numeric option, written into the option's annotation. A class that `options` decorates checks it,
+    unless the option's value is None."""
 
     words: str  # the end of the sentence "it must be …"
     admits: Callable[[float], bool]
@@ -76,7 +76,8 @@ def options(cls: type[T]) -> type[T]:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """The properties of an objective that the trainer and the service use."""
+    """The properties of an objective that the trainer and the service need to know, such as the data from which it
+    learns."""
 
     learns_from: tuple[Kind, ...]
     needs_reference: bool = True
@@ -158,7 +159,7 @@ class RobustDpo:
 
 @options
 class Ipo:
-    """Identity Preference Optimization, arXiv 2310.12036, equation 17; `beta` is its tau."""
+    """Identity Preference Optimization, arXiv 2310.12036, equation 17; `beta` is the paper's tau."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["ipo"] = "ipo"
@@ -168,7 +169,7 @@ class Ipo:
 
 @options
 class Hinge:
-    """Hinge loss on the margin: SLiC, arXiv 2305.10425, as normalized by RSO, arXiv 2309.06657."""
+    """Hinge loss on the difference of log-ratios: SLiC, arXiv 2305.10425, as normalized by RSO, arXiv 2309.06657."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["hinge"] = "hinge"
@@ -197,7 +198,8 @@ class Kto:
 
 @options
 class Bco:
-    """Binary Classifier Optimization, arXiv 2404.04656; its delta is the running mean of rewards."""
+    """Binary Classifier Optimization, arXiv 2404.04656; the paper's delta is the mean of all rewards so far in the
+    run."""
 
     traits: ClassVar = ON_LABELS
     type: Literal["bco"] = "bco"
@@ -228,8 +230,8 @@ class Cpo:
 class Simpo:
     """Simple Preference Optimization, arXiv 2405.14734, equation 6.
 
-    Others write the target margin as gamma or as gamma / beta. This is the ratio, as in the paper's published
-    configurations: the loss subtracts `beta * gamma_beta_ratio`.
+    `gamma_beta_ratio` is the target margin gamma divided by beta, as in the paper's published configurations: the loss
+    subtracts `beta * gamma_beta_ratio`. Other programs ask for gamma itself.
     """
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, reward="mean_logps")
@@ -240,7 +242,8 @@ class Simpo:
 
 @options
 class ApoZero:
-    """Anchored Preference Optimization, arXiv 2408.06266, equation 7: the chosen answer beats the policy's own."""
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 7: for chosen answers that are better than the
+    policy's own."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_zero"] = "apo_zero"
@@ -249,7 +252,8 @@ class ApoZero:
 
 @options
 class ApoDown:
-    """Anchored Preference Optimization, arXiv 2408.06266, equation 8: the policy's own answer beats the chosen."""
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 8: for chosen answers that are worse than the
+    policy's own."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_down"] = "apo_down"
@@ -277,7 +281,8 @@ class Exo:
 
 @options
 class Sppo:
-    """Self-Play Preference Optimization with hard labels, arXiv 2405.00675, equation 4.7; `beta` is its 1 / eta."""
+    """Self-Play Preference Optimization with hard labels, arXiv 2405.00675, equation 4.7; `beta` is the paper's 1 /
+    eta."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["sppo"] = "sppo"
@@ -286,7 +291,8 @@ class Sppo:
 
 @options
 class Aot:
-    """Alignment via Optimal Transport, arXiv 2406.05882: compares sorted values of the global batch."""
+    """Alignment via Optimal Transport, arXiv 2406.05882: sorts the values of the global batch and compares those of
+    equal rank."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
     type: Literal["aot"] = "aot"
@@ -297,7 +303,7 @@ class Aot:
 
 @options
 class Discopop:
-    """Log-ratio modulated loss, which a language model discovered, arXiv 2406.08414, equation 5."""
+    """Loss modulated by the log-ratio, arXiv 2406.08414, equation 5; a language model discovered it."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["discopop"] = "discopop"
@@ -327,7 +333,8 @@ class Rpo:
 
 @options
 class LdDpo:
-    """Length-desensitized DPO, arXiv 2409.06411; log-probabilities of policy and reference are both desensitized."""
+    """Length-desensitized DPO, arXiv 2409.06411: tokens past the shorter completion's length count less, under the
+    policy and under the reference."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_reference_heads=True)
     type: Literal["ld_dpo"] = "ld_dpo"
@@ -348,7 +355,7 @@ class RDpo:
 
 @options
 class FDpo:
-    """DPO under another f-divergence, arXiv 2309.16240."""
+    """DPO with another f-divergence in place of the reverse KL, arXiv 2309.16240."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["f_dpo"] = "f_dpo"

@@ -1,4 +1,4 @@
-"""Warns a user whose chosen completions become less likely while the margins grow."""
+"""Warns a user if chosen completions become much less likely than under the reference while the margins grow."""
 
 from collections import deque
 from statistics import fmean
@@ -8,8 +8,8 @@ FALLEN = 1.0  # nats; 1.0 below the reference means at most 37 % as likely
 
 
 class Drift:
-    """Watches the metrics of a run for chosen completions that become unlikely. Warns at most once, and never for an
-    objective without a reference."""
+    """Watches the metrics of a run, and warns once if chosen completions become unlikely. Never warns for an objective
+    without a reference."""
 
     def __init__(self) -> None:
         self._chosen: deque[float] = deque(maxlen=WINDOW)
@@ -17,8 +17,8 @@ class Drift:
         self._has_warned = False
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """Returns a warning for the user, or None. `metrics` holds the metrics of the latest step. The warning depends
-        on means over the last WINDOW steps, because single batches differ."""
+        """Takes the metrics of the latest step, and returns a warning for the user or None. The decision rests on means
+        over the last WINDOW steps, because single batches differ."""
         if self._has_warned or not {"logratios/chosen", "rewards/margins"} <= metrics.keys():
             return None
         self._chosen.append(metrics["logratios/chosen"])

@@ -1,11 +1,12 @@
 """Computes the loss of each objective: one function per objective, each with its paper's equation.
 
-A function returns one loss per group, [G]. The loss of a step is the mean of the groups' losses, each multiplied by the
-group's weight, over the global batch. The result does not depend on how the batch is cut into packs (the rows of one
-forward pass) or distributed over ranks. The loss of `supervised` is a mean over tokens.
+A function returns one loss per group (a prompt with its completions), [G]. The loss of a step is the mean of the
+groups' losses, each multiplied by the group's weight, over the global batch. The result does not depend on how the
+batch is cut into packs (groups that one forward pass computes together) or distributed over ranks. The loss of
+`supervised` is a mean over tokens.
 
-In the equations h is log pi(y|x) - log pi_ref(y|x), `w` the chosen completion, `l` the rejected one, and delta is
-h_w - h_l.
+In the equations h is log pi(y|x) - log pi_ref(y|x), `w` the chosen completion, `l` the rejected one, and delta is h_w -
+h_l.
 """
 
 import math
@@ -34,21 +35,22 @@ def loss(function: Loss) -> Loss:
 
 
 class Statistics:
-    """The running mean of all rewards so far in a run, which some objectives need. Checkpoints keep the statistics."""
+    """The mean of all rewards so far in a run, which some objectives need. Checkpoints keep it."""
 
     def __init__(self, mean: float = 0.0, count: float = 0.0) -> None:
         self.mean = mean
         self.count = count
 
     def add(self, rewards: Tensor) -> float:
-        """Adds `rewards` to the running mean of all rewards, and returns the new mean."""
+        """Takes more rewards into the mean, and returns the new mean."""
         self.count += len(rewards)
         self.mean += (rewards.mean().item() - self.mean) * len(rewards) / self.count
         return self.mean
 
 
 def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group, [G]. Objectives with a running mean of rewards also update `statistics`."""
+    """Returns the loss of each group, [G]. Some objectives need the mean of all rewards so far in the run; they also
+    update `statistics`."""
     if isinstance(objective, o.Mpo):
         return mpo(objective, measures, statistics)
     if isinstance(objective, o.Bco):
@@ -116,7 +118,8 @@ def cdpo(objective: o.Cdpo, measures: Measures) -> Tensor:
 
 
 def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
-    """Returns -log sigmoid of the logits, expected over a label that is wrong with probability `smoothing`."""
+    """Returns (1 - smoothing) (-log sigmoid(logits)) + smoothing (-log sigmoid(-logits)): the loss if a pair is
+    labelled the wrong way round with probability `smoothing`."""
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
@@ -394,8 +397,8 @@ def kto(objective: o.Kto, measures: Measures) -> Tensor:
 
 
 def kl_estimate(measures: Measures) -> Tensor:
-    """Returns KTO's z0: the mean h of the completions of other prompts in the global batch, at least 0, without
-    gradient."""
+    """Returns KTO's z0, an estimate of KL(policy || reference) without gradient: the mean log-ratio of the completions
+    in the global batch that answer another prompt, or 0 if this mean is negative."""
     is_of_other_prompt = measures.ratings.isnan()
     h = measures.all.logratios.detach()
     return ((h * is_of_other_prompt).sum() / is_of_other_prompt.sum().clamp(min=1)).clamp(min=0)
@@ -451,8 +454,8 @@ def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns the mean of `values` [G, k, k] over the ordered pairs of each group, [G]. In a pair (i, j), completion j
-    is rated lower than completion i."""
+    """Returns a mean of `values` [G, k, k] for each group, [G]. It is over the pairs (i, j) of completions of which j
+    is rated lower than i."""
     return (values * measures.worse).sum((1, 2)) / measures.worse.sum((1, 2))
 
 
@@ -460,7 +463,7 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group, [G]: sum_i weight_i loss_i, over the objectives i of the sum."""
+    """Returns the loss of each group, [G]: sum_i weight_i loss_i, over the objectives i that `objective` combines."""
     total = torch.zeros(len(measures.groups), dtype=measures.table.dtype, device=measures.table.device)
     for weight, part in zip(objective.weights, objective.objectives, strict=True):
         is_supervised = isinstance(part, o.Supervised)  # in a sum its loss is a mean over the tokens of the completion
@@ -473,16 +476,16 @@ def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
 
 
 def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
-    """Returns the number that divides the sum of the losses of a global batch: for `supervised` the number of tokens in
-    the loss, for all other objectives the number of groups."""
+    """Returns the number by which the summed losses of a global batch are divided: for `supervised` the number of
+    tokens in the loss, for all other objectives the number of groups."""
     if isinstance(objective, o.Supervised):
         return sum(sum(group.num_learned) for group in groups)
     return len(groups)
 
 
 def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None:
-    """Raises ValueError for the first group that the objective cannot learn from, or for a global batch that lacks the
-    completions of other prompts that the objective needs."""
+    """Raises ValueError if the objective cannot learn from one of the groups, or if it needs completions that answer
+    other prompts and the global batch has none."""
     for group in groups:
         if problem := _problem(objective, group):
             raise ValueError(f"Line {group.line} {problem}")
@@ -494,8 +497,8 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
 
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
-    """Returns the reason why the objective cannot learn from the group, as the end of a sentence about the group's
-    line; None if the objective can."""
+    """Returns why the objective cannot learn from the group, as the end of a sentence that begins with the group's
+    line; None if it can."""
     traits = objective.traits
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()
