@@ -1,2 +1,2 @@
-"""Computes the log-probabilities of completions with a model: forms packs (the rows of one forward pass), and computes
-attention and the head."""
+"""Computes the log-probabilities of completions with a model: forms packs (groups that one forward pass computes
+together), and computes attention and logits for them."""

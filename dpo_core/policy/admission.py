@@ -1,5 +1,5 @@
-"""Refuses groups that a model cannot read or that training cannot compute with, and names the group's line. Groups are
-checked before anything is computed."""
+"""Checks groups before anything is computed. Refuses groups that a model cannot read or that training cannot compute
+with; the error names the group's line. A group is a prompt with its completions."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ LARGEST = 3.4e38  # about the largest finite number in float32
 
 
 def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length: int | None = None) -> None:
-    """Raises ValueError for the first group that has ids outside the vocabulary, more tokens than `max_length` or the
-    model's positions, or numbers that are not finite."""
+    """Raises ValueError for the first group that cannot be used: it has ids outside the vocabulary, more tokens than
+    `max_length` or the model's positions, or numbers that are not finite."""
     config, positions = model.config.get_text_config(), last_position(model)
     for group in groups:
         problem = (
@@ -29,7 +29,8 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
 
 
 def last_position(model: PreTrainedModel) -> int | None:
-    """Returns the number of the model's positions; None if its config states no limit."""
+    """Returns the largest number of tokens in one text for which the model has positions; None if its config states no
+    limit."""
     config = model.config.get_text_config()
     return positions_of({name: getattr(config, name, None) for name in POSITIONS})
 

@@ -1,5 +1,8 @@
-"""Forms packs from groups. A pack is one stream of tokens for one forward pass, of limited length, without padding,
-with each prompt once."""
+"""Forms packs from groups. A group is a prompt with its completions; a pack is several groups that one forward pass
+computes together, laid end to end in one row of tokens (the stream).
+
+A pack has a limited number of tokens and no padding. It holds each prompt once if the model allows this.
+"""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -15,8 +18,8 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
-    """Assigns groups to ranks and packs (the rows of one forward pass each). `[rank][pack]` of the result is a list of
-    indices into `lengths`, the groups' numbers of tokens.
+    """Distributes groups over ranks and packs (a pack is the groups of one forward pass). `[rank][pack]` of the result
+    is a list of indices into `lengths`, the groups' numbers of tokens.
 
     Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A group
     longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so all ranks
@@ -42,8 +45,8 @@ def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) ->
 
 
 def _first(fits: Callable[[int], bool], least: int) -> int:
-    """Returns the smallest number, at least `least`, for which `fits` is true. Doubles the stride until a number fits,
-    then bisects."""
+    """Returns the smallest number, at least `least`, for which `fits` is true; `fits` must be true for all larger
+    numbers too. Doubles the stride until a number fits, then bisects."""
     start, candidate, stride = least, least, 1
     while not fits(candidate):
         start, candidate, stride = candidate + 1, candidate + stride, 2 * stride
@@ -51,8 +54,8 @@ def _first(fits: Callable[[int], bool], least: int) -> int:
 
 
 def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
-    """Puts each group into the pack that is the lightest so far, and returns the packs. Returns None if a pack would
-    have more than `most` tokens."""
+    """Puts the groups, the longest first, each into the pack that is the lightest so far. Returns the packs as lists of
+    indices into `costs`, or None if a pack would have more than `most` tokens."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     loads = [(0, number) for number in range(num_packs)]
     for i in longest_first:
@@ -66,7 +69,7 @@ def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int,
 
 def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[list[int]]:
     """Sorts sequences into batches of similar lengths, and returns each batch as indices into `lengths`. When a batch
-    is padded to its longest sequence, at least the share `least_fill` of it is no padding."""
+    is padded to its longest sequence, at least the share `least_fill` of its tokens is no padding."""
     batches: list[list[int]] = []
     longest = total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -79,10 +82,11 @@ def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[l
 
 
 class Segment(NamedTuple):
-    """A range [start, stop) of the stream whose tokens attend causally to each other and to a shared prompt.
+    """A range [start, stop) of a pack's row of tokens. Its tokens attend causally to each other and to a prompt that
+    several segments may share.
 
-    The prompt is the range [prefix_start, prefix_stop), which lies before the first completion of the group. An empty
-    range means that the segment holds its own prompt.
+    The prompt is the range [prefix_start, prefix_stop), which lies before the first completion of the group. If this
+    range is empty, the segment holds its own prompt.
     """
 
     prefix_start: int
@@ -93,8 +97,8 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one pack (the rows of one forward pass): T tokens in the stream, R tokens in the loss, K
-    completions.
+    """The tensors of one pack (groups that one forward pass computes together): T tokens in one row, the stream, of
+    which the loss takes R; K completions.
 
     The last token of a completion predicts nothing, so the stream leaves it out. A batch made `with_ends` includes it,
     because a reward model's reward is read there.
@@ -103,11 +107,11 @@ class Batch:
     input_ids: Tensor  # [T]
     position_ids: Tensor  # [T]; every completion's positions continue its prompt's
     segments: tuple[Segment, ...]  # cover the stream, in the order of its tokens
-    rows: Tensor  # [R] place in the stream whose hidden state predicts the target
-    targets: Tensor  # [R] ids of the learned tokens
+    rows: Tensor  # [R] place in the stream whose hidden state predicts a token in the loss
+    targets: Tensor  # [R] ids of the tokens in the loss
     completion_of_row: Tensor  # [R] in 0..K-1
     in_head: Tensor  # [R] whether the token is within the length of the group's shortest completion
-    num_completion_tokens: Tensor  # [K] learned tokens of each completion
+    num_completion_tokens: Tensor  # [K] tokens in the loss of each completion
     ends: Tensor  # [K] place in the stream of the last token of each completion; empty without `with_ends`
 
     @property
@@ -121,7 +125,8 @@ class Batch:
 
 
 def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_ends: bool = False) -> Batch:
-    """Returns the groups as one batch. Without `share_prompts`, each completion has its own copy of the prompt."""
+    """Lays the groups end to end, and returns the tensors for one forward pass. Without `share_prompts`, each
+    completion has its own copy of the prompt. `with_ends` also keeps the last token of each completion."""
     ids: list[Sequence[int]] = []
     positions: list[range] = []
     segments: list[Segment] = []

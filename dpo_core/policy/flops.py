@@ -12,11 +12,12 @@ from dpo_core.policy.batch import Batch
 
 
 class Flops:
-    """Counts the operations of the matrix products in a forward and backward pass (arXiv 2204.02311, appendix B).
+    """Counts the operations of the matrix products in a forward and backward pass of a model (arXiv 2204.02311,
+    appendix B).
 
-    A multiplication and an addition count as two operations. Attention is causal. The head's tiles and attention's
-    scores are computed twice. Frozen weights have no gradient. With `recomputed` activations the forward of the layers
-    runs twice.
+    A multiplication and an addition count as two operations. Attention counts as causal. The logits and the attention
+    scores count twice, because backward computes them again. Frozen weights need no gradient. With `recomputed`
+    activations, the forward of the layers counts twice.
     """
 
     def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:
@@ -42,8 +43,8 @@ class Flops:
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:
-    """Returns the number of operations for one input row of a matrix product: the product (counted `twice` if it is
-    recomputed), the gradient of the input and, if the weight is trained, the gradient of the weight."""
+    """Returns the number of operations for one input row of a product with `weight`: those of the product (two products
+    if `twice`), of the input's gradient and, if the weight is trained, of its own gradient."""
     return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 
@@ -52,8 +53,8 @@ SLOW = 5e9  # FLOP/s; a CPU without instructions for bfloat16 is slower
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Returns the measured FLOP/s of a large matrix product, the best of five tries. A process measures each dtype and
-    device once.
+    """Measures the FLOP/s of a large matrix product, and returns the best of five tries. A process measures each dtype
+    and device once.
 
     On a CPU that is very slow in this dtype the product is smaller, because the large one would take a minute.
     """

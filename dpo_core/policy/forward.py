@@ -1,5 +1,5 @@
-"""Runs a model on a batch: in one packed stream, in padded batches, or with the model's own forward, one completion at
-a time."""
+"""Runs a model on a batch of prompts and completions. There are three ways: all in one row of tokens, in padded
+batches, or one completion at a time by the model's own forward."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ LEAST_FILL = 0.75  # the least share of tokens, not padding, in a padded batch
 
 @dataclass(frozen=True)
 class Logits:
-    """The factor and the cap with which a model turns its head's outputs into logits: the outputs are multiplied by
-    `scale`, then limited to `cap` with tanh."""
+    """How a model turns its head's outputs into logits: it multiplies them by `scale`, then limits them to `cap` with
+    tanh."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -36,7 +36,7 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def readings(config: PretrainedConfig) -> list[Logits]:
-    """Returns the possible meanings of the config's factors and caps of logits, the likeliest first.
+    """Returns all meanings that the factors and caps of logits in a model's config may have, the likeliest first.
 
     HyperCLOVA X multiplies by a factor that other architectures divide by, and some model classes ignore these values
     of their config.
@@ -47,21 +47,24 @@ def readings(config: PretrainedConfig) -> list[Logits]:
 
 
 def _numbers(config: PretrainedConfig, names: Sequence[str]) -> list[float]:
-    """Returns the config's values under `names` that are numbers other than 0. Values of other types are skipped: MPT
-    has a word there."""
+    """Returns the config's values under `names` that are numbers other than 0. Values of other types are skipped; MPT's
+    config, for example, has a word there."""
     values = [getattr(config, name, None) for name in names]
     return [float(value) for value in values if isinstance(value, int | float) and value]
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """Returns the submodule that computes the hidden states for the model's head."""
+    """Returns the submodule of the model that computes the hidden states which the head reads."""
     inner: nn.Module = model.base_model  # the model itself, if transformers has no name for its decoder
     return inner if inner is not model else getattr(model, "model", model)
 
 
 def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
-    [R]."""
+    """Returns the log-probability of each target (a token in the loss), [R], and whether the target was the likeliest
+    token, [R].
+
+    One forward pass computes the whole batch if its completions share prompts (`shared`); otherwise padded batches do.
+    """
     hidden = _hidden(model, batch, shared=shared)
     head = cast(Any, model).get_output_embeddings()
     rows = hidden.index_select(0, batch.rows)
@@ -76,14 +79,18 @@ def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared
 
 def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
     """Returns a reward model's outputs at the last token of each completion, [K, outputs]. transformers and vLLM read
-    rewards at the same token."""
+    rewards at the same token.
+
+    One forward pass computes the whole batch if its completions share prompts (`shared`); otherwise padded batches do.
+    """
     hidden = _hidden(model, batch, shared=shared)
     outputs: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))
     return outputs.float()
 
 
 def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """Returns the hidden states after the model's last layer, [T, H]."""
+    """Returns the hidden states after the model's last layer, [T, H]. `shared` says whether completions share their
+    prompts."""
     if not shared:
         return _hidden_apart(model, batch)
     with shared_prompts(model):
@@ -97,7 +104,8 @@ def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
 
 
 def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns the hidden states of segments that attend only to themselves, [T, H], computed in padded batches.
+    """Returns the hidden states after the last layer, [T, H], of a batch in which each segment (range of tokens) holds
+    its own prompt. Segments of similar lengths are padded and computed together.
 
     In a causal model, padding after a segment does not change the segment's hidden states.
     """
@@ -112,7 +120,8 @@ def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns a reward model's outputs, [K, outputs], computed for one completion after another."""
+    """Returns a reward model's outputs at the last token of each completion, [K, outputs]. One completion after another
+    is computed."""
     streams = (batch.input_ids[None, segment.start : segment.stop] for segment in batch.segments)
     states = [decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1] for ids in streams]
     outputs: Tensor = cast(Any, model).score(torch.stack(states))
@@ -120,8 +129,8 @@ def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
-    [R]. The model's own forward computes them, one completion after another."""
+    """Returns the log-probability of each target (a token in the loss), [R], and whether the target was the likeliest
+    token, [R]. The model's own forward computes one completion after another."""
     logps, correct = [], []
     rows, targets = batch.rows, batch.targets
     sizes = batch.num_completion_tokens.tolist()

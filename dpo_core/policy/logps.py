@@ -1,4 +1,5 @@
-"""Computes log-probabilities of tokens from hidden states, without holding the logits of all rows at once."""
+"""Computes log-probabilities of tokens from hidden states. It holds only a tile of the logits at a time: some rows, and
+a part of the vocabulary."""
 
 from itertools import product
 from typing import Any
@@ -12,8 +13,8 @@ PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes of a full tile of logits: the logits in float32 (three copies if they are `capped`), and for
-    half precision a copy in the model's dtype."""
+    """Returns the bytes of a full tile, the part of the logits that is held at a time. The tile has the logits in
+    float32 (three copies if they are `capped`) and, for a model in half precision, a copy in its dtype."""
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
     return numbers * widths
@@ -33,7 +34,8 @@ def token_logps(
 
     R rows, H width, V vocabulary: hidden [R, H], weight [V, H], bias [V] or None, targets [R]. Both results are [R];
     the first is in float32 or wider, the second has no gradient. With a `soft_cap`, logits become `soft_cap *
-    tanh(logits / soft_cap)` before the softmax, as in Gemma.
+    tanh(logits / soft_cap)` before the softmax, as in Gemma. At most `tile_rows` x `tile_columns` logits are held at a
+    time.
     """
     tile = (tile_rows or TILE_ROWS.get(hidden.device.type, 1024), tile_columns)
     logps_and_correct: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
@@ -115,8 +117,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _keeps_float32(factor: Tensor) -> bool:
-    """Whether `_product` with this left factor returns float32 for half-precision factors. Only cuBLAS, on CUDA, can
-    return the sums unrounded."""
+    """Whether `_product` with this left factor returns float32 although the factors are in half precision. Only cuBLAS,
+    on CUDA, can return the sums unrounded."""
     return factor.device.type == "cuda" and factor.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -157,7 +159,7 @@ def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, so
 
 
 def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the column of each row's target in this tile, [rows, 1], and whether the target is in this tile, [rows].
-    If the target is in another tile, the column is a valid one without meaning."""
+    """Returns the column of each row's target in this tile of the vocabulary, [rows, 1], and whether the target is in
+    this tile, [rows]. For a target in another tile, the column is any valid one."""
     last = logits.shape[1] - 1
     return targets.clamp(0, last)[:, None], (targets >= 0) & (targets <= last)

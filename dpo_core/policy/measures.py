@@ -1,4 +1,5 @@
-"""Holds the log-probabilities or rewards of the completions of some groups, which objectives and metrics read."""
+"""Holds what a model says of the completions of some groups: their log-probabilities or rewards. Objectives and metrics
+read these numbers. A group is a prompt with its completions."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ NUM_MEASURES = 3
 
 @dataclass(frozen=True)
 class Completions:
-    """The log-probabilities and lengths of n completions, such as the best completion of each group."""
+    """The log-probabilities and lengths of n completions, such as the best completion of each group, by policy and
+    reference."""
 
     logps: Tensor  # [n] summed over the completion, in nats
     head_logps: Tensor  # [n] summed over as many first tokens as the group's shortest completion has
@@ -50,7 +52,7 @@ class Measures:
     """The log-probabilities or rewards that a model gives the K completions of G groups. The completions are listed
     group by group, the best first.
 
-    `table` is [K, NUM_MEASURES]; the constants of this module name its columns.
+    `table` is [K, NUM_MEASURES]. The constants of this module name its columns.
     """
 
     def __init__(self, groups: Sequence[EncodedGroup], table: Tensor) -> None:
@@ -67,7 +69,7 @@ class Measures:
 
     @cached_property
     def starts(self) -> Tensor:
-        """The row of each group's best completion in the table, [G]."""
+        """The row of each group's first completion, which is its best, in the table, [G]."""
         return self.places([0, *accumulate(self.sizes[:-1])])
 
     @cached_property
@@ -77,23 +79,23 @@ class Measures:
 
     @cached_property
     def rejected(self) -> Completions:
-        """The log-probabilities and lengths of the rejected completion of each group. All groups must be pairs."""
+        """The log-probabilities and lengths of the second completion of each group. All groups must be pairs."""
         return self.all[self.starts + 1]
 
     @cached_property
     def ratings(self) -> Tensor:
-        """The rating of each completion, [K]. Higher is better; nan marks a completion of another prompt."""
+        """The rating of each completion, [K]. Higher is better; nan marks a completion that answers another prompt."""
         return self._tensor([rating for group in self.groups for rating in group.ranked()])
 
     @cached_property
     def worse(self) -> Tensor:
-        """Whether completion j of a group is rated lower than completion i, [G, k, k]."""
+        """Whether completion j of a group is rated lower than its completion i, [G, k, k] with the index i before j."""
         ratings = self.by_group(self.ratings, math.nan)
         return ratings[:, :, None] > ratings[:, None, :]
 
     @cached_property
     def margins(self) -> Tensor:
-        """The lead in reward that each group's chosen completion must have, [G]; 0 for a group without a margin."""
+        """The lead in reward that each group's chosen completion should have, [G]; 0 for a group without a margin."""
         return self._tensor([group.margin or 0.0 for group in self.groups])
 
     @cached_property
@@ -103,13 +105,13 @@ class Measures:
 
     @property
     def rewards(self) -> Tensor:
-        """The reward of each completion from a reward model, [K]; from a model that also gives variances, the mean
-        reward."""
+        """The reward that a reward model gives each completion, [K]. A model with two outputs gives a mean and a
+        variance; this is the mean."""
         return self.table[:, REWARD]
 
     @property
     def log_variances(self) -> Tensor:
-        """The logarithm of the variance of each completion's reward, [K], from a reward model with two outputs."""
+        """The logarithm of the variance of each completion's reward, [K], by a reward model with two outputs."""
         return self.table[:, LOG_VARIANCE]
 
     @cached_property
@@ -118,8 +120,8 @@ class Measures:
         return self.table[:, NUM_CORRECT]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:
-        """Returns `values` [K] arranged as [G, k], where k is the most completions of a group. Smaller groups are
-        padded with `fill`."""
+        """Returns `values` [K] as a matrix with a row for each group, [G, k], where k is the most completions of a
+        group. Rows of smaller groups end with `fill`."""
         num_groups, most = len(self.sizes), max(self.sizes)
         if len(values) == num_groups * most:
             return values.view(num_groups, most)
@@ -131,7 +133,7 @@ class Measures:
         return self.by_group(values, 0.0).sum(1)
 
     def places(self, places: Sequence[int]) -> Tensor:
-        """Returns `places`, a list of row numbers of the table, as an index tensor on the table's device."""
+        """Turns a list of row numbers of the table into an index tensor on the table's device."""
         return torch.tensor(places).to(self.table.device, non_blocking=True)
 
     @cached_property

@@ -1,5 +1,5 @@
-"""Finds out, on a small example, whether a model's completions can share a prompt, and whether they can be computed in
-batches."""
+"""Finds out, on a small example, how a model can be computed: whether completions can share a prompt, and whether
+several can be computed in one batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of lay
 
 @dataclass(frozen=True)
 class Manner:
-    """How to compute a model's outputs: the factor and the cap of its logits, and the reasons, if there are any, why
-    prompts cannot be shared and rows cannot be computed in batches."""
+    """How to compute a model's outputs: the factor and the cap of its logits, and why (if so) completions cannot share
+    a prompt or be computed in batches."""
 
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
@@ -34,10 +34,10 @@ class Manner:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Manner:
-    """Returns the fastest method of computing the model's answers that agrees with the model's own forward.
+    """Returns the fastest way of computing the model's outputs that agrees with the model's own forward.
 
-    The function compares answers of a miniature of the model. If the model has no miniature, it compares answers of the
-    model itself on a few tokens; these show too little to allow shared prompts and, in half precision, too little to
+    The function compares outputs of a miniature of the model. If the model has no miniature, it compares outputs of the
+    model itself on a few tokens. These show too little to allow shared prompts and, in half precision, too little to
     allow batches. Raises UnusableModel if the model is not causal.
     """
     config = model.config.get_text_config()
@@ -60,8 +60,8 @@ def probe(model: PreTrainedModel) -> Manner:
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """Returns the model on which `probe` compares answers: a miniature of `model` and an empty text, or `model` itself
-    and the reason why it has no miniature."""
+    """Returns the model on which `probe` compares outputs. This is a miniature of `model`, with an empty text; if there
+    can be no miniature, it is `model` itself, with the reason."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)
@@ -74,7 +74,7 @@ def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the model's answers at some tokens depend on later tokens."""
+    """Raises UnusableModel if the model's outputs at some tokens depend on later tokens."""
     ids, half = _ids(model), NUM_TOKENS // 2
     first, second = (_answer(model, ids[:half] + rest)[:half] for rest in (ids[half:], ids[:half][::-1]))
     if _difference(first, second) > _tolerated(model, first):
@@ -86,8 +86,8 @@ def _check_causal(model: PreTrainedModel) -> None:
 
 
 def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Returns the result of the model's own forward: log-probabilities [T, V], or hidden states [T, H] of a reward
-    model."""
+    """Returns what the model's own forward computes for the tokens: log-probabilities [T, V], or the hidden states [T,
+    H] of a reward model."""
     inputs = torch.tensor([list(ids)], device=model.device)
     if is_reward_model(model):
         return cast(Tensor, decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state[0])
@@ -95,9 +95,12 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """Compares the model's outputs on a pack (the rows of one forward pass) with those of its own forward, on a small
-    example. Returns how the outputs differ, empty if they agree, and the index in `readings` of the meaning of the
-    config with which they agree."""
+    """Compares two ways of computing a small example: all completions together, and one after another by the model's
+    own forward. Returns how the results differ, an empty text if they agree.
+
+    The second result is an index into `readings(config)`: the meaning of the config's factors with which the results
+    agree.
+    """
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
     plain = plain_rewards(model, unshared) if rewards else plain_logps(model, unshared)[0]
@@ -117,7 +120,8 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
-    """Returns a batch of a pair that is longer than the windows of a miniature, and of a demonstration."""
+    """Returns a batch with two groups: a pair that is longer than the attention windows of a miniature, and a
+    demonstration (one completion)."""
     ids = _ids(model)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)
@@ -128,7 +132,8 @@ def _ids(model: PreTrainedModel) -> list[int]:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest absolute difference between two tensors; infinite if a difference is nan."""
+    """Returns the largest absolute difference between two tensors of the same shape; infinite if a difference is
+    nan."""
     return (ours.float() - theirs.float()).abs().max().nan_to_num(nan=torch.inf).item()
 
 
@@ -138,15 +143,15 @@ def _tolerated(model: PreTrainedModel, answer: Tensor) -> float:
 
 
 def _has_a_state(config: PretrainedConfig) -> str:
-    """Returns the names of the kinds of layers, other than attention, that carry a state along the whole stream; empty
-    if there are none. A small example may not show the effect of the state."""
+    """Returns the names of the model's kinds of layers that are not attention; empty if there are none. Such layers may
+    carry a state from one segment to the next, an effect that a small example may not show."""
     names = ("layer_types", "layers_block_type", "block_types")
     kinds = {kind for name in names for kind in getattr(config, name, None) or ()}
     return ", ".join(sorted(kinds - ATTENTION))
 
 
 def _depends_on_length(config: PretrainedConfig) -> str:
-    """Returns the names of the kinds of rotary positions that change with the longest sequence of a batch; empty if
-    there are none."""
+    """Returns the names of the model's kinds of rotary positions that change with the longest sequence of a batch;
+    empty if there are none."""
     kinds = {rope.get("rope_type") for rope in ropes(config)}
     return ", ".join(f"{kind} positions" for kind in ("dynamic", "longrope") if kind in kinds)

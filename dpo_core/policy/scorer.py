@@ -1,4 +1,5 @@
-"""Computes a model's log-probabilities of completions' tokens, or a reward model's rewards, for groups."""
+"""Computes, for groups, a model's log-probabilities of completions, or a reward model's rewards. A group is a prompt
+with its completions."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class Scorer(nn.Module):
-    """Measures the completions of a batch: log-probabilities from a causal model, rewards from a reward model.
+    """Measures the completions of a batch: their log-probabilities under a causal model, or the rewards that a reward
+    model gives them.
 
     If the architecture allows it, the scorer computes each prompt once for all its completions. The constructor tests
     this on a few tokens against the model's own forward. If the test fails, every completion follows its own copy of
@@ -46,20 +48,21 @@ class Scorer(nn.Module):
             logger.warning(sentence, type(model).__name__, no_sharing, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:
-        """Returns the number of tokens that the group takes in a pack (the rows of one forward pass)."""
+        """Returns the number of the group's tokens that the model computes. The prompt counts once, or once for each
+        completion if completions cannot share it."""
         copies = 1 if self.shares_prompts else len(group.completion_ids)
         return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
 
     def count_shared_tokens(self, group: EncodedGroup) -> int:
-        """Returns the number of tokens of the group that need not be computed because its completions share the
-        prompt."""
+        """Returns the number of tokens that need not be computed because the group's completions share their prompt."""
         return (len(group.completion_ids) - 1) * len(group.prompt_ids) if self.shares_prompts else 0
 
     def plan(
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
-        """Assigns the groups to ranks and packs (the rows of one forward pass each) by the number of tokens that the
-        model computes for each group. `[rank][pack]` of the result is a list of indices into `groups`."""
+        """Distributes the groups over ranks and packs (a pack is the groups of one forward pass), by the number of
+        tokens that the model computes for each group. `[rank][pack]` of the result is a list of indices into
+        `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
@@ -71,7 +74,8 @@ class Scorer(nn.Module):
         return collate(groups, share_prompts=self.shares_prompts, with_ends=self.rewards).to(self.model.device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns the measures of each completion, [K, NUM_MEASURES] float32.
+        """Measures each completion of the batch, and returns [K, NUM_MEASURES] float32, a row for each of the K
+        completions.
 
         The columns are the log-probability of the completion, the log-probability of its head (as many first tokens as
         the group's shortest completion has), and the number of its tokens that were the likeliest. For a reward model
@@ -90,8 +94,8 @@ class Scorer(nn.Module):
         return packed_rewards(self.model, batch, shared=self.shares_prompts)
 
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
-        [R]."""
+        """Returns the log-probability of each target (a token in the loss) of the batch, [R], and whether the target
+        was the likeliest token, [R]."""
         if not self.takes_batches:
             return plain_logps(self.model, batch)
         return packed_logps(self.model, batch, self.manner.logits, shared=self.shares_prompts)
@@ -101,8 +105,8 @@ class Scorer(nn.Module):
 def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
-    """Returns copies of the groups with the reference's log-probabilities of their completions. The reference's adapter
-    is off while it computes."""
+    """Returns copies of the groups with the reference's log-probabilities of their completions. If the reference has an
+    adapter that is being trained, this adapter is off meanwhile."""
     admit(groups, reference)
     scorer = Scorer(reference)
     scored = list(groups)
@@ -119,8 +123,8 @@ def score_reference(
 def reference_token_logps(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[list[list[float]]]:
-    """Returns the reference's log-probabilities by group, completion and token, in nats. The reference's adapter is off
-    while it computes."""
+    """Returns the reference's log-probabilities by group, completion and token, in nats. If the reference has an
+    adapter that is being trained, this adapter is off meanwhile."""
     admit(groups, reference)
     scorer = Scorer(reference)
     logps_by_group: list[list[list[float]]] = [[] for _ in groups]
