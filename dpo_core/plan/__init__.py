@@ -1,1 +1,2 @@
-"""Computes whether a training run fits into memory, before the run starts and without importing torch."""
+"""Computes whether a training run fits into memory. Needs only the shapes of a model's weights, and imports no
+torch."""

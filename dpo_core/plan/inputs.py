@@ -13,20 +13,21 @@ FLOAT32 = 4  # bytes of a gradient, of a master, and of one of AdamW's two momen
 
 @dataclass(frozen=True)
 class Shapes:
-    """The config.json of a model, and the shapes of the model's weights by their names in safetensors."""
+    """What a plan needs to know of a model: its config.json, and the shapes of its weights by their names in
+    safetensors."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Sequence[int]]
 
     @property
     def text(self) -> dict[str, Any]:
-        """The config of the text model. Values in `text_config`, if there are any, override values of the whole
-        config."""
+        """The config of the text model: the values of the whole config, overridden by those in `text_config` if there
+        are any."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
     def number(self, *names: str) -> int:
-        """Returns the value of the first name in `names` that the config has. Raises ValueError if the config has
-        none."""
+        """Returns an integer of the text model's config: the value of the first of `names` that the config has. Raises
+        ValueError if it has none of them."""
         value = next((self.text[name] for name in names if self.text.get(name) is not None), None)
         if value is None:
             raise ValueError(
@@ -47,8 +48,8 @@ class Shapes:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The size of the training data: the number of groups, and the mean lengths in tokens of prompts and
-    completions."""
+    """The size of the training data: the number of groups (prompts with their completions), and the mean lengths in
+    tokens of prompts and completions."""
 
     groups: int
     prompt: int
@@ -58,13 +59,13 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of a mean group: its prompt once, and all its completions."""
+        """The number of tokens in a group of mean lengths: its prompt, counted once, and all its completions."""
         return self.prompt + self.completions * self.completion
 
     @property
     def computed(self) -> int:
-        """The number of tokens of a mean group in a forward pass. The last token of each completion is left out,
-        because it predicts nothing."""
+        """The number of tokens that a model computes for a group of mean lengths. The last token of each completion is
+        left out, because it predicts nothing."""
         return max(1, self.tokens - self.completions)
 
 

@@ -1,8 +1,8 @@
 """Computes the bytes of memory that a training worker needs, from the shapes of a model's weights alone. Uses only the
 standard library.
 
-The formulas fit a Llama-like decoder; for other models the bytes of activations are an estimate. A pack is the rows of
-one forward pass. A test compares the results with the memory of real processes.
+The formulas fit a Llama-like decoder; for other models the bytes of activations are an estimate. A pack is the groups
+that one forward pass computes together. A test compares the results with the memory of real processes.
 """
 
 import re
@@ -15,14 +15,14 @@ from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The bytes of memory that a worker needs for each purpose, and the largest sum of them at any one time
+    """The bytes of memory that a worker needs for each purpose, and the most bytes that it needs at any one time
     (`total`)."""
 
     weights: int
     gradients: int
     masters: int  # float32 copies of the weights that are trained in half precision
     moments: int
-    activations: int  # that autograd keeps of a pack
+    activations: int  # what autograd keeps of a pack (groups of one forward pass)
     head: int  # a tile of logits, and the gradients that leave the head
     masks: int
     sharding: int  # weights that FSDP gathers whole to compute with them
@@ -33,14 +33,18 @@ class Memory:
 
     @property
     def least(self) -> int:
-        """The bytes that a worker needs however small its packs (the rows of one forward pass) are."""
+        """The bytes that a worker needs even if its packs (groups that one forward pass computes together) are very
+        small."""
         return max(self.loading, self.weights + self.gradients + self.masters + self.moments)
 
 
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
-    """Returns the run with the pack size and the recomputation of activations that training would choose, the number of
-    shards of each weight, and the memory of a worker. `room` is the memory of a device in bytes; None means that it is
-    unknown."""
+    """Decides what training would decide: the size of packs (groups of one forward pass), whether backward recomputes
+    activations, and into how many shards weights are split.
+
+    Returns `run` with the first two decided, the number of shards of each weight, and the memory of a worker. `room` is
+    the memory of a device in bytes; None means that it is unknown.
+    """
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
     shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
     if run.sharding == "auto" and run.device == "cuda":
@@ -62,8 +66,8 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
-    """Returns the number of tokens in a worker's largest pack (the rows of one forward pass), and whether a step has
-    several packs. `limit` is the largest number of tokens in a pack."""
+    """Returns the number of tokens in a worker's largest pack (groups of one forward pass), and whether a step has
+    several packs. `limit` is the most tokens that a pack may have."""
     groups = ceil(run.batch_size / run.num_workers)
     if rows.longest > rows.computed:  # groups of different lengths fill packs up to the limit
         return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit
@@ -72,8 +76,8 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
-    """Returns the memory of a worker. `tokens` is the size of the worker's largest pack; `several` says whether a step
-    has more than one pack."""
+    """Returns the memory of a worker. `tokens` is the size of its largest pack (groups of one forward pass); `several`
+    says whether a step has more than one pack."""
     size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
     completions = tokens * rows.completions / rows.computed
     learned = int(completions * (1 if run.rewards else rows.completion))  # tokens for which the head computes logits
@@ -111,7 +115,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
 
 
 def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
-    """Returns the bytes that a worker keeps from one optimizer step to the next, by purpose.
+    """Returns the bytes that a worker keeps from one optimizer step to the next, by purpose: weights, gradients and the
+    optimizer's state.
 
     With several shards, the worker also holds some whole weights while it computes: the weights outside the layers, and
     the weights of two layers, because the next layer is fetched ahead.

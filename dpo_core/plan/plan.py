@@ -1,4 +1,5 @@
-"""Computes whether a training run fits into memory and, if not, which changes of its options make the run fit."""
+"""Computes whether a training run fits into memory. If it does not fit, finds the changes of its options that make it
+fit."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -47,8 +48,8 @@ class Plan:
 def plan(
     model: Shapes, run: Run, rows: Rows, room: int | None = None, settable: Collection[str] = tuple(CHANGES)
 ) -> Plan:
-    """Returns the plan of a run. `room` is the bytes of a worker's device, None if unknown; `settable` names the fields
-    that `changes` may set."""
+    """Returns the plan of a run: its memory, disk space and steps, whether it fits, and what would make it fit. `room`
+    is the bytes of a worker's device, None if unknown; `settable` names the fields that `changes` may set."""
     settled, shards, held = settle(model, run, rows, room)
     saved = count_trained(model, run) * (run.itemsize + FLOAT32 * (2 if run.itemsize == FLOAT32 else 3))
     steps = run.n_epochs * ceil(rows.groups / run.batch_size)
@@ -58,10 +59,10 @@ def plan(
 
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
-    """Returns the first single change in CHANGES that makes the run fit.
+    """Returns changes of the run's options, from CHANGES, that make the run fit: one change if one is enough, otherwise
+    the first ones that are enough together.
 
-    If no single change is enough, returns the first changes that together make the run fit, without unneeded changes.
-    Returns an empty list if even all changes together are not enough.
+    Changes without which the run also fits are left out. Returns nothing if even all changes together are not enough.
     """
 
     def total(values: Mapping[str, Any]) -> int:

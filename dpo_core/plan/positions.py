@@ -1,5 +1,5 @@
-"""Reads from a model's config how many tokens the model can tell apart by position, and refuses a longer `max_length`.
-Uses only the standard library."""
+"""Reads from a model's config how many tokens of one text the model has positions for, and refuses a longer
+`max_length`. Uses only the standard library."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,11 @@ POSITIONS = ("max_position_embeddings", "n_positions", "rope_parameters", "rope_
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
-    """Returns the number of positions of the model with this config.json; None if the config states no limit.
+    """Returns the number of positions (the most tokens of one text) of the model with this config.json; None if the
+    config states no limit.
 
-    Rotary positions that are scaled by a factor reach as far as the factor says, if the config does not count them in
-    already.
+    If rotary positions are scaled by a factor, the result includes this factor, even where the config's own number does
+    not.
     """
     text = {**config, **(config.get("text_config") or {})}
     stated = text.get("max_position_embeddings") or text.get("n_positions")
@@ -26,15 +27,15 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 
 
 def check_max_length(max_length: int, positions: int | None) -> None:
-    """Raises InvalidOption for a `max_length` above the model's positions. The default is never refused: it stands for
-    the model's positions if these are fewer."""
+    """Raises InvalidOption if `max_length` is more than the model's positions. The default of `max_length` is never
+    refused: for a model with fewer positions, it means this smaller number."""
     if positions is not None and max_length > positions and max_length != MAX_LENGTH:
         what = f"max_length is {max_length}, but the model has only {positions} positions"
         raise InvalidOption("max_length", f"{what}; set it to {positions} or less, or leave it out.")
 
 
 def _reach(rope: Mapping[str, Any], stated: int) -> int:
-    """Returns the number of positions that scaled rotary positions reach; 0 if they are not scaled."""
+    """Returns the number of positions that a scaling of rotary positions gives the model; 0 if there is no scaling."""
     kind = rope.get("rope_type") or rope.get("type")
     original = rope.get("original_max_position_embeddings") or (stated if kind in ("dynamic", "yarn") else 0)
     return int(original * (rope.get("factor") or 1))
