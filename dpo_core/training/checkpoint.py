@@ -1,4 +1,5 @@
-"""Reads checkpoints. A checkpoint is a folder. The writer writes its manifest last, with each file's size and sha256.
+"""Reads checkpoints. A checkpoint is a folder with these files. Its manifest is written last, with the size and sha256
+of each other file.
 
     manifest.json                           step, counters, metrics, evaluations, config, files
     model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
@@ -42,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
-    """Raised if a file of a checkpoint differs from its description in the manifest. `file` is relative to the
-    checkpoint."""
+    """Raised if a file of a checkpoint is missing, or is not what the manifest says of it. `file` is the file's path
+    within the checkpoint."""
 
     def __init__(self, file: str, message: str) -> None:
         super().__init__(file, message)
@@ -55,7 +56,7 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class FileDigest:
-    """The size and the digest that verify a file of a checkpoint."""
+    """The size and the sha256 of a file of a checkpoint, by which the file is verified."""
 
     size: int  # bytes
     sha256: str  # hexadecimal
@@ -79,13 +80,13 @@ class Manifest:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether a run can continue from the checkpoint. A checkpoint without the optimizer's state is only a
-        model."""
+        """Whether the checkpoint has the optimizer's state, so that a run can continue from it. Without this state it
+        is only a model."""
         return any(is_optimizer(name) for name in self.files)
 
     def without_optimizer(self) -> "Manifest":
-        """Returns a copy of the manifest without the optimizer's files, for a checkpoint that is kept as a model
-        only."""
+        """Returns a copy of the manifest without the optimizer's files, for a checkpoint whose optimizer's files are
+        deleted."""
         return replace(self, files={name: digest for name, digest in self.files.items() if not is_optimizer(name)})
 
     def to_json(self) -> bytes:
@@ -156,11 +157,12 @@ def verify(folder: Path) -> Manifest:
 
 
 def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
-    """Returns the manifest of the checkpoint in `folder`, and `config` with the pack size and the recomputation of
-    activations that the checkpoint's run chose.
+    """Checks that a run can continue from the checkpoint in `folder`, and returns the checkpoint's manifest and the
+    run's config.
 
-    Raises DamagedCheckpoint for a damaged checkpoint, and ValueError if a run with this config cannot continue from the
-    checkpoint.
+    This config is `config`, with the pack size and the recomputation of activations that the checkpoint's run chose
+    where `config` leaves them open. Raises DamagedCheckpoint for a damaged checkpoint, and ValueError if a run with
+    this config cannot continue from it.
     """
     manifest = verify(folder)
     if not manifest.has_optimizer:
@@ -199,8 +201,9 @@ def load(
     optimizer: torch.optim.AdamW,
     has_weights: bool = False,
 ) -> None:
-    """Loads a checkpoint's weights into the policy, unless it `has_weights` already, and AdamW's state into the
-    optimizer. Raises ValueError if the checkpoint does not fit the policy."""
+    """Loads AdamW's state from a checkpoint into the optimizer and, unless `has_weights`, the checkpoint's weights into
+    the policy. `has_weights` says that the policy has been read from this checkpoint. Raises ValueError if the
+    checkpoint does not fit the policy."""
     saved = _Saved(folder)
     saved.check(weights)
     if manifest.dtype is None:
@@ -223,7 +226,7 @@ def load(
 
 
 class _Saved:
-    """The tensors in the optimizer's files of a checkpoint. Each file holds some rows of every tensor."""
+    """Reads the tensors in the optimizer's files of a checkpoint. Each file holds some rows of every tensor."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -238,7 +241,8 @@ class _Saved:
         return tensor
 
     def like(self, parameter: Tensor, name: str, kind: str) -> Tensor:
-        """Returns a saved tensor of the parameter `name` on the parameter's device, sharded as the parameter is."""
+        """Returns a saved tensor of the parameter called `name`, on the device of `parameter` and sharded in the same
+        way. `kind` says which of the parameter's tensors, such as `exp_avg`."""
         whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in self._parts]).to(parameter.device)
         if not isinstance(parameter, DTensor):
             return whole
@@ -274,8 +278,8 @@ class _Saved:
 
 
 def _check_adapter(folder: Path, policy: Any) -> None:
-    """Raises ValueError if the options of the saved adapter differ from the options of the policy's adapter, because
-    the same weights would have another effect with other options."""
+    """Raises ValueError if the options of the saved adapter differ from those of the policy's adapter. With other
+    options the same weights would have another effect."""
     from peft import PeftConfig
 
     (current,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
@@ -294,8 +298,8 @@ _IRRELEVANT = re.compile(
 
 
 def _check_config(folder: Path, policy: PreTrainedModel) -> None:
-    """Raises ValueError if the saved model's config differs from the policy's in a value that changes the model's
-    results."""
+    """Raises ValueError if the config of the saved model differs from the policy's config in a value that changes what
+    the model computes."""
     before, current = (
         _computed(config.to_dict()) for config in (AutoConfig.from_pretrained(folder / "model"), policy.config)
     )
@@ -306,7 +310,7 @@ def _check_config(folder: Path, policy: PreTrainedModel) -> None:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the part of a model's config that affects what the model computes."""
+    """Returns only the entries of a model's config that affect what the model computes."""
     return {
         key: _computed(value) if isinstance(value, dict) else value
         for key, value in config.items()

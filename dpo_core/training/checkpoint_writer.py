@@ -35,9 +35,10 @@ class Writer:
     all.
 
     A save waits until the previous checkpoint is written. If writing fails in the background, the next call raises the
-    error. Every rank that holds a part of the state writes its part, into a `folder` that the ranks share or into one
-    of its own. Each of these ranks then calls `publish` with the step and the checkpoint's folder; rank 0 calls it
-    last, after it has written the manifest. The end of a `with` block waits until the last checkpoint is written.
+    error. Every rank that holds a part of the optimizer's state writes this part. `folder` may be shared by the ranks,
+    or each rank may have its own. Each of these ranks then calls `publish` with the step and the checkpoint's folder;
+    rank 0 calls it last, after it has written the manifest. The end of a `with` block waits until the last checkpoint
+    is written.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Writer:
             self._pending = self._pool.submit(self._write, manifest, model, state)
 
     def check(self) -> None:
-        """Raises the error of the last checkpoint's write if it has failed."""
+        """Raises the error of the last checkpoint if writing it has already failed. Does not wait."""
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
@@ -110,8 +111,8 @@ class Writer:
     def _write_part(
         self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
     ) -> dict[str, FileDigest]:
-        """Writes this rank's files and returns their digests by path. Ranks other than rank 0 also publish their files
-        here."""
+        """Writes this rank's files into the folder `partial`, and returns their digests by path. Ranks other than rank
+        0 also publish their files here."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
         if self._shard is not None:
@@ -141,9 +142,9 @@ class Writer:
 
 
 def _shard_index(weights: Weights) -> tuple[int | None, int]:
-    """Returns the index of the shard of the optimizer's state that this rank writes, and the number of shards.
+    """Returns which shard of the optimizer's state this rank writes, counted from 0, and the number of shards.
 
-    The index is None if another rank writes the same shard.
+    The first result is None if another rank writes the same shard.
     """
     first = next(iter(weights.stepped.values()))
     if not isinstance(first, DTensor):
@@ -176,7 +177,8 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
 
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Returns CPU copies of this rank's shard of AdamW's state and of the float32 weights.
+    """Returns copies on the CPU of this rank's part of AdamW's state, and of the float32 masters of weights in half
+    precision.
 
     A parameter that never had a gradient has step 0 and no moments.
     """
@@ -193,7 +195,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _errno_of(error: SafetensorError) -> int:
-    """Returns the errno that the error's text ends with, as in "No space left on device (os error 28)"; EIO if it has
-    none. A caller that waits while storage is full needs it."""
+    """Returns the errno that ends the error's text, as in "No space left on device (os error 28)", or EIO if there is
+    none. A caller that waits while storage is full reads this errno."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else errno.EIO

@@ -1,4 +1,5 @@
-"""Computes the policy's loss and metrics on held-out groups, which the policy is not trained on."""
+"""Computes the policy's loss and metrics on held-out groups. A group is a prompt with its completions; the policy is
+not trained on held-out ones."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,12 +24,12 @@ Batches = Iterable[Sequence[EncodedGroup]]
 def evaluate(
     objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
 ) -> dict[str, float]:
-    """Returns the loss and metrics of all groups in `batches`, under names that begin with `eval/`, as if the groups
-    were one global batch.
+    """Returns the loss and metrics of all groups in `batches`, as if they were one global batch. The names begin with
+    `eval/`.
 
-    The results do not depend on how groups are cut into batches and packs (the rows of one forward pass) and
-    distributed over ranks. Values that an objective computes over a global batch are computed over all groups.
-    `statistics` are read and not changed.
+    The results do not depend on how the groups are cut into batches and packs (groups that one forward pass computes
+    together) and distributed over ranks. Values that an objective computes over a global batch are computed over all
+    groups. `statistics` are read and not changed. Raises ValueError if there are no groups.
     """
     seen: list[EncodedGroup] = []
     tables: list[Tensor] = []
@@ -56,14 +57,14 @@ def evaluate(
 
 
 class _Frozen(Statistics):
-    """Statistics that an evaluation reads and that `add` does not change."""
+    """Statistics for an evaluation. `add` leaves them unchanged, because held-out groups must not affect training."""
 
     def add(self, rewards: Tensor) -> float:
         return self.mean
 
 
 def _outline(group: EncodedGroup) -> EncodedGroup:
-    """Returns a copy of the group with ranges in place of its token ids. Evaluation keeps many groups, and needs only
-    the numbers of their tokens."""
+    """Returns a copy of the group with ranges in place of its token ids, which take less memory. Evaluation keeps many
+    groups, and needs only the numbers of their tokens."""
     completions = tuple(range(len(ids)) for ids in group.completion_ids)
     return replace(group, prompt_ids=range(len(group.prompt_ids)), completion_ids=completions)

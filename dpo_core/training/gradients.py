@@ -1,4 +1,5 @@
-"""Computes the gradient of a step's loss from the step's groups, one pack (the rows of one forward pass) at a time."""
+"""Computes the gradient of a step's loss, one pack at a time. A pack is the groups (prompts with their completions)
+that one forward pass computes together."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank
 
 @dataclass(frozen=True)
 class Pack:
-    """Some of a step's groups, which one forward and one backward pass compute together.
+    """Some of a step's groups (prompts with their completions), which one forward and one backward pass compute
+    together.
 
     If the model is sharded, all ranks must run every forward together. A rank without groups for a pack then runs a
     group of another pack and drops the result.
@@ -39,8 +41,8 @@ class Pack:
 def make_packs(
     scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
 ) -> list[Pack]:
-    """Returns this rank's packs (the rows of one forward pass each). If the model is sharded, every rank gets the same
-    number of packs, and some may be empty."""
+    """Returns the packs that this rank computes (a pack is the groups of one forward pass). If the model is sharded,
+    every rank gets the same number of packs, and some may be empty."""
     runs_together = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
@@ -57,8 +59,8 @@ def make_packs(
 def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
 ) -> tuple[Measures, Tensor]:
-    """Adds this rank's share of the loss's gradient to the gradients of the weights. Returns the measures of all
-    completions of all ranks, and the loss of the global batch."""
+    """Adds this rank's share of the loss's gradient to the gradients of the weights. Returns the log-probabilities or
+    rewards of all completions of all ranks, and the loss of the global batch."""
     table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
     run = _backward_of_whole_batch if objective.traits.needs_whole_batch else _backward_by_pack
     with _dropout(scorer.model):
@@ -67,8 +69,8 @@ def backward(
 
 @contextmanager
 def _dropout(model: nn.Module) -> Iterator[None]:
-    """Turns on the adapter's dropout in the `with` block, also when activations are recomputed. The base's dropout
-    stays off."""
+    """Turns the adapter's dropout on in the `with` block, also for activations that backward recomputes. The base's
+    dropout stays off."""
     layers, device = dropouts(model), next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for layer in layers:
@@ -81,8 +83,8 @@ def _dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _measure(scorer: Scorer, pack: Pack) -> Any:
-    """Returns the measures of the pack's completions. Every call returns the same values, because the pack's seed
-    decides the dropout."""
+    """Runs the forward pass of a pack, and returns a row of measures for each of its completions. Every call returns
+    the same values, because the pack's seed decides the dropout."""
     torch.manual_seed(pack.seed)
     return scorer(pack.batch)
 
@@ -95,9 +97,10 @@ def _backward_by_pack(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Runs forward and backward for one pack after another. This suits a loss that depends on one group at a time.
+    """Runs forward and then backward for one pack (groups of one forward pass) after another. Suits an objective whose
+    loss of a group depends on this group alone.
 
-    Fills `table` with the measures of all completions of the step.
+    Returns what `backward` returns. Fills `table` with the measures of all completions of the step.
     """
     for pack in packs:
         measured = _measure(scorer, pack)
@@ -119,11 +122,11 @@ def _backward_of_whole_batch(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Runs the forward passes of all packs before the first backward pass. This suits a loss that compares completions
-    of different packs.
+    """Runs the forward passes of all packs (groups of one forward pass) before the first backward pass. Suits an
+    objective that compares completions of different packs.
 
-    The forward of each pack runs a second time for its backward, unless there is only one pack. Fills `table` with the
-    measures of all completions of the step.
+    The forward of each pack runs a second time for its backward, unless there is only one pack. Returns what `backward`
+    returns. Fills `table` with the measures of all completions of the step.
     """
     has_one_pack = len(packs) == 1
     first_results = []
@@ -146,8 +149,8 @@ def _backward_of_whole_batch(
 def _differentiate(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
-    """Returns the measured groups' share of the global batch's loss, and the gradient of this share with respect to the
-    table of measures."""
+    """Returns what the measured groups contribute to the loss of the global batch, and the gradient of this
+    contribution with respect to the table of measures."""
     leaf = measures.table.clone().requires_grad_()
     loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
     (slope,) = torch.autograd.grad(loss, leaf)
@@ -157,14 +160,15 @@ def _differentiate(
 def share_of_loss(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> Tensor:
-    """Returns the share of the measured groups in the loss of the global batch."""
+    """Returns what the measured groups contribute to the loss of the global batch: their summed, weighted losses,
+    divided by the batch's `denominator`."""
     loss_per_group = losses(objective, measures, statistics) * measures.weights
     return loss_per_group.sum() / denominator(objective, global_batch)
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:
-    """Raises RuntimeError if ranks were given different groups; without this check such ranks would wait for each other
-    forever. `what` names the groups in the error."""
+    """Raises RuntimeError if the ranks were given different groups. Without this check such ranks would wait for each
+    other forever. `what` names the groups in the error."""
     if num_ranks() > 1:
         extremes = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)

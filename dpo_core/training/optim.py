@@ -10,8 +10,8 @@ from dpo_core.config import Optim
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """Returns an AdamW optimizer of the parameters. Matrices have weight decay; biases and the weights of norms have
-    none."""
+    """Returns an AdamW optimizer for the parameters. Only matrices have weight decay, not biases and the weights of
+    norms."""
     stepped = list(parameters)
     groups = [
         {"params": [p for p in stepped if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -21,8 +21,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.op
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step; the first step is 1. The rate rises during the warmup, then follows the
-    schedule, and is never 0."""
+    """Returns the learning rate of step number `step`, counted from 1. The rate rises during the warmup, then follows
+    the schedule, and is never 0."""
     assert optim.learning_rate is not None  # `resolved` has set the learning rate
     warmup = math.ceil(optim.warmup_ratio * total_steps)
     if step <= warmup:

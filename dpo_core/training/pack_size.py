@@ -1,5 +1,5 @@
-"""Chooses `max_tokens_per_pack`, the size of one forward pass, and whether to recompute activations. A pack is as large
-as memory allows, up to the size beyond which the device is no faster."""
+"""Decides how many tokens one forward pass computes (`max_tokens_per_pack`), and whether backward recomputes
+activations. The number is as large as memory allows, up to where the device is no faster."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the largest example on which mem
 
 def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
     """Returns `config` with `max_tokens_per_pack` and `activation_checkpointing` decided. All ranks get the same
-    values.
+    values. Logs a warning if a row of `max_length` may not fit into memory.
 
     `groups` are examples of the training data: a token takes more memory if many short completions share a long prompt.
     """
@@ -83,8 +83,8 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
 
 
 def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
-    """Returns the bytes that the tokens of a pack may take in memory beside weights, gradients, the optimizer's state
-    and a tile of logits.
+    """Returns the bytes of memory that the tokens of one forward pass may take beside weights, gradients, the
+    optimizer's state and a tile (the logits held at a time).
 
     All ranks get the smallest number of any rank. Returns None if the system does not report its memory.
     """
@@ -118,18 +118,18 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _number(file: Path, name: str) -> int:
-    """Returns the number on the line of `file` that begins with `name`. Each line of the file must hold a name and a
-    number."""
+    """Returns a number from a file of which each line holds a name and a number: the number on the line that begins
+    with `name`."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {name: int(number) for name, number, *_ in lines}[name]
 
 
 def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> EncodedGroup:
-    """Returns a small group with the proportions of the group that takes the most memory per token; without `groups`, a
-    pair.
+    """Returns a small group whose lengths are in the same proportions as those of the group in `groups` that takes the
+    most memory per token. Without `groups`, returns a pair.
 
-    The most memory per token is taken by the group with the largest product of completions and prompt length, relative
-    to its tokens: autograd keeps a prompt's keys once for each completion.
+    This is the group with the largest product of number of completions and prompt length, relative to its tokens:
+    autograd keeps a prompt's keys once for each completion.
     """
 
     def looks_back(group: EncodedGroup) -> float:
@@ -151,7 +151,8 @@ def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int
 
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
-    """Returns the bytes that autograd keeps for the backward pass of the group, without the weights."""
+    """Runs a forward pass of the group, and returns the bytes that autograd keeps for its backward pass, without the
+    weights."""
     unchanging = None if is_sharded(scorer.model) else _storages(scorer.model)
     kept_storages: dict[int, int] = {}
 
@@ -172,5 +173,5 @@ def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
 
 
 def _storages(model: PreTrainedModel) -> set[int]:
-    """Returns the addresses of the model's weights, as far as this rank has them now."""
+    """Returns the addresses of the weights that this rank has in memory now."""
     return {local_part(weight).untyped_storage().data_ptr() for weight in model.parameters()}

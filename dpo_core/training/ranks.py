@@ -21,8 +21,8 @@ def num_ranks() -> int:
 
 
 def num_local_ranks() -> int:
-    """Returns the number of ranks on this node: LOCAL_WORLD_SIZE, or the number of all ranks if the variable is not
-    set."""
+    """Returns the number of ranks on this node, from the environment variable LOCAL_WORLD_SIZE. If it is not set, all
+    ranks count as on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
 
 
@@ -47,8 +47,8 @@ def all_reduce_min(value: int, device: torch.device) -> int:
 
 
 def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Returns, for each position in `values`, whether the value there is true on at least one rank. All ranks get the
-    same list."""
+    """Compares a list of flags over all ranks. Returns, for each position of the list, whether the flag there is true
+    on at least one rank; all ranks get the same result."""
     if num_ranks() == 1:
         return list(values)
     flags = torch.tensor(values, dtype=torch.uint8, device=device)

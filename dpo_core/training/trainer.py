@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step, the same on all ranks. Metrics that begin with `eval/` measure the policy after
-    the step, all other metrics the policy before the step."""
+    """The result of one optimizer step, the same on all ranks. Metrics whose names begin with `eval/` measure the
+    policy after the step; all other metrics measure the policy before it."""
 
     step: int  # from 1
     total_steps: int
@@ -256,14 +256,14 @@ class _Run:
 
     @property
     def remedy(self) -> str:
-        """The advice to a user whose loss or gradient is not finite."""
+        """Advice for a user whose loss or gradient is not finite."""
         if self.num_updates > 1:
             return "lower the learning rate"
         return "no weight was changed yet, so look for NaN or infinity in the policy and in the reference's scores"
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
-        """Returns the policy's metrics on the held-out groups in `batches`, and adds the value of `best_metric` to the
-        run's evaluations."""
+        """Returns the policy's metrics on the held-out groups in `batches`. Also appends the value of `best_metric` to
+        the run's evaluations."""
         tokens = self.config.max_tokens_per_pack
         assert tokens is not None  # `plan_memory` has set it
         admitted = map(self._admitted, batches)
@@ -292,7 +292,7 @@ class _Run:
 
 
 def _not_finite(metrics: dict[str, float]) -> str:
-    """Returns the loss, the gradient norm and the evaluation's loss if they are not finite, as in "loss nan, grad_norm
-    inf"; an empty text if all are finite."""
+    """Returns the loss, the gradient norm and the evaluation's loss that are not finite, as a text such as "loss nan,
+    grad_norm inf". The text is empty if all are finite."""
     values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
     return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))

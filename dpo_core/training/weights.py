@@ -1,4 +1,5 @@
-"""Holds the trained parameters: their float32 masters, their gradients, and their division over ranks."""
+"""Holds the trained parameters of a policy: their gradients, their float32 copies if they are in half precision, and
+their division over ranks."""
 
 from collections.abc import Mapping
 from itertools import chain, compress
@@ -23,11 +24,12 @@ from dpo_core.training.ranks import all_reduce_min, all_reduce_sum, num_local_ra
 
 
 class Weights:
-    """The trained parameters of a policy by name, and the tensors that the optimizer steps.
+    """The trained parameters of a policy by name, and the tensors that the optimizer updates.
 
-    For a parameter in half precision the optimizer steps a float32 master of the parameter. Gradients are float32 or
-    wider. Each rank holds a copy and sums its gradients with the other ranks', unless the policy is sharded. `dtypes`
-    are the parameters' dtypes before sharding, which makes shards float32; checkpoints save the model in these dtypes.
+    For a parameter in half precision the optimizer updates a float32 copy, the parameter's master. Gradients are
+    float32 or wider. If the policy is not sharded, each rank has all parameters and sums its gradients with those of
+    the other ranks. `dtypes` are the parameters' dtypes before sharding, which makes shards float32; checkpoints save
+    the model in these dtypes.
     """
 
     def __init__(self, policy: PreTrainedModel, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -42,7 +44,8 @@ class Weights:
 
     @property
     def in_float32(self) -> dict[str, nn.Parameter]:
-        """The float32 tensors that the optimizer steps and that the saved model holds in half precision, by name."""
+        """The float32 tensors, by name, that the optimizer updates for parameters that the saved model holds in half
+        precision."""
         return {name: p for name, p in self.stepped.items() if _is_half(self.dtypes[name])}
 
     @torch.no_grad()
@@ -50,8 +53,8 @@ class Weights:
         """Sums the gradients of all ranks, scales them down so that their norm is at most `max_norm`, and returns the
         norm before scaling.
 
-        The gradients are moved to the tensors that the optimizer steps. A parameter without a gradient on any rank gets
-        none and does not change.
+        The gradients are moved to the tensors that the optimizer updates. A parameter without a gradient on any rank
+        gets none and does not change.
         """
         reached = [parameter.grad is not None for parameter in self.trained.values()]
         if not self.is_sharded:
@@ -69,7 +72,8 @@ class Weights:
 
     @torch.no_grad()
     def update_policy(self) -> None:
-        """Copies the float32 masters into the policy's weights, and drops all gradients."""
+        """Copies the float32 masters, which the optimizer has updated, into the policy's weights. Drops all
+        gradients."""
         for parameter in self.stepped.values():
             parameter.grad = None
         if self.masters:
@@ -77,7 +81,7 @@ class Weights:
             torch._foreach_copy_([self.trained[name] for name in names], [self.masters[name] for name in names])
 
     def release(self) -> None:
-        """Removes gradients and gradient dtypes that training added to the policy's parameters, so that the caller may
+        """Removes the gradients and gradient dtypes that training added to the policy's parameters. The caller may then
         train the policy in another way."""
         for parameter in (*self.trained.values(), *self.masters.values()):
             parameter.grad = None
@@ -94,7 +98,8 @@ def _is_half(dtype: torch.dtype) -> bool:
 
 
 def agree_on_weights(policy: nn.Module) -> None:
-    """Copies the policy's weights on rank 0 to all other ranks, except those that are sharded or not read yet."""
+    """Copies the policy's weights from rank 0 to all other ranks. Leaves out weights that are sharded or not read
+    yet."""
     if num_ranks() > 1:
         for tensor in chain(policy.parameters(), policy.buffers(), scales_of(policy)):
             if not (isinstance(tensor, DTensor) or tensor.is_meta):
@@ -143,8 +148,8 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
 
 
 def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None = None) -> int:
-    """Returns the bytes of the policy's weights, gradients and AdamW's moments on one rank. `dtype` is the dtype that
-    the policy computes in; None means the dtype of its weights.
+    """Returns the bytes on one rank of the policy's weights, their gradients, and AdamW's moments, if each weight is
+    split into `shards`. `dtype` is the dtype in which the policy computes; None means the dtype of its weights.
 
     With several shards, a rank also holds some whole weights while it computes, and the gradients of the trained ones:
     the weights outside the layers, and the weights of two layers, because the next layer is fetched ahead.
@@ -167,7 +172,7 @@ def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None 
 
 
 def _with_gradients(module: nn.Module) -> int:
-    """Returns the number of parameters in a module's weights plus the number of those that have gradients."""
+    """Returns the number of parameters in a module, where those that have gradients count twice."""
     numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
     return numbers
 
