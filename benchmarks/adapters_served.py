@@ -1,4 +1,5 @@
-"""Measures adapters on one engine of their base: whether each answers as itself, the time of the first answer, memory.
+"""Measures how one engine serves many adapters of one base: whether each adapter answers as itself, the time of its
+first answer, and memory.
 
     python benchmarks/adapters_served.py --adapters 40
 
@@ -61,7 +62,8 @@ def main() -> None:
 
 
 def _make_adapters(base: Path, args: argparse.Namespace) -> Iterator[Path]:
-    """Yields the folders of random adapters, which tell the fingerprint of their base as a job's adapters do."""
+    """Yields the folders of random adapters. Each folder holds the fingerprint of the base, as the adapters of jobs
+    do."""
     policy = load_policy(base, adapter=Lora(r=args.rank))
     told = base_file(fingerprint(policy), policy)
     for seed in range(args.adapters):
@@ -77,13 +79,14 @@ def _make_adapters(base: Path, args: argparse.Namespace) -> Iterator[Path]:
 
 @torch.inference_mode()
 def _forward(folder: Path) -> float:
-    """Returns the log-probability of the likeliest next token by PEFT's forward."""
+    """Returns the log-probability of the likeliest next token after the prompt, computed by PEFT with the adapter in
+    `folder`."""
     logits = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor([PROMPT])).logits
     return float(logits[0, -1].log_softmax(-1).max())
 
 
 def _serve(base: Path, args: argparse.Namespace) -> str:
-    """Serves the base on one engine. Returns the URL for completions."""
+    """Serves the base on one engine in Ray Serve, and returns the URL for completions."""
     from ray import serve
 
     from services.serving.app import build
@@ -123,7 +126,7 @@ def _times(seconds: list[float]) -> str:
 
 
 def _ask_all(url: str, folders: list[Path]) -> tuple[list[float], list[float]]:
-    """Returns the seconds and the log-probability of one answer of each adapter."""
+    """Asks each adapter once, and returns the seconds and the log-probability of each answer."""
     seconds, found = [], []
     for folder in folders:
         began = time.perf_counter()

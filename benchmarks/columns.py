@@ -1,4 +1,5 @@
-"""Trains a model with raydpo or with TRL: each function produces the figures of one column of `vs_trl.py`."""
+"""Trains a model with raydpo or with TRL. Each function trains in one way and returns its figures, a column in the
+table of `vs_trl.py`."""
 
 import json
 import tempfile
@@ -136,7 +137,7 @@ def run_in_ray(args: Namespace) -> Figures:
 
 
 def _without_sharing() -> Any:
-    """Returns a patch that copies the prompt for each completion in a pack (the rows of one forward pass)."""
+    """Returns a patch under which each completion has its own copy of the prompt in a forward pass."""
     from dpo_core.policy import batch, scorer
 
     def count_tokens(self: Any, group: Any) -> int:

@@ -69,7 +69,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(args: argparse.Namespace, num_rows: int, model: Path) -> dict[str, Figures]:
-    """Returns the figures of each stage by the stage's name, and those of the tokenizer's threads and processes."""
+    """Runs all stages on `num_rows` rows. Returns the figures of each stage by its name, and the speed of the tokenizer
+    alone with threads and with processes."""
     with tempfile.TemporaryDirectory(prefix="raydpo-bench-") as folder:
         file = Path(folder) / "pairs.jsonl"
         write_pairs(file, num_rows)

@@ -1,4 +1,5 @@
-"""Scores rows with raydpo's deployment or with vLLM: each function produces the figures of one column of `scoring.py`.
+"""Scores rows with raydpo's deployment or with vLLM. Each function uses one engine and returns its figures, a column in
+the table of `scoring.py`.
 
 All engines compute in the same dtype and have 1 GiB for keys and values.
 """

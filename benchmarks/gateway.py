@@ -1,10 +1,11 @@
-"""Measures what the control plane costs streamed answers: the same streams asked directly and through it, interleaved.
+"""Measures what the control plane costs streamed answers. The same streams are asked of the engine directly and through
+the control plane, in turn.
 
     python -m benchmarks.gateway --streams 32 --per-second 50
 
-The engine is a process that answers as vLLM does, as fast as it is told and for little CPU. In each round, first one
-way and then the other, every stream's client asks a few times, each time as soon as the last answer is over; the
-clients begin one after the other, spread over the time of an answer.
+The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. In each round, first one way
+and then the other, every stream's client asks a few times, each time as soon as the last answer is over. The clients
+begin one after the other, spread over the time of an answer.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def engine(port: int, options: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def control_plane(engine_port: int) -> Iterator[tuple[str, psutil.Process]]:
-    """A control plane on a Ray whose Serve is the engine; its address and its process."""
+    """Starts a control plane whose Ray Serve is the engine. Yields the control plane's address and its process."""
     with tempfile.TemporaryDirectory(prefix="raydpo-gateway-") as folder, ExitStack() as stops:
         os.chmod(folder, 0o755)
         home = Path(folder).resolve()
@@ -98,7 +99,7 @@ def control_plane(engine_port: int) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def wait_until_served(service: str) -> str:
-    """Asks once, which loads the model."""
+    """Asks the model once, so that it is loaded."""
     way = Way(service, "/v1/chat/completions")
     asyncio.run(ask(way, 1))
     return "/any"
@@ -109,7 +110,7 @@ def wait_until_served(service: str) -> str:
 
 @dataclass
 class Stream:
-    """What a client saw of one stream. Times are in seconds since its request."""
+    """What a client measured of one streamed answer. Times are in seconds since the client's request."""
 
     tokens: int
     first: float
@@ -117,7 +118,7 @@ class Stream:
 
 
 class Way:
-    """A way to the engine, and what was measured on it."""
+    """One of the two ways to the engine (direct, or through the control plane), and what was measured on it."""
 
     def __init__(self, address: str, path: str) -> None:
         self.host, _, port = address.partition(":")
@@ -126,7 +127,7 @@ class Way:
         self.cpu_seconds = 0.0  # of the control plane
 
     def rates(self) -> list[float]:
-        """Returns the tokens a second of one stream at the median, of each round."""
+        """Returns, for each round, the median over the streams of tokens per second."""
         return [median(stream.tokens / stream.seconds for stream in each) for each in self.rounds]
 
     def first(self) -> float:
@@ -144,7 +145,7 @@ async def ask_all(way: Way, options: argparse.Namespace) -> list[Stream]:
 
 
 async def ask(way: Way, tokens: int) -> Stream:
-    """Asks once, and reads the bytes as they come, for as little CPU as can be."""
+    """Sends one request, and reads the streamed bytes as they come. Uses as little CPU as possible."""
     reader, writer = await asyncio.open_connection(way.host, way.port)
     body = json.dumps(BODY | {"max_tokens": tokens}).encode()
     head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
@@ -179,7 +180,7 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntr
 
 
 def event(number: int) -> bytes:
-    """One chunk of an answer, as vLLM writes it."""
+    """Returns one chunk of a streamed answer, in vLLM's format."""
     chunk = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
     choice = {"index": 0, "delta": {"content": f" word{number}"}, "logprobs": None, "finish_reason": None}
     return b"data: " + json.dumps(chunk | {"choices": [choice]}).encode() + b"\n\n"

@@ -3,11 +3,11 @@
     make gpu-check
     python benchmarks/gpu_check.py --device cpu --size tiny     # the same check for a machine without a GPU
 
-Each part of the check runs in its own process. `tests` runs the tests marked `gpu`. `parity` compares bfloat16 packs
-(the rows of one forward pass) that share prompts with plain forward passes. Then raydpo and TRL train a model of 1B
-weights, and an adapter of rank 32 on a model of 8B weights. All weights are random. A part that exceeds its time is
-"not done" in the table. The results are a JSON file and a Markdown table. Exits with status 1 if `tests` or `parity`
-does not pass.
+Each part of the check runs in its own process. `tests` runs the tests marked `gpu`. `parity` compares bfloat16 forward
+passes in which completions share prompts with plain forward passes. Then raydpo and TRL train a model of 1B weights,
+and an adapter of rank 32 on a model of 8B weights. All weights are random. A part that exceeds its time is "not done"
+in the table. The results are a JSON file and a Markdown table. Exits with status 1 if `tests` or `parity` does not
+pass.
 """
 
 import argparse
@@ -193,9 +193,10 @@ def _table(report: Found) -> str:
 
 
 def _cells(name: str, columns: dict[str, Found]) -> str:
-    """Returns the cells of a column's line in the table.
+    """Returns the cells of a column's line in the Markdown table.
 
-    Tokens per second are raydpo's number of tokens, which has a prompt for each completion, over the column's seconds.
+    Tokens per second are the tokens as raydpo counts them, with a prompt for each completion, divided by the column's
+    seconds.
     """
     found, ours, best = columns[name], columns[OURS], columns[BEST]
     if "not_done" in found:
@@ -232,7 +233,8 @@ def tests(args: argparse.Namespace) -> Found:
 
 
 def parity(args: argparse.Namespace) -> Found:
-    """Compares log-probabilities of packs with those of plain forward passes, and returns the errors of each family.
+    """Compares the log-probabilities of forward passes in which completions share prompts with those of plain forward
+    passes. Returns the errors of each family of models.
 
     The models are small, but their attention heads are as wide as those of models in use.
     """
@@ -258,7 +260,8 @@ def _families(size: str) -> dict[str, Any]:
 
 
 def _errors(config: Any, device: str) -> tuple[float, float]:
-    """Returns the relative errors, in bfloat16, of a pack that shares prompts and of plain forward passes.
+    """Returns two relative errors in bfloat16: of a forward pass in which completions share prompts, and of plain
+    forward passes.
 
     Both are compared with the log-probabilities of plain forward passes in float32.
     """

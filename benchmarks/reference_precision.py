@@ -2,13 +2,14 @@
 
     python benchmarks/reference_precision.py --seeds 3 --json results.json
 
-The base model is a Llama with random weights that learns the demo's shop first. Each policy then learns the same pairs
-in the same order; only the reference's scores differ: exact (float32), of the same weights in bfloat16, exact with
-Gaussian noise on each token, or exact with the same error in every pair. `reward error` is the mean of beta times the
-error of a pair's log-ratio, without its sign. The policies are
-compared on pairs of held-out items, by rewards against the exact reference. `away` is the mean distance, in nats a
-token, from the policy that learned from exact scores; the row `another order` is the distance of a policy that learned
-from exact scores in another order of the same rows. Figures are means over seeds, with the largest deviation.
+The base model is a Llama with random weights that is first trained on the demo's rows about a shop. Each policy then
+learns the same pairs in the same order. Only the reference's scores differ: exact (float32), of the same weights in
+bfloat16, exact with Gaussian noise on each token, or exact with the same error in every pair.
+
+The policies are compared on pairs of held-out items, by rewards against the exact reference. `reward error` is the mean
+of beta times the error of a pair's log-ratio, without its sign. `away` is the mean distance, in nats a token, from the
+policy that learned from exact scores. The row `another order` is the distance of a policy that learned from exact
+scores in another order of the same rows. Figures are means over seeds, with the largest deviation.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Measures the memory of ranks that split a model's weights, loading included, beside each rank's share.
+"""Measures the memory of ranks that split a model's weights, also while they load, and compares it with each rank's
+share of the weights.
 
     python benchmarks/sharded_memory.py --ranks 1 2 4
 
 The model is a Llama with 50M random weights, in bfloat16 on disk and trained in float32. *loading* reads the weights,
-*training* also takes two steps on small packs, without a checkpoint. A figure is the largest of any rank, minus the
-rank's memory after it had trained a small model in the same way. Pages of the mapped safetensors file count only in
-*with file*, the kernel's VmHWM: they are the page cache of the machine, shared by all ranks, and go as soon as the
-weights are read. `--whole` also measures ranks that load the whole model and then split it.
+*training* also takes two small steps, without a checkpoint. A figure is the largest of any rank, minus the rank's
+memory after it had trained a small model in the same way. Pages of the mapped safetensors file count only in *with
+file*, the kernel's VmHWM: they are the page cache of the machine, shared by all ranks, and go as soon as the weights
+are read. `--whole` also measures ranks that load the whole model and then split it.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def measure(home: Path, ranks: int, how: str) -> dict[str, Any]:
-    """Returns the peak memory of `ranks` ranks, and what it is made of, in bytes."""
+    """Returns the peak memory of `ranks` ranks in bytes, and the parts of which it consists."""
     layer, outside, number = _sizes(home / "model")
     loading, with_file, training, _ = _in_its_own_process(home, ranks, how)
     share = 4.0 * number / ranks
@@ -77,7 +78,7 @@ def measure(home: Path, ranks: int, how: str) -> dict[str, Any]:
 
 
 def _sizes(folder: Path) -> tuple[int, int, int]:
-    """Returns the number of weights in a layer, outside of layers, and in the whole model."""
+    """Returns three numbers of weights: in one layer, outside the layers, and in the whole model."""
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -87,8 +88,8 @@ def _sizes(folder: Path) -> tuple[int, int, int]:
 
 
 def _in_its_own_process(home: Path, ranks: int, how: str) -> list[int]:
-    """Returns the most bytes of any rank: while it loads, without and with pages of mapped files, and while it trains,
-    likewise."""
+    """Returns four peaks in bytes, each the largest of any rank: while it loads, without and with pages of mapped
+    files, then the same two while it trains."""
     # With these settings large blocks are returned to the system at once, so that what is free does not count.
     settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
     command = [sys.executable, "-W", "ignore", __file__, "--measure", str(home), str(ranks), how]

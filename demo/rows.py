@@ -1,7 +1,7 @@
 """Makes the demo's rows: dialogues in a hardware shop, whose assistants are courteous or curt.
 
-Customers prefer courteous assistants. The rows depend only on the seed. An answer is well-formed if the answer names
-the wanted item and the item's aisle; an answer is courteous if its first word is.
+Customers prefer courteous assistants. The rows depend only on the seed. An answer is well-formed if it names the item
+that the customer asks for, and the item's aisle. An answer is courteous if its first word is courteous.
 """
 
 import random
