@@ -41,8 +41,8 @@ TRASH_SECONDS = 30 * 86_400  # files stay in the trash for this long, in case an
 
 
 class Sweeper:
-    """Runs the sweeps (passes of the cleanup), each at its own interval. After a start of the process, all sweeps are
-    due."""
+    """Runs the sweeps (passes of the cleanup), each at its own interval. After a start of the process, all sweeps run
+    once."""
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
         self._store, self._ray_api, self._settings = store, ray_api, settings
@@ -202,7 +202,7 @@ async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
 
 
 async def _stop(ray_api: RayApi, submission_id: str) -> bool:
-    """Asks Ray to stop a job. Returns False if Ray does not accept the request; the next sweep asks again."""
+    """Asks Ray to stop a job. Returns False if Ray does not accept the request; the next cleanup then asks again."""
     try:
         await ray_api.stop(submission_id)
     except httpx.HTTPError as error:

@@ -49,8 +49,8 @@ class Submission:
     message: str = ""  # Ray's message, with the last lines of the driver's log
 
     def cause(self) -> str:
-        """Returns the reason, for the user, why an attempt (one run of a fine-tuning job) ended without reporting an
-        outcome."""
+        """Returns the reason, for the user, why an attempt (one run of a fine-tuning job) ended without reporting how
+        it ended."""
         if self.status == "absent":
             return "the Ray cluster that it ran on is gone"
         if self.error_type and self.error_type.startswith(NEVER_STARTED):

@@ -101,7 +101,7 @@ async def known(job: SideJob) -> SideJobResult | None:
 
 
 async def _newest(job: SideJob) -> tuple[int, SideJobResult | None]:
-    """Returns the number of the side job's newest attempt (0 if there is none), and the result of this attempt.
+    """Returns the number of the side job's newest attempt (run), 0 if there is none, and the result of this attempt.
 
     If that attempt failed more than FAILURE_SECONDS ago, returns the next number and no result.
     """
@@ -157,8 +157,10 @@ async def _read(job: SideJob, attempt: int) -> SideJobResult | None:
 
 
 async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: RayApi, most: int) -> None:
-    """Adds the row of an attempt that is about to run. Raises RateLimited if `most` side jobs of the project run
-    already."""
+    """Adds the row of an attempt (run of a side job) that is about to run, in the storage folder `folder`.
+
+    Raises RateLimited if `most` side jobs of the project run already.
+    """
     for is_last_try in (False, True):
         async with store.begin() as session:
             await projects.lock(session, store.project_id)
@@ -190,7 +192,7 @@ async def _running(session: AsyncSession) -> list[tuple[SideJobAttempt, float]]:
 
 
 async def _lives(row: SideJobAttempt, age: float, ray_api: RayApi) -> bool:
-    """Whether the attempt may be running.
+    """Whether the attempt (run of a side job) may be running. `age` is the age of its row in seconds.
 
     Returns False if Ray says that the attempt ended, or still does not know it LAUNCHING_SECONDS after its row was
     written.

@@ -39,7 +39,8 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class Past:
-    """The facts that a decision depends on, besides the job, its open attempt and the status of this attempt in Ray."""
+    """The facts that a decision about a job depends on, besides the job, its current attempt (run on Ray) and the
+    status of this attempt in Ray."""
 
     slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
     failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint

@@ -193,7 +193,7 @@ class Executor:
             await attempts.mark_launched(session, attempt)
 
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
-        """Ends an attempt that Ray does not launch.
+        """Ends an attempt (run of the job on Ray) that Ray does not launch, for `reason`.
 
         The end counts as a failure, so that the number of such attempts is limited.
         """
@@ -228,7 +228,8 @@ class Executor:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
     async def _stop(self, job: Job, attempt: Attempt) -> None:
-        """Asks Ray to stop the attempt. Stores the reason with an event, unless the user cancelled the job.
+        """Asks Ray to stop the attempt (run of the job). Stores the reason with an event, unless the user cancelled the
+        job.
 
         The reconciler calls this method about once a second until the attempt has ended. Only the first call adds an
         event.
@@ -272,9 +273,11 @@ class Executor:
                 await deployments.forget(session, attempt.reference)  # so that the next attempt loads this model again
 
     async def _close(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
-        """Ends an attempt that reported no outcome, for `reason`, and adds an event to the job.
+        """Ends an attempt (run of the job on Ray) that did not report how it ended. Adds an event to the job that gives
+        `reason`.
 
-        The event is added only once, even if several control planes end the attempt.
+        `failed` says whether the end counts as a failure. The event is added only once, even if several control planes
+        end the attempt.
         """
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""

@@ -245,8 +245,8 @@ class Reconciler:
     ) -> None:
         """Decides on one action for the job and carries it out.
 
-        `attempt` is the job's open attempt, and `submission` is what Ray says about this attempt. `waits_for` is the
-        reason why the job may not start, None if it may.
+        `attempt` is the job's current attempt (run on Ray), None if there is none, and `submission` is what Ray says
+        about it. `waits_for` is the reason why the job may not start, None if it may.
         """
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
@@ -358,10 +358,10 @@ class Reconciler:
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Returns two sets of ids of running jobs that do not count as running, because their last attempt failed.
+    """Returns two sets of ids of jobs whose last attempt (run on Ray) failed. These jobs do not count as running.
 
-    The jobs of the first set are in a long rest, the wait for the next attempt. The jobs of the second set have ended
-    their long rest, and wait for their turn like queued jobs.
+    The jobs of the first set still wait out a long pause before their next attempt. For the jobs of the second set this
+    pause is over; they wait for their turn like queued jobs.
     """
     resting, back = set[str](), set[str]()
     for job in live:

@@ -45,7 +45,8 @@ class Authentication:
         self._used: set[str] = set()
 
     async def caller(self, token: str) -> Caller:
-        """Returns the caller of a bearer token. Raises Unauthorized if the token is not valid."""
+        """Returns the caller, the sender of the request with this bearer token. Raises Unauthorized if the token is not
+        valid."""
         if secrets.compare_digest(token.encode(), self._settings.api_key.get_secret_value().encode()):
             return CONFIGURED
         name = digest(token)

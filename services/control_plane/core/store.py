@@ -115,9 +115,10 @@ def _url(database_url: str, *, limits: bool = False) -> URL:
 
 
 def _conninfo(url: URL) -> str:
-    """Returns the URL as a connection string of libpq.
+    """Returns the database's URL as a connection string of libpq.
 
-    The URL itself will not do: SQLAlchemy writes a space in it as a plus sign, which psycopg would keep.
+    psycopg cannot use the URL itself: SQLAlchemy writes a space in it as a plus sign, and psycopg would keep the plus
+    sign.
     """
     _, arguments = url.get_dialect()().create_connect_args(url)
     return make_conninfo(**arguments)

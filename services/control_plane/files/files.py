@@ -200,10 +200,10 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
 
 
 async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str, str]:
-    """Returns the ids of those of the given jobs that must wait, because the rows of one of their files are not checked
-    yet.
+    """Returns which of these jobs must wait because the rows of one of their files are not checked yet.
 
-    The value of each id is the text for the job's `waits_for`. It stays the same until the check ends.
+    The keys are the ids of these jobs, the values are texts for their `waits_for`. A text stays the same until the
+    check ends.
     """
     named = {file_id for job in jobs for name in NEEDED if (file_id := job.spec.get(name))}
     query = select(File.id, File.num_bytes).where(text(UNCHECKED), File.id.in_(named))
@@ -279,11 +279,10 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
 
 
 async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str]:
-    """Returns the ids of those of the given files that a job trains on or validates with, each with the id of one such
+    """Returns which of these files are needed by jobs that have not ended: the id of each such file, and of one such
     job.
 
-    Only jobs that have not ended count. The caller must hold locks on the files, so that no new job can name one of
-    them meanwhile.
+    The caller must hold locks on the files, so that no new job can name one of them meanwhile.
     """
     needed: dict[str, str] = {}
     for name in NEEDED:

@@ -1,4 +1,4 @@
-"""The routes below /v1/uploads, which take files in parts that are too large for one request."""
+"""The routes below /v1/uploads, which take a file in parts if the file is too large for one request."""
 
 from typing import Any
 

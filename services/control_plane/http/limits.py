@@ -41,7 +41,8 @@ class Room:
         self._held: Counter[str] = Counter()
 
     def take(self, amount: int, holder: str | None = None, *, has: int = 0) -> None:
-        """Reserves `amount` for a request of `holder`. Raises Unavailable if too little is left.
+        """Reserves `amount` of the shared amount for a request of `holder`, such as a project. Raises Unavailable if
+        too little is left.
 
         `has` is the amount that this request has reserved already. If no other request has reserved anything, the
         request may take any amount.
@@ -91,14 +92,19 @@ class Place:
     """
 
     def __init__(self, bounds: Bounds, holder: str | None) -> None:
-        """Takes a slot for a request of `holder`, such as a project. Raises Unavailable if no slot is left for this
-        holder."""
+        """Counts one more request of `holder`, such as a project, as being answered now.
+
+        Raises Unavailable if the limit on requests that are answered at the same time is reached for this holder.
+        """
         bounds.places.take(1, holder)
         self.bounds, self.holder = bounds, holder
         self._room = bounds.places
 
     def become_stream(self) -> None:
-        """Exchanges the slot for a slot under the limit on open streams. Raises Unavailable if no such slot is left."""
+        """Counts the request as an open stream from now on, no longer as a request that is being answered.
+
+        Raises Unavailable if the limit on open streams is reached.
+        """
         self.bounds.streams.take(1, self.holder)
         self.leave()
         self._room = self.bounds.streams
@@ -210,19 +216,19 @@ class Limits:
             place.leave()
 
     async def _enter(self, scope: Scope) -> Place:
-        """Takes the request's slot under the limit on requests that are answered at the same time, before its body is
-        read.
+        """Counts the request as one of those that are answered at the same time, before its body is read. Returns its
+        slot.
 
-        Raises Unavailable if the limit is reached.
+        Raises Unavailable if the limit on such requests is reached.
         """
         if scope["path"].startswith(INTERNAL):
             return Place(self.attempts, None)
         return Place(self.users, await self._holder(scope))
 
     async def _holder(self, scope: Scope) -> str:
-        """Returns the holder against whose share of the limits the request counts: the project of its API key.
+        """Returns the name under which the request counts against the limits: the project of its API key.
 
-        Completions of a project have a holder of their own. So the project's other requests are answered while its
+        Completions of a project count under a name of their own. So the project's other requests are answered while its
         completions wait for models.
         """
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -31,7 +31,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     """Returns `value` as the type `kind`, checked by pydantic. Raises InvalidRequest, which names the wrong field.
 
-    `where` and `paths` are those of `refused`.
+    `where` is the path of the value in the body. `paths` gives the full paths of fields that came from elsewhere in the
+    body.
     """
     try:
         parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable

@@ -96,11 +96,10 @@ class Inference:
             await asyncio.sleep(LEAVE_SECONDS)
 
     async def mark(self) -> None:
-        """Renews the marks of models with requests in flight that are due, and removes the marks of models without
-        requests.
+        """Renews this control plane's records, in the database, of the models to which it has requests in flight.
 
-        A mark is the database's record that this control plane has requests to a model in flight. It keeps the model
-        loaded.
+        Such a record (a mark) keeps a model loaded. Marks are renewed only every STAY_SECONDS. Removes the marks of
+        models that have had no request for LEAVE_SECONDS.
         """
         async with self._marking:
             now, marked = time.monotonic(), {name: use for name, use in self._uses.items() if use.is_marked}

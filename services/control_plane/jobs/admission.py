@@ -21,7 +21,8 @@ from services.control_plane.tenants import quotas
 
 
 class Admitted(NamedTuple):
-    """A new job that passed all checks, and what the checks found out about it."""
+    """A new job that passed all checks: its complete spec, its models, and whether the rows of its files were
+    checked."""
 
     spec: JobSpec  # what the job is to do, with the choices that the request left to the service
     model: NamedModel  # from which the job starts

@@ -216,8 +216,8 @@ async def move(
 ) -> None:
     """Changes the job's observed state to `to`, sets the columns in `values`, and adds the event `event`.
 
-    `actor` is the id of the API key, or the name of the control plane, that makes the change. Webhooks are informed.
-    Raises Stale if the version in the database is no longer that of `job`.
+    `actor` is the id of the API key, or the name of the control plane, that makes the change. If the job ends, adds
+    messages for its project's webhooks. Raises Stale if the version in the database is no longer that of `job`.
     """
     closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
     statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)

@@ -170,7 +170,8 @@ def plan_object(
 ) -> dict[str, Any]:
     """Returns the API's JSON object of a job's plan: whether the job fits, its memory in parts, and changes that help.
 
-    `file`, `counted` and `nodes` are those of `rows_of` and `run_of`.
+    `file` is the uploaded training file, and `counted` the result of a check that counted its tokens; each may be None.
+    `nodes` are the machines of the Ray cluster.
     """
     rows, how = rows_of(file, counted, spec)
     room = room_of(nodes, settings, spec.num_workers)

@@ -241,8 +241,10 @@ class Wish:
 async def wishes(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application]
 ) -> dict[str, eviction.Model]:
-    """Returns the state of each requested model, by its application name. The state comes from the model's row in
-    `deployments` and from Ray Serve."""
+    """Returns the state of each requested model, by the name of its Ray Serve application.
+
+    The state comes from the model's row in `deployments` and from Ray Serve, whose applications are `applications`.
+    """
     return {wish.model.app_name: wish.model for wish in await wished(session, settings, applications)}
 
 

@@ -125,8 +125,9 @@ class _Served:
         """Evicts (unloads) idle models until the remaining models fit into the allowed numbers of models and GPUs.
         Reference models do not count.
 
-        If too few models are idle, busy models get no further requests: after their turn, or immediately if running
-        jobs need the GPUs. `why` is the reason that waiting requests are told.
+        If too few models are idle, busy models get no further requests. This begins when they have run for
+        TURN_SECONDS, or immediately if running jobs need the GPUs. `why` is the reason for which requests to these
+        models then wait.
         """
         most = self._room.most_gpus(beside_next_job=beside_next_job)
         while (few := len(self._others()) > self._room.places) or _exceeds(self._gpus(), most):
@@ -189,11 +190,11 @@ class _Served:
         return bool(idle)
 
     def _ask_to_leave(self, why: str, *, at_once: bool = False) -> bool:
-        """Stops new requests to the busy model that has run longest. Requests for this model then wait, with the reason
-        `why`.
+        """Stops new requests to the busy model that has run longest, so that it can be unloaded. Requests for it then
+        wait, with the reason `why`.
 
-        Considers only models whose turn is over or, with `at_once`, all running models. Never chooses reference models
-        and pinned models. Returns False if no model can be chosen.
+        Considers only models that have run for longer than TURN_SECONDS or, with `at_once`, all running models. Never
+        chooses reference models and pinned models. Returns False if no model can be chosen.
         """
         busy = [model for model in self._others() if not model.stays]
         busy = [model for model in busy if model.had_its_turn or (at_once and model.state == "running")]

@@ -282,11 +282,11 @@ def must_note_use(model: NamedModel) -> bool:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Marks those of the given models as deleted that are not shared, not loaded, and not named by any job. Returns
-    their ids.
+    """Marks models as deleted if they are not shared, not loaded, and not named by any job. Returns the ids of these
+    models.
 
-    First locks all the given models. So the function waits for requests that are sharing one of them, or starting a job
-    from one of them.
+    First locks all models in `model_ids`. So the function waits for requests that are sharing one of them, or starting
+    a job from one of them.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)

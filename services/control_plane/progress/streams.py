@@ -42,7 +42,7 @@ KEEPALIVE = b": keepalive\n\n"
 
 
 class News:
-    """Tells waiting streams that a job has changed, a limited number of streams at a time."""
+    """Tells the streams that wait for a change of a job that it has changed, a limited number of streams at a time."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
@@ -57,7 +57,7 @@ class News:
             self._waiting.discard(future)
 
     async def tell(self) -> None:
-        """Lets all waiting streams go on."""
+        """Lets all streams that wait go on and send what is new."""
         for number, future in enumerate(list(self._waiting), start=1):
             if not future.done():
                 future.set_result(None)
@@ -78,9 +78,10 @@ class Watched:
         self.num_streams = 0
 
     def add(self, events: list[tuple[int, bytes]]) -> None:
-        """Adds events of the job to those in memory, and drops the oldest if there are more than KEPT.
+        """Adds new events of the job to those in memory, and drops the oldest if there are more than KEPT.
 
-        `events` are pairs of an id and a frame: all events after `last`, or the newest KEPT + 1 if there are more.
+        `events` are pairs of an event's id and its bytes in a stream: all events after `last`, or the newest KEPT + 1
+        of them.
         """
         if len(events) > KEPT:
             self.frames.clear()
@@ -93,7 +94,7 @@ class Watched:
         self.last = self.frames[-1][0] if self.frames else self.last
 
     def after(self, place: int) -> bytes:
-        """Returns the frames of the events in memory whose ids are greater than `place`, joined."""
+        """Returns, joined, the stream's bytes of the events in memory whose ids are greater than `place`."""
         newer = []
         for number, frame in reversed(self.frames):
             if number <= place:
@@ -162,7 +163,8 @@ class Streams:
             await asyncio.sleep(MERGE_SECONDS)
 
     async def _look_at(self, job_ids: Iterable[str]) -> None:
-        """Reads the new events and the state of these jobs, and lets their streams go on."""
+        """Reads the new events and the state of these jobs from the database, and lets the open streams of the jobs
+        send them."""
         # `looked` keeps the Watched objects, not the ids: during the read, a job's last stream may leave and another
         # stream join. The other stream has a new Watched object, which is read next.
         looked = {job_id: self._watched[job_id] for job_id in job_ids if job_id in self._watched}
@@ -196,8 +198,8 @@ class Streams:
             watched.end = _data(job) + b"data: [DONE]\n\n"
 
     async def follow(self, job_id: str, place: int) -> AsyncGenerator[bytes]:
-        """Yields the frames of a stream, as bytes: the job's events after the event with the id `place`, until the job
-        ends.
+        """Yields the bytes of a stream of server-sent events: the job's events after the event id `place`, until the
+        job ends.
 
         Yields KEEPALIVE if nothing happened for a while. The stream may end early; the client then resumes after the
         last event that it received.
@@ -225,8 +227,10 @@ class Streams:
             self._leave(job_id, watched)
 
     async def _read(self, job_id: str, place: int) -> tuple[int, bytes]:
-        """Reads events of the job after the event with the id `place` from the table. Returns the last event's id, and
-        their frames."""
+        """Reads events of the job after the event with the id `place` from the table.
+
+        Returns the id of the last event, and the events as bytes for the stream.
+        """
         async with self._reading, self._store.begin() as session:
             events = await next_events(session, job_id, place, limit=PAGE)
         STREAM_TABLE_READS.inc()

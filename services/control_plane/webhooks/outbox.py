@@ -56,7 +56,7 @@ class Claim(NamedTuple):
 
 
 class Sender:
-    """Sends due messages from the outbox to many endpoints at the same time.
+    """Sends the messages in the outbox whose time has come, to many endpoints (URLs of users) at the same time.
 
     A slow or dead endpoint delays only the messages of its own project.
     """
@@ -71,8 +71,8 @@ class Sender:
         await self._client.aclose()
 
     async def run(self) -> None:
-        """Sends due messages until cancelled. Another sender repeats the sends that are interrupted, after
-        LEASE_SECONDS."""
+        """Sends messages whose time has come, until cancelled. After LEASE_SECONDS, another sender repeats interrupted
+        sends."""
         async with asyncio.TaskGroup() as sends:
             while True:
                 self._send_ended.clear()
@@ -105,9 +105,11 @@ class Sender:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """Claims the rows to send now: the oldest due row of each endpoint, in all at most as many as AT_ONCE allows.
+        """Claims the rows of the outbox to send now: the oldest due row of each endpoint, up to AT_ONCE sends under
+        way.
 
-        Projects take turns. A claimed row is not due for other senders until LEASE_SECONDS have passed.
+        A row is due if the time to send its message has come. Projects take turns. A claimed row is not due for other
+        senders until LEASE_SECONDS have passed.
         """
         if self._under_way.total() >= AT_ONCE:
             return []
@@ -122,7 +124,7 @@ class Sender:
         return claims
 
     def _oldest_due(self) -> Select[Any]:
-        """Returns the SQL query for the oldest due row of each endpoint.
+        """Returns the SQL query for the oldest row of each endpoint among the rows whose time to send has come.
 
         The query uses an index, so its cost does not depend on the number of rows that wait.
         """
@@ -142,10 +144,10 @@ class Sender:
         return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
-        """Returns those of the claims that may be sent now, and counts them as under way.
+        """Returns the claims (rows to send) for which there is room now, and counts them as under way.
 
         At most AT_ONCE sends may be under way. A project may have at most as many sends under way as are still free. If
-        the endpoints of one project are slow, half of the sends therefore stay free for other projects; if the
+        the endpoints of one project are slow, half of the sends therefore stay free for other projects. If the
         endpoints of two projects are slow, a third stays free.
         """
         sent, per_project = [], Counter[str]()
@@ -159,7 +161,7 @@ class Sender:
         return sent
 
     async def _deliver(self, claim: Claim) -> None:
-        """Sends the message of the claim and stores the result, whatever happens."""
+        """Sends the message of the claimed row, and stores the result. Logs any error."""
         try:
             outcome, again = await self._try(claim)
             await self._note(claim, outcome, again=again)
@@ -174,7 +176,7 @@ class Sender:
             self._send_ended.set()
 
     async def _try(self, claim: Claim) -> tuple[str, bool]:
-        """Sends the message of the claim. Returns the result as text, and whether to send the message again."""
+        """Sends the message of the claimed row. Returns the result as text, and whether to send the message again."""
         endpoint = claim.endpoint
         if endpoint.deleted_at or endpoint.disabled_at:
             return "not sent: the endpoint is disabled or deleted", False
