@@ -47,8 +47,8 @@ async def begin(
     """Adds the row of a new attempt (one run of a job on Ray) to the database, and returns the row. Clears the
     `waits_for` of the job.
 
-    `reference` is the Ray Serve application that scores for the attempt, if it needs one from the beginning. Call this
-    function before Ray launches the attempt, so that the database knows of every launch.
+    `reference` is the Ray Serve application of the reference model, if the attempt needs it from the beginning. Call
+    this function before Ray launches the attempt, so that the database knows of every launch.
     """
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0
@@ -273,8 +273,9 @@ async def _tell_reported(
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
     """Stores the job's progress: the current stage, the units of work done in the stage, and their total.
 
-    `since` and `start` are the time and the number of done units at which the stage began; a client can compute the
-    speed from both. `encoding` is the progress of encoding while the attempt already trains on the first rows.
+    `at` is the Unix time of the report. `since` and `start` are the time and the number of done units at which the
+    stage began; a client can compute the speed from both. `encoding` is the progress of encoding while the attempt
+    already trains on the first rows.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}

@@ -103,9 +103,9 @@ class Executor:
     async def _open(self, job: Job, number: int) -> Attempt:
         """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
-        If vLLM must score with the job's reference model, the same transaction requests that the model is loaded. If
-        the attempt may choose between vLLM and its own workers, the attempt requests this later, once it knows that
-        vLLM is faster.
+        If vLLM must compute the log-probabilities of the reference model, the same transaction requests that the model
+        is loaded. If the attempt may choose between vLLM and its own workers, the attempt requests this later, once it
+        knows that vLLM is faster.
         """
         spec = JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"

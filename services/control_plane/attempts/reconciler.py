@@ -172,8 +172,9 @@ class Reconciler:
     ) -> None:
         """Decides on the job's next action and carries it out.
 
-        `waits_for` is the reason why the job may not start, None if it may. `told` is what Ray says about attempts, by
-        submission id. If the action fails, a later tick tries again, and the other jobs are not affected.
+        `attempt` is the job's current attempt (run on Ray), and `told` what Ray says about attempts, by submission id.
+        `waits_for` is the reason why the job may not start, None if it may. If the action fails, it is tried again a
+        second or more later, and the other jobs are not affected.
         """
         if (waits_for and job.observed == "queued") or not self._patience.is_due(job.id, job.version):
             return
@@ -192,7 +193,7 @@ class Reconciler:
             await self._put_off(job, attempt, error)
 
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
-        """Counts a failed try to handle the job. A later tick tries again.
+        """Counts a failed try to handle the job, which is tried again a second or more later.
 
         After TRIES failed tries the job fails. While the database, storage or Ray are down, the number of tries is
         unlimited.
@@ -210,10 +211,9 @@ class Reconciler:
             log.warning("The failed step of job %s could not be recorded: %r", job.id, trouble)
 
     def _sweep(self) -> None:
-        """Starts the cleanup of storage and the database as a task beside the ticks, unless it is running already.
+        """Starts the cleanup of storage and the database as a task of its own, unless it is running already.
 
-        The cleanup must not run within a tick, because listing and deleting in storage may take longer than a lease
-        lasts.
+        The cleanup may take longer than this control plane's lease lasts, so the handling of jobs must not wait for it.
         """
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
@@ -229,8 +229,12 @@ class Reconciler:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str], on_gpus: bool) -> dict[str, float]:
-        """Returns the cluster's resources (CPUs and GPUs) if a job waits for its turn, or models use GPUs. Otherwise
-        returns {}."""
+        """Returns the cluster's resources (CPUs and GPUs) if they are needed: if a job waits for its turn, or models
+        use GPUs.
+
+        Otherwise returns {}. `live` are the jobs that have not ended, and `back` the ids of running jobs that wait for
+        their turn again.
+        """
         waits = back or on_gpus or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}
 
@@ -296,7 +300,8 @@ class Reconciler:
     ) -> eviction.Engines:
         """Returns how many GPUs the loaded and waiting models use, which limits the GPUs of the next jobs.
 
-        `view` is the state of Ray Serve, and `scorers` are the applications that score for jobs, by job id.
+        `view` is the state of Ray Serve. `scorers` are the applications of jobs' reference models, by job id. `on_gpus`
+        says whether any model uses GPUs.
         """
         if view is None or not on_gpus:
             return eviction.NO_ENGINES
@@ -321,7 +326,8 @@ class Reconciler:
     ) -> eviction.Room:
         """Returns how many models may be loaded at a time, and how many GPUs the jobs leave to models.
 
-        `next_job` holds the job that waits for GPUs of models, if there is one.
+        `next_job` holds the job that waits for GPUs of models, if there is one. `scorers` are the applications of jobs'
+        reference models, by job id.
         """
 
         def gpus(jobs: Sequence[Job]) -> float:
@@ -338,7 +344,8 @@ class Reconciler:
     async def _serve_models(self, view: ServeView, room: eviction.Room) -> None:
         """Makes Ray Serve run exactly the models of this service that should be loaded, each with its settings.
 
-        Also tells each model which of its adapters were deleted, so that it no longer answers for them.
+        `view` is the state of Ray Serve, and `room` holds the numbers of models and GPUs that are allowed. Also tells
+        each model which of its adapters were deleted, so that it no longer answers for them.
         """
         present = {name: app for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
@@ -361,7 +368,8 @@ async def _without_slots(
     """Returns two sets of ids of jobs whose last attempt (run on Ray) failed. These jobs do not count as running.
 
     The jobs of the first set still wait out a long pause before their next attempt. For the jobs of the second set this
-    pause is over; they wait for their turn like queued jobs.
+    pause is over; they wait for their turn like queued jobs. `opened` holds the ids of the jobs that have a current
+    attempt.
     """
     resting, back = set[str](), set[str]()
     for job in live:

@@ -49,8 +49,8 @@ def what_each_waits_for(
 
     `live` are the jobs that have not ended. `shares` holds the projects' weights and limits, and `capacity` the
     resources of the cluster. `back` holds the ids of running jobs whose long wait after a failed attempt is over; these
-    jobs take turns like queued jobs. `engines` says how many GPUs models use. `scorers` holds, by job id, the
-    applications that would score with the jobs' reference models.
+    jobs take turns like queued jobs. `engines` says how many GPUs models use. `scorers` are the applications of jobs'
+    reference models, by job id.
     """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
@@ -148,7 +148,8 @@ def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SC
     """Returns the amounts of CPUs and GPUs that the job needs.
 
     These are the resources of its workers. If its reference model needs more GPUs, that number counts, because the
-    reference model is loaded before the workers start.
+    reference model is loaded before the workers start. `scorers` are the applications of jobs' reference models, by job
+    id.
     """
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model
@@ -157,7 +158,7 @@ def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SC
 
 
 def reference_model(job: Job) -> NamedModel | None:
-    """Returns the job's reference model if vLLM may still have to score the job's rows with it. Otherwise returns
+    """Returns the job's reference model if vLLM may still have to compute log-probabilities with it. Otherwise returns
     None."""
     if job.training is not None:
         return None
@@ -169,8 +170,11 @@ def reference_model(job: Job) -> NamedModel | None:
 
 
 def _reference(job: Job, scorers: Mapping[str, Reference]) -> str | None:
-    """Returns the name of the Ray Serve application that may have to score with the job's reference model; None if
-    there is none."""
+    """Returns the name of the Ray Serve application that may have to compute the log-probabilities of the job's
+    reference model.
+
+    Returns None if there is none. `scorers` are the applications of jobs' reference models, by job id.
+    """
     if (model := reference_model(job)) is None:
         return None
     return scorers[job.id].app_name if job.id in scorers else model.app_name

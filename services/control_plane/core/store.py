@@ -559,8 +559,7 @@ async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: 
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
-    """Takes or renews the lease `name` for `holder`, for so many seconds from now by the database's clock. Returns
-    True.
+    """Takes or renews the lease `name` for `holder`, until `seconds` from now by the database's clock. Returns True.
 
     A lease is the right of one process to do something that only one process may do. Returns False if another holder
     has it.

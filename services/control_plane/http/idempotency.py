@@ -170,9 +170,10 @@ class IdempotentRequest:
         session.info.update(project=turn.Project, now=turn.now)
 
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
-        """Returns the stored response to another send of this request. Returns None if there is none.
+        """Returns the stored response to another send of the same request. Returns None if there is none.
 
-        A first send finds a response only if a retry of the request arrived before the first send itself.
+        `sent` is the digest of the body. `changes` is the id of the object that the request changes, None if it creates
+        one. A first send finds a response only if a retry of the request arrived before the first send itself.
         """
         arrived = timedelta(seconds=time.monotonic() - self._began)
         values: dict[str, Any] = {

@@ -147,7 +147,8 @@ class Inference:
         """Sends the service's own request `POST /v1/<path>` to the engine of the model, and returns the body of its
         answer.
 
-        Waits until the model is loaded. `path` may be an internal path, which no client of the API can reach.
+        Waits until the model is loaded. `path` may be an internal path, which no client of the API can reach. `meter`
+        counts the answer's tokens.
         """
         async with self._store.begin() as session:
             engine = await self._engine_of(session, model, meter)

@@ -88,7 +88,10 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
 def _request(
     spec: dict[str, Any], wandb: list[dict[str, Any]], asked: dict[str, Any], how: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the request body that would create this job again, with the seed that was drawn for this job."""
+    """Returns the request body that would create this job again, with the seed that was drawn for this job.
+
+    `asked` and `how` are the fields of the job's `x_raydpo` that `job_object` has built.
+    """
     config = {**spec["config"], **spec["config"]["optim"]}
     kind = config["objective"]["type"]
     hyperparameters = {**config["objective"], **{name: config[name] for name in COMMON}, "type": None}

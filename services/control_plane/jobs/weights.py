@@ -8,7 +8,7 @@ from services.control_plane.settings import Settings
 
 
 def decide(asked: Asked, start: NamedModel, settings: Settings) -> Weights:
-    """Returns the weights that the job trains: the request's choices, and the service's choices for options left at
+    """Returns the weights that the job trains: the choices in `asked`, and the service's choices for options left at
     `auto`.
 
     `start` is the model that the job starts from.

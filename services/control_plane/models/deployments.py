@@ -250,7 +250,10 @@ async def wishes(
 
 async def wished(session: AsyncSession, settings: Settings, applications: Mapping[str, Application]) -> list[Wish]:
     """Returns all requested models, sorted by application name: their rows, their states, and how they are to be
-    served."""
+    served.
+
+    `applications` are those that Ray Serve runs now, by name.
+    """
     query = select(Deployment, _is_reference(), func.clock_timestamp()).order_by(Deployment.app_name)
     rows = (await session.execute(query.execution_options(populate_existing=True))).all()
     chosen = await deployment_settings.of(session, settings, {row.model_id for row, _, _ in rows})
@@ -300,7 +303,8 @@ async def place(
     """Decides which requested models are loaded, and records the decision in their rows. Returns the applications that
     Ray Serve is to run.
 
-    `room` holds the numbers of models and GPUs that models may use.
+    `applications` are those that Ray Serve runs now, by name. `room` holds the numbers of models and GPUs that models
+    may use.
     """
     await _ask_for_pinned(session, settings)
     while True:

@@ -102,8 +102,9 @@ async def find(
 ) -> NamedModel:
     """Returns the model with this name, if the session's project may use it.
 
-    With `hold`, locks the model, so that it cannot be deleted before this transaction ends. Raises NotFound if there is
-    no such model. The message lists the base models, because most unknown names are misspelled names of base models.
+    With `hold`, locks the model, so that it cannot be deleted before this transaction ends. `param` is the request's
+    field that names the model. Raises NotFound if there is no such model. The message lists the base models, because
+    most unknown names are misspelled names of base models.
     """
     for base in bases(settings):
         if base.id == model_id:

@@ -80,8 +80,8 @@ class Watched:
     def add(self, events: list[tuple[int, bytes]]) -> None:
         """Adds new events of the job to those in memory, and drops the oldest if there are more than KEPT.
 
-        `events` are pairs of an event's id and its bytes in a stream: all events after `last`, or the newest KEPT + 1
-        of them.
+        `events` are pairs of an event's id and its bytes in a stream. They follow the last event in memory without a
+        gap, unless there are KEPT + 1 of them, the newest ones.
         """
         if len(events) > KEPT:
             self.frames.clear()

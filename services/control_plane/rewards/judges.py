@@ -18,7 +18,8 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Judge:
-    """The models that score completions: a policy with its reference model and beta, or a reward model alone."""
+    """The models that score completions (compute their rewards): a policy with its reference model and beta, or a
+    reward model alone."""
 
     model: NamedModel
     reference: NamedModel | None = None

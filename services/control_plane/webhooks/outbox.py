@@ -140,7 +140,8 @@ class Sender:
         return query.with_for_update(of=Outbound, skip_locked=True)
 
     def _full(self) -> list[str]:
-        """Returns the ids of the endpoints that may get no further message now."""
+        """Returns the ids of the endpoints (users' URLs) to which AT_ONCE_TO_ONE messages, the most allowed, are being
+        sent now."""
         return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
