@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.plan.positions import POSITIONS, positions_of
+from dpo_core.plan.positions import positions_in
 
 LARGEST = 3.4e38  # about the largest finite number in float32
 
@@ -31,8 +31,7 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
 def last_position(model: PreTrainedModel) -> int | None:
     """Returns the largest number of tokens in one text for which the model has positions; None if its config states no
     limit."""
-    config = model.config.get_text_config()
-    return positions_of({name: getattr(config, name, None) for name in POSITIONS})
+    return positions_in(model.config.get_text_config())
 
 
 def _too_long(group: EncodedGroup, limit: int | None, name: str, remedy: str) -> str | None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_reward_model
+from dpo_core.plan.positions import positions_in
 from dpo_core.policy.scorer import Scorer
 from services.contract import Deployment
 from services.serving.cores import num_threads
@@ -35,7 +36,7 @@ def start(deployment: Deployment, folder: str) -> FastAPI:
         device="cuda" if torch.cuda.is_available() else "cpu",  # Ray hides GPUs that the replica does not reserve
     )
     app = FastAPI(openapi_url=None)
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    positions = positions_in(config) or 2**31
     rewards = Rewards(Scorer(model), deployment.num_outputs)
     Scoring(folder, min(positions, deployment.max_model_len or positions), rewards.score).add_to(app)
     return app

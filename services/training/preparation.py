@@ -191,7 +191,7 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
     the trainer scores. Raises JobFailed if the user chose the deployment and the two disagree.
     """
     if spec.reference_model_source is not None:
-        ray.get(ray.remote(trainer_scores.check_vocabulary).options(num_cpus=1).remote(spec))
+        ray.get(ray.remote(trainer_scores.check_reference).options(num_cpus=1).remote(spec, encoding.limit))
     weights = cache.model_digest(spec.reference_model, weights=True)
     uri_of = partial(_scores_uri, spec, encoding, weights)
     trainer_uri = uri_of(by="trainer", dtype=_precision_of(spec), packages=("torch", "transformers"))

@@ -50,7 +50,7 @@ async def admit(
     reference = await _reference(session, spec, model, settings)
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
     combinations.check(Combination(spec, asked, model, reference))
-    spec = await _within_positions(spec, model)
+    spec = await _within_positions(spec, model, reference)
     reports = list[Any]()
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
         file = await files.find_training(session, spec.training_file, param="training_file")
@@ -77,22 +77,24 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
             _check_file(file, spec.config.objective, param)
 
 
-async def _within_positions(spec: JobSpec, model: NamedModel) -> JobSpec:
-    """Checks `max_length` against the number of tokens that the model takes (its positions), and returns the spec.
+async def _within_positions(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> JobSpec:
+    """Checks `max_length` against the numbers of tokens that the model and its reference take (their positions), and
+    returns the spec.
 
-    Raises InvalidRequest if the user chose a larger `max_length`. A default that is larger is lowered. If the model's
-    config cannot be read here, the job itself makes this check.
+    Raises InvalidRequest if the user chose a larger `max_length`. A default that is larger is lowered. If the config of
+    one of the models cannot be read here, the job itself makes this check.
     """
-    try:
-        positions = positions_of((await plans.look_at(model)).config)
-        check_max_length(spec.config.max_length, positions)
-    except InvalidOption as error:
-        raise InvalidRequest(str(error), param=f"x_raydpo.{error.field}", code="invalid_value") from None
-    except ValueError:
-        return spec
-    if positions is None or spec.config.max_length <= positions:
-        return spec
-    return spec.model_copy(update={"config": replace(spec.config, max_length=positions)})
+    asked = lowest = spec.config.max_length
+    for what, reads in {"the model": model, "the reference model": reference or model}.items():
+        try:
+            positions = positions_of((await plans.look_at(reads)).config)
+            check_max_length(asked, positions, what)
+        except InvalidOption as error:
+            raise InvalidRequest(str(error), param=f"x_raydpo.{error.field}", code="invalid_value") from None
+        except ValueError:
+            continue
+        lowest = min(lowest, positions or lowest)
+    return spec.model_copy(update={"config": replace(spec.config, max_length=lowest)})
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:

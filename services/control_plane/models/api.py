@@ -53,7 +53,7 @@ async def content(
     """
     async with store.look() as session:
         model = await models.find_to_download(session, settings, model_id)
-        base = await models.name_of_base(session, settings, model) if model.adapter else None
+        base = (await models.base_of(session, settings, model)).id if model.adapter else None
         must_merge = downloads.format_of(model, format) == "merged" and model.adapter is not None
         if must_merge:
             await models.check_merged(session, model)

@@ -5,11 +5,11 @@ Refuses settings that cannot work, and settings that the client may not choose.
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dpo_core.plan.positions import positions_of
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest
 from services.control_plane.core.tables import DEFAULT_PROJECT, Attempt
@@ -153,19 +153,10 @@ async def _check_length(model: NamedModel, max_model_len: int) -> None:
         config = (await asyncio.to_thread(shapes_of, model.base_source or model.source)).config
     except NoShapes:
         return  # the engine will say so if it is too long
-    limit = own_limit(config)
+    limit = positions_of(config)
     if limit is not None and max_model_len > limit:
         message = (
             f"max_model_len is {max_model_len}, but the model '{model.id}' takes at most {limit} tokens; choose "
             f"at most {limit}."
         )
         raise _invalid("max_model_len", message)
-
-
-def own_limit(config: Mapping[str, Any]) -> int | None:
-    """Returns the maximum number of tokens that a model with this config.json takes. Returns None if the config does
-    not state it."""
-    text = config.get("text_config") or config
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    limit = text.get("max_position_embeddings")
-    return limit if isinstance(limit, int) and "factor" not in rope else None

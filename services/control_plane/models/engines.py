@@ -14,7 +14,7 @@ from dpo_core.config import Lora, Quantization
 from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter
 from services.control_plane.core.tables import Model
 from services.control_plane.models import deployment_settings
-from services.control_plane.models.models import STARTED_AT, NamedModel, bases, trained
+from services.control_plane.models.models import NamedModel, base_of, trained
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings, Mode
 
@@ -46,7 +46,7 @@ async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel
     the model's own."""
     if model.adapter is None or model.base_source is None or model.num_outputs:
         return Engine(model.id, model)
-    base = await _base(session, settings, model.base_source, model.root)
+    base = await base_of(session, settings, model)
     own = await deployment_settings.of(session, settings, {model.id, base.id})
     if why := why_merged(model.adapter, model.quantization, own[model.id].mode, own[base.id]):
         return Engine(model.id, model, why_merged=why)
@@ -62,21 +62,6 @@ async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[
     rows = await session.scalars(select(Model).where(Model.id.in_(list(wanted))))
     models = {**wanted, **{row.id: trained(row) for row in rows}}
     return {model_id: await engine_of(session, settings, model) for model_id, model in models.items()}
-
-
-async def _base(session: AsyncSession, settings: Settings, source: str, root: str) -> NamedModel:
-    """Returns the model whose weights are at `source`: a base model from the settings, or a trained model of any
-    project.
-
-    If there is no such model any more, the result has the name `root`.
-    """
-    for base in bases(settings):
-        if base.source == source:
-            return base
-    rows = Model.__table__.c
-    query = select(rows.id, rows.created_at).where(rows.source == source).order_by(rows.created_at).limit(1)
-    row = (await session.execute(query)).first()
-    return NamedModel(row.id if row else root, source, root, row.created_at if row else STARTED_AT)
 
 
 async def why_merged_on(

@@ -185,13 +185,21 @@ async def check_merged(session: AsyncSession, model: NamedModel) -> None:
         raise Forbidden(f"{message}; send format=adapter.", param="format")
 
 
-async def name_of_base(session: AsyncSession, settings: Settings, model: NamedModel) -> str:
-    """Returns the name of the model that an adapter was trained on: a base model, or another trained model."""
+async def base_of(session: AsyncSession, settings: Settings, adapter: NamedModel) -> NamedModel:
+    """Returns the model that an adapter was trained on: a base model from the settings, or a trained model of any
+    project.
+
+    If there is no such model any more, the result has the name of the adapter's `root`.
+    """
+    assert adapter.base_source is not None  # only adapters have a base
     for base in bases(settings):
-        if base.source == model.base_source:
-            return base.id
-    query = select(Model.id).where(Model.source == model.base_source).order_by(Model.created_at).limit(1)
-    return await session.scalar(query) or model.root
+        if base.source == adapter.base_source:
+            return base
+    rows = Model.__table__.c  # models of all projects
+    query = select(rows.id, rows.created_at).where(rows.source == adapter.base_source)
+    row = (await session.execute(query.order_by(rows.created_at).limit(1))).first()
+    name, created_at = (row.id, row.created_at) if row else (adapter.root, STARTED_AT)
+    return NamedModel(name, adapter.base_source, adapter.root, created_at)
 
 
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:

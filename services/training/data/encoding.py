@@ -26,7 +26,7 @@ from dpo_core.encoding.templates import UnusableTemplate, prefill
 from dpo_core.encoding.truncation import truncate
 from dpo_core.encoding.unread import unread
 from dpo_core.options import InvalidOption
-from dpo_core.plan.positions import POSITIONS, check_max_length, positions_of
+from dpo_core.plan.positions import check_max_length, positions_in
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training import policies
@@ -504,8 +504,7 @@ def load(model_source: str) -> Model:
     base = storage.fetch(policies.base_of(model_source))
     config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
     tokenizer = load_tokenizer(folder)
-    positions = positions_of({name: getattr(config, name, None) for name in POSITIONS})
-    return Model(tokenizer, positions or 2**31, _ends(base, config, tokenizer))
+    return Model(tokenizer, positions_in(config) or 2**31, _ends(base, config, tokenizer))
 
 
 def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:

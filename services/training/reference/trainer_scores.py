@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_core.encoding.encode import EncodedGroup
-from services import storage
 from services.contract import AttemptSpec, Failed, Weights
 from services.training import policies
 from services.training.data.dataset import Dataset, Part, read_part, write_scores
+from services.training.data.encoding import load
 from services.training.reports.reporting import JobFailed
 
 if TYPE_CHECKING:
@@ -42,20 +42,24 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
         return reference_token_logps(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
 
 
-def check_vocabulary(spec: AttemptSpec) -> None:
-    """Raises JobFailed if the reference's tokenizer differs from that of the model that the job starts from."""
-    from dpo_core.models.model import load_tokenizer
-
-    start, reference = (
-        load_tokenizer(storage.fetch(source)).get_vocab() for source in (spec.model_source, spec.reference_model)
-    )
-    if start != reference:
-        differing = len(start.items() ^ reference.items())
+def check_reference(spec: AttemptSpec, limit: int) -> None:
+    """Raises JobFailed if the reference's tokenizer differs from that of the model that the job starts from, or if the
+    reference takes fewer tokens than `limit`, the most that a group of the job may have."""
+    start, reference = load(spec.model_source), load(spec.reference_model)
+    differing = len(start.tokenizer.get_vocab().items() ^ reference.tokenizer.get_vocab().items())
+    if differing:
         message = (
             f"The reference model has another tokenizer than the model that the job trains: {differing} tokens or ids "
             "differ. Choose a reference model of the same family."
         )
-        raise JobFailed(Failed(code="reference_mismatch", message=message, param="x_raydpo.reference.model"))
+    elif reference.positions < limit:
+        message = (
+            f"The reference model takes only {reference.positions} tokens, but rows of this job may have {limit}; "
+            f"set x_raydpo.max_length to {reference.positions}, or choose another reference model."
+        )
+    else:
+        return
+    raise JobFailed(Failed(code="reference_mismatch", message=message, param="x_raydpo.reference.model"))
 
 
 def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:

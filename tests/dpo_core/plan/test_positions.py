@@ -5,9 +5,13 @@ import pytest
 from dpo_core.config import MAX_LENGTH, TrainConfig
 from dpo_core.options import InvalidOption
 from dpo_core.plan.positions import check_max_length, positions_of
+from dpo_core.training import trainer
 from dpo_core.training.trainer import train
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+LONG = {"type": "longrope", "factor": 32.0, "original_max_position_embeddings": 4096}
+LINEAR = {"type": "linear", "factor": 8.0}
+LAYERED = {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "default"}}
 YARN = {"type": "yarn", "factor": 4.0}
 
 
@@ -21,7 +25,16 @@ YARN = {"type": "yarn", "factor": 4.0}
         ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),
         ({"max_position_embeddings": 32768, "rope_scaling": YARN | {"original_max_position_embeddings": 16384}}, 65536),
         ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
-        ({"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "linear", "factor": 8.0}}, 131072),
+        ({"max_position_embeddings": 131072, "rope_scaling": LLAMA_3 | {"factor": 32.0}}, 131072),
+        ({"max_position_embeddings": 131072, "rope_scaling": LONG}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": LINEAR}, 32768),
+        ({"max_position_embeddings": 4096, "rope_scaling": LINEAR | {"factor": None}}, 4096),
+        (
+            {"max_position_embeddings": 32768, "rope_scaling": LINEAR | {"original_max_position_embeddings": 4096}},
+            32768,
+        ),
+        ({"max_position_embeddings": 131072, "model_type": "gemma3_text", "rope_parameters": LAYERED}, 131072),
+        ({"max_position_embeddings": 8192, "model_type": "laguna", "rope_parameters": LAYERED}, 65536),
         (
             {"max_position_embeddings": 4096, "rope_parameters": {"full_attention": YARN, "sliding_attention": {}}},
             16384,
@@ -51,3 +64,17 @@ def test_training_refuses_it_before_the_first_step(make_policy, tokenizer, pairs
                 next(steps)
         else:
             assert next(steps).step == 1
+
+
+def test_a_run_that_began_before_the_rule_goes_on(make_policy, tokenizer, pairs, tmp_path, monkeypatch):
+    def run(**more):
+        config = TrainConfig(batch_size=8, n_epochs=1, max_length=256, checkpoint_steps=1).resolved(8)
+        policy = make_policy(max_position_embeddings=128)
+        return train(config, policy, tokenizer, [pairs] * 2, total_steps=2, checkpoint_dir=tmp_path, **more)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(trainer, "check_max_length", lambda *_: None)
+        assert [result.step for result in run()] == [1, 2]
+    with pytest.raises(InvalidOption, match="max_length is 256"):
+        next(run())
+    assert [result.step for result in run(resume=tmp_path / "step-000001")] == [2]

@@ -97,6 +97,19 @@ def test_the_default_max_length_is_no_more_than_the_models_positions(ask, machin
     assert lengths == {"short": 512, "small": 2048, "away": 2048}
 
 
+def test_max_length_is_within_the_positions_of_the_reference_too(ask, machines):
+    machines(GB, 8 * GB)
+    reference = {"model": "short"}
+    refused = ask("small", "/fine_tuning/jobs", reference=reference, max_length=513)["error"]
+    assert (refused["param"], refused["code"]) == ("x_raydpo.max_length", "invalid_value")
+    assert refused["message"] == (
+        "max_length is 513, but the reference model has only 512 positions; set it to 512 or less, or leave it out."
+    )
+    for start in ("small", "away"):
+        asked = ask(start, "/x/jobs/validate", reference=reference)["x_raydpo"]["request"]["x_raydpo"]
+        assert asked["max_length"] == 512
+
+
 def test_an_adapter_trains_few_weights_of_a_base_that_stays(ask, machines):
     machines(GB)
     parts = ask("small", adapter={"r": 4}, precision="bfloat16")["parts"]
