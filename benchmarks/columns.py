@@ -23,10 +23,10 @@ OURS, BEST = "raydpo", "TRL at its best"
 
 
 def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
-    """Returns a function for each column, by the column's name.
+    """Returns the ways to train, by the name of each way's column in the table of results.
 
-    The function takes the command's arguments, trains, writes the trained weights to `args.weights` if that is set, and
-    returns the figures of the training.
+    A way is a function. It takes the command's arguments, trains, writes the trained weights to `args.weights` if that
+    is set, and returns the figures (seconds, memory and others) of the training.
     """
     off = {"gradient_checkpointing": False}
     by_name: dict[str, Callable[[Namespace], Figures]] = {
@@ -48,7 +48,8 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
-    """Trains with dpo_core and returns the figures. `without` names a part of dpo_core (see ABLATIONS) to leave out."""
+    """Trains with dpo_core, and returns the figures (seconds, memory and others) of the training. `without` names a
+    part of dpo_core to leave out, see ABLATIONS."""
     from dpo_core import (
         Lora,
         Optim,
@@ -109,7 +110,8 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
 
 
 def run_in_ray(args: Namespace) -> Figures:
-    """Trains with dpo_core in a Ray Train worker and returns the figures."""
+    """Trains with dpo_core in a Ray Train worker, and returns the figures (seconds, memory and others) of the
+    training."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -40,7 +40,8 @@ COLUMNS: dict[str, Callable[[Namespace], Figures]] = {
 
 
 def run_served(args: Namespace) -> Figures:
-    """Scores the rows as a job does, with concurrent calls of a Serve application's handle. Returns the figures."""
+    """Scores the rows as a job does, with concurrent calls of a Serve application's handle. Returns the speed and
+    memory."""
     import ray
     from ray import serve
 
@@ -71,7 +72,7 @@ def run_served(args: Namespace) -> Figures:
 
 
 def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]) -> Figures:
-    """Scores the rows with one call of `LLM.generate`, and returns the figures.
+    """Scores the rows with one call of vLLM's `LLM.generate`, and returns the speed and memory.
 
     The time excludes reading the rows and adding up the log-probabilities of tokens.
     """

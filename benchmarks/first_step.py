@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, list[Path]]:
-    """Makes a base model and one file of rows per job. Returns the model's folder and the files.
+    """Makes a base model, and a file of training rows for each job. Returns the model's folder and the files.
 
     No row occurs in two files, so that no job finds its rows in the service's cache.
     """

@@ -36,7 +36,8 @@ ALIKE = 1.5  # the largest allowed ratio of a pack's error to the error of a pla
 
 @dataclass(frozen=True)
 class Race:
-    """A comparison of raydpo with TRL on one model: the Llama's sizes, the training options and the table's columns."""
+    """A comparison of raydpo with TRL on one model: the sizes of the model (a Llama), the training options, and the
+    columns of the table of results."""
 
     sizes: dict[str, int]
     rows: int
@@ -141,7 +142,7 @@ def _run(arguments: list[str], seconds: float) -> Found:
 
 
 def _race_all(args: argparse.Namespace, started: float) -> dict[str, dict[str, Found]]:
-    """Runs every comparison with TRL. Returns the figures by the name of the comparison and of the column.
+    """Runs every comparison with TRL. Returns the figures by the name of the comparison and of the table's column.
 
     Each column may take an equal share of the time that is left, and making a model may take two shares.
     """

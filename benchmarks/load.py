@@ -1,4 +1,5 @@
-"""Measures the control plane under load from `wrk`: job submissions and reads of a job's status.
+"""Measures the control plane (the service's API process) under load from `wrk`: job submissions and reads of a job's
+status.
 
     python benchmarks/load.py --control-planes 2
 

@@ -15,7 +15,8 @@ IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # names of processes that ha
 
 @dataclass
 class Life:
-    """The times, CPU seconds and peak memory of a process. Times are Unix seconds, until `since` changes their zero."""
+    """The start and end of a process, its CPU seconds and its peak memory. Times are Unix seconds, until `since` moves
+    their zero."""
 
     pid: int
     name: str

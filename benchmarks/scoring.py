@@ -83,7 +83,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    """Writes the model and the rows that all columns use.
+    """Writes the model and the rows that all engines score.
 
     Returns the number of tokens of the rows, in which a prompt counts once for each completion.
     """
@@ -135,9 +135,10 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _largest_difference(folder: Path, column: str) -> float:
-    """Returns the largest difference, in nats, between a column's and raydpo's log-probabilities of a completion.
+    """Returns the largest difference, in nats, between the log-probabilities of completions that two engines computed:
+    that of the table's column `column`, and raydpo's.
 
-    The log-probabilities are those of each column's last measurement.
+    The log-probabilities are those of each engine's last measurement.
     """
     sums, ours = (json.loads((folder / f"{name}.sums.json").read_text()) for name in (column, OURS))
     return max(abs(one - other) for one, other in zip(sums, ours, strict=True))

@@ -1,4 +1,5 @@
-"""Runs the stages of a job's data one after the other, from the check of the file to the batches, and measures each."""
+"""Runs the stages of a job's data one after the other, from the check of the file to the batches, and measures each.
+`data_plane.py` names the stages."""
 
 import os
 import threading
@@ -23,7 +24,8 @@ Result = TypeVar("Result")
 
 
 def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[str, Figures]:
-    """Runs all stages. Returns the figures of each stage by the stage's name, in the order in which a job has them."""
+    """Runs all stages of a job's data, from the check of the file to the batches. Returns the speed and memory of each
+    stage by its name, in the order in which a job has them."""
     by_stage: dict[str, Figures] = {}
     # The survey runs before Ray is imported, because the control plane does not import Ray.
     report, by_stage["survey"] = _measured(lambda: _survey(file))
@@ -64,7 +66,8 @@ def _survey(file: Path) -> Any:
 
 
 def _spec(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Returns the spec of a job's first attempt. The objective needs no reference, so that no rows are scored."""
+    """Returns what a job's first attempt would be told to do. Its objective needs no reference, so that no rows are
+    scored."""
     from dpo_core.options import Simpo
     from services.contract import AttemptSpec
 

@@ -1,4 +1,5 @@
-"""Opens many event streams on one control plane, and measures lost events, latency and memory per stream.
+"""Opens many event streams on one control plane (the service's API process), and measures lost events, latency and
+memory per stream.
 
 The control plane, the process that posts events and the process that reads the streams are separate processes. One
 stream in a hundred is not read until all events have been posted.

@@ -51,7 +51,7 @@ DPO = {"type": "dpo"}
 
 
 class Ray(FakeRay):
-    """A stand-in for Ray: attempts that it starts report success after JOB_SECONDS, and models never load."""
+    """A stand-in for Ray. Jobs that it starts report success after JOB_SECONDS; models that it starts never load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Ray(FakeRay):
 
 @dataclass
 class Seen:
-    """The measurements of the ordinary projects: waiting times, HTTP statuses and submitted jobs."""
+    """What was measured of the ordinary (not hostile) projects: waiting times, HTTP statuses and submitted jobs."""
 
     seconds: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: Counter[int] = field(default_factory=Counter)
@@ -172,7 +172,8 @@ def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
 def measure(
     what: str, url: str, projects: list[tuple[str, str, str]], ray: Ray, receiver: Receiver, seconds: float
 ) -> dict[str, list[float]]:
-    """Runs the ordinary projects for a while. Returns the median and 99th percentile of waiting times by request."""
+    """Lets the ordinary (not hostile) projects use the service for `seconds`. Returns the median and the 99th
+    percentile of their waiting times, for each kind of request. `what` names the measurement in the output."""
     # A process of its own, so that the threads of the stand-ins do not slow the measurements down.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         seen = apart.submit(work, url, projects, seconds).result()
@@ -241,7 +242,7 @@ def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str) -> N
 
 
 class Hostile:
-    """Sends the requests of the hostile project."""
+    """Sends the requests of the hostile project, which tries to slow down the others."""
 
     def __init__(self, url: str, key: str, file: str, receiver_url: str) -> None:
         self._url, self._file, self._receiver_url = url, file, receiver_url
@@ -290,7 +291,8 @@ class Hostile:
         await self._client.get(f"{self._url}/models", headers={"authorization": f"Bearer rd-{random.random()}"})
 
     async def _hold(self, head: str, headers: dict[str, str]) -> None:
-        """Opens a connection, sends `head`, and then neither reads nor writes for 30 seconds."""
+        """Opens a connection, sends the beginning `head` of a request, and then neither reads nor writes for 30
+        seconds."""
         split = urlsplit(self._url)
         _, writer = await asyncio.open_connection(split.hostname, split.port, limit=1)
         writer.transport.pause_reading()

@@ -81,7 +81,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Writes the rows and the model that all columns use to `folder`, and sets `args.data` and `args.model`."""
+    """Writes the rows and the model that all ways of training use to `folder`, and sets `args.data` and
+    `args.model`."""
     rows = _read_pairs(args.data) if args.data else dialogues(args.pairs, num_completions=NUM_COMPLETIONS[args.kind])
     if len(rows) < args.pairs:
         raise SystemExit(f"{args.data} has {len(rows)} rows; --pairs is {args.pairs}. Lower --pairs.")
@@ -114,7 +115,8 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _weight_differences(model: Path, folder: Path, names: list[str]) -> Figures:
-    """Returns how far each column's trained weights are from raydpo's, relative to how far raydpo moved the weights."""
+    """Returns how far the weights that each way of training reached (a column of the table) are from raydpo's, relative
+    to how far raydpo moved them."""
     import torch
     from transformers import AutoModelForCausalLM
 

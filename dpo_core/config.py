@@ -123,7 +123,8 @@ class TrainConfig:
 
     def resolved(self, num_groups: int, *, with_adapter: bool = False) -> "TrainConfig":
         """Returns a copy of the options with a value for every option that depends on the data: epochs, learning rate,
-        batch size and checkpoint interval. `num_groups` is the number of training groups."""
+        batch size and checkpoint interval. `num_groups` is the number of training groups (prompts with their
+        completions)."""
         run = self.settled(with_adapter=with_adapter)
         assert run.n_epochs is not None
         batch = min(run.batch_size or max(8, min(64, num_groups // 50)), num_groups)

@@ -32,7 +32,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The groups of a file that repeat or contradict earlier groups of the file."""
+    """The groups (prompts with their completions) of a file that repeat or contradict earlier groups of the file."""
 
     prompts: Named  # groups with the prompt of an earlier group, whatever their completions
     groups: Named  # groups that are equal to an earlier group
@@ -40,7 +40,8 @@ class Duplicates:
 
 
 def find_duplicates(groups: Iterable[Group]) -> Duplicates:
-    """Compares all groups of a file, and returns the lines of those that repeat or contradict an earlier group."""
+    """Compares all groups (prompts with their completions) of a file, and returns the lines of those that repeat or
+    contradict an earlier group."""
     database = sqlite3.connect("")  # makes a temporary file, which SQLite removes
     try:
         database.execute("PRAGMA journal_mode = OFF")

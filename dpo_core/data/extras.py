@@ -145,8 +145,8 @@ def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
 
 
 def is_said(value: object, groups: Sequence[Group]) -> bool:
-    """Whether one of the groups contains all texts in `value`, the contents of a column. False if `value` has no
-    text."""
+    """Whether one of the groups (prompts with their completions) contains all texts in `value`, the contents of a
+    column. False if `value` has no text."""
     texts = [text for text in _texts(value) if text.strip()]
     return bool(texts) and any(all(_contains(said, text) for text in texts) for said in map(_all_text, groups))
 

@@ -19,7 +19,8 @@ MOST_JOINED = 1000  # the most rows of one prompt that become one group
 
 @dataclass(frozen=True)
 class Record:
-    """The result of reading one row of a file: the row's groups, or the first error in the row."""
+    """The result of reading one row of a file: the row's groups (prompts with their completions), or the first error in
+    the row."""
 
     line: int
     format: Format | None  # None: the line is no row, or the row has no known format
@@ -110,7 +111,7 @@ def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Grou
 
 
 def is_tied(group: Group) -> bool:
-    """Whether the group has several completions that all have the same rating."""
+    """Whether the group (a prompt with its completions) has several completions that all have the same rating."""
     return len(group.completions) > 1 and group.ratings is not None and len(set(group.ratings)) == 1
 
 

@@ -48,8 +48,9 @@ class Format:
         return frozenset(row.value.keys() - self.keys)
 
     def read(self, row: Row, unread: Set[str]) -> list[Group]:
-        """Returns the groups of the row. Raises InvalidRow if the row cannot be read, or if a column in `unread`, the
-        columns that this format does not read, holds something that the model should learn from."""
+        """Returns the groups (prompts with their completions) of the row. Raises InvalidRow if the row cannot be read,
+        or if a column in `unread`, the columns that this format does not read, holds something that the model should
+        learn from."""
         telling = unread and list(filter(says_something, unread))
         is_plain = not telling and self._extras.isdisjoint(row.value)  # true for most rows
         groups = list(self.reader(row) if is_plain else self._read_all(row, sorted(telling)))

@@ -25,8 +25,8 @@ class Group:
 
 
 def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
-    """Returns a group with the completions sorted by their ratings, the highest first. Raises InvalidRow for fewer than
-    two completions."""
+    """Returns a group (a prompt with its completions) with the completions sorted by their ratings, the highest first.
+    Raises InvalidRow for fewer than two completions."""
     order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
     if len(order) < 2:
         raise row.invalid(

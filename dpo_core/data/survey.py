@@ -86,7 +86,7 @@ def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) 
 
 @dataclass
 class _Counts:
-    """Counts rows, groups and problems of a file while its rows are being read."""
+    """Counts rows, groups (prompts with their completions) and problems of a file while its rows are being read."""
 
     format: str | None = None
     kind: Kind | None = None
@@ -98,7 +98,8 @@ class _Counts:
     is_read_whole: bool = True
 
     def groups(self, records: Iterable[Record]) -> Iterator[Group]:
-        """Yields the groups of the records, and counts the records and the groups as they pass."""
+        """Yields the groups (prompts with their completions) of the records, and counts the records and the groups as
+        they pass."""
         try:
             for record in records:
                 self.rows += 1

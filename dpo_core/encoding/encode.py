@@ -71,8 +71,8 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The number of tokens that count in the loss of the group's shortest completion. This many first such tokens
-        of a completion are called its head."""
+        """The number of tokens in the loss of the shortest completion of this group (a prompt with its completions).
+        This many first tokens in the loss of a completion are called its head."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
@@ -93,8 +93,9 @@ class EncodedGroup:
 
 
 def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedGroup:
-    """Returns the token ids of a group. Raises InvalidRow if the chat template cannot write the group or the tokenizer
-    cannot encode it, and UnusableTemplate if the tokenizer has no usable chat template."""
+    """Returns the token ids of a group (a prompt with its completions). Raises InvalidRow if the chat template cannot
+    write the group or the tokenizer cannot encode it, and UnusableTemplate if the tokenizer has no usable chat
+    template."""
     (encoded,) = encode_groups([group], tokenizer)
     if isinstance(encoded, InvalidRow):
         raise encoded

@@ -52,7 +52,8 @@ class WrittenGroup:
 def write_groups(
     groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None
 ) -> list[WrittenGroup | InvalidRow]:
-    """Returns for each group its texts as the model reads them, or the error of a group that the template cannot write.
+    """Returns for each group (a prompt with its completions) its texts as the model reads them, or the error of a group
+    that the template cannot write.
 
     The template is called once for all groups. If this call fails, the template is called for each group alone, to find
     the groups that it cannot write.
@@ -134,8 +135,8 @@ def _first_day() -> date:
 
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
-    """Returns the properties that groups must have in common to be written in one call of the template: whether they
-    hold messages or texts, their tools, and their template arguments."""
+    """Returns the properties that groups (prompts with their completions) must have in common to be written in one call
+    of the template: whether they hold messages or texts, their tools, and their template arguments."""
     return isinstance(group.prompt, list), group.tools, group.template_arguments
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None) -> Iterator[str]:
-    """Yields the names of the values in a group that the chat template does not read. The template must be able to
-    write the group.
+    """Yields the names of the values in a group (a prompt with its completions) that the chat template does not read.
+    The template must be able to write the group.
 
     The names are `messages/name`, `messages/tool_call_id` and `chat_template_kwargs/` with a key. An unread
     `tool_call_id` is named only if the order of the results does not show to which call each belongs.
@@ -43,7 +43,8 @@ def _are_mixed(messages: Sequence[Message]) -> bool:
 
 
 def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBase", today: date | None) -> bool:
-    """Whether the template's text for the group changes if the key `key` is removed from all messages of `role`."""
+    """Whether the template's text for the group (a prompt with its completions) changes if the key `key` is removed
+    from all messages of `role`."""
 
     def bare(text: Text) -> Text:
         messages = cast(list[Message], text)

@@ -114,21 +114,22 @@ def base_file(base: str, model: nn.Module) -> bytes:
 
 
 def quantization_of(folder: Path) -> str | None:
-    """Returns how the base was quantized when the adapter in `folder` was trained, such as nf4; None if it was not."""
+    """Returns how the model under the adapter in `folder` was quantized during training, such as nf4; None if it was
+    not."""
     file = folder / BASE
     return json.loads(file.read_bytes()).get("quantization") if file.is_file() else None
 
 
 def saved_base(folder: Path) -> str | None:
-    """Returns the fingerprint of the base on which the adapter in `folder` was trained; None if the folder does not
-    hold one."""
+    """Returns the fingerprint of the model (the base) on which the adapter in `folder` was trained; None if the folder
+    does not hold one."""
     file = folder / BASE
     return str(json.loads(file.read_bytes())["sha256_of_samples"]) if file.is_file() else None
 
 
 def has_learned(folder: Path) -> bool:
-    """Whether the adapter saved in `folder` changes its base at all. The B matrices of a new LoRA adapter are zero, so
-    it changes nothing. Raises UnusableModel for numbers that are not finite."""
+    """Whether the adapter saved in `folder` changes the model that it is put on. The B matrices of a new LoRA adapter
+    are zero, so a new adapter changes nothing. Raises UnusableModel for numbers that are not finite."""
     weights = load_file(folder / WEIGHTS)
     if broken := sorted(name for name, weight in weights.items() if not weight.isfinite().all()):
         what = f"The adapter in {folder} has numbers that are not finite, such as in {broken[0]}"
@@ -137,8 +138,8 @@ def has_learned(folder: Path) -> bool:
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the adapter in `folder` was trained on another base than `model`. Does nothing if the
-    folder does not identify its base, as folders that other programs have written."""
+    """Raises UnusableModel if the adapter in `folder` was trained on another model than `model`. Does nothing if the
+    folder does not identify the adapter's base, as folders that other programs have written."""
     saved = saved_base(folder)
     if saved and saved != fingerprint(model):
         what = f"The adapter in {folder} was trained on a base with other weights than {model.name_or_path} has now"
@@ -269,7 +270,7 @@ def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
 
 
 def linears_in(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns all linear layers of the model; the values are their names."""
+    """Returns all linear layers of the model, as the keys of a dictionary whose values are the layers' names."""
     return {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 

@@ -49,8 +49,8 @@ class Statistics:
 
 
 def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group, [G]. Some objectives need the mean of all rewards so far in the run; they also
-    update `statistics`."""
+    """Returns the loss of each group (a prompt with its completions), [G]. Some objectives need the mean of all rewards
+    so far in the run; they also update `statistics`."""
     if isinstance(objective, o.Mpo):
         return mpo(objective, measures, statistics)
     if isinstance(objective, o.Bco):
@@ -64,7 +64,7 @@ def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -
 
 @loss
 def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
-    """Returns the loss of each group, [G], arXiv 2305.18290, A.3.
+    """Returns the loss of each group (a prompt with its completions), [G], arXiv 2305.18290, A.3.
 
     The loss is -sum_i log[e^{beta h_i} / (e^{beta h_i} + sum_{j worse than i} e^{beta h_j})], with the log-ratio h of
     each completion. For a pair this is -log sigmoid(beta (h_w - h_l)), equation 7. Completions that tie are not
@@ -79,7 +79,7 @@ def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
 
 @loss
 def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
-    """Returns the loss of each group, [G], arXiv 2402.01878.
+    """Returns the loss of each group (a prompt with its completions), [G], arXiv 2402.01878.
 
     The loss is the sum of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}) over all i better than j. s = beta h, h
     the log-ratio of a completion; G = 2^psi - 1, psi the rating scaled to [0, 1] in the group; D = log(1 + rank by s).
@@ -376,16 +376,18 @@ def simpo(objective: o.Simpo, measures: Measures) -> Tensor:
 
 @loss
 def supervised(objective: o.Supervised, measures: Measures) -> Tensor:
-    """Returns the loss of each group, [G]: -log pi(w), summed over the tokens of the completion w."""
+    """Returns the loss of each group (a prompt with its completions), [G]: -log pi(w), summed over the tokens of the
+    completion w."""
     return -measures.chosen.logps
 
 
 @loss
 def kto(objective: o.Kto, measures: Measures) -> Tensor:
-    """Returns the loss of each group, [G]: the mean of the losses of its completions, arXiv 2402.01306.
+    """Returns the loss of each group (a prompt with its completions), [G]: the mean of the losses of its completions,
+    arXiv 2402.01306.
 
-    The loss of a desirable completion is lambda_D (1 - sigmoid(beta (h - z0))), that of an undesirable one
-    lambda_U (1 - sigmoid(beta (z0 - h))). h is the log-ratio of the completion; `kl_estimate` computes z0.
+    A desirable completion has the loss lambda_D (1 - sigmoid(beta (h - z0))), an undesirable one has lambda_U (1 -
+    sigmoid(beta (z0 - h))). h is the log-ratio of the completion; `kl_estimate` computes z0.
     """
     h = measures.all.logratios
     z0 = kl_estimate(measures)
@@ -405,7 +407,7 @@ def kl_estimate(measures: Measures) -> Tensor:
 
 
 def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group, [G]: the sum of the losses of its completions.
+    """Returns the loss of each group (a prompt with its completions), [G]: the sum of the losses of its completions.
 
     The loss of a good completion is -log sigmoid(beta h - d), that of a bad one -log sigmoid(-(beta h - d)). h is the
     log-ratio of the completion; d is the mean of all rewards so far in the run, which `statistics` hold.
@@ -422,9 +424,10 @@ def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
 
 @loss
 def reward_bradley_terry(objective: o.RewardBradleyTerry, measures: Measures) -> Tensor:
-    """Returns the loss of each group, [G]: the mean of -log sigmoid(r_w - r_l - m) over its ordered pairs.
+    """Returns the loss of each group (a prompt with its completions), [G]: the mean of -log sigmoid(r_w - r_l - m).
 
-    r_w and r_l are the rewards of the better and the worse completion, m is the margin; arXiv 2410.01257.
+    The mean is over all pairs of a better and a worse completion. r_w and r_l are their rewards, m is the margin; arXiv
+    2410.01257.
     """
     leads = differences(measures.by_group(measures.rewards, 0.0)) - measures.margins[:, None, None]
     return _mean_over_pairs(-logsigmoid(leads), measures)
@@ -432,19 +435,20 @@ def reward_bradley_terry(objective: o.RewardBradleyTerry, measures: Measures) ->
 
 @loss
 def reward_regression(objective: o.RewardRegression, measures: Measures) -> Tensor:
-    """Returns the loss of each group, [G]: the mean of (r - rating)^2 over its completions; arXiv 2410.01257. r is the
-    reward."""
+    """Returns the loss of each group (a prompt with its completions), [G]: the mean of (r - rating)^2 over its
+    completions; arXiv 2410.01257. r is the reward."""
     errors = (measures.rewards - measures.ratings) ** 2
     return measures.group_sums(errors) / measures.group_sums(torch.ones_like(errors))
 
 
 @loss
 def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
-    """Returns the loss of each group, [G]: the mean of -log Phi((m_w - m_l) / sqrt(v_w + v_l)) over its ordered pairs.
+    """Returns the loss of each group (a prompt with its completions), [G]: the mean of -log Phi((m_w - m_l) / sqrt(v_w
+    + v_l)).
 
-    m and v are the means and variances of the rewards of the better (w) and the worse (l) completion. Phi(...) is the
-    probability that one Gaussian reward exceeds the other. HPSv3's code instead samples rewards and averages
-    -log sigmoid(r_w - r_l).
+    The mean is over all pairs of a better (w) and a worse (l) completion; m and v are the means and variances of their
+    rewards. Phi(...) is the probability that one Gaussian reward exceeds the other. HPSv3's code instead samples
+    rewards and averages -log sigmoid(r_w - r_l).
     """
     log_variances = measures.by_group(measures.log_variances, 0.0)
     log_sums = torch.logaddexp(log_variances[:, :, None], log_variances[:, None, :])
@@ -463,7 +467,8 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group, [G]: sum_i weight_i loss_i, over the objectives i that `objective` combines."""
+    """Returns the loss of each group (a prompt with its completions), [G]: sum_i weight_i loss_i, over the objectives i
+    that `objective` combines."""
     total = torch.zeros(len(measures.groups), dtype=measures.table.dtype, device=measures.table.device)
     for weight, part in zip(objective.weights, objective.objectives, strict=True):
         is_supervised = isinstance(part, o.Supervised)  # in a sum its loss is a mean over the tokens of the completion
@@ -497,8 +502,8 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
 
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
-    """Returns why the objective cannot learn from the group, as the end of a sentence that begins with the group's
-    line; None if it can."""
+    """Returns why the objective cannot learn from the group (a prompt with its completions), as the end of a sentence
+    that begins with the group's line; None if it can."""
     traits = objective.traits
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()

@@ -1,5 +1,5 @@
-"""Computes the metrics of a training step: means of rewards, margins, accuracies and lengths over the global batch,
-without the groups' weights.
+"""Computes the metrics of a training step: unweighted means of rewards, margins, accuracies and lengths over the global
+batch.
 
 The metrics have the names that TRL logs.
 """

@@ -12,8 +12,8 @@ LARGEST = 3.4e38  # about the largest finite number in float32
 
 
 def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length: int | None = None) -> None:
-    """Raises ValueError for the first group that cannot be used: it has ids outside the vocabulary, more tokens than
-    `max_length` or the model's positions, or numbers that are not finite."""
+    """Raises ValueError for the first group (a prompt with its completions) that cannot be used: it has ids outside the
+    vocabulary, more tokens than `max_length` or the model's positions, or numbers that are not finite."""
     config, positions = model.config.get_text_config(), last_position(model)
     for group in groups:
         problem = (

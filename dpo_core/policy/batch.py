@@ -54,8 +54,9 @@ def _first(fits: Callable[[int], bool], least: int) -> int:
 
 
 def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
-    """Puts the groups, the longest first, each into the pack that is the lightest so far. Returns the packs as lists of
-    indices into `costs`, or None if a pack would have more than `most` tokens."""
+    """Distributes groups over `num_packs` packs: the longest first, each into the pack with the least tokens so far.
+    Returns the packs as lists of indices into `costs`, the groups' tokens, or None if a pack would have more than
+    `most`."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     loads = [(0, number) for number in range(num_packs)]
     for i in longest_first:

@@ -20,8 +20,8 @@ NUM_MEASURES = 3
 
 @dataclass(frozen=True)
 class Completions:
-    """The log-probabilities and lengths of n completions, such as the best completion of each group, by policy and
-    reference."""
+    """The log-probabilities and lengths of n completions, such as the best completion of each group (a prompt with its
+    completions), by policy and reference."""
 
     logps: Tensor  # [n] summed over the completion, in nats
     head_logps: Tensor  # [n] summed over as many first tokens as the group's shortest completion has
@@ -49,8 +49,8 @@ class Completions:
 
 
 class Measures:
-    """The log-probabilities or rewards that a model gives the K completions of G groups. The completions are listed
-    group by group, the best first.
+    """The log-probabilities or rewards that a model gives the K completions of G groups (prompts with their
+    completions). The completions are listed group by group, the best first.
 
     `table` is [K, NUM_MEASURES]. The constants of this module name its columns.
     """

@@ -70,7 +70,7 @@ class Scorer(nn.Module):
         return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
 
     def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
-        """Returns the groups as one batch on the model's device."""
+        """Returns the groups (prompts with their completions) as one batch on the model's device."""
         return collate(groups, share_prompts=self.shares_prompts, with_ends=self.rewards).to(self.model.device)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -105,8 +105,8 @@ class Scorer(nn.Module):
 def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
-    """Returns copies of the groups with the reference's log-probabilities of their completions. If the reference has an
-    adapter that is being trained, this adapter is off meanwhile."""
+    """Returns copies of the groups (prompts with their completions) with the reference's log-probabilities of their
+    completions. If the reference has an adapter that is being trained, this adapter is off meanwhile."""
     admit(groups, reference)
     scorer = Scorer(reference)
     scored = list(groups)
@@ -123,8 +123,8 @@ def score_reference(
 def reference_token_logps(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[list[list[float]]]:
-    """Returns the reference's log-probabilities by group, completion and token, in nats. If the reference has an
-    adapter that is being trained, this adapter is off meanwhile."""
+    """Returns the reference's log-probabilities by group (a prompt with its completions), completion and token, in
+    nats. If the reference has an adapter that is being trained, this adapter is off meanwhile."""
     admit(groups, reference)
     scorer = Scorer(reference)
     logps_by_group: list[list[list[float]]] = [[] for _ in groups]

@@ -64,7 +64,7 @@ class _Frozen(Statistics):
 
 
 def _outline(group: EncodedGroup) -> EncodedGroup:
-    """Returns a copy of the group with ranges in place of its token ids, which take less memory. Evaluation keeps many
-    groups, and needs only the numbers of their tokens."""
+    """Returns a copy of the group (a prompt with its completions) with ranges in place of its token ids, which take
+    less memory. Evaluation keeps many groups, and needs only the numbers of their tokens."""
     completions = tuple(range(len(ids)) for ids in group.completion_ids)
     return replace(group, prompt_ids=range(len(group.prompt_ids)), completion_ids=completions)

@@ -83,8 +83,8 @@ def _dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _measure(scorer: Scorer, pack: Pack) -> Any:
-    """Runs the forward pass of a pack, and returns a row of measures for each of its completions. Every call returns
-    the same values, because the pack's seed decides the dropout."""
+    """Runs the forward pass of a pack (groups of one forward pass). Returns the log-probabilities or rewards of its
+    completions, a row for each. Every call returns the same values, because the pack's seed decides the dropout."""
     torch.manual_seed(pack.seed)
     return scorer(pack.batch)
 
@@ -97,10 +97,11 @@ def _backward_by_pack(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Runs forward and then backward for one pack (groups of one forward pass) after another. Suits an objective whose
-    loss of a group depends on this group alone.
+    """Computes the gradient pack by pack: the forward, then the backward pass of each. Suits an objective whose loss of
+    a group depends on this group alone. A pack is the groups of one forward pass.
 
-    Returns what `backward` returns. Fills `table` with the measures of all completions of the step.
+    Adds to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of all
+    completions, and returns these measures and the loss of the global batch.
     """
     for pack in packs:
         measured = _measure(scorer, pack)
@@ -122,11 +123,12 @@ def _backward_of_whole_batch(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Runs the forward passes of all packs (groups of one forward pass) before the first backward pass. Suits an
-    objective that compares completions of different packs.
+    """Computes the gradient with the forward passes of all packs before the first backward pass. Suits an objective
+    that compares completions of different packs. A pack is the groups of one forward pass.
 
-    The forward of each pack runs a second time for its backward, unless there is only one pack. Returns what `backward`
-    returns. Fills `table` with the measures of all completions of the step.
+    The forward of each pack runs a second time for its backward, unless there is only one pack. Adds to the gradients
+    of the weights, fills `table` with the measures (log-probabilities or rewards) of all completions, and returns these
+    measures and the loss of the global batch.
     """
     has_one_pack = len(packs) == 1
     first_results = []
@@ -150,7 +152,7 @@ def _differentiate(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
     """Returns what the measured groups contribute to the loss of the global batch, and the gradient of this
-    contribution with respect to the table of measures."""
+    contribution with respect to the measures (log-probabilities or rewards) of their completions."""
     leaf = measures.table.clone().requires_grad_()
     loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
     (slope,) = torch.autograd.grad(loss, leaf)
@@ -160,15 +162,15 @@ def _differentiate(
 def share_of_loss(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> Tensor:
-    """Returns what the measured groups contribute to the loss of the global batch: their summed, weighted losses,
-    divided by the batch's `denominator`."""
+    """Returns what the measured groups (prompts with their completions) contribute to the loss of the global batch:
+    their summed, weighted losses, divided by the batch's `denominator`."""
     loss_per_group = losses(objective, measures, statistics) * measures.weights
     return loss_per_group.sum() / denominator(objective, global_batch)
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:
-    """Raises RuntimeError if the ranks were given different groups. Without this check such ranks would wait for each
-    other forever. `what` names the groups in the error."""
+    """Raises RuntimeError if the ranks were given different groups (prompts with their completions). Without this check
+    such ranks would wait for each other forever. `what` names the groups in the error."""
     if num_ranks() > 1:
         extremes = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)

@@ -32,10 +32,11 @@ EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the largest example on which mem
 
 
 def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
-    """Returns `config` with `max_tokens_per_pack` and `activation_checkpointing` decided. All ranks get the same
-    values. Logs a warning if a row of `max_length` may not fit into memory.
+    """Chooses how many tokens one forward pass computes (`max_tokens_per_pack`) and whether backward recomputes
+    activations, by the memory that is free. Returns `config` with both set, except what the user has set already.
 
-    `groups` are examples of the training data: a token takes more memory if many short completions share a long prompt.
+    All ranks get the same values. Logs a warning if a row of `max_length` may not fit into memory. `groups` are
+    examples of the training data: a token takes more memory if many short completions share a long prompt.
     """
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
@@ -118,18 +119,18 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _number(file: Path, name: str) -> int:
-    """Returns a number from a file of which each line holds a name and a number: the number on the line that begins
-    with `name`."""
+    """Returns the number on the line of `file` that begins with `name`. Each line of the file must hold a name and a
+    number."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {name: int(number) for name, number, *_ in lines}[name]
 
 
 def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> EncodedGroup:
-    """Returns a small group whose lengths are in the same proportions as those of the group in `groups` that takes the
-    most memory per token. Without `groups`, returns a pair.
+    """Returns a small group (a prompt with its completions) to measure memory on. Its lengths have the proportions of
+    the group in `groups` that takes the most memory per token. Without `groups`, it is a pair.
 
-    This is the group with the largest product of number of completions and prompt length, relative to its tokens:
-    autograd keeps a prompt's keys once for each completion.
+    The most memory per token is taken where the product of the number of completions and the prompt's length is
+    largest, relative to all tokens: autograd keeps a prompt's keys once for each completion.
     """
 
     def looks_back(group: EncodedGroup) -> float:
@@ -151,8 +152,8 @@ def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int
 
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
-    """Runs a forward pass of the group, and returns the bytes that autograd keeps for its backward pass, without the
-    weights."""
+    """Runs a forward pass of the group (a prompt with its completions), and returns the bytes that autograd keeps for
+    its backward pass, without the weights."""
     unchanging = None if is_sharded(scorer.model) else _storages(scorer.model)
     kept_storages: dict[int, int] = {}
 

@@ -68,15 +68,16 @@ def train(
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[StepResult]:
     """Trains `policy` in place and yields the result of each step. Trains all weights, or only the adapter if the
-    policy has one; the base's dropout is off.
+    policy has one; dropout outside the adapter is off.
 
-    `config` must be resolved. `global_batches` is a list with one batch for each step of the run, or a function that
-    takes a step number and returns the batches of all later steps; the number is 0, or the step of the checkpoint
-    `resume`. Every rank must be given the same batches, and computes its share of them. The loss is a mean over the
-    groups of a batch. Therefore a list is refused if one of its batches has more than `batch_size` groups, or if the
-    list has not `total_steps` batches. A batch may have fewer groups. The batches of a function are not checked. A
-    group longer than `max_length` is refused, and so is a `max_length` beyond the model's positions. `n_epochs`
-    and `truncation` only record how the batches were made; so does `seed`, which also draws an adapter's dropout.
+    `config` must be resolved, see `TrainConfig.resolved`. `global_batches` is a list with one batch for each step of
+    the run, or a function that takes a step number and returns the batches of all later steps; the number is 0, or the
+    step of the checkpoint `resume`. Every rank must be given the same batches, and computes its share of them. The loss
+    is a mean over the groups (prompts with their completions) of a batch. Therefore a list is refused if one of its
+    batches has more than `batch_size` groups, or if the list does not have `total_steps` batches. A batch may have
+    fewer groups. The batches of a function are not checked. A group longer than `max_length` is refused, and so is a
+    `max_length` for which the model has no positions. `n_epochs` and `truncation` only record how the batches were
+    made; so does `seed`, which also draws an adapter's dropout.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
     while training continues. `publish` is then called with the step and the folder. All checkpoints are written when
@@ -219,8 +220,8 @@ class _Run:
             self.statistics = Statistics(**manifest.statistics)
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
-        """Takes one optimizer step on `groups` and returns the metrics of the step. Without groups, changes no weight
-        and returns the metrics of the previous step."""
+        """Takes one optimizer step on `groups`, a global batch, and returns the metrics of the step. Without groups,
+        changes no weight and returns the metrics of the previous step."""
         started = time.perf_counter()
         self.step += 1
         if not groups:
@@ -262,8 +263,8 @@ class _Run:
         return "no weight was changed yet, so look for NaN or infinity in the policy and in the reference's scores"
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
-        """Returns the policy's metrics on the held-out groups in `batches`. Also appends the value of `best_metric` to
-        the run's evaluations."""
+        """Returns the policy's metrics on the held-out groups (prompts with their completions) in `batches`. Also
+        appends the value of `best_metric` to the run's evaluations."""
         tokens = self.config.max_tokens_per_pack
         assert tokens is not None  # `plan_memory` has set it
         admitted = map(self._admitted, batches)
