@@ -94,8 +94,9 @@ def read(found: Found) -> PreTrainedModel:
 def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
     """Removes from a loaded config the settings with which its model was last run, such as the kind of attention.
     Raises UnusableModel for a pad_token_id outside the vocabulary."""
-    config._attn_implementation = None  # selects SDPA if the architecture supports it
     text = config.get_text_config()
+    # None selects SDPA if the architecture supports it. SDPA ignores a cap of attention's scores.
+    config._attn_implementation = "eager" if getattr(text, "attn_logit_softcapping", None) else None
     for part in (config, text):
         part.output_attentions = part.output_hidden_states = False
         part.return_dict = True

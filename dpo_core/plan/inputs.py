@@ -25,6 +25,12 @@ class Shapes:
         are any."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
+    @property
+    def caps_attention(self) -> bool:
+        """Whether attention limits its scores, as in Gemma 2. Each completion is then computed behind its own copy of
+        the prompt, and attention keeps its probabilities."""
+        return bool(self.text.get("attn_logit_softcapping"))
+
     def number(self, *names: str) -> int:
         """Returns an integer of the text model's config: the value of the first of `names` that the config has. Raises
         ValueError if it has none of them."""
@@ -56,6 +62,7 @@ class Rows:
     completion: int
     completions: int = 2
     longest: int = 0  # tokens of the longest group; 0: all groups have the mean length
+    copies: bool = False  # whether each completion is computed behind its own copy of the prompt
 
     @property
     def tokens(self) -> int:
@@ -66,7 +73,8 @@ class Rows:
     def computed(self) -> int:
         """The number of tokens that a model computes for a group of mean lengths. The last token of each completion is
         left out, because it predicts nothing."""
-        return max(1, self.tokens - self.completions)
+        copied = (self.completions - 1) * self.prompt if self.copies else 0
+        return max(1, self.tokens + copied - self.completions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
     Returns `run` with the first two decided, the number of shards of each weight, and the memory of a worker. `room` is
     the memory of a device in bytes; None means that it is unknown.
     """
+    rows = replace(rows, copies=model.caps_attention)
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
     shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
     if run.sharding == "auto" and run.device == "cuda":
@@ -90,7 +91,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
     entries = tokens * model.number("num_hidden_layers") * (hidden * size if again else layer)
     activations = entries + learned * hidden * size + max(last_norm, in_layer - in_head)
     flash = run.device == "cuda" and size < FLOAT32  # flash attention needs no masks
-    behind = 0 if flash else completions * (1 - 1 / rows.completions)  # completions that share their prompt
+    unmasked = flash or rows.copies
+    behind = 0 if unmasked else completions * (1 - 1 / rows.completions)  # completions that share their prompt
     masks = int(behind * (rows.completion - 1) * (rows.prompt + rows.completion - 1) * size)
     state, exchange = _state(model, run, shards), 0
     if shards > 1 and not run.adapter:
@@ -99,7 +101,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
         exchange = state["gradients"]
     resting = state["weights"] + state["masters"] + state["moments"] + state["sharding"]
     in_pack = activations + in_head + head_gradient + masks + several * state["gradients"]
-    copied = trained * (FLOAT32 if shards > 1 else size) + state["masters"] + state["moments"]
+    in_float32 = trained * FLOAT32 // shards if size < FLOAT32 else 0  # masters, or shards
+    copied = trained * size + in_float32 + state["moments"]
     loading = 0 if run.quantized and run.device == "cuda" else model.numbers * size // shards  # NF4: on the host
     total = max(loading, resting + max(in_pack, state["gradients"] + exchange))
     return Memory(
@@ -175,6 +178,9 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
     # The keys of a prompt are kept once for each of its completions; flash attention does not copy its output.
     seen = rows.completions * (rows.prompt + rows.completion - 1) / rows.computed
     attention = size * ((2 if flash else 3) * queries + int(2 * keys * seen)) + FLOAT32 * heads
+    if model.caps_attention:  # scores behind tanh and probabilities of each head, and keys repeated for each query head
+        scores = heads * (rows.prompt + rows.completion - 1) * (FLOAT32 + (size if size == FLOAT32 else 2 * size))
+        attention = size * 4 * queries + scores
     routed = _routed(model)
     kinds = {re.sub(r"\.\d+(?=\.)", "", name) for name in _adapted(model, run)}
     adapters = (run.adapter or 0) * sum(routed if ".experts." in kind else 1 for kind in kinds)
@@ -199,4 +205,5 @@ def _intermediate(model: Shapes) -> int:
 def _tile(model: Shapes, run: Run, learned: int | None = None) -> int:
     rows = TILE_ROWS[run.device] if learned is None else min(learned, TILE_ROWS[run.device])
     width = FLOAT32 + (run.itemsize if run.itemsize < FLOAT32 else 0)
+    width += 2 * FLOAT32 * bool(model.text.get("final_logit_softcapping"))  # the slope of the cap
     return 0 if run.rewards else rows * min(model.number("vocab_size"), TILE_COLUMNS) * width

@@ -21,7 +21,7 @@ from services.control_plane.settings import Settings
 BYTES_OF_TOKEN = 4  # bytes of text per token, assumed if no check has counted the file's tokens
 SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
 # Families of models whose memory for activations was measured. For these, plans are right within a tenth.
-MEASURED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "gemma3_text"}
+MEASURED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "gemma2", "gemma3_text"}
 
 
 async def look_at(model: NamedModel) -> Shapes:

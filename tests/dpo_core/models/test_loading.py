@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, VaultGemmaConfig
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy, load_reward_model
@@ -204,3 +204,17 @@ def test_a_model_that_asks_for_balanced_experts_gets_a_warning(tmp_path, caplog)
         assert (
             "sets output_router_logits, but training does not add the loss that balances experts" in caplog.text
         ) == asks
+
+
+@pytest.mark.parametrize("kind", [Gemma2Config, VaultGemmaConfig])
+def test_a_cap_of_attentions_scores_is_computed(kind, tmp_path):
+    """SDPA, which transformers would choose, ignores the cap."""
+    config = kind(**conftest.SIZES, initializer_range=0.3, attn_logit_softcapping=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ids = torch.arange(5, 35)[None]
+    capped, ignored = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(ids).logits
+        for name in ("eager", "sdpa")
+    )
+    assert (capped - ignored).abs().max() > 0.1
+    torch.testing.assert_close(load_policy(tmp_path)(ids).logits, capped)

@@ -58,7 +58,10 @@ def train_twice(case: Case, folder: Path) -> None:
     """Trains two steps without a checkpoint."""
     run, rows = case.run, case.rows
     torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.model), dtype=getattr(torch, run.precision))
+    attention = "eager" if case.model.get("attn_logit_softcapping") else None  # as `load_policy` chooses
+    policy = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**case.model), dtype=getattr(torch, run.precision), attn_implementation=attention
+    )
     if run.adapter:
         attach(policy, Lora(r=run.adapter, dropout=run.dropout), task_type="CAUSAL_LM")
     ids = [5 + i % 100 for i in range(rows.prompt + rows.completion)]

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[3]
 FULL = Run(sharding="replicated", activation_checkpointing="off", max_tokens_per_pack=4096, batch_size=8)
 SMALL = MODEL | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 EXPERTS = {"model_type": "mixtral", "intermediate_size": 352, "num_local_experts": 4, "num_experts_per_tok": 2}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+CAPPED = MODEL | {"model_type": "gemma2", "head_dim": 32} | CAPS
 ALONE = {
     "full": Case(FULL),
     "several packs": Case(replace(FULL, max_tokens_per_pack=800)),
@@ -39,6 +41,8 @@ ALONE = {
     "wide": Case(replace(FULL, batch_size=4), PAIR, MODEL | {"hidden_size": 512, "intermediate_size": 1408}),
     "norms of queries and keys": Case(FULL, PAIR, MODEL | {"model_type": "qwen3", "head_dim": 64}),
     "four norms": Case(FULL, PAIR, MODEL | {"model_type": "gemma3_text", "head_dim": 32}),
+    "capped attention": Case(FULL, PAIR, CAPPED),
+    "capped attention, long prompts": Case(replace(FULL, adapter=8), Rows(groups=1, prompt=200, completion=56), CAPPED),
     "experts": Case(FULL, PAIR, MODEL | EXPERTS),
 }
 SHARDED = replace(FULL, sharding="full", num_workers=2, batch_size=16)
