@@ -9,18 +9,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_core.models.adapter import BASE, base_file
+from dpo_core.models.adapter import BASE, base_file, whole
 from dpo_core.models.folder import processors_of, save_model, skeleton
 from dpo_core.models.model import agree_on_padding, has_adapter
 from dpo_core.training.checkpoint import MANIFEST, MASTER, STEP, FileDigest, Manifest, sha256_of
@@ -160,20 +159,17 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
     """Returns copies of the policy's weights on the CPU, unsharded and in the policy's own dtypes; an empty dictionary
     on ranks other than 0.
 
-    Tied weights are included once. If the policy has an adapter, only the adapter's weights are included.
+    Tied weights are included once. If the policy has an adapter, only the adapter's weights are included. One weight at
+    a time is gathered and converted, so that a model in half precision is never held in float32.
     """
-    if weights.is_sharded:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
-        state = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
-    else:
-        saved = weights.trained if has_adapter(policy) else policy.state_dict()
-        state = {name: _copy(tensor) for name, tensor in saved.items()} if rank() == 0 else {}
-    dtypes = weights.dtypes
-    return {
-        name: tensor.to(dtypes.get(name, tensor.dtype))
-        for name, tensor in state.items()
-        if name not in policy.all_tied_weights_keys
-    }
+    saved = weights.trained if has_adapter(policy) else policy.state_dict()
+    state: dict[str, Tensor] = {}
+    for name, tensor in saved.items():
+        if name not in policy.all_tied_weights_keys and (weights.is_sharded or rank() == 0):
+            gathered = whole(tensor)  # all ranks take part
+            if rank() == 0:
+                state[name] = gathered.to("cpu", weights.dtypes.get(name, tensor.dtype), copy=True).contiguous()
+    return state
 
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
