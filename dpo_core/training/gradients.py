@@ -2,7 +2,7 @@
 that one forward pass computes together."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,7 +20,7 @@ from dpo_core.options import Objective
 from dpo_core.policy.batch import Batch
 from dpo_core.policy.measures import NUM_MEASURES, Measures
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank
+from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memory
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,24 @@ def make_packs(
     return packs
 
 
+def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> int | None:
+    """Returns half the number of tokens of the largest pack on any rank; None if every pack has only one group."""
+    ranks = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)
+    packs = [pack for packs in ranks for pack in packs]
+    if max(map(len, packs)) < 2:
+        return None
+    return max(sum(scorer.count_tokens(groups[i]) for i in pack) for pack in packs) // 2
+
+
 def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
 ) -> tuple[Measures, Tensor]:
     """Adds this rank's share of the loss's gradient to the gradients of the weights. Returns the log-probabilities or
-    rewards of all completions of all ranks, and the loss of the global batch."""
+    rewards of all completions of all ranks, and the loss of the global batch.
+
+    Raises MemoryRanOut on all ranks if a pack did not fit into the memory of one; gradients and `statistics` are then
+    incomplete.
+    """
     table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
     run = _backward_of_whole_batch if objective.traits.needs_whole_batch else _backward_by_pack
     with _dropout(scorer.model):
@@ -103,13 +116,17 @@ def _backward_by_pack(
     Adds to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of all
     completions, and returns these measures and the loss of the global batch.
     """
-    for pack in packs:
-        measured = _measure(scorer, pack)
-        slope = torch.zeros_like(measured)
-        if pack.groups:
-            table[pack.places] = measured.detach()
-            _, slope = _differentiate(objective, Measures(pack.groups, measured.detach()), groups, statistics)
-        measured.backward(slope)
+
+    def compute() -> None:
+        for pack in packs:
+            measured = _measure(scorer, pack)
+            slope = torch.zeros_like(measured)
+            if pack.groups:
+                table[pack.places] = measured.detach()
+                _, slope = _differentiate(objective, Measures(pack.groups, measured.detach()), groups, statistics)
+            measured.backward(slope)
+
+    _guard(scorer, compute)
     all_reduce_sum(table)
     measures = Measures(groups, table)
     return measures, share_of_loss(objective, measures, groups, statistics)
@@ -132,20 +149,39 @@ def _backward_of_whole_batch(
     """
     has_one_pack = len(packs) == 1
     first_results = []
-    with torch.set_grad_enabled(has_one_pack):
-        for pack in packs:
-            measured = _measure(scorer, pack)
-            table[pack.places] = measured.detach()[: len(pack.places)]
-            first_results.append(measured)
+
+    def measure() -> None:
+        with torch.set_grad_enabled(has_one_pack):
+            for pack in packs:
+                measured = _measure(scorer, pack)
+                table[pack.places] = measured.detach()[: len(pack.places)]
+                first_results.append(measured)
+
+    def differentiate() -> None:
+        for pack, first_result in zip(packs, first_results, strict=True):
+            measured = first_result if has_one_pack else _measure(scorer, pack)
+            slope = torch.zeros_like(measured)
+            slope[: len(pack.places)] = slopes[pack.places]
+            measured.backward(slope)
+
+    _guard(scorer, measure)
     all_reduce_sum(table)
     measures = Measures(groups, table)
     loss, slopes = _differentiate(objective, measures, groups, statistics)
-    for pack, first_result in zip(packs, first_results, strict=True):
-        measured = first_result if has_one_pack else _measure(scorer, pack)
-        slope = torch.zeros_like(measured)
-        slope[: len(pack.places)] = slopes[pack.places]
-        measured.backward(slope)
+    _guard(scorer, differentiate)
     return measures, loss
+
+
+def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
+    """Calls `compute`. If memory runs out on one rank, raises MemoryRanOut on all ranks.
+
+    The ranks of a sharded model exchange weights within `compute`, so a rank whose memory runs out cannot tell the
+    others; its error ends the run.
+    """
+    if is_sharded(scorer.model):
+        compute()
+    else:
+        within_memory(compute, scorer.model.device)
 
 
 def _differentiate(

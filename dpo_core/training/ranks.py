@@ -2,14 +2,19 @@
 process."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class MemoryRanOut(RuntimeError):
+    """Raised on all ranks if one of them had too little memory for its packs (the rows of one forward pass each)."""
 
 
 def rank() -> int:
@@ -54,6 +59,28 @@ def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.Proces
     flags = torch.tensor(values, dtype=torch.uint8, device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in flags.tolist()]
+
+
+def within_memory(work: Callable[[], T], device: torch.device) -> T:
+    """Calls `work`, which must not communicate, on every rank and returns the result of this rank. If memory runs out
+    on one rank, every rank raises MemoryRanOut, so that no rank waits for another."""
+    result, ran_out = None, False
+    try:
+        result = work()
+    except (RuntimeError, MemoryError) as error:
+        ran_out = is_out_of_memory(error)
+        if not ran_out:
+            raise
+    # Here the error is gone, and with it the tensors that its traceback held.
+    if any(on_any_rank([ran_out], device)):
+        raise MemoryRanOut("Memory ran out in a pack; lower max_tokens_per_pack.")
+    return cast(T, result)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error means that the device, or on a CPU the system, gave no more memory."""
+    on_cpu = re.search(r"can't allocate memory|not enough memory|bad_alloc", str(error))  # plain RuntimeErrors
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or on_cpu is not None
 
 
 def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None) -> T:

@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.checkpoint_selection import Evaluation, evaluations, stalls
@@ -27,14 +28,15 @@ from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.plan.positions import check_max_length
 from dpo_core.policy.admission import admit, last_position
 from dpo_core.policy.flops import Flops, matmul_rate
+from dpo_core.policy.measures import Measures
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.checkpoint_writer import Publish, Writer
 from dpo_core.training.evaluation import Batches, evaluate
-from dpo_core.training.gradients import backward, check_agreement, make_packs
+from dpo_core.training.gradients import Pack, backward, check_agreement, make_packs, smaller_packs
 from dpo_core.training.optim import learning_rate, make_optimizer
 from dpo_core.training.pack_size import checkpoint_activations, plan_memory
-from dpo_core.training.ranks import on_any_rank, rank, together
+from dpo_core.training.ranks import MemoryRanOut, on_any_rank, rank, together
 from dpo_core.training.weights import Weights, agree_on_weights, dtypes_of, shard
 
 GlobalBatches = Sequence[Sequence[EncodedGroup]] | Callable[[int], Batches]
@@ -117,7 +119,8 @@ def train(
                 )
             metrics = run.take_step(groups)
             writer.check()
-            warning = drift.warning(metrics) if groups else None
+            warnings = [run.shortage, drift.warning(metrics) if groups else None]
+            warning = " ".join(filter(None, warnings)) or None
             if warning and rank() == 0:
                 logger.warning("Step %d: %s", step, warning)
             is_due = step % every == 0 or step == total_steps
@@ -172,7 +175,8 @@ class _Run:
     ) -> None:
         check_policy(policy)
         check_model(policy, config.objective)
-        check_max_length(config.max_length, last_position(policy))
+        if resume is None:  # a run that began under an earlier rule goes on; no row exceeds the positions
+            check_max_length(config.max_length, last_position(policy))
         policy.train(False)
         device = device_of(policy)
         manifest, self.precision, dtypes = None, precision_of(policy), dtypes_of(policy)
@@ -194,15 +198,17 @@ class _Run:
         if manifest and self.base and manifest.base not in (None, self.base):
             what = f"The adapter in {resume} was trained on a base with other weights than {policy.name_or_path}"
             raise ValueError(f"{what}; load the policy from the base that the adapter was trained on.")
-        self.config = plan_memory(config, self.scorer, first[0] if first else ())
-        recomputed = self.config.activation_checkpointing == "on"
-        if recomputed:
+        self.config, self._undo = plan_memory(config, self.scorer, first[0] if first else ()), undo
+        assert self.config.max_tokens_per_pack is not None  # `plan_memory` has set it
+        self.pack_size = self.config.max_tokens_per_pack
+        if self.recomputes:
             undo.callback(checkpoint_activations(self.scorer))
-        self.flops = Flops(policy, recomputed=recomputed)
+        self.flops = Flops(policy, recomputed=self.recomputes)
         self.weights = Weights(policy, dtypes)
         undo.callback(self.weights.release)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
+        self.shortage: str | None = None  # a sentence for the user if memory ran out in the last step
         self.num_updates, self.metrics, self.evaluations = 0, dict[str, float](), tuple[Evaluation, ...]()
         if resume is not None and manifest is not None:
             load(
@@ -222,18 +228,15 @@ class _Run:
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
         """Takes one optimizer step on `groups`, a global batch, and returns the metrics of the step. Without groups,
         changes no weight and returns the metrics of the previous step."""
-        started = time.perf_counter()
+        started, self.shortage = time.perf_counter(), None
         self.step += 1
         if not groups:
             return dict(self.metrics)
         self.num_updates += 1
         objective, optim, scorer = self.config.objective, self.config.optim, self.scorer
-        assert self.config.max_tokens_per_pack is not None  # `plan_memory` has set it
         check_groups(objective, self._admitted(groups))
         check_agreement(groups, f"global batches for step {self.step}", scorer.model.device)
-        tokens, seed = self.config.max_tokens_per_pack, self.config.seed * 2**32 + self.step
-        packs = make_packs(scorer, groups, max_tokens_per_pack=tokens, seed=seed)
-        measures, loss = backward(objective, scorer, groups, packs, self.statistics)
+        packs, measures, loss = self._backward(groups)
         grad_norm = self.weights.collect_gradients(optim.max_grad_norm)
         scalars = {"loss": loss, **compute_metrics(objective, measures), "grad_norm": grad_norm}
         metrics = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
@@ -255,6 +258,46 @@ class _Run:
         }
         return dict(self.metrics)
 
+    def _backward(self, groups: Sequence[EncodedGroup]) -> tuple[list[Pack], Measures, Tensor]:
+        """Computes the gradients of the step's loss. Returns this rank's packs (groups of one forward pass each), the
+        log-probabilities or rewards of all completions of all ranks, and the loss.
+
+        If memory runs out, begins again with packs of half the size, and at last also recomputes activations; the run
+        keeps both. The results are the same.
+        """
+        statistics, seed = vars(self.statistics).copy(), self.config.seed * 2**32 + self.step
+        while True:
+            packs = make_packs(self.scorer, groups, max_tokens_per_pack=self.pack_size, seed=seed)
+            try:
+                return packs, *backward(self.config.objective, self.scorer, groups, packs, self.statistics)
+            except MemoryRanOut:
+                self.weights.drop_gradients()
+                vars(self.statistics).update(statistics)
+                self._take_less(groups)
+            if self.scorer.model.device.type == "cuda":
+                torch.cuda.empty_cache()  # what is left in pieces would not hold larger tensors
+
+    def _take_less(self, groups: Sequence[EncodedGroup]) -> None:
+        """Halves the packs or, if each already has one group, makes the backward pass recompute activations. Raises
+        MemoryRanOut if both are done already."""
+        smaller = smaller_packs(self.scorer, groups, self.pack_size)
+        if smaller is not None:
+            self.pack_size = smaller
+            now = f"packs have at most {smaller} tokens"
+        elif not self.recomputes:
+            self.config = replace(self.config, activation_checkpointing="on")
+            self._undo.callback(checkpoint_activations(self.scorer))
+            self.flops = Flops(self.scorer.model, recomputed=True)
+            now = "activations are computed again in the backward pass"
+        else:
+            what = f"Memory ran out in step {self.step} with one group in a pack and activations computed again"
+            raise MemoryRanOut(f"{what}; lower max_length or choose bfloat16.")
+        self.shortage = f"Memory ran out in step {self.step}; from here on {now}, which changes no result."
+
+    @property
+    def recomputes(self) -> bool:
+        return self.config.activation_checkpointing == "on"
+
     @property
     def remedy(self) -> str:
         """Advice for a user whose loss or gradient is not finite."""
@@ -265,10 +308,8 @@ class _Run:
     def evaluate(self, batches: Batches) -> dict[str, float]:
         """Returns the policy's metrics on the held-out groups (prompts with their completions) in `batches`. Also
         appends the value of `best_metric` to the run's evaluations."""
-        tokens = self.config.max_tokens_per_pack
-        assert tokens is not None  # `plan_memory` has set it
-        admitted = map(self._admitted, batches)
-        found = evaluate(self.config.objective, self.scorer, admitted, self.statistics, max_tokens_per_pack=tokens)
+        objective, groups, most = self.config.objective, map(self._admitted, batches), self.pack_size
+        found = evaluate(objective, self.scorer, groups, self.statistics, max_tokens_per_pack=most)
         self.evaluations += evaluations([(self.step, found)], self.config.best_metric)
         return found
 
@@ -284,7 +325,7 @@ class _Run:
             num_tokens=self.num_tokens,
             metrics=metrics,
             statistics=vars(self.statistics).copy(),
-            config=asdict(self.config),
+            config=asdict(replace(self.config, max_tokens_per_pack=max(self.pack_size, self.config.max_length))),
             files={},
             dtype=self.precision,
             base=self.base,

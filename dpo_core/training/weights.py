@@ -74,17 +74,19 @@ class Weights:
     def update_policy(self) -> None:
         """Copies the float32 masters, which the optimizer has updated, into the policy's weights. Drops all
         gradients."""
-        for parameter in self.stepped.values():
-            parameter.grad = None
+        self.drop_gradients()
         if self.masters:
             names = list(self.masters)
             torch._foreach_copy_([self.trained[name] for name in names], [self.masters[name] for name in names])
 
+    def drop_gradients(self) -> None:
+        for parameter in (*self.trained.values(), *self.masters.values()):
+            parameter.grad = None
+
     def release(self) -> None:
         """Removes the gradients and gradient dtypes that training added to the policy's parameters. The caller may then
         train the policy in another way."""
-        for parameter in (*self.trained.values(), *self.masters.values()):
-            parameter.grad = None
+        self.drop_gradients()
         for name in self.masters:
             self.trained[name].grad_dtype = self.trained[name].dtype
 
