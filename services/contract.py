@@ -324,7 +324,10 @@ class AttemptAddress(Contract):
 
 
 class AttemptSpec(AttemptAddress):
-    """Holds all settings of one attempt. The attempt's driver reads them from `<run_uri>/attempts/<attempt>.json`."""
+    """Holds all settings of one attempt (one run of a job on Ray).
+
+    The attempt's driver reads them from `<run_uri>/attempts/<attempt>.json`.
+    """
 
     job_id: str
     config: ReadConfig
@@ -403,7 +406,7 @@ class MergeReport(Contract):
 
 
 class Message(Contract):
-    """A report of an attempt: a sentence for the user."""
+    """A report of an attempt (one run of a job): a sentence for the user."""
 
     kind: Literal["message"] = "message"
     level: Literal["info", "warn", "error"] = "info"
@@ -414,7 +417,7 @@ Stage = Literal["downloading", "encoding", "loading reference", "scoring", "trai
 
 
 class Progress(Contract):
-    """A report of an attempt: how far a stage has come.
+    """A report of an attempt (one run of a job): how far a stage has come.
 
     `done` and `total` are bytes while files are downloaded, and rows while they are encoded or scored. The stage
     `loading reference` has no count.
@@ -427,7 +430,7 @@ class Progress(Contract):
 
 
 class ReferenceWanted(Contract):
-    """A report of an attempt: from now on, the attempt needs the deployment of its reference model.
+    """A report of an attempt (one run of a job): from now on, it needs the deployment of its reference model.
 
     The attempt waits until the deployment is loaded.
     """
@@ -436,13 +439,16 @@ class ReferenceWanted(Contract):
 
 
 class ReferenceReleased(Contract):
-    """A report of an attempt: the attempt no longer needs the deployment of its reference model."""
+    """A report of an attempt (one run of a job): it no longer needs the deployment of its reference model."""
 
     kind: Literal["reference released"] = "reference released"
 
 
 class Started(Contract):
-    """A report of an attempt: the data are ready and training begins. Every option of `config` has its final value."""
+    """A report of an attempt (one run of a job): the data are ready and training begins.
+
+    Every option of `config` has its final value.
+    """
 
     kind: Literal["started"] = "started"
     config: ReadConfig
@@ -452,7 +458,7 @@ class Started(Contract):
 
 
 class StepMetrics(Contract):
-    """A report of an attempt: the metrics of one optimizer step, under the keys that TRL logs."""
+    """A report of an attempt (one run of a job): the metrics of one optimizer step, under the keys that TRL logs."""
 
     kind: Literal["metrics"] = "metrics"
     step: Step  # from 1
@@ -461,7 +467,10 @@ class StepMetrics(Contract):
 
 
 class CheckpointSaved(Contract):
-    """A report of an attempt: a complete checkpoint is at `uri`. The folder `<uri>/model` has Hugging Face's format."""
+    """A report of an attempt (one run of a job): a complete checkpoint is at `uri`.
+
+    The folder `<uri>/model` has Hugging Face's format.
+    """
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: Step
@@ -470,7 +479,7 @@ class CheckpointSaved(Contract):
 
 
 class Succeeded(Contract):
-    """The last report of an attempt that succeeded. The trained model is at `model_uri`."""
+    """The last report of an attempt (one run of a job) that succeeded. The trained model is at `model_uri`."""
 
     kind: Literal["succeeded"] = "succeeded"
     model_uri: str
@@ -478,7 +487,7 @@ class Succeeded(Contract):
 
 
 class Failed(Contract):
-    """The last report of an attempt that failed for a reason that another attempt cannot fix."""
+    """The last report of an attempt (one run of a job) that failed for a reason that another attempt cannot fix."""
 
     kind: Literal["failed"] = "failed"
     code: Text
@@ -487,21 +496,28 @@ class Failed(Contract):
 
 
 class Paused(Contract):
-    """The last report of an attempt that was asked to stop. The next attempt resumes from the last checkpoint."""
+    """The last report of an attempt (one run of a job) that was asked to stop.
+
+    The next attempt resumes from the last checkpoint.
+    """
 
     kind: Literal["paused"] = "paused"
     step: Step  # the attempt's last optimizer step; 0: none
 
 
 class Died(Contract):
-    """The last report of an attempt that an error ended. Another attempt may resume from the last checkpoint."""
+    """The last report of an attempt (one run of a job) that an error ended.
+
+    Another attempt may resume from the last checkpoint.
+    """
 
     kind: Literal["died"] = "died"
     cause: Text  # shown to the user; lower case, without a full stop
 
 
 class Alive(Contract):
-    """A heartbeat, which an attempt writes to storage if its HTTP posts do not reach the control plane."""
+    """A heartbeat, which an attempt (one run of a job) writes to storage if its posts do not reach the control
+    plane."""
 
     kind: Literal["alive"] = "alive"
 
@@ -564,7 +580,7 @@ Report = Annotated[
 
 
 class JobEvent(Contract):
-    """A report with its number in the attempt.
+    """A report of an attempt (one run of a job), with its number in the attempt.
 
     Job, attempt and `seq` together identify an event, so a receiver recognizes an event that is sent twice.
     """

@@ -59,9 +59,9 @@ def segment_attention(
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
     if segments is None:
-        raise ValueError("Attention over segments got no segments.")
+        raise ValueError("The model passes no segments to its attention, which needs them to share prompts.")
     if unusable:
-        raise ValueError(f"Attention over segments cannot use {', '.join(unusable)}.")
+        raise ValueError(f"Attention that shares prompts cannot use {', '.join(unusable)}.")
     attend = _at_once if _suits_flash(query, value) else _one_by_one
     return attend(query, key, value, segments, scaling, sliding_window), None
 

@@ -28,7 +28,7 @@ def _rate(item: Item) -> str:
 list_command(
     app,
     "/x/deployments",
-    "List the deployments of all models.",
+    "List how all models are served: state, number of replicas, and generated tokens per second.",
     {"model": "id", "state": _state, "replicas": "replicas_ready", "tokens/s": _rate},
 )
 

@@ -138,7 +138,7 @@ def warm(client: "OpenAI", model_id: ModelId) -> None:
 
 @api_command(app)
 def unload(client: "OpenAI", model_id: ModelId) -> None:
-    """Unload an idle model."""
+    """Unload an idle model, which frees its memory. The next request for the model loads it again."""
     client.post(f"{path_of(model_id)}/unload", cast_to=object)
     out.print(f"unloaded {model_id}")
 

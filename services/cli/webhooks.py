@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Manage the URLs that the service c
 
 # The commands name the API's path, because older OpenAI clients have no methods for webhook endpoints.
 PATH = "/webhook_endpoints"
-EndpointId = Annotated[str, id_argument("Id of the webhook endpoint.")]
+EndpointId = Annotated[str, id_argument("Id of the webhook endpoint, which `raydpo webhooks list` shows.")]
 Events = Annotated[
     list[str] | None,
     typer.Option(

@@ -177,8 +177,10 @@ def _unpack(tar: Path, folder: Path) -> None:
             for member in opened:
                 name = PurePosixPath(member.name)
                 if not member.isreg() or name.is_absolute() or ".." in name.parts:
-                    what = f"the tar holds {member.name!r}, which is no plain file inside the folder"
-                    fail(f"{what}; nothing was unpacked.")
+                    what = (
+                        f"the downloaded tar file contains {member.name!r}, which is not a plain file inside its folder"
+                    )
+                    fail(f"{what}; nothing was unpacked. Tell the operator of the service.")
                 opened.extract(member, beside, filter="data")
         if folder.exists():
             folder.rmdir()
@@ -217,7 +219,7 @@ def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
             f"{error.server_message or error}{needs}."
         )
     except httpx.HTTPError as error:
-        fail(f"the hub at {api.endpoint} does not answer: {error}")
+        fail(f"the Hugging Face hub at {api.endpoint} does not answer ({error}); run the command again later.")
 
 
 def hub_name(target: str) -> str:

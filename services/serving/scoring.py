@@ -116,7 +116,9 @@ class Scoring:
             for place, ids in enumerate(group.completion_ids):
                 if (length := len(group.prompt_ids) + len(ids)) > self._max_length:
                     path, limit = f"rows.{number}.completions.{place}", self._max_length
-                    message = f"{path} and its prompt have {length} tokens; {model} takes {limit}: shorten them."
+                    message = (
+                        f"{path} and its prompt have {length} tokens, but {model} takes at most {limit}; shorten them."
+                    )
                     raise Refusal(message, param=path)
         if (total := _count(groups)) > MOST_TOKENS:
             raise Refusal(

@@ -111,7 +111,7 @@ class Answer(asyncio.Protocol):
         Raises Broken.
         """
         if self.headers.get("content-encoding", "identity") != "identity":
-            raise Broken(f"it answers in {self.headers['content-encoding']}, for which nobody asked")
+            raise Broken(f"its answer is encoded as {self.headers['content-encoding']}, which was not requested")
         await self._wait_for(lambda: self._waiting or self._whole)
         piece = bytes(self._waiting)
         self._waiting.clear()
@@ -147,7 +147,7 @@ class Answer(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(f"its answer is no HTTP: {error}")
+            self._fail(f"its answer is not valid HTTP: {error}")
         if len(self._waiting) > MOST_WAITING and not self._paused and self._transport:
             self._paused = True
             self._transport.pause_reading()

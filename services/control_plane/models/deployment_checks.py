@@ -130,8 +130,8 @@ async def check_reference(
     and with the settings `full` could not do so."""
     scored = select(Attempt.job_id).where(Attempt.state != "ended", Attempt.reference == model.app_name)
     if settings.scores_apart(full) and await session.scalar(scored.limit(1)):
-        message = f"'{model.id}' is the reference of a running job, and with these settings its engine could not score"
-        raise InvalidRequest(f"{message}; set them when the job trains.", param="model")
+        message = f"The model '{model.id}' is the reference model of a running job, whose rows it could not score"
+        raise InvalidRequest(f"{message} with these settings; wait until the job trains.", param="model")
 
 
 async def _check_attached(
@@ -144,7 +144,9 @@ async def _check_attached(
     engine, fields = await engine_of(session, settings, model), sorted(chosen.model_fields_set - {"mode"})
     if engine.adapter and fields:
         base = engine.loaded.id
-        message = f"{fields[0]} is set, and '{model.id}' is attached to the engine of '{base}', which has its own"
+        message = (
+            f"{fields[0]} is set, but '{model.id}' is an adapter that the engine of '{base}' runs with its own settings"
+        )
         raise _invalid(fields[0], f"{message}; set mode to merged as well, or set {fields[0]} of '{base}'.")
 
 

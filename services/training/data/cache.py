@@ -137,7 +137,8 @@ def save(uri: str, entry: Contract) -> None:
 
 
 class _Claim:
-    """A Ray actor without methods, whose name is a claim to make one cache entry. Only one living actor has a name.
+    """A Ray actor without methods, whose name is a claim to make one cache entry. Only one living actor can have a
+    name.
 
     The actor ends with the driver that started it.
     """

@@ -98,7 +98,8 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 
 
 class Reporter:
-    """Numbers, stores and posts the reports of one attempt. It runs as a Ray actor, and an attempt has only one."""
+    """Numbers, stores and posts the reports of one attempt (one run of a job). It runs as the attempt's only Ray actor
+    of this kind."""
 
     def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)

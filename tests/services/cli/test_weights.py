@@ -161,7 +161,7 @@ def test_a_tar_that_would_write_elsewhere_is_not_unpacked(member, tmp_path, caps
         tar.addfile(member)
     with pytest.raises(typer.Exit):
         weights._unpack(tmp_path / "tar", tmp_path / "out")
-    assert "no plain file inside the folder" in capsys.readouterr().err
+    assert "not a plain file inside its folder" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["tar"]
 
 

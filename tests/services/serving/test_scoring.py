@@ -141,7 +141,10 @@ def test_a_row_that_is_too_long_is_refused_by_its_completion(app: FastAPI) -> No
     message, param = refused(post(app, "texts", {"groups": [ROWS[0], row]}))
     length = MODEL_LENGTH + len(["x", "</s>"])
     assert param == "rows.1.completions.1"
-    assert message == f"{param} and its prompt have {length} tokens; the model takes {MODEL_LENGTH}: shorten them."
+    assert (
+        message
+        == f"{param} and its prompt have {length} tokens, but the model takes at most {MODEL_LENGTH}; shorten them."
+    )
 
 
 def test_too_many_tokens_are_refused_with_their_number(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,11 +64,11 @@ def test_the_request_is_whole_and_pieces_come_as_they_arrive() -> None:
     ("said", "trouble"),
     [
         (b"", "the connection ended"),
-        (b"220 mail.example ESMTP\r\n", "no HTTP"),
+        (b"220 mail.example ESMTP\r\n", "not valid HTTP"),
         (HEAD + chunk(b"one"), "the connection ended"),
-        (HEAD + b"zz\r\n", "no HTTP"),
+        (HEAD + b"zz\r\n", "not valid HTTP"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nshort", "the connection ended"),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-encoding: gzip\r\n\r\nab", "answers in gzip"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-encoding: gzip\r\n\r\nab", "is encoded as gzip"),
     ],
 )
 def test_an_answer_that_breaks_off_or_is_none_is_broken(said: bytes, trouble: str) -> None:

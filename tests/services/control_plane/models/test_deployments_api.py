@@ -209,7 +209,7 @@ def test_an_engine_that_scores_for_a_running_job_keeps_its_precision(api: httpx.
         values = "'ftjob-scored', 1, 'launching', '', 0, 0, false"
         name = bases(settings)[0].app_name
         connection.execute(f"INSERT INTO attempts ({columns}) VALUES ({values}, %s)", (name,))
-    assert "is the reference of a running job" in refused(api, "tiny", dtype="bfloat16")["message"]
+    assert "is the reference model of a running job" in refused(api, "tiny", dtype="bfloat16")["message"]
     change(api, "tiny", reasoning_parser="qwen3")
     with psycopg.connect(settings.database_url) as connection:
         connection.execute("UPDATE attempts SET state = 'ended', ended_at = now() WHERE job_id = 'ftjob-scored'")
