@@ -24,7 +24,7 @@ class InvalidUri(ValueError):
 
 
 class _Place(NamedTuple):
-    """Holds the normalized parts of a URI. A URI lies under a prefix if these parts of both match."""
+    """Holds a URI or a prefix in a normalized form, in which the two can be compared."""
 
     path: str  # begins with the scheme and host
     options: list[tuple[str, str]]  # options of Arrow's filesystem in the query, such as endpoint_override

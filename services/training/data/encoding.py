@@ -114,8 +114,8 @@ def encode(
 ) -> Encoding:
     """Encodes the training file of `spec` as groups of token ids, and writes them to the folder `folder_uri`.
 
-    `encode_pieces` must call `encode_piece` on each piece, in any process and order. Raises JobFailed for a file that
-    cannot be used.
+    `encode_pieces` must call `encode_piece` on each piece, a range of the file's lines, in any process and order.
+    Raises JobFailed for a file that cannot be used.
     """
     format, kind = _look_at_first_row(spec)
     _check_kind(spec, kind, format)
@@ -149,7 +149,7 @@ def _refuse_many_invalid(recipe: Recipe, file_report: EncodingReport) -> None:
 
 
 def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Yields the results of encoded pieces, and raises JobFailed if a piece was refused.
+    """Yields the results of encoded pieces (ranges of lines), and raises JobFailed if a piece was refused.
 
     If the model cannot be used, JobFailed is raised immediately. If lines cannot be used, it is raised after the last
     result, for the first such line in the file.
@@ -312,7 +312,7 @@ def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
 
 
 def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
-    """Yields the groups (prompts with completions) of the piece's usable rows.
+    """Yields the groups (prompts with completions) of the usable rows in a piece, a range of lines of the file.
 
     If the recipe refuses rows that cannot be used, such a row raises InvalidRow. Otherwise it is counted in `tally` and
     left out.

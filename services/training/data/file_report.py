@@ -67,7 +67,8 @@ class EncodingReport(Contract):
 
 
 def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
-    """Adds up the counts of several pieces of a file. The memory of the sum does not grow with the number of rows."""
+    """Adds up the counts of several pieces (ranges of lines) of a file. The memory of the sum does not grow with the
+    file."""
     total = EncodingReport()
     for report in reports:
         total = _add(total, report)
@@ -110,7 +111,8 @@ def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
 
 
 class Tally:
-    """Counts what happens to the groups (prompts with completions) of one piece of a file while they are encoded."""
+    """Counts what happens to the groups (prompts with completions) of one piece, a range of a file's lines, in
+    encoding."""
 
     def __init__(self, num_rows: int) -> None:
         self._counts = Counter(num_rows=num_rows)

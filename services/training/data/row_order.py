@@ -25,8 +25,8 @@ PIECES_PER_WINDOW = 8  # a window's ids are in memory: with common text, 15 mill
 def num_places(data: Data, seed: int) -> int:
     """Returns the number of places in an epoch, each a position for one group (a prompt with its completions).
 
-    It is estimated from the first window (eight pieces of the file) that has groups. With a single window it is exactly
-    the number of groups. Waits until this window is encoded.
+    It is estimated from the first window (eight ranges of lines of the file) that has groups. With a single window it
+    is exactly the number of groups. Waits until this window is encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
@@ -46,8 +46,8 @@ def num_steps(num_places: int, config: TrainConfig) -> int:
 def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
     """Yields the groups (prompts with completions) of each optimizer step, beginning with the step after `after_step`.
 
-    If the data have several windows (of eight pieces), a batch may have a few more groups than `batch_size`, or fewer,
-    or none.
+    If the data have several windows (of eight ranges of lines each), a batch may have a few more groups than
+    `batch_size`, or fewer, or none.
     """
     n_epochs, batch_size = _decided(config)
     places = num_places(data, config.seed)
@@ -89,7 +89,7 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
     """Yields each group of an epoch with its place (its position in the epoch), from the place `first` on.
 
-    After each window (eight pieces of the file), yields the first place of the next window together with None.
+    After each window (eight ranges of lines of the file), yields the first place of the next window together with None.
     """
     num_rows = data.num_rows
     all_rows = sum(num_rows)

@@ -54,7 +54,8 @@ class EncodePieces(Protocol):
     """A function that encodes pieces (ranges of lines) of a file and yields the results, in any order."""
 
     def __call__(self, pieces: Sequence[Piece], *, beside: int = 0) -> Iterable[Encoded]:
-        """Encodes pieces and yields the results. `beside` is the number of workers that train at the same time.
+        """Encodes pieces (ranges of lines of a file) and yields the results. `beside` is the number of workers that
+        train now.
 
         If workers train, the encoding of pieces begins in the order of `pieces`.
         """

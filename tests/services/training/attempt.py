@@ -34,7 +34,8 @@ class Driver:
         return self.process.wait(seconds)
 
     def fork(self) -> psutil.Process:
-        """Returns the process of the driver itself. `process` is the client that had it started as a fork."""
+        """Returns the process that runs the job's program. `process` is only the client that had it started as a
+        fork."""
         (fork,) = filter(self._prints_here, psutil.process_iter(["cmdline"]))
         return fork
 

@@ -204,14 +204,14 @@ def make_spec(tmp_path: Path, make_spec_in: Callable[..., AttemptSpec]) -> Calla
 
 @pytest.fixture(scope="session")
 def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
-    """Starts a Ray cluster, and returns the environment variables for drivers on it."""
+    """Starts a Ray cluster, and returns the environment variables with which the main programs of jobs find it."""
     with ray_cluster(model_source, RAY_memory_monitor_refresh_ms="0") as environment:
         yield environment
 
 
 @contextmanager
 def ray_cluster(model_source: str, **settings: str) -> Iterator[dict[str, str]]:
-    """Starts a Ray cluster with these settings of Ray, and yields the environment variables for drivers on it.
+    """Starts a Ray cluster with these settings of Ray, and yields the environment variables for programs on it.
 
     The path of its folder is short, because it contains sockets.
     """

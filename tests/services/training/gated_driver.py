@@ -1,6 +1,7 @@
-"""Runs the driver with pieces of one row. The last pieces are encoded only when a file named `gate` exists.
+"""Runs the driver, the main program of a job, so that a test decides when the last rows are encoded.
 
-The file `gate` is expected beside the training file.
+Each row is a piece of its own. The last pieces are encoded only when a file named `gate` exists beside the training
+file.
 """
 
 import sys

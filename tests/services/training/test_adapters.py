@@ -1,5 +1,7 @@
-"""Tests whole attempts that train LoRA adapters: what they leave, how jobs go on from it, and which reference they
-use."""
+"""Tests whole attempts (runs of a job) that train LoRA adapters.
+
+They test what an attempt leaves, how later jobs go on from it, and which reference a job uses.
+"""
 
 import json
 import math

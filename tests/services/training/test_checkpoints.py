@@ -1,4 +1,5 @@
-"""Tests whole attempts that stop early: which checkpoints they keep, and which of them becomes the policy."""
+"""Tests whole attempts (runs of a job) that stop early: which checkpoints stay, and which of them becomes the
+policy."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,7 @@
-"""Tests whole attempts: the driver is started as Ray Jobs does, on its own Ray cluster, killed and started again."""
+"""Tests whole attempts (runs of a job). The job's main program, the driver, is started as Ray Jobs starts it.
+
+Drivers run on a Ray cluster of these tests, and are killed and started again.
+"""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Tests what an attempt reports if an earlier attempt has prepared its data."""
+"""Tests what an attempt (one run of a job) reports if an earlier attempt has prepared its data."""
 
 from pathlib import Path
 

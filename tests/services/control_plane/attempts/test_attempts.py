@@ -1,4 +1,4 @@
-"""Tests the sentences that users see about an attempt's reports."""
+"""Tests the sentences that users see about the reports of an attempt (one run of a job)."""
 
 import pytest
 

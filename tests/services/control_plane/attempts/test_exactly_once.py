@@ -1,4 +1,7 @@
-"""Tests that an attempt's reports are recorded once and without a gap, even if the service dies before it answers."""
+"""Tests that the reports of an attempt (one run of a job) are recorded once and without a gap.
+
+This holds even if the service dies before it answers.
+"""
 
 import asyncio
 import os

@@ -41,8 +41,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[AttemptSpec], tuple[list[EncodedGroup], list[Report]]]:
-    """Returns a function that encodes a file in this process. It starts with the last piece, as a cluster keeps no
-    order."""
+    """Returns a function that encodes a file in this process, and returns the groups and the reports.
+
+    It starts with the last piece of the file, because a cluster keeps no order either.
+    """
 
     def run(spec: AttemptSpec) -> tuple[list[EncodedGroup], list[Report]]:
         reports: list[Report] = []

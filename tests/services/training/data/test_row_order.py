@@ -30,7 +30,7 @@ def write(folder: str | Path, pieces: Pieces) -> Dataset:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Dataset:
-    """Returns a dataset of 23 groups and as many rows, in pieces of 5, 10 and 8."""
+    """Returns a dataset of 23 groups and as many rows, in pieces (ranges of lines) of 5, 10 and 8 rows."""
     return write(tmp_path, [(5, 5), (10, 10), (8, 8)])
 
 
@@ -115,7 +115,7 @@ def test_a_row_may_give_several_groups(tmp_path: Path) -> None:
 
 
 class Arriving:
-    """A Dataset that records, in order, for which pieces a reader waits."""
+    """A Dataset that records, in order, for which pieces (ranges of lines) a reader waits."""
 
     def __init__(self, whole: Dataset) -> None:
         self.uri, self.scores_uri, self.num_rows = whole.uri, whole.scores_uri, whole.num_rows
