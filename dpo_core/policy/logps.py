@@ -149,8 +149,9 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
-    """Turns `logits` into the loss's gradient with respect to the logits, in place, and returns this gradient. `grad`
-    is the gradient of the log-probabilities."""
+    """Turns a tile of `logits` into the loss's gradient with respect to them, in place, and returns this gradient.
+    `normalizer` is the log-sum-exp of each row's logits; `grad` is the loss's gradient with respect to the
+    log-probabilities."""
     cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
     place, here = _place(targets, logits)
     slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])

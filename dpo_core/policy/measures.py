@@ -74,12 +74,13 @@ class Measures:
 
     @cached_property
     def chosen(self) -> Completions:
-        """The log-probabilities and lengths of the best completion of each group."""
+        """The log-probabilities and lengths of the best completion of each group (a prompt with its completions)."""
         return self.all[self.starts]
 
     @cached_property
     def rejected(self) -> Completions:
-        """The log-probabilities and lengths of the second completion of each group. All groups must be pairs."""
+        """The log-probabilities and lengths of the second completion of each group (a prompt with its completions). All
+        groups must be pairs."""
         return self.all[self.starts + 1]
 
     @cached_property
@@ -100,7 +101,7 @@ class Measures:
 
     @cached_property
     def weights(self) -> Tensor:
-        """The weight of each group's loss, [G]."""
+        """The weight of each group's loss, [G]. A group is a prompt with its completions."""
         return self._tensor([group.weight for group in self.groups])
 
     @property
