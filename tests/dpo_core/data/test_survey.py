@@ -1,12 +1,8 @@
 import json
 import random
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from dpo_core.data.duplicates import Named, find_duplicates
+from dpo_core.data.duplicates import Named
 from dpo_core.data.feedback import read_groups
-from dpo_core.data.groups import Group
 from dpo_core.data.survey import survey
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green, I think."}
@@ -75,23 +71,6 @@ def test_labels_contradict_each_other():
 def test_ignored_keys_of_a_hostile_file_are_bounded():
     report = survey(lines(*({**PAIR, f"key{n}": 1} for n in range(500))))
     assert 100 <= len(report.ignored_keys) <= 101
-
-
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.sampled_from("xyz")), max_size=30))
-def test_duplicates_are_those_that_a_plain_search_finds(rows):
-    groups = [Group(prompt, (best, worst), line) for line, (prompt, best, worst) in enumerate(rows, 1)]
-    prompts = [i for i, row in enumerate(rows, 1) if row[0] in [r[0] for r in rows[: i - 1]]]
-    again = [i for i, row in enumerate(rows, 1) if row in rows[: i - 1]]
-    first: dict[tuple[str, frozenset[str]], str] = {}
-    turned = []
-    for i, (prompt, best, worst) in enumerate(rows, 1):
-        if best != worst and first.setdefault((prompt, frozenset((best, worst))), best) != best:
-            turned.append(i)
-    found = find_duplicates(iter(groups))
-    for named, expected in zip(
-        (found.prompts, found.groups, found.contradictions), (prompts, again, turned), strict=True
-    ):
-        assert named == Named(len(expected), tuple(expected[:10]))
 
 
 def test_the_report_agrees_with_the_reader():

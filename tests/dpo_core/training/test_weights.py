@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training import ranks, weights
+from dpo_core.training import weights
 from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import train
 
@@ -156,15 +156,6 @@ def test_the_state_of_shards_includes_two_whole_layers_and_all_outside_of_them(m
     gathered = 2 * 2 * (num_weights - 4 * layer + 2 * layer)  # in bfloat16, and as many gradients
     assert weights.state_bytes(policy, 4) == 16 * num_weights // 4 + gathered
     assert weights.state_bytes(policy.requires_grad_(False), 4) == 2 * num_weights // 4 + gathered // 2  # no gradients
-
-
-def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypatch):
-    sent = []
-    monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
-    monkeypatch.setattr(ranks.dist, "all_reduce", lambda tensor: sent.append(tensor.dtype))
-    dtypes = [torch.float64, torch.bfloat16, torch.int64, torch.float32, torch.float16, torch.int32, torch.bfloat16]
-    ranks.all_reduce_sum(*(torch.ones(2, dtype=dtype) for dtype in dtypes))
-    assert sent == dtypes[:-1]
 
 
 @pytest.fixture
