@@ -113,6 +113,10 @@ class Adapter(Contract):
     source: str  # storage URI or local folder in PEFT's format
 
 
+class CannotAttach(Exception):
+    """Raised to training by a model's deployment that cannot attach the adapter of a call, now or later."""
+
+
 ADAPTER_HEADER = "x-raydpo-adapter"
 ADAPTER_SOURCE_HEADER = "x-raydpo-adapter-source"
 """The HTTP headers, percent-encoded, by which the control plane names an `Adapter` to the engine of its base model."""

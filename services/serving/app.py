@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_core.models.adapter_folder import base_of, is_adapter
 from services import storage
-from services.contract import Adapter, Deployment, Score, Spans
+from services.contract import Adapter, CannotAttach, Deployment, Score, Spans
 from services.deployment_settings import Replicas
 from services.forkserver.client import preload
 
@@ -148,18 +148,20 @@ class Policy:
     async def _attached(self, adapter: Adapter | None) -> "AsyncIterator[LoRARequest | None]":
         """Attaches the adapter while the block runs, and gives the block the value that selects the adapter in vLLM.
 
-        The block gets None if `adapter` is None. Raises ValueError if the adapter cannot be attached.
+        The block gets None if `adapter` is None. Raises CannotAttach if the engine can never attach the adapter, and
+        ValueError if it cannot do so now.
         """
         if adapter is None:
             yield None
             return
-        from services.serving.adapters import AdapterRefused
+        from services.serving.adapters import AdapterRefused, AdapterUnusable
 
         try:
             async with self._server.adapters.using(adapter) as (_, request):
                 yield request
         except AdapterRefused as refusal:  # replaced, because the driver would have to import vLLM to receive it
-            raise ValueError(str(refusal)) from None
+            kind = CannotAttach if isinstance(refusal, AdapterUnusable) else ValueError
+            raise kind(str(refusal)) from None
 
 
 @serve.ingress()

@@ -14,7 +14,16 @@ import ray
 
 from dpo_core.encoding.encode import EncodedGroup
 from services import storage
-from services.contract import AttemptSpec, Contract, Failed, Message, ReferenceReleased, ReferenceWanted, Report
+from services.contract import (
+    AttemptSpec,
+    CannotAttach,
+    Contract,
+    Failed,
+    Message,
+    ReferenceReleased,
+    ReferenceWanted,
+    Report,
+)
 from services.training.data import cache, dataset
 from services.training.data.dataset import Dataset, Part
 from services.training.data.encoding import (
@@ -188,7 +197,8 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
     """Has the reference model score the encoded data, and returns them with the scores.
 
     The model's deployment scores if it finishes sooner than the trainer's own forward pass and both agree. Otherwise
-    the trainer scores. Raises JobFailed if the user chose the deployment and the two disagree.
+    the trainer scores. Raises JobFailed if the user chose the deployment, and the two disagree or the deployment cannot
+    attach the adapter that is the reference.
     """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_reference).options(num_cpus=1).remote(spec, encoding.limit))
@@ -214,6 +224,12 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
                 )
                 raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
             report(Message(level="warn", message="The workers compute the reference model's scores instead of vLLM."))
+        except CannotAttach as refusal:
+            why = str(getattr(refusal, "cause", refusal))  # Ray's own error has a traceback in its text
+            if spec.reference_source == "serve":
+                message = f"{why} Then submit the job again, or send x_raydpo.reference.source 'auto' or 'trainer'."
+                raise JobFailed(Failed(code="adapter_unusable", message=message)) from None
+            report(Message(level="warn", message=f"{why} The workers compute the reference model's scores instead."))
         except _Slower:
             pass
     return _score_once(trainer_uri, encoding, lambda: _by_trainer(spec, report), report)

@@ -190,9 +190,13 @@ class Driver:
         self._process = process
 
     def score(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        others: Sequence[Spans] = (),
+        **adapter: dict[str, str],
     ) -> list[Score]:
-        found = self._ask(prompt_ids=prompt_ids, completion_ids=completion_ids, others=others)
+        found = self._ask(prompt_ids=prompt_ids, completion_ids=completion_ids, others=others, **adapter)
         return [Score(*score) for score in found]
 
     def cancel(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], *, after_seconds: float) -> None:

@@ -9,12 +9,15 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RequestCancelledError
 
+from services.contract import Adapter, CannotAttach
+
 ray.init(logging_level="ERROR", log_to_driver=False)
 handle = serve.get_app_handle(sys.argv[1])
 
 for line in sys.stdin:
     request = json.loads(line)
-    answer = handle.score.remote(request["prompt_ids"], request["completion_ids"], request.get("others", ()))
+    adapter = Adapter(**request["adapter"]) if "adapter" in request else None
+    answer = handle.score.remote(request["prompt_ids"], request["completion_ids"], request.get("others", ()), adapter)
     if "cancel_after" in request:
         time.sleep(request["cancel_after"])
         answer.cancel()
@@ -22,6 +25,8 @@ for line in sys.stdin:
         said = {"scores": answer.result()}
     except RequestCancelledError:
         said = {"scores": None}
+    except CannotAttach as error:
+        said = {"error": f"CannotAttach: {error.cause}"}
     except ValueError as error:
         said = {"error": str(error).rpartition("ValueError: ")[2]}
     sys.stdout.write(json.dumps(said) + "\n")

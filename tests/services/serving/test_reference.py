@@ -1,5 +1,6 @@
 """Tests the scores of an engine against a plain float32 forward pass of the same rows."""
 
+import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from openai import OpenAI
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.contract import Score
-from tests.services.serving.conftest import MODEL_LENGTH, POLICY, VOCABULARY, Driver
+from tests.services.serving.conftest import MODEL_LENGTH, POLICY, VOCABULARY, Driver, make_adapter
 
 pytestmark = pytest.mark.ray
 
@@ -135,3 +136,17 @@ def test_a_cancelled_call_leaves_the_engine_free(driver: Driver) -> None:
     started = time.monotonic()
     driver.score([[5]], [[6]])
     assert time.monotonic() - started < whole / 3
+
+
+def test_an_adapter_that_vllm_would_ignore_in_part_is_an_error_of_its_own(
+    driver: Driver, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(model_folder, tmp_path / "adapter")
+    adapter = {"id": "ft:stacked", "source": folder.as_uri()}
+    (plain,) = driver.score([[5, 9]], [[200, 31]])
+    (adapted,) = driver.score([[5, 9]], [[200, 31]], adapter=adapter | {"id": "ft:plain"})
+    assert abs(plain.logp - adapted.logp) > 0.01
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": ["experts.down_proj"]}))
+    with pytest.raises(ValueError, match=r"^CannotAttach: .* its config sets target_parameters, .* to merged\.$"):
+        driver.score([[5, 9]], [[200, 31]], adapter=adapter)

@@ -1,6 +1,7 @@
 """Runs a Ray cluster with one deployment until standard input ends: `cluster.py <temp folder> <model>`.
 
-The deployment returns scores as a replica of services.serving does, but computes them with transformers.
+The deployment returns scores as a replica of services.serving does, but computes them with transformers, and can attach
+no adapter.
 """
 
 import math
@@ -13,7 +14,7 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from services import forkserver
-from services.contract import Score
+from services.contract import Adapter, CannotAttach, Score
 from services.forkserver.start_ray import start_workers_as_forks
 
 
@@ -27,7 +28,11 @@ class Reference:
         return [Score(math.fsum(row), len(row)) for row in self.token_logps(prompt_ids, completion_ids)]
 
     @torch.inference_mode()
-    def token_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[list[float]]:
+    def token_logps(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], adapter: Adapter | None = None
+    ) -> list[list[float]]:
+        if adapter:
+            raise CannotAttach(f"The engine cannot attach the adapter '{adapter.id}'.")
         return [self._logps(*row) for row in zip(prompt_ids, completion_ids, strict=True)]
 
     def _logps(self, prompt: list[int], completion: list[int]) -> list[float]:

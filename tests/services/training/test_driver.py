@@ -28,6 +28,7 @@ from dpo_core.options import Dpo, Objective, Orpo
 from dpo_core.training.checkpoint import verify
 from services import storage
 from services.contract import (
+    Adapter,
     AttemptSpec,
     CheckpointSaved,
     Died,
@@ -498,6 +499,27 @@ def test_a_deployment_that_departs_fails_a_job_that_insists_on_it(
     assert isinstance(last, Failed)
     assert last.code == "reference_mismatch"
     assert "per token mean" in last.message
+
+
+@pytest.mark.parametrize("source", ["auto", "serve"])
+def test_a_reference_that_cannot_be_attached_is_scored_by_the_trainer_unless_the_job_insists(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], model_source: str, control_plane: Any, source: str
+) -> None:
+    adapter = Adapter(id="ft:tiny:stacked", source="s3://bucket/stacked")
+    given = {"reference": "tiny", "reference_adapter": adapter, "reference_source": source}
+    spec = make_spec(config=TrainConfig(batch_size=8, n_epochs=1), events_url=control_plane.url, **given)
+    weights = cache.model_digest(model_source, weights=True)
+    rates.write(engine_rate_uri(spec.cache_uri, weights, "float32"), Rate(tokens_per_second=1e9))
+    driver = start(spec)
+    assert driver.wait() == (source == "serve"), driver.log.read_text()[-5000:]
+    why = "The engine cannot attach the adapter 'ft:tiny:stacked'."
+    if source == "serve":
+        remedy = "Then submit the job again, or send x_raydpo.reference.source 'auto' or 'trainer'."
+        assert driver.reports()[-1] == Failed(code="adapter_unusable", message=f"{why} {remedy}")
+        return
+    warnings = [report.message for report in only(Message, driver.reports()) if report.level == "warn"]
+    assert warnings == [f"{why} The workers compute the reference model's scores instead."]
+    assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_an_attempt_trains_on_rows_from_the_web(

@@ -234,6 +234,16 @@ def test_an_adapter_that_was_deleted_on_the_way_does_not_exist(api: httpx.Client
     assert answer.json()["error"]["code"] == "model_not_found"
 
 
+def test_an_adapter_that_the_engine_cannot_attach_is_the_clients_to_change(
+    api: httpx.Client, serve: Serve, adapter: str
+) -> None:
+    why = {"message": "The engine cannot attach it.", "type": "e", "param": "model", "code": "adapter_unusable"}
+    serve.reply(json.dumps({"error": why}).encode(), status=409)
+    answer = ask(api, model=adapter)
+    assert refusal(answer, 400) == why["message"]
+    assert answer.json()["error"] == why | {"type": "invalid_request_error"}
+
+
 # --- what comes back -----------------------------------------------------------------------------------
 
 
