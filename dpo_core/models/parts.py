@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from dpo_core.config import Lora
-from dpo_core.models.adapter import attach, check_base, linears_in, options_of, put_weights
+from dpo_core.models.adapter import attach, linears_in, options_of, put_weights
 from dpo_core.models.architecture import UNREAD, is_reward_model, kind_of, local_part
 from dpo_core.models.loading import Found, read
 from dpo_core.models.miniature import miniature
@@ -85,9 +85,12 @@ def is_unread(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> None:
+def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> Path | None:
     """Reads the weights into a model that `load_structure` made. Of a sharded parameter, each rank reads only its own
     shard. All ranks must call this together.
+
+    Returns the folder of the trained adapter that is on the model, if there is one. The caller then checks it with
+    `check_base`, once all ranks have their weights: the check gathers them.
 
     The weights come from the folder or hub id for which the model was built, or from the folder of a saved model if
     `checkpoint` names one. Raises UnusableModel if the weights do not match the model.
@@ -115,8 +118,7 @@ def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> None:
     delattr(model, UNREAD)
     if not any(isinstance(own, DTensor) for own in parameters.values()):
         model.to(unread.device)
-    if unread.adapter:
-        check_base(unread.adapter, model)
+    return unread.adapter
 
 
 def _read_like(found: Found, kind: type[PreTrainedModel], wanted: dict[str, nn.Parameter]) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_core.checkpoint_selection import Evaluation, evaluations, stalls
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.models.adapter import fingerprint
+from dpo_core.models.adapter import check_base, fingerprint
 from dpo_core.models.architecture import device_of
 from dpo_core.models.model import check_model, check_policy, has_adapter
 from dpo_core.models.parts import is_unread, read_parts
@@ -192,8 +192,10 @@ class _Run:
         shard(self.scorer, config.sharding)
         saved = resume / "model" if resume and is_unread(policy) and not has_adapter(policy) else None
         if is_unread(policy):
-            together(partial(read_parts, policy, saved), device)
+            adapter = together(partial(read_parts, policy, saved), device)
             agree_on_weights(policy)
+            if adapter is not None:
+                check_base(adapter, policy)
         self.base = fingerprint(policy) if has_adapter(policy) else None
         if manifest and self.base and manifest.base not in (None, self.base):
             what = f"The adapter in {resume} was trained on a base with other weights than {policy.name_or_path}"

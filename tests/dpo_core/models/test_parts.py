@@ -25,7 +25,7 @@ from transformers import (
 
 from dpo_core.config import Lora
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.models.adapter import fingerprint
+from dpo_core.models.adapter import check_base, fingerprint
 from dpo_core.models.architecture import UnusableModel
 from dpo_core.models.model import load_policy, load_reward_model
 from dpo_core.models.parts import is_unread, read_parts
@@ -54,7 +54,8 @@ def compare(load: Any, folder: Path, **options: Any) -> list[str]:
     expected = Scorer(whole)
     scorer = Scorer(policy)
     shard(scorer, "full")
-    together(lambda: read_parts(policy), torch.device("cpu"))
+    if adapter := together(lambda: read_parts(policy), torch.device("cpu")):
+        check_base(adapter, policy)
     own, theirs = (dict(model.named_parameters(remove_duplicate=False)) for model in (policy, whole))
     assert own.keys() == theirs.keys()
     different = [
@@ -95,6 +96,7 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
         found[f"{name}, adapter"] = compare(load_reward_model, home / folder, seed=3, adapter=Lora(r=4))
     for name, adapter, why in (
         ("broken", None, "NaN or infinity|Another rank"),
+        ("broken", home / "other", "NaN or infinity|Another rank"),  # before the base is compared, which all must do
         ("llama", home / "other", "other weights"),
     ):
         with pytest.raises((UnusableModel, RuntimeError), match=why):
