@@ -35,7 +35,7 @@ from services.control_plane.http import health, metrics, unsupported
 from services.control_plane.http.access_log import AccessLog
 from services.control_plane.http.dependencies import admit, check_query
 from services.control_plane.http.limits import Limits
-from services.control_plane.http.rate_limit import RateLimits
+from services.control_plane.http.rate_limit import InFlight, RateLimits
 from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
 from services.control_plane.inference import api as inference_api
@@ -120,6 +120,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.scoring = Scoring(app.state.inference)
     app.state.authentication, app.state.rate_limits = Authentication(store, settings), RateLimits()
     app.state.token_limits, app.state.usage = RateLimits("tokens"), UsageRecorder(store)
+    app.state.in_flight = InFlight()
     app.state.job_reader, app.state.refusals = JobReader(store), Refusals(store)
     streams = app.state.streams = Streams(store, settings)
     sender = app.state.sender = Sender(store, settings)

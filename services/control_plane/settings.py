@@ -165,6 +165,12 @@ class Settings(BaseSettings):
         "has no limit of its own. Each replica of the service counts separately. If unset, there is "
         "no limit.",
     )
+    requests_at_once: int = Field(
+        default=200,
+        gt=0,
+        description="Maximum number of completions and rewards that one process answers for one API key at the same "
+        "time, streams and requests that wait for a model included.",
+    )
 
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,

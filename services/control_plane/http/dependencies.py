@@ -2,6 +2,7 @@
 request."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Query, Request
@@ -16,7 +17,7 @@ from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import InvalidRequest, Unauthorized
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.http.idempotency import IdempotentRequest
-from services.control_plane.http.rate_limit import RateLimits
+from services.control_plane.http.rate_limit import InFlight, RateLimits
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
@@ -60,8 +61,12 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
     if limit := caller.requests_per_minute or settings.requests_per_minute:
         request.state.headers |= cast(RateLimits, parts.rate_limits).take(caller.key_id, limit)
     scopes.check(caller, request.method, request.scope["route"].path)
-    if (limit := tokens_per_minute(caller, settings)) and request.scope["route"].path in scopes.INFERENCE:
-        request.state.headers |= cast(RateLimits, parts.token_limits).look(caller.key_id, limit)
+    if request.scope["route"].path in scopes.INFERENCE:
+        if limit := tokens_per_minute(caller, settings):
+            request.state.headers |= cast(RateLimits, parts.token_limits).look(caller.key_id, limit)
+        in_flight = cast(InFlight, parts.in_flight)
+        request.state.headers |= in_flight.enter(caller.key_id, settings.requests_at_once)
+        request.state.at_end.append(partial(in_flight.leave, caller.key_id))
     return caller
 
 

@@ -180,7 +180,8 @@ class Limits:
     """The ASGI middleware that limits how large and how slow a request may be, and how many are answered at the same
     time.
 
-    Stores the request's body, as a Body, in `request.state.body`.
+    Stores the request's body, as a Body, in `request.state.body`. Calls the functions in `request.state.at_end` when
+    the request is answered, or its client has left.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
@@ -202,7 +203,8 @@ class Limits:
             await error.response()(scope, receive, send)
             return
         body = Body(receive, Headers(scope=scope), self._settings, place)
-        scope.setdefault("state", {})["body"] = body
+        at_end: list[Callable[[], None]] = []
+        scope.setdefault("state", {}).update(body=body, at_end=at_end)
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start" and _is_stream(scope, message):
@@ -214,6 +216,8 @@ class Limits:
         finally:
             body.give_back()
             place.leave()
+            for end in at_end:
+                end()
 
     async def _enter(self, scope: Scope) -> Place:
         """Counts the request as one of those that are answered at the same time, before its body is read. Returns its

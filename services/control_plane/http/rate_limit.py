@@ -1,4 +1,5 @@
-"""Limits the requests and the tokens per minute of each API key. Each control plane counts only its own requests.
+"""Limits the requests and the tokens per minute of each API key, and its requests at the same time. Each control plane
+counts only its own requests.
 
 A key may use the amount of a whole minute in a burst; afterwards one further unit (a request or a token) is allowed
 every 1/limit of a minute. For each key, the process stores one number: the time at which the whole amount is allowed
@@ -11,6 +12,7 @@ balanced.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from cachetools import TLRUCache
@@ -19,6 +21,7 @@ from services.control_plane.core.errors import RateLimited
 
 MINUTE = 60.0
 MAX_KEYS = 100_000
+AT_ONCE_SECONDS = 1.0  # after which a client tries again that has too many requests in flight
 
 
 class RateLimits:
@@ -70,6 +73,33 @@ class RateLimits:
             f"x-ratelimit-remaining-{self._what}": str(max(0, math.floor((MINUTE - reset) * limit / MINUTE + 1e-6))),
             f"x-ratelimit-reset-{self._what}": _duration(reset),
         }
+
+
+class InFlight:
+    """Counts the requests of each API key that are being answered, and refuses more of them than a limit."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def enter(self, key_id: str, limit: int) -> dict[str, str]:
+        """Counts a request as in flight until `leave` is called. Returns the x-ratelimit headers of the response.
+
+        Raises RateLimited if `limit` requests of the key are in flight.
+        """
+        count = self._counts[key_id]
+        if count >= limit:
+            message = f"Rate limit reached: {count} requests of the key {key_id} are being answered, the most at once"
+            message += ". Send this one when one of them has ended."
+            raise RateLimited(message, seconds=AT_ONCE_SECONDS, headers=self._headers(limit, 0))
+        self._counts[key_id] += 1
+        return self._headers(limit, limit - count - 1)
+
+    def leave(self, key_id: str) -> None:
+        self._counts[key_id] -= 1
+        self._counts += Counter()  # drops keys that have none in flight
+
+    def _headers(self, limit: int, left: int) -> dict[str, str]:
+        return {"x-ratelimit-limit-at-once": str(limit), "x-ratelimit-remaining-at-once": str(left)}
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
 
@@ -349,6 +349,34 @@ def test_a_key_over_its_tokens_is_told_when_to_come_back(api: httpx.Client, base
 
 
 # --- who leaves ----------------------------------------------------------------------------------------
+
+
+def test_one_key_has_a_limited_number_of_requests_in_flight_and_others_are_answered(
+    api: httpx.Client, base_url: str, settings: Settings, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve.reply(b"{}")
+    assert ask(api).status_code == 200  # it is loaded
+    monkeypatch.setattr(settings, "requests_at_once", 2)
+    serve.stream(DELTA)
+    serve.holds = True
+
+    def begin(client: httpx.Client) -> AbstractContextManager[httpx.Response]:
+        return client.stream("POST", "/chat/completions", json=ASK | {"stream": True})
+
+    with api_of(base_url, new_key(api)["value"]) as own:
+        with begin(own) as first, begin(own) as second:
+            left = [answer.headers["x-ratelimit-remaining-at-once"] for answer in (first, second)]
+            assert left == ["1", "0"]
+            third = ask(own)
+            assert "2 requests of the key" in refusal(third, 429)
+            assert third.json()["error"]["code"] == "rate_limit_exceeded"
+            assert (third.headers["retry-after"], third.headers["x-ratelimit-limit-at-once"]) == ("1", "2")
+            assert own.get("/files").status_code == 200
+            with begin(api) as other:
+                assert other.status_code == 200
+        until(lambda: serve.num_open == 0)
+        serve.reply(b"{}")
+        until(lambda: ask(own).status_code == 200)
 
 
 @pytest.mark.parametrize("stream", [False, True])
