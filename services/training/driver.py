@@ -21,6 +21,7 @@ import ray
 from pydantic import ValidationError
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from dpo_core.models.adapter_folder import is_adapter
 from services import forkserver, storage
 from services.contract import (
     WIRE,
@@ -28,6 +29,7 @@ from services.contract import (
     AttemptSpec,
     Died,
     Failed,
+    Message,
     Paused,
     Progress,
     Report,
@@ -161,7 +163,7 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
         return trained
     preparing.result()
     report(Progress(stage="exporting", done=0, total=1))
-    exported = retry_while_full(lambda: export(spec, trained), "exporting the policy", report)
+    exported = retry_while_full(lambda: export(spec, trained, report), "exporting the policy", report)
     report(Progress(stage="exporting", done=1, total=1))
     return exported
 
@@ -231,13 +233,33 @@ def train(
     return trained
 
 
-def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
+def export(spec: AttemptSpec, trained: Succeeded, report: Callable[[Report], None]) -> Succeeded:
     """Copies the trained model from its checkpoint to the job's folder `export`, and returns the report with the new
-    URI."""
+    URI. Warns the user of an adapter that changes nothing.
+
+    Raises JobFailed for an adapter with numbers that are not finite, which could not answer.
+    """
     uri = storage.join(spec.run_uri, "export")
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
-        storage.publish(storage.fetch(trained.model_uri, cache=Path(folder)), uri)
+        policy = storage.fetch(trained.model_uri, cache=Path(folder))
+        if is_adapter(policy) and not _has_learned(policy):
+            sentence = (
+                "The adapter has learned nothing: it gives every row the log-probabilities of its base. Check that the "
+                "rows differ in quality, and raise learning_rate."
+            )
+            report(Message(level="warn", message=sentence))
+        storage.publish(policy, uri)
     return Succeeded(model_uri=uri, trained_tokens=trained.trained_tokens)
+
+
+def _has_learned(adapter: Path) -> bool:
+    from dpo_core.models.adapter import has_learned
+    from dpo_core.models.architecture import UnusableModel
+
+    try:
+        return has_learned(adapter)
+    except UnusableModel as error:
+        raise JobFailed(Failed(code="training_diverged", message=str(error))) from None
 
 
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_merged, load_policy
 from services import storage
-from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Started, Weights
+from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Report, Started, Succeeded, Weights
+from services.training.driver import export
 from services.training.reference.trainer_scores import check_reference
 from services.training.reports.reporting import JobFailed
 from tests.services.training.attempt import Driver, figures, only, train_workers
@@ -193,3 +194,25 @@ def test_a_base_in_nf4_is_trained_in_bfloat16_with_a_warning_where_that_is_slow(
     assert metrics[6]["loss"] < metrics[1]["loss"]
     warned = any("has no AMX" in report.message for report in only(Message, driver.reports()))
     assert warned != torch.cpu._is_amx_tile_supported()
+
+
+def test_an_adapter_that_changes_nothing_is_told_and_one_that_is_broken_is_not_exported(
+    make_spec: MakeSpec, model_source: str, tmp_path: Path
+) -> None:
+    spec, folder, told = make_spec(**GIVEN), tmp_path / "policy", list[Report]()
+    policy = load_policy(model_source, adapter=Lora(r=4))
+    for value, said in ((0.0, ["The adapter has learned nothing"]), (1e-3, [])):
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(weight, value)
+        policy.save_pretrained(folder)
+        trained = Succeeded(model_uri=folder.as_uri(), trained_tokens=1)
+        assert export(spec, trained, told.append).model_uri == f"{spec.run_uri}/export"
+        assert [(report.level, report.message.partition(":")[0]) for report in only(Message, told)] == [
+            ("warn", sentence) for sentence in said
+        ]
+        told.clear()
+    next(weight for name, weight in policy.named_parameters() if "lora_B" in name).data[0, 0] = torch.nan
+    policy.save_pretrained(folder)
+    with pytest.raises(JobFailed, match="has numbers that are not finite"):
+        export(spec, trained, told.append)
