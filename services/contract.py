@@ -436,10 +436,12 @@ class Progress(Contract):
 class ReferenceWanted(Contract):
     """A report of an attempt (one run of a job): from now on, it needs the deployment of its reference model.
 
-    The attempt waits until the deployment is loaded.
+    The attempt waits until the deployment is loaded. `app_name` is the deployment's name, as the attempt's spec gives
+    it: the control plane's settings may have changed since.
     """
 
     kind: Literal["reference wanted"] = "reference wanted"
+    app_name: str | None = None  # None: of an older release, which knows only the model's own engine
 
 
 class ReferenceReleased(Contract):

@@ -308,7 +308,7 @@ def _by_deployment(
     def connect() -> Reference:
         return await_reference(app_name, report, spec.reference_adapter)
 
-    report(ReferenceWanted())
+    report(ReferenceWanted(app_name=app_name))
     groups, asked_at = parity.sample(encoding.training), time.monotonic()
     if spec.num_gpus_per_worker:
         connect()  # the free GPUs are known only once the deployment is loaded

@@ -71,6 +71,13 @@ async def give_token(session: AsyncSession, attempt: Attempt) -> str:
     return token
 
 
+async def want(session: AsyncSession, attempt: Attempt, reference: deployments.Reference) -> None:
+    """Requests that the application `reference` is loaded, and keeps it loaded for the attempt."""
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    await session.execute(statement.values(reference=reference.app_name))
+    await deployments.use(session, reference.loaded, app_name=reference.app_name)
+
+
 async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     await session.execute(statement.where(Attempt.state == "launching").values(state="running"))
@@ -219,10 +226,11 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
         case Progress():
             await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
         case ReferenceWanted():
+            if report.app_name is None and attempt.reference:  # requested when the attempt was opened
+                return
             model = models.reference_of(await session.get_one(Job, attempt.job_id))
-            reference = await deployments.reference(session, settings, model)
-            attempt.reference = reference.app_name
-            await deployments.use(session, reference.loaded, app_name=reference.app_name)
+            loaded, attempt.reference = await deployments.scorer_named(session, settings, model, report.app_name)
+            await deployments.use(session, loaded, app_name=attempt.reference)
         case ReferenceReleased():
             attempt.reference = None
         case Started():

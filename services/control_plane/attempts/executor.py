@@ -138,11 +138,11 @@ class Executor:
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
             token = await attempts.give_token(session, attempt)
             scorer = await deployments.reference(session, self._settings, models.reference_of(job))
+            if attempt.reference:  # settings may have changed since the attempt was opened
+                await attempts.want(session, attempt, scorer)
         run_uri = self._run_uri(job)
-        # Settings may have changed since the attempt asked for its reference; the adapter goes with the application.
-        app_name = attempt.reference or scorer.app_name
-        reference = await self._ray_api.own_name(app_name) if spec.may_be_served else None
-        adapter = scorer.adapter if reference and app_name == scorer.app_name else None
+        reference = await self._ray_api.own_name(scorer.app_name) if spec.may_be_served else None
+        adapter = scorer.adapter if reference else None
         attempt_spec = AttemptSpec(
             wire=_wire_of(spec, adapter),
             job_id=job.id,

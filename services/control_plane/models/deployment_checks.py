@@ -6,13 +6,12 @@ Refuses settings that cannot work, and settings that the client may not choose.
 import asyncio
 from collections.abc import Mapping
 
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.plan.positions import positions_of
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest
-from services.control_plane.core.tables import DEFAULT_PROJECT, Attempt
+from services.control_plane.core.tables import DEFAULT_PROJECT
 from services.control_plane.models import deployment_settings, models
 from services.control_plane.models.engines import engine_of
 from services.control_plane.models.models import NamedModel
@@ -64,7 +63,6 @@ async def check(
     _check_capacity(chosen, num_gpus, capacity)
     if chosen.pinned:
         await _check_pinned(session, settings, model)
-    await check_reference(session, settings, model, full)
     if full.mode != "merged":
         await _check_attached(session, settings, model, chosen)
     if chosen.max_model_len is not None:
@@ -121,17 +119,6 @@ async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedM
         places = f"of {settings.max_loaded_models} places one stays free for others"
         message = f"pinned is true, {len(others)} other models are pinned, and {places}"
         raise _invalid("pinned", f"{message}; unpin one, or raise max_loaded_models in the settings.")
-
-
-async def check_reference(
-    session: AsyncSession, settings: Settings, model: NamedModel, full: DeploymentSettings
-) -> None:
-    """Raises InvalidRequest if the model's engine computes the log-probabilities of a running job's reference model,
-    and with the settings `full` could not do so."""
-    scored = select(Attempt.job_id).where(Attempt.state != "ended", Attempt.reference == model.app_name)
-    if settings.scores_apart(full) and await session.scalar(scored.limit(1)):
-        message = f"The model '{model.id}' is the reference model of a running job, whose rows it could not score"
-        raise InvalidRequest(f"{message} with these settings; wait until the job trains.", param="model")
 
 
 async def _check_attached(

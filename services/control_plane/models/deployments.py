@@ -20,7 +20,7 @@ from services import contract
 from services.control_plane.core.errors import InvalidRequest, NotFound, Unavailable
 from services.control_plane.core.tables import Attempt, Deployment, Model
 from services.control_plane.models import deployment_settings, eviction, models
-from services.control_plane.models.engines import Engine, engine_of, engines_of
+from services.control_plane.models.engines import Engine, engine_of, engines_of, hosts_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
@@ -84,6 +84,23 @@ def _reference(engine: Engine, own: DeploymentSettings, settings: Settings) -> R
         return Reference(scorer_of(engine.loaded), settings.num_gpus_of(own), engine.loaded, engine.adapter)
     num_gpus = settings.num_gpus_of(own) * own.replicas.max
     return Reference(engine.app_name, num_gpus, engine.loaded, engine.adapter)
+
+
+async def scorer_named(
+    session: AsyncSession, settings: Settings, model: NamedModel, name: str | None
+) -> tuple[NamedModel, str]:
+    """Returns the model that the application `name` loads, and the application's name without the service's prefix.
+
+    An attempt was told to score with this application, and waits for it, although `model` may have another one by now.
+    If `name` is None, the attempt is of a release that knows only the model's own engine.
+    """
+    hosts = await hosts_of(session, settings, model)
+    for loaded in hosts:
+        for app_name in (loaded.app_name, scorer_of(loaded)):
+            if name is None or name.endswith(f"-{app_name}"):
+                return loaded, app_name
+    found = await reference(session, settings, model)
+    return found.loaded, found.app_name
 
 
 def scorer_of(model: NamedModel) -> str:
@@ -187,7 +204,7 @@ async def status(
     row, app = await session.get(Deployment, loaded.app_name), applications.get(loaded.app_name)
     named = {"app_name": loaded.app_name, "model_id": loaded.id, "source": loaded.source}
     asked = row or Deployment(**named, num_outputs=loaded.num_outputs)
-    application = _application(asked, own, settings)
+    application = _application(asked, own, settings, is_reference=False)
     chosen = await deployment_settings.chosen(session, model.id)
     if app is None or app.state == "stopping":
         state, lack = ("unloaded", None) if row is None else ("waiting", row.waits_for or "its turn to be loaded")
@@ -260,7 +277,9 @@ async def wished(session: AsyncSession, settings: Settings, applications: Mappin
     found = []
     for row, is_reference, now in rows:
         own, app = chosen[row.model_id], applications.get(row.app_name)
-        application = _application(row, own, settings)
+        application = _application(row, own, settings, is_reference=is_reference)
+        if is_reference and app and app.deployment and app.state in ("loading", "running"):
+            application = app.deployment  # new settings wait until the scores are in
         model = _model(row, application, own, settings, now, app, is_reference=is_reference)
         outdated = app is not None and app.deployment not in (None, application) and app.state != "stopping"
         found.append(Wish(row, model, application, outdated))
@@ -362,7 +381,9 @@ async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_
         await session.execute(statement.execution_options(synchronize_session=False))
 
 
-def _application(row: Deployment, own: DeploymentSettings, settings: Settings) -> contract.Deployment:
+def _application(
+    row: Deployment, own: DeploymentSettings, settings: Settings, *, is_reference: bool
+) -> contract.Deployment:
     num_gpus, num_outputs = settings.num_gpus_of(own), row.num_outputs or 0
     served = contract.Deployment(
         app_name=row.app_name,
@@ -375,7 +396,8 @@ def _application(row: Deployment, own: DeploymentSettings, settings: Settings) -
         num_outputs=num_outputs,
         purpose="answers" if settings.scores_apart(own) else "both",
     )
-    if not row.scores:
+    # Settings may have changed since an attempt was told to score with the model's own engine.
+    if not row.scores and not (is_reference and settings.scores_apart(own)):
         return served
     kept = ("gpu_memory_utilization", "max_lora_rank", "max_loras", "max_cpu_loras")
     engine = EngineSettings(**{name: getattr(own, name) for name in kept})

@@ -63,7 +63,8 @@ async def change(
 ) -> Response:
     """Sets how a model is served. Fields that the body leaves out are reset to their defaults.
 
-    If the model is loaded, Ray Serve replaces its replicas. Each replica first finishes its answers.
+    If the model is loaded, Ray Serve replaces its replicas. Each replica first finishes its answers. An engine that
+    scores for a job keeps its settings until the scores are in.
     """
     view, capacity = await asyncio.gather(_look(ray_api), ray_api.capacity())
 
@@ -87,8 +88,6 @@ async def reset(
     async def forget(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, model_id)
         await deployment_checks.check_rights(session, settings, caller, model)
-        defaults = await deployment_settings.with_choice(session, settings, model.id, DeploymentSettings())
-        await deployment_checks.check_reference(session, settings, model, defaults)
         await deployment_settings.choose(session, model.id, None)
         return deployment_object(await _status(session, settings, view, model), None)
 

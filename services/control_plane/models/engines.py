@@ -64,6 +64,17 @@ async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[
     return {model_id: await engine_of(session, settings, model) for model_id, model in models.items()}
 
 
+async def hosts_of(session: AsyncSession, settings: Settings, model: NamedModel) -> list[NamedModel]:
+    """Returns the models whose engines can answer for the model: the model itself and, for an adapter, its base.
+
+    Needs only the id and the source of `model`.
+    """
+    row = await session.scalar(select(Model).where(Model.id == model.id))
+    if row is None or row.base_source is None:
+        return [model]
+    return [model, await base_of(session, settings, trained(row))]
+
+
 async def why_merged_on(
     session: AsyncSession, settings: Settings, start: NamedModel, adapter: Lora, quantization: Quantization | None
 ) -> str | None:

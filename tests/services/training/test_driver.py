@@ -465,7 +465,7 @@ def test_the_trainer_scores_where_the_deployment_departs(
     rates.write(engine_rate_uri(spec.cache_uri, weights, "float32"), loaded)
     driver = start(spec)
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
-    assert ReferenceWanted() in driver.reports()
+    assert ReferenceWanted(app_name="tiny") in driver.reports()
     warnings = [report.message for report in only(Message, driver.reports()) if report.level == "warn"]
     assert warnings[0].startswith(
         "vLLM and the trainer compute different log-probabilities of the reference model: differences in 24 rows with "
@@ -485,7 +485,7 @@ def test_a_small_job_does_not_wait_for_an_engine(
     messages = [report.message for report in only(Message, driver.reports())]
     assert messages[2].startswith("The workers compute the reference model's scores instead of vLLM: they need about ")
     assert "and loading vLLM is only worth it above 60 s" in messages[2]
-    assert ReferenceWanted() not in driver.reports()
+    assert not only(ReferenceWanted, driver.reports())
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 

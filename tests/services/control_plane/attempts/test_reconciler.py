@@ -258,6 +258,28 @@ def test_a_reference_is_served_once_an_attempt_wants_it(
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
 
 
+@pytest.mark.parametrize("of_older_release", [False, True])
+def test_an_attempt_gets_the_engine_it_was_told_of_although_settings_changed(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str, of_older_release: bool
+) -> None:
+    ticks(settings, 1)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    spec = spec_of(ray.submissions[0])
+    client.put("/x/deployments/tiny", body={"dtype": "bfloat16"}, cast_to=object)  # an engine of its own would score
+    wanted = ReferenceWanted(app_name=None if of_older_release else spec.reference)
+    body = spool(settings, job_id, 1, [wanted]).model_dump(mode="json")
+    url = f"{base_url}/internal/attempts/{job_id}/1/events"
+    assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    ticks(settings, 1)
+    args = ray.serve[str(spec.reference)]["deployed_app_config"]["args"]
+    assert (args["app_name"], args["purpose"], args["dtype"]) == (spec.reference, "scores", "float32")
+    client.delete("/x/deployments/tiny", cast_to=object)
+    spool(settings, job_id, 1, reports(settings, job_id), first=1)
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+
+
 def test_an_attempt_that_insists_on_a_served_reference_finds_it_wished_for(
     client: openai.OpenAI, settings: Settings, ray: FakeRay
 ) -> None:

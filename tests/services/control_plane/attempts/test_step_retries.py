@@ -1,6 +1,7 @@
 """Tests that no report, request or name stops the service: each ends in a message after few tries."""
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -401,3 +402,34 @@ def test_trouble_of_the_job_is_told_from_a_world_that_is_away(error: Exception, 
     assert is_ours(error) is ours
     assert in_words(error).startswith(words)
     assert not {"secret", "10.0.0.1"} & set(in_words(error).replace(":", " ").split())
+
+
+def test_a_launch_that_is_tried_again_gets_the_reference_of_the_settings_by_then(
+    client: openai.OpenAI, settings: Settings, ray: Ray
+) -> None:
+    """An adapter is scored by the engine of its base, until its deployment's mode is merged."""
+    name = "ft:tiny:raydpo::of-settings"
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute(
+            "INSERT INTO jobs (id, project_id, spec, model_source, model_root, priority, desired, observed, version, "
+            "fine_tuned_model, finished_at) VALUES "
+            "('ftjob-of-settings', 'proj_default', '{}', '/m', 'tiny', 0, 'run', 'succeeded', 1, 'ft:tiny', now())"
+        )
+        rows.execute(
+            "INSERT INTO models (id, project_id, source, root, base_source, adapter, job_id) "
+            "VALUES (%s, 'proj_default', 's3://b/1', 'tiny', %s, '{\"r\": 8}', 'ftjob-of-settings')",
+            [name, settings.models["tiny"].source],
+        )
+    ray.refusal = (503, "busy")
+    job_id = submit(client, settings, x_raydpo={"reference": {"source": "serve", "model": name}})
+    ticks(settings, 1)
+    assert (ray.num_launches, [app.split("-")[2] for app in ray.applications]) == (1, ["tiny"])
+    client.put(f"/x/deployments/{name}", body={"mode": "merged"}, cast_to=object)
+    ray.refusal = None
+    ticks(settings, 2)
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(shlex.split(ray.submissions[0]["entrypoint"])[-1]))
+    assert spec.reference_adapter is None
+    assert spec.reference in ray.applications
+    assert ray.serve[str(spec.reference)]["deployed_app_config"]["args"]["source"] == "s3://b/1"
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)

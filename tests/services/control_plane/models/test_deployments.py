@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 from sqlalchemy import text
 
+from services import contract
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.models import deployment_settings, deployments
 from services.control_plane.models.deployments import Reference
@@ -138,6 +139,35 @@ def test_a_model_that_is_served_in_another_precision_is_scored_by_an_engine_of_i
         async with cluster.store.begin() as session:
             placed = await deployments.place(session, on_gpus, cluster.loaded, TWO)
         assert [row.app_name for row in placed] == [A.app_name]  # nothing is left to be scored
+
+    tell(story)
+
+
+def test_an_engine_that_scores_keeps_its_settings_until_the_scores_are_in(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        async def placed() -> contract.Deployment:
+            async with cluster.store.begin() as session:
+                (found,) = await deployments.place(session, cluster.settings, cluster.loaded, TWO)
+            return found
+
+        async def choose(changes: dict[str, object] | None) -> None:
+            async with cluster.store.begin() as session:
+                await deployment_settings.choose(session, "a", changes)
+
+        await cluster.pin(A)
+        running = await placed()
+        assert (running.dtype, running.purpose, running.engine.max_lora_rank) == ("float32", "both", 32)
+        await choose({"dtype": "bfloat16", "max_lora_rank": 8, "replicas": 2})
+        cluster.loaded = {A.app_name: Application("running", "", running)}
+        assert await placed() == running
+        cluster.loaded = {}  # Ray was started anew, and the attempt still waits for this engine
+        again = await placed()
+        assert (again.app_name, again.dtype, again.purpose) == (A.app_name, "float32", "scores")
+        cluster.loaded = {A.app_name: Application("running", "", running)}
+        await cluster.release(A)
+        after = await placed()
+        assert (after.dtype, after.purpose, after.engine.max_lora_rank) == ("bfloat16", "answers", 8)
+        await choose(None)
 
     tell(story)
 

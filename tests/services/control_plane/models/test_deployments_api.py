@@ -8,7 +8,6 @@ import httpx
 import psycopg
 import pytest
 
-from services.control_plane.models.models import bases
 from services.control_plane.settings import BaseModel, DeploymentLimits, Settings
 from tests.services.control_plane.conftest import FakeRay, api_of, new_key, new_project, pairs
 
@@ -198,24 +197,6 @@ def test_a_reward_model_takes_no_settings_of_vllm(api: httpx.Client, settings: S
         error = refused(own, POLICY, **{field: value})
         assert (error["param"], field in error["message"]) == (field, True)
     assert change(own, POLICY, num_gpus=1, dtype="bfloat16", max_model_len=128)["settings"]["num_gpus"] == 1
-
-
-def test_an_engine_that_scores_for_a_running_job_keeps_its_precision(api: httpx.Client, settings: Settings) -> None:
-    with psycopg.connect(settings.database_url) as connection:
-        values = "'proj_default', '{}', '/m', 'm', 0, 'run', 'running', 1"
-        columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
-        connection.execute(f"INSERT INTO jobs ({columns}) VALUES ('ftjob-scored', {values})")
-        columns = "job_id, number, state, token, next_seq, num_accelerators, failed, reference"
-        values = "'ftjob-scored', 1, 'launching', '', 0, 0, false"
-        name = bases(settings)[0].app_name
-        connection.execute(f"INSERT INTO attempts ({columns}) VALUES ({values}, %s)", (name,))
-    assert "is the reference model of a running job" in refused(api, "tiny", dtype="bfloat16")["message"]
-    change(api, "tiny", reasoning_parser="qwen3")
-    with psycopg.connect(settings.database_url) as connection:
-        connection.execute("UPDATE attempts SET state = 'ended', ended_at = now() WHERE job_id = 'ftjob-scored'")
-        connection.execute("UPDATE jobs SET observed = 'cancelled', finished_at = now() WHERE id = 'ftjob-scored'")
-    change(api, "tiny", dtype="bfloat16")
-    api.delete("/x/deployments/tiny")
 
 
 def test_stored_settings_that_this_release_does_not_know_have_no_effect(api: httpx.Client, settings: Settings) -> None:
