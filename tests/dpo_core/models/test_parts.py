@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import (
 from dpo_core.config import Lora
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import check_base, fingerprint
-from dpo_core.models.architecture import UnusableModel
+from dpo_core.models.architecture import UNREAD, UnusableModel
 from dpo_core.models.model import load_policy, load_reward_model
 from dpo_core.models.parts import is_unread, read_parts
 from dpo_core.policy.scorer import Scorer
@@ -96,11 +97,17 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
         found[f"{name}, adapter"] = compare(load_reward_model, home / folder, seed=3, adapter=Lora(r=4))
     for name, adapter, why in (
         ("broken", None, "NaN or infinity|Another rank"),
-        ("broken", home / "other", "NaN or infinity|Another rank"),  # before the base is compared, which all must do
         ("llama", home / "other", "other weights"),
     ):
         with pytest.raises((UnusableModel, RuntimeError), match=why):
             compare(load_policy, home / name, adapter=adapter)
+    policy = load_policy(home / "llama", adapter=home / "other", in_parts=True)
+    shard(Scorer(policy), "full")
+    if rank == num_ranks - 1:  # its node lacks the files; the other ranks must not wait for it to compare the base
+        unread = getattr(policy, UNREAD)
+        setattr(policy, UNREAD, replace(unread, found=replace(unread.found, source=home / "missing")))
+    with pytest.raises((OSError, RuntimeError), match=r"missing|Another rank failed"):
+        together(lambda: read_parts(policy), torch.device("cpu"))
     (home / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -272,7 +272,7 @@ def test_an_attempt_gets_the_engine_it_was_told_of_although_settings_changed(
     assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
     ticks(settings, 1)
     args = ray.serve[str(spec.reference)]["deployed_app_config"]["args"]
-    assert (args["app_name"], args["purpose"], args["dtype"]) == (spec.reference, "scores", "float32")
+    assert (args["app_name"], args["dtype"]) == (spec.reference, "float32")
     client.delete("/x/deployments/tiny", cast_to=object)
     spool(settings, job_id, 1, reports(settings, job_id), first=1)
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"

@@ -356,7 +356,7 @@ def test_one_key_has_a_limited_number_of_requests_in_flight_and_others_are_answe
 ) -> None:
     serve.reply(b"{}")
     assert ask(api).status_code == 200  # it is loaded
-    monkeypatch.setattr(settings, "requests_at_once", 2)
+    monkeypatch.setitem(settings.__dict__, "requests_at_once", 2)  # the service in this process reads it
     serve.stream(DELTA)
     serve.holds = True
 
