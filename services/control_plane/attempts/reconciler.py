@@ -82,9 +82,10 @@ class Reconciler:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Calls `tick` every second, and immediately after a tick that ended an attempt, until cancelled.
+        """Handles all jobs every second, and immediately after an attempt (run of a job on Ray) has ended, until
+        cancelled.
 
-        When cancelled, releases the lease.
+        When cancelled, releases the lease by which only one control plane handles jobs.
         """
         try:
             while True:

@@ -20,10 +20,9 @@ TRIES = 15  # after this many failed tries (about ten minutes), the job fails
 
 
 class Patience:
-    """Counts the failed steps of each job, and says when the next try is due. The counts are lost when this process
-    ends.
+    """Counts how often the handling of each job by the reconciler (a step) failed, and says when the next try is due.
 
-    A job whose version has changed is tried again immediately.
+    The counts are lost when this process ends. A job whose version has changed is tried again immediately.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -35,9 +34,9 @@ class Patience:
         return failed_in != version or self._clock() >= due_at
 
     def fail(self, job_id: str, version: int) -> int:
-        """Counts a failed step (handling) of the job, and sets the time of the next try.
+        """Counts a failed try to handle the job, and sets the time of the next try.
 
-        Returns the number of failed steps in a row, including this one.
+        Returns the number of failed tries in a row, including this one.
         """
         failed_in, tries, _ = self._failed.get(job_id, (version, 0, 0.0))
         tries = tries + 1 if failed_in == version else 1
@@ -46,7 +45,7 @@ class Patience:
         return tries
 
     def forget(self, job_id: str) -> None:
-        """Resets the job's count of failed steps. Call this method after a step (handling) of the job has succeeded."""
+        """Resets the job's count of failed tries. Call this method after the job was handled without an error."""
         self._failed.pop(job_id, None)
 
 

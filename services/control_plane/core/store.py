@@ -574,5 +574,8 @@ async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: 
 
 
 async def release_lease(session: AsyncSession, name: str, holder: str) -> None:
-    """Gives up the lease `name`, if `holder` has it, so that another process can take it now."""
+    """Gives up the lease `name` (the right of one process to do some work), if `holder` has it.
+
+    Another process can then take the lease now, and need not wait until it expires.
+    """
     await session.execute(delete(Lease).where(Lease.name == name, Lease.holder == holder))

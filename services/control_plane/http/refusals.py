@@ -54,7 +54,8 @@ class Refusals:
             self._more[kind] = entry
 
     async def run(self) -> None:
-        """Calls `end_minute` every minute. Runs until cancelled, and calls it once more then."""
+        """Writes an audit entry for each group of counted refusals, every minute. Runs until cancelled, and writes the
+        rest then."""
         try:
             while True:
                 await asyncio.sleep(MINUTE_SECONDS)

@@ -78,7 +78,7 @@ class UsageRecorder:
         used.accelerator_seconds += accelerator_seconds
 
     async def run(self) -> None:
-        """Calls `flush` every FLUSH_SECONDS. Runs until cancelled, and writes the rest then."""
+        """Writes the sums to the database every FLUSH_SECONDS. Runs until cancelled, and writes the rest then."""
         try:
             while True:
                 await asyncio.sleep(FLUSH_SECONDS)
