@@ -49,7 +49,10 @@ GROUP = EncodedGroup([5, 6, 7], ([8, 9], [10, 11, 12]), None, 1)
 
 
 def compare(load: Any, folder: Path, **options: Any) -> list[str]:
-    """Returns the names of the weights and results that differ between the model in parts and the whole model."""
+    """Loads a model whole, and in parts: each rank reads a part of the weights. Returns the names of all that differs.
+
+    The weights and the results of both are compared.
+    """
     whole, policy = load(folder, **options), load(folder, in_parts=True, **options)
     assert is_unread(policy), "it was loaded whole"
     expected = Scorer(whole)
