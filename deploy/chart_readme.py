@@ -25,15 +25,24 @@ This file is made from `values.yaml` by `deploy/chart_readme.py`.
 
 
 def captions(text: str) -> dict[str, str]:
-    """The comment above each value of the first two levels, by dotted name. Raises ValueError where there is none."""
+    """The comment above each value of the first two levels, and of an item of a list, by dotted name.
+
+    Raises ValueError for a value without a comment.
+    """
     found, group, comment = {}, "", ""
     for line in text.splitlines():
         if match := re.match(r" *# (.*)", line):
             comment = f"{comment} {match[1]}".strip()
-        elif match := re.match(r"(  )?(\w+):", line):
-            nested, key = match.groups()
-            group = group if nested else key
-            name = f"{group}.{key}" if nested else key
+        elif match := re.match(r"(  - |    |  |)(\w+):", line):
+            indent, key = match.groups()
+            if indent == "":
+                group, name = key, key
+            elif indent == "  ":
+                name = f"{group}.{key}"
+            elif indent == "    " and f"{group}[].name" not in found:
+                continue  # part of a value that has its caption
+            else:
+                name = f"{group}[].{key}"
             if not comment:
                 raise ValueError(f"{name} has no caption in values.yaml; write one above it")
             found[name], comment = comment, ""
@@ -45,7 +54,10 @@ def readme(text: str) -> str:
     lines = []
     for name, caption in captions(text).items():
         group, _, leaf = name.partition(".")
-        value = values[group][leaf] if leaf else values[group]
+        is_item = group.endswith("[]")
+        value = values[group.removesuffix("[]")]
+        if leaf:
+            value = (value[0] if is_item else value)[leaf]
         named = f"`{name}` | `{json.dumps(value)}`" if leaf or not value else f"**{name}** |"
         lines.append(f"| {named} | {caption} |")
     return HEAD + "\n".join(lines) + "\n"

@@ -4,10 +4,10 @@
 ARG HARDWARE=cpu
 
 FROM python:3.11-slim-bookworm AS base
-# g++: torch and triton compile kernels as they run. libnuma1: vLLM's CPU build. wget: KubeRay's probes.
+# g++: torch and triton compile kernels as they run. libnuma1: vLLM's CPU build.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ libnuma1 wget \
+ && apt-get install --yes --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/*
 
 FROM base AS cpu
@@ -31,6 +31,9 @@ COPY services services
 RUN pip install --no-deps . \
  && useradd --uid 1000 --create-home ray
 ENV PYTHONUNBUFFERED=1 DO_NOT_TRACK=1 RAY_USAGE_STATS_ENABLED=0
+# A node that was cut off is noticed in a minute: docs/operate/reliability.md.
+ENV RAY_grpc_client_keepalive_time_ms=20000 RAY_grpc_client_keepalive_timeout_ms=20000 \
+    RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=3
 # By number: Kubernetes checks it for runAsNonRoot.
 USER 1000
 WORKDIR /home/ray

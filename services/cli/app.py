@@ -72,13 +72,13 @@ def migrate() -> None:
 
     If DATABASE_URL leads to PgBouncer, set DATABASE_DIRECT_URL to the URL of the database itself.
     """
-    from services.control_plane.core.store import PoolerUrl, migrate
+    from services.control_plane.core.store import NoDatabase, migrate
 
     if not (database_url := os.environ.get("DATABASE_DIRECT_URL") or os.environ.get("DATABASE_URL")):
         fail("DATABASE_URL is not set; set DATABASE_URL to the database, such as postgresql://user:password@host/name.")
     try:
         migrate(database_url)
-    except PoolerUrl as error:
+    except NoDatabase as error:
         fail(str(error))
 
 

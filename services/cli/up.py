@@ -19,7 +19,7 @@ from services.cli.client import out
 from services.cli.settings import misspelled
 from services.control_plane.app import create_app
 from services.control_plane.core import log_setup
-from services.control_plane.core.store import PoolerUrl, migrate
+from services.control_plane.core.store import NoDatabase, migrate
 from services.control_plane.http.server import Server
 from services.control_plane.settings import Settings
 from services.local import gpus
@@ -55,7 +55,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
             gc.freeze()  # loaded objects live until the process ends; collecting garbage among them delays requests
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(_serve(server, settings, listening, url))
-    except (StackError, PoolerUrl) as error:
+    except (StackError, NoDatabase) as error:
         raise Refused(str(error)) from error
     except KeyboardInterrupt:
         out.print("stopped")

@@ -31,6 +31,15 @@ MARK = "RAYDPO_STACK"
 START_SECONDS = 300.0  # enough for a busy machine
 STOP_SECONDS = 15.0
 
+# With these, Ray gives up a call to a node that was cut off after about a minute; with its defaults, after seven.
+# The chart and the Ray image set them as well.
+NOTICE_CUTS = {
+    "RAY_grpc_client_keepalive_time_ms": "20000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RayHead:
@@ -149,6 +158,7 @@ def _command(head: RayHead, ports: list[int]) -> list[str]:
 def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
     return inherited | {
+        **NOTICE_CUTS,
         MARK: head.mark,
         forkserver.VARIABLE: f"{head.folder}/fork.sock",
         "SPT_NOENV": "1",  # workers rename themselves; otherwise the new name overwrites the mark

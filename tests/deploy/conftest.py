@@ -1,5 +1,6 @@
 """Renders the Helm chart for tests."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,73 +9,27 @@ import helm_python
 import pytest
 import yaml
 
-Manifest = dict[str, Any]
+from tests.deploy.manifests import Manifest
+from tests.deploy.variants import FULL, MINIMAL, VARIANTS
+
 Render = Callable[..., list[Manifest]]
 
 
 @pytest.fixture
 def minimal() -> dict[str, Any]:
     """Returns only the values that must be given."""
-    return {
-        "database": {"existingSecret": "postgres"},
-        "storage": {"url": "s3://bucket/raydpo"},
-        "api": {"existingSecret": "api-key"},
-    }
+    return copy.deepcopy(MINIMAL)
 
 
 @pytest.fixture
 def full() -> dict[str, Any]:
     """Returns values of every group, all different from the defaults."""
-    return {
-        "database": {"existingSecret": "postgres", "key": "url", "directKey": "direct-url"},
-        "storage": {
-            "url": "gs://bucket/raydpo",
-            "existingSecret": "bucket",
-            "serviceAccountAnnotations": {"iam.gke.io/gcp-service-account": "raydpo@example.iam.gserviceaccount.com"},
-        },
-        "integrations": {"existingSecret": "followed"},
-        "api": {
-            "existingSecret": "api-key",
-            "key": "bearer",
-            "allowFrom": [{"podSelector": {"matchLabels": {"app": "web"}}}],
-        },
-        "models": {"tiny": "gs://bucket/models/tiny", "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct"},
-        "settings": {
-            "dtype": "bfloat16",
-            "num_gpus_per_worker": 1,
-            "num_gpus_per_model": 0.5,
-            "dataset_uris": ["https://", "gs://bucket/rows/"],
-            "webhook_urls": ["https://", "http://hooks.example.svc:8080/"],
-            "max_upload_bytes": 2**34,
-        },
-        "observability": {
-            "serviceMonitor": True,
-            "serviceMonitorLabels": {"release": "prometheus"},
-            "scrapeInterval": "15s",
-            "scrapeAnnotations": True,
-            "otlpEndpoint": "http://collector.observability:4318",
-        },
-        "images": {
-            "controlPlane": "registry.example/raydpo-control-plane@sha256:" + "0" * 64,
-            "pullPolicy": "Always",
-            "pullSecrets": [{"name": "registry"}],
-        },
-        "controlPlane": {
-            "replicas": 3,
-            "serviceType": "LoadBalancer",
-            "serviceAnnotations": {"example.com/internal": "true"},
-            "nodeSelector": {"pool": "web"},
-        },
-        "ray": {"existingSecret": "ray-token", "idleTimeoutSeconds": 60},
-        "head": {"memory": "16Gi", "tolerations": [{"operator": "Exists"}]},
-        "cpuWorkers": {"minReplicas": 2, "maxReplicas": 20, "nodeSelector": {"pool": "cpu"}},
-        "gpuWorkers": {"minReplicas": 1, "maxReplicas": 8, "gpus": 8, "cpu": "64", "memory": "512Gi"},
-    }
+    return copy.deepcopy(FULL)
 
 
-@pytest.fixture(params=["minimal", "full"])
+@pytest.fixture(params=VARIANTS)
 def values(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
+    return copy.deepcopy(VARIANTS[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,9 @@ def test_what_an_image_copies_is_there_and_sent_to_the_builder(dockerfile: Path)
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_images_run_as_the_user_that_the_chart_demands(dockerfile: Path) -> None:
-    helpers = (ROOT / "deploy" / "chart" / "templates" / "_helpers.tpl").read_text()
+    pods = (ROOT / "deploy" / "chart" / "templates" / "_pod.tpl").read_text()
     users = re.findall(r"^USER (\d+)$", dockerfile.read_text(), re.MULTILINE)
-    assert users == re.findall(r"runAsUser: (\d+)", helpers)
+    assert users == re.findall(r"runAsUser: (\d+)", pods)
 
 
 def test_the_control_plane_image_holds_neither_torch_nor_ray() -> None:

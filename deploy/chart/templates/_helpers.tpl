@@ -24,27 +24,6 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
 {{- end -}}
 
-{{/* What every pod has: who runs it, where, and how its image is pulled. Takes (root, values of the component). */}}
-{{- define "raydpo.pod" -}}
-{{- $root := index . 0 -}}
-{{- $values := index . 1 -}}
-securityContext:
-  runAsNonRoot: true
-  runAsUser: 1000
-  runAsGroup: 1000
-  seccompProfile:
-    type: RuntimeDefault
-{{- with $root.Values.images.pullSecrets }}
-imagePullSecrets: {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with $values.nodeSelector }}
-nodeSelector: {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with $values.tolerations }}
-tolerations: {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- end -}}
-
 {{- define "raydpo.containerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
@@ -62,15 +41,11 @@ limits: {{- include "raydpo.quantities" . | nindent 2 }}
 cpu: {{ .cpu | quote }}
 memory: {{ .memory | quote }}
 {{- with .gpus }}
-nvidia.com/gpu: {{ . }}
+{{ $.gpuResource }}: {{ . }}
 {{- end }}
-{{- end -}}
-
-{{/* The container's only writable place. */}}
-{{- define "raydpo.scratch" -}}
-- name: scratch
-  emptyDir:
-    sizeLimit: {{ .scratch | quote }}
+{{- range $name, $amount := .resources }}
+{{ $name }}: {{ $amount | quote }}
+{{- end }}
 {{- end -}}
 
 {{- define "raydpo.databaseUrl" -}}
@@ -85,5 +60,15 @@ nvidia.com/gpu: {{ . }}
     secretKeyRef:
       name: {{ $.Values.database.existingSecret | quote }}
       key: {{ . | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* Environment variables from Secrets. Takes their names, of which some may be empty. */}}
+{{- define "raydpo.envFrom" -}}
+{{- with compact . }}
+envFrom:
+  {{- range . }}
+  - secretRef: { name: {{ . | quote }} }
+  {{- end }}
 {{- end }}
 {{- end -}}

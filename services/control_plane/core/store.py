@@ -40,7 +40,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.engine import ExceptionContext, make_url
-from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     InstrumentedAttribute,
@@ -102,9 +102,17 @@ Row = TypeVar("Row", bound=Base)
 def _url(database_url: str, *, limits: bool = False) -> URL:
     """Returns the database's URL for SQLAlchemy, with the options of CONNECTING that the URL does not set itself.
 
-    `limits` adds SERVER_LIMITS too, which connection poolers refuse.
+    `limits` adds SERVER_LIMITS too, which connection poolers refuse. Raises NoDatabase if the URL is not one of
+    PostgreSQL.
     """
-    url = make_url(database_url).set(drivername="postgresql+psycopg")
+    example = "set DATABASE_URL to the database, such as postgresql://user:password@host/name."
+    try:
+        url = make_url(database_url)
+    except (ArgumentError, ValueError) as error:
+        raise NoDatabase(f"the database's URL is not a URL; {example}") from error
+    if url.get_backend_name() not in ("postgresql", "postgres"):
+        raise NoDatabase(f"the database's URL begins with {url.drivername}://, which is not PostgreSQL; {example}")
+    url = url.set(drivername="postgresql+psycopg")
     query = {**CONNECTING, **url.query}
     if limits:
         options = [f"-c {name}={value}" for name, value in SERVER_LIMITS.items()]
@@ -124,10 +132,12 @@ def _conninfo(url: URL) -> str:
     return make_conninfo(**arguments)
 
 
-class PoolerUrl(ValueError):
-    """Raised if the database's URL leads to a connection pooler. The message says which setting the operator must add.
+class NoDatabase(ValueError):
+    """Raised if the database's URL leads to no PostgreSQL server that the service can use. The message says why.
 
-    Poolers support neither LISTEN nor SERVER_LIMITS.
+    The message does not contain the URL, which has a password.
+
+    A connection pooler is one such case: poolers support neither LISTEN nor SERVER_LIMITS.
     """
 
 
@@ -135,8 +145,8 @@ def migrate(database_url: str) -> None:
     """Migrates the database to this release's schema. Several control planes may call this function at the same time.
 
     Leaves the schema of a newer release as it is. During an upgrade, control planes of the older release may restart
-    after the migration, and each schema also serves the release before it. Raises PoolerUrl if the URL leads to a
-    connection pooler.
+    after the migration, and each schema also serves the release before it. Raises NoDatabase if the URL leads to no
+    PostgreSQL server, or to a connection pooler.
     """
     newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
     found = _version(database_url)
@@ -159,12 +169,12 @@ def _version(database_url: str) -> str:
         connected = psycopg.connect(_conninfo(_url(database_url, limits=True)))
     except psycopg.OperationalError as error:
         if "startup parameter" not in str(error):
-            raise
+            raise NoDatabase(f"the database at DATABASE_URL takes no connection: {error}") from error
         message = (
             "DATABASE_URL leads to a PgBouncer; "
             "set DATABASE_DIRECT_URL to the URL of the PostgreSQL server itself as well."
         )
-        raise PoolerUrl(message) from error
+        raise NoDatabase(message) from error
     with connected as connection:
         if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
             return ""

@@ -214,3 +214,13 @@ def test_what_looks_like_markup_is_printed_as_it_is(raydpo):
     refused = raydpo("jobs", "create", "--model", "tiny", "--file", "[/red].jsonl")
     assert refused.exit_code == 1
     assert refused.stderr.startswith("error: [/red].jsonl is neither")
+
+
+def test_migrate_says_in_one_line_that_the_url_is_not_postgresql_s():
+    environment = {"PATH": "", "DATABASE_URL": "mysql://user:hidden@host/name"}
+    migrate = [sys.executable, "-c", "from services.cli.app import app; app()", "migrate"]
+    ended = subprocess.run(migrate, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: the database's URL begins with mysql://, which is not PostgreSQL;")
+    assert "Traceback" not in ended.stderr
+    assert "hidden" not in ended.stderr

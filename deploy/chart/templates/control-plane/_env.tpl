@@ -14,11 +14,8 @@
       key: auth_token
 - name: RAYDPO_ADVERTISED_URL
   value: http://{{ include "raydpo.controlPlane" . }}.{{ .Release.Namespace }}.svc:8000
-{{- /* What the autoscaler may grow Ray to. */}}
-{{- $cpus := addf (include "raydpo.cpus" .Values.cpuWorkers) (include "raydpo.cpus" .Values.gpuWorkers) }}
-{{- $gpus := mul .Values.gpuWorkers.maxReplicas .Values.gpuWorkers.gpus }}
 - name: RAYDPO_MAX_CLUSTER
-  value: {{ dict "CPU" $cpus "GPU" (float64 $gpus) | toJson | quote }}
+  value: {{ include "raydpo.maxCluster" . | quote }}
 - name: RAYDPO_HOME
   value: /tmp/raydpo
 - name: RAYDPO_SETTINGS_FILE
@@ -32,11 +29,4 @@
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . | quote }}
 {{- end }}
-{{- end -}}
-
-{{- /* CPUs of a group at its largest; KubeRay rounds a pod's up. */}}
-{{- define "raydpo.cpus" -}}
-{{- $cpu := toString .cpu }}
-{{- $each := hasSuffix "m" $cpu | ternary (divf (float64 (trimSuffix "m" $cpu)) 1000.0) (float64 $cpu) }}
-{{- mulf (ceil $each) .maxReplicas }}
 {{- end -}}

@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InternalError
 
 from services.control_plane.core import store
-from services.control_plane.core.store import PoolerUrl, Store, check, migrate, wait_long
+from services.control_plane.core.store import NoDatabase, Store, check, migrate, wait_long
 from services.control_plane.settings import Settings
 from services.local.postgres import start_postgres, stop_postgres
 from tests.services.control_plane.conftest import API_KEY, answering, api_of, free_port, pair, pairs
@@ -235,8 +235,24 @@ def answers(url: str) -> bool:
     return True
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("mysql://user:hidden@host/name", "begins with mysql://, which is not PostgreSQL; set DATABASE_URL to"),
+        ("sqlite:///name.db", "begins with sqlite://, which is not PostgreSQL; set DATABASE_URL to"),
+        ("user:hidden@host/name", "is not a URL; set DATABASE_URL to"),
+        ("postgresql://user:hidden@host:port/name", "is not a URL; set DATABASE_URL to"),
+        ("postgresql://user:hidden@127.0.0.1:9/name", "takes no connection: .*127.0.0.1.*Connection refused"),
+    ],
+)
+def test_a_url_that_leads_to_no_postgresql_is_refused_without_its_password(url: str, said: str) -> None:
+    with pytest.raises(NoDatabase, match=said) as refusal:
+        migrate(url)
+    assert "hidden" not in str(refusal.value)
+
+
 def test_behind_a_pgbouncer_all_works(pgbouncer: str, offline: Settings) -> None:
-    with pytest.raises(PoolerUrl, match="set DATABASE_DIRECT_URL"):
+    with pytest.raises(NoDatabase, match="set DATABASE_DIRECT_URL"):
         migrate(pgbouncer)
     settings = {"database_url": pgbouncer, "database_direct_url": offline.database_url}
     migrate(offline.database_url)

@@ -1,0 +1,42 @@
+"""Finds objects in what the chart renders, and what Kubernetes would make of them."""
+
+from typing import Any
+
+Manifest = dict[str, Any]
+COMPONENT = "app.kubernetes.io/component"
+
+
+def one(manifests: list[Manifest], kind: str, component: str = "") -> Manifest:
+    """Returns the only object of this kind, or the only one of this component."""
+    of_kind = [manifest for manifest in manifests if manifest["kind"] == kind]
+    (found,) = [manifest for manifest in of_kind if not component or labels(manifest)[COMPONENT] == component]
+    return found
+
+
+def labels(manifest: Manifest) -> dict[str, str]:
+    return dict(manifest["metadata"]["labels"])
+
+
+def ray_groups(manifests: list[Manifest]) -> dict[str, Manifest]:
+    spec = one(manifests, "RayCluster")["spec"]
+    return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+
+
+def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Returns the template of every pod: those of jobs and the control plane by component, Ray's by group."""
+    ray = {name: group["template"] for name, group in ray_groups(manifests).items()}
+    jobs = {labels(job)[COMPONENT]: job["spec"]["template"] for job in manifests if job["kind"] == "Job"}
+    return {"control-plane": one(manifests, "Deployment")["spec"]["template"], **jobs, **ray}
+
+
+def container(template: Manifest) -> Manifest:
+    (only,) = template["spec"]["containers"]
+    return dict(only)
+
+
+def environment(template: Manifest) -> dict[str, Any]:
+    return {entry["name"]: entry for entry in container(template)["env"]}
+
+
+def plain_environment(template: Manifest) -> dict[str, str]:
+    return {name: entry["value"] for name, entry in environment(template).items() if "value" in entry}

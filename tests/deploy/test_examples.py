@@ -1,0 +1,56 @@
+"""Tests that the examples fit the chart, and Kubernetes where its schemas are at hand."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import yaml
+
+from tests.deploy.manifests import Manifest, one, ray_groups
+
+EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
+Render = Callable[..., list[Manifest]]
+
+
+def read(name: str) -> dict[str, Manifest]:
+    return {each["kind"]: each for each in yaml.safe_load_all((EXAMPLES / name).read_text())}
+
+
+def test_the_ingress_fits_kubernetes_and_leads_to_the_api_alone(render: Render, minimal: dict[str, Any]) -> None:
+    ingress = read("ingress.yaml")["Ingress"]
+    kubernetes_validate.validate(ingress, "1.37", strict=True)
+    service = one(render(minimal, release="raydpo"), "Service")
+    paths = ingress["spec"]["rules"][0]["http"]["paths"]
+    assert {path["path"] for path in paths} == {"/v1", "/openapi.json"}
+    for path in paths:
+        assert path["backend"]["service"]["name"] == service["metadata"]["name"]
+        assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+
+
+def test_the_route_of_the_gateway_leads_to_the_api_alone(render: Render, minimal: dict[str, Any]) -> None:
+    objects = read("gateway.yaml")
+    service = one(render(minimal, release="raydpo"), "Service")
+    (rule,) = objects["HTTPRoute"]["spec"]["rules"]
+    assert {match["path"]["value"] for match in rule["matches"]} == {"/v1", "/openapi.json"}
+    assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": service["spec"]["ports"][0]["port"]}]
+    name = objects["Gateway"]["metadata"]["name"]
+    assert objects["HTTPRoute"]["spec"]["parentRefs"] == [{"name": name}]
+    assert objects["ClientTrafficPolicy"]["spec"]["targetRefs"][0]["name"] == name
+
+
+def test_the_values_beside_kueue_s_queue_name_it(render: Render, minimal: dict[str, Any]) -> None:
+    text = (EXAMPLES / "kueue.yaml").read_text()
+    values = yaml.safe_load("\n".join(re.findall(r"^#   (.*)$", text, re.MULTILINE)))
+    metadata = one(render(minimal | values), "RayCluster")["metadata"]
+    queue = read("kueue.yaml")["LocalQueue"]
+    assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+    assert queue["spec"]["clusterQueue"] == read("kueue.yaml")["ClusterQueue"]["metadata"]["name"]
+    (group,) = read("kueue.yaml")["ClusterQueue"]["spec"]["resourceGroups"]
+    assert set(group["coveredResources"]) == {each["name"] for each in group["flavors"][0]["resources"]}
+
+
+def test_the_values_for_gpus_render(render: Render, minimal: dict[str, Any]) -> None:
+    manifests = render(minimal | yaml.safe_load((EXAMPLES / "gpus.yaml").read_text()))
+    assert list(ray_groups(manifests)) == ["head", "cpu", "h100", "l40s"]
