@@ -6,7 +6,7 @@ import { key } from "../parts/session/session";
 
 type Documents = components["schemas"];
 export type Job = Documents["JobDocument"];
-export type Draft = Documents["DraftDocument"];
+export type Draft = Omit<Documents["DraftDocument"], "id" | "created_at">; // it has none yet
 export type JobEvent = Documents["EventDocument"];
 export type Checkpoint = Documents["CheckpointDocument"];
 export type Metrics = Documents["MetricsDocument"];

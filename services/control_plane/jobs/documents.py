@@ -3,7 +3,7 @@
 docs/wire/objects.md says what the fields mean.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -124,9 +124,21 @@ class MetricsDocument(TypedDict):
     metrics: dict[str, Column]
 
 
+class LogDocument(TypedDict):
+    object: Literal["job.logs"]
+    attempt: int
+    attempts: list[int]
+    source: str
+    sources: list[str]
+    data: list[str]
+    next: int
+    has_more: bool
+
+
 class OptionDocument(TypedDict):
     default: Any
     range: str
+    default_of_adapters: NotRequired[float]
 
 
 class MethodDocument(TypedDict):
@@ -138,7 +150,7 @@ class MethodDocument(TypedDict):
     needs_reference: bool
     takes_margins: bool
     hyperparameters: dict[str, OptionDocument]
-    common_hyperparameters: dict[str, dict[str, Any]]
+    common_hyperparameters: dict[str, OptionDocument]
 
 
 class Change(TypedDict):

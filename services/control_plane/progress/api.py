@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from services.control_plane.core.documents import answers
 from services.control_plane.http.dependencies import SettingsPart, StorePart
 from services.control_plane.jobs import jobs
-from services.control_plane.jobs.documents import MetricsDocument
+from services.control_plane.jobs.documents import LogDocument, MetricsDocument
 from services.control_plane.progress import logs
 from services.control_plane.progress.metrics import Range, series
 from services.control_plane.progress.streams import KEEPALIVE, Streams
@@ -68,7 +68,7 @@ async def metrics(store: StorePart, job_id: str, asked: Annotated[Range, Query()
         return {"object": "fine_tuning.job.metrics", "job_id": job_id, **await series(session, job_id, asked)}
 
 
-@router.get("/{job_id}/logs")
+@router.get("/{job_id}/logs", responses=answers(LogDocument))
 async def read_logs(
     store: StorePart,
     settings: SettingsPart,

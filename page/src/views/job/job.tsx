@@ -1,3 +1,146 @@
+import type { Signal } from "@preact/signals";
+import { useEffect, useMemo, useState } from "preact/hooks";
+import { Failure, type Job as JobObject } from "../../api/client";
+import { AskFirst } from "../../parts/dialog/dialog";
+import { FailureNote } from "../../parts/loading/loading";
+import { route } from "../../parts/route/route";
+import type { Range } from "../../parts/series/series";
+import { hasEnded, ProgressLine, Status } from "../../parts/status/status";
+import { moment, whole, zone } from "../../parts/words/words";
+import { Checkpoints } from "./checkpoints";
+import { Curves } from "./curves";
+import { Events } from "./events";
+import { Feed } from "./feed";
+import { Logs } from "./logs";
+import { Options } from "./options";
+
 export function Job({ id }: { id: string }) {
-  return <h1>{id}</h1>;
+  const range = rangeOf(route.value.query);
+  const feed = useMemo(() => new Feed(id, range), [id]);
+  useEffect(() => {
+    void feed.run();
+    return () => feed.leave();
+  }, [feed]);
+  const isFirst = feed.job.value === undefined;
+  useEffect(() => {
+    if (!isFirst) void feed.reload(range).catch((error) => (feed.failure.value = Failure.of(error)));
+  }, [range.from, range.to]);
+
+  const job = feed.job.value;
+  if (feed.failure.value && !job) return <FailureNote failure={feed.failure.value} />;
+  if (!job) return <p class="note">Loading…</p>;
+  return (
+    <>
+      <Heading job={job} feed={feed} />
+      {feed.failure.value && <FailureNote failure={feed.failure.value} />}
+      <OffLine isOnLine={feed.isOnLine} />
+      <Curves job={job} series={feed.series.value} range={range} />
+      <div class="columns">
+        <div>
+          <Facts job={job} />
+          <Options job={job} />
+        </div>
+        <div>
+          <Checkpoints job={job} checkpoints={feed.checkpoints.value} />
+          <Events feed={feed} />
+        </div>
+      </div>
+      <Logs id={id} />
+    </>
+  );
+}
+
+function rangeOf(query: URLSearchParams): Range {
+  const number = (name: string) => {
+    const value = Number(query.get(name));
+    return Number.isInteger(value) && value > 0 ? value : undefined;
+  };
+  return { from: number("from"), to: number("to") };
+}
+
+function OffLine({ isOnLine }: { isOnLine: Signal<boolean> }) {
+  return (
+    <div role="status">
+      {!isOnLine.value && (
+        <p class="warn">The connection to the service is lost. The page tries again, and then shows what it missed.</p>
+      )}
+    </div>
+  );
+}
+
+function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
+  const [failure, setFailure] = useState<Failure>();
+  const wish = (what: "pause" | "resume" | "cancel") => {
+    setFailure(undefined);
+    feed.wish(what).catch((error) => setFailure(Failure.of(error)));
+  };
+  const { waits_for, progress } = job.x_raydpo;
+  return (
+    <>
+      <div class="heading">
+        <div class="title">
+          <h1>{job.user_provided_suffix ?? job.id}</h1>
+          {job.user_provided_suffix && <small class="id">{job.id}</small>}
+        </div>
+        <Status of={job.status} />
+        <div class="acts">
+          {["queued", "running"].includes(job.status) && <button onClick={() => wish("pause")}>Pause</button>}
+          {job.status === "paused" && <button onClick={() => wish("resume")}>Resume</button>}
+          {!hasEnded(job.status) && (
+            <AskFirst
+              act="Cancel the job"
+              question="Cancel this job?"
+              refusal="Keep it"
+              onAgree={() => wish("cancel")}
+            >
+              <p>It cannot be resumed. Its checkpoints stay.</p>
+            </AskFirst>
+          )}
+        </div>
+      </div>
+      {failure && <FailureNote failure={failure} />}
+      {waits_for && <p>It waits for {waits_for}.</p>}
+      {progress && <ProgressLine progress={progress} />}
+      {job.error && (
+        <div class="failure">
+          <p>
+            <b>{job.error.code}</b>: {job.error.message}
+          </p>
+        </div>
+      )}
+    </>
+  );
+}
+
+function Facts({ job }: { job: JobObject }) {
+  const facts: [string, string | null][] = [
+    ["Base", job.model],
+    ["Method", String(job.method.type)],
+    ["Policy", job.fine_tuned_model],
+    ["Training file", job.training_file],
+    ["Validation file", job.validation_file],
+    ["Created", moment(job.created_at)],
+    ["Ends", job.estimated_finish && `about ${moment(job.estimated_finish)}`],
+    ["Ended", job.finished_at && moment(job.finished_at)],
+    ["Tokens trained", job.trained_tokens && whole(job.trained_tokens)],
+    ...Object.entries(job.metadata ?? {}),
+  ].map(([name, value]) => [String(name), value ? String(value) : null]);
+  return (
+    <section class="panel">
+      <h2>
+        Job <small>times in {zone()}</small>
+      </h2>
+      <dl>
+        {facts.map(
+          ([name, value]) =>
+            value && (
+              <div key={name}>
+                <dt>{name}</dt>
+                <dd>{value}</dd>
+              </div>
+            ),
+        )}
+      </dl>
+    </section>
+  );
 }

@@ -30,9 +30,9 @@ class LivelyRay(FakeRay):
     The first attempt of some jobs dies half way. An attempt is one run of a job.
     """
 
-    def __init__(self, *, step_seconds: float, dying: float = 0.3) -> None:
+    def __init__(self, *, step_seconds: float, dying: float = 0.3, steps: int = STEPS) -> None:
         super().__init__()
-        self._step_seconds, self._dying = step_seconds, dying
+        self._step_seconds, self._dying, self._steps = step_seconds, dying, steps
         self._saved: Counter[str] = Counter()  # the last checkpoint's step, by job
         self._lock = threading.Lock()
         self.doubled: list[str] = []  # submissions that began while another attempt of their job lived
@@ -51,17 +51,21 @@ class LivelyRay(FakeRay):
         threading.Thread(target=self._run, args=(submission_id, uri, token), daemon=True).start()
         return status, answer
 
+    def metrics(self, step: int) -> dict[str, float]:
+        return {"loss": 1 / step}
+
     def _lives(self, name: str, job_id: str) -> bool:
         return name.startswith(f"{job_id}-") and self.jobs[name] == "RUNNING"
 
     def _run(self, submission_id: str, uri: str, token: str) -> None:
         spec = AttemptSpec.model_validate_json(storage.read_bytes(uri))
         reporter = Reporter(spec, token, period_seconds=0.1)
-        dies_at = random.randrange(1, STEPS) if spec.attempt == 1 and random.random() < self._dying else None
+        steps = self._steps
+        dies_at = random.randrange(1, steps) if spec.attempt == 1 and random.random() < self._dying else None
         first = self._saved[spec.job_id] + 1
         config = spec.config.resolved(12)
-        reporter.report(Started(config=config, num_groups=12, total_steps=STEPS, resumed_from=first - 1))
-        for step in range(first, STEPS + 1):
+        reporter.report(Started(config=config, num_groups=12, total_steps=steps, resumed_from=first - 1))
+        for step in range(first, steps + 1):
             time.sleep(self._step_seconds * random.uniform(0.5, 1.5))
             command = reporter.command()
             if self.jobs[submission_id] != "RUNNING" or command == "fenced":
@@ -73,11 +77,11 @@ class LivelyRay(FakeRay):
             if step == dies_at:
                 self.jobs[submission_id] = "FAILED"
                 return
-            reporter.report(StepMetrics(step=step, total_steps=STEPS, metrics={"loss": 1 / step}))
+            reporter.report(StepMetrics(step=step, total_steps=steps, metrics=self.metrics(step)))
             if step % 4 == 0:
                 self._save(spec, reporter, step)
         else:
-            reporter.report(Succeeded(model_uri=storage.join(spec.run_uri, "export"), trained_tokens=STEPS))
+            reporter.report(Succeeded(model_uri=storage.join(spec.run_uri, "export"), trained_tokens=steps))
         reporter.close(1.0)
         self.jobs[submission_id] = "SUCCEEDED"
 

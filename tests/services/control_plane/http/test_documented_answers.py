@@ -88,6 +88,7 @@ def test_what_a_job_reports(api: httpx.Client, job_id: str) -> None:
     check("get", "/fine_tuning/jobs/{job_id}/events", api.get(f"/fine_tuning/jobs/{job_id}/events"))
     check("get", "/fine_tuning/jobs/{job_id}/checkpoints", api.get(f"/fine_tuning/jobs/{job_id}/checkpoints"))
     check("get", "/x/jobs/{job_id}/metrics", api.get(f"/x/jobs/{job_id}/metrics"))
+    check("get", "/x/jobs/{job_id}/logs", api.get(f"/x/jobs/{job_id}/logs"))
 
 
 def test_methods_and_models(api: httpx.Client) -> None:

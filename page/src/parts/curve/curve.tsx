@@ -1,0 +1,139 @@
+/** A chart of curves over steps. Its legend shows the values at the cursor, or the last ones. */
+
+import { signal, useSignal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import uPlot from "uplot";
+import "uplot/dist/uPlot.min.css";
+import { count, figure, whole } from "../words/words";
+
+export interface Line {
+  label: string;
+  values: (number | null)[];
+  low?: (number | null)[]; // with `high`: the band of a bucket of several steps
+  high?: (number | null)[];
+  color: number; // of the sheet's curves, from 1
+  isSparse?: boolean; // a value at some steps only, drawn with points
+  isFaint?: boolean;
+}
+
+interface Props {
+  title: string;
+  unit?: string;
+  steps: number[];
+  lines: Line[];
+  isLogarithmic?: boolean;
+  show?: (value: number) => string;
+  onZoom?: (from: number, to: number) => void;
+}
+
+const HEIGHT = 220;
+const darkness = matchMedia("(prefers-color-scheme: dark)");
+const isDark = signal(darkness.matches);
+darkness.addEventListener("change", (event) => (isDark.value = event.matches));
+
+export function Curve({ title, unit, steps, lines, isLogarithmic = false, show = figure, onZoom }: Props) {
+  const place = useRef<HTMLDivElement>(null);
+  const chart = useRef<uPlot | null>(null);
+  const zoom = useRef(onZoom);
+  zoom.current = onZoom;
+  const cursor = useSignal<number | null>(null);
+  const data = [steps, ...lines.flatMap((line) => [line.values, ...bandOf(line)])] as uPlot.AlignedData;
+  const shape = JSON.stringify([isLogarithmic, lines.map((line) => [line.label, line.color, bandOf(line).length])]);
+
+  useEffect(() => {
+    const element = place.current!;
+    const options = optionsOf(lines, isLogarithmic, element.clientWidth, show);
+    options.hooks = {
+      setCursor: [(self) => (cursor.value = self.cursor.idx ?? null)],
+      setSelect: [
+        (self) => {
+          if (self.select.width < 2) return;
+          const [left, right] = [self.select.left, self.select.left + self.select.width];
+          self.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+          zoom.current?.(Math.ceil(self.posToVal(left, "x")), Math.floor(self.posToVal(right, "x")));
+        },
+      ],
+    };
+    const made = (chart.current = new uPlot(options, data, element));
+    const watching = new ResizeObserver(() => made.setSize({ width: element.clientWidth, height: HEIGHT }));
+    watching.observe(element);
+    return () => {
+      watching.disconnect();
+      made.destroy();
+      chart.current = null;
+    };
+  }, [shape, isDark.value]);
+  useEffect(() => chart.current?.setData(data), [steps, ...lines.map((line) => line.values)]);
+
+  const at = cursor.value;
+  return (
+    <figure class="curve" aria-label={`${title}: ${summary(lines, steps, show)}`}>
+      <figcaption>
+        <h3>
+          {title} {unit && <small>{unit}</small>}
+        </h3>
+        <ul class="legend">
+          {lines.map((line) => (
+            <li key={line.label}>
+              <span class={`swatch curve-${line.color}`} /> {line.label} <b>{valueAt(line, at, show)}</b>
+            </li>
+          ))}
+          {at !== null && <li>step {whole(steps[at] ?? 0)}</li>}
+        </ul>
+      </figcaption>
+      <div ref={place} aria-hidden="true" />
+    </figure>
+  );
+}
+
+const bandOf = (line: Line) => (line.low && line.high ? [line.high, line.low] : []);
+
+function valueAt(line: Line, at: number | null, show: (value: number) => string): string {
+  const value = at === null ? line.values.findLast((each) => each != null) : line.values[at];
+  return value == null ? "–" : show(value);
+}
+
+function summary(lines: Line[], steps: number[], show: (value: number) => string): string {
+  if (!steps.length) return "no steps yet";
+  const told = lines.map((line) => {
+    const known = line.values.filter((value) => value != null);
+    return known.length ? `${line.label} from ${show(known[0]!)} to ${show(known.at(-1)!)}` : `${line.label} has none`;
+  });
+  const points = count(steps.length, "point");
+  return `${told.join(", ")}; ${points}, steps ${whole(steps[0]!)} to ${whole(steps.at(-1)!)}`;
+}
+
+function optionsOf(
+  lines: Line[],
+  isLogarithmic: boolean,
+  width: number,
+  show: (value: number) => string,
+): uPlot.Options {
+  const style = getComputedStyle(document.documentElement);
+  const ink = (name: string) => style.getPropertyValue(name).trim();
+  const font = "12px system-ui, sans-serif";
+  const axis = { stroke: ink("--faint"), font, grid: { stroke: ink("--line"), width: 1 }, ticks: { show: false } };
+  const series: uPlot.Series[] = [{}];
+  const bands: uPlot.Band[] = [];
+  for (const line of lines) {
+    const stroke = ink(`--curve-${line.color}`);
+    const points = line.isSparse ? { show: true, size: 6, fill: stroke } : undefined;
+    series.push({ stroke: line.isFaint ? `${stroke}55` : stroke, width: 1.5, spanGaps: true, points });
+    if (!bandOf(line).length) continue;
+    bands.push({ series: [series.length, series.length + 1], fill: `${stroke}2e` });
+    series.push({ points: { show: false } }, { points: { show: false } });
+  }
+  return {
+    width,
+    height: HEIGHT,
+    legend: { show: false },
+    cursor: { sync: { key: "steps" }, y: false, drag: { x: true, y: false, setScale: false } },
+    scales: { x: { time: false }, y: { distr: isLogarithmic ? 3 : 1 } },
+    axes: [
+      { ...axis, values: (_, marks) => marks.map((mark) => (Number.isInteger(mark) ? whole(mark) : "")) },
+      { ...axis, size: 62, values: (_, marks) => marks.map((mark) => (mark === null ? "" : show(mark))) },
+    ],
+    series,
+    bands,
+  };
+}

@@ -1,0 +1,43 @@
+import type { Checkpoint, Job } from "../../api/client";
+import { Download } from "../../parts/download/download";
+import { figure, moment, whole } from "../../parts/words/words";
+
+export function Checkpoints({ job, checkpoints }: { job: Job; checkpoints: Checkpoint[] }) {
+  return (
+    <section class="panel">
+      <h2>Policy and checkpoints</h2>
+      {job.fine_tuned_model ? (
+        <Model name={job.fine_tuned_model} what="The policy" />
+      ) : (
+        <p class="note">The policy is there once the job has succeeded. Each checkpoint is a model as well.</p>
+      )}
+      {checkpoints.map((each) => (
+        <Model
+          key={each.id}
+          name={each.fine_tuned_model_checkpoint}
+          what={`Step ${whole(each.step_number)}`}
+          more={[lossOf(each), moment(each.created_at)].filter(Boolean).join(" · ")}
+        />
+      ))}
+    </section>
+  );
+}
+
+function lossOf({ metrics }: Checkpoint): string {
+  const { full_valid_loss: valid, train_loss: train } = metrics;
+  if (valid !== undefined) return `validation loss ${figure(valid)}`;
+  return train === undefined ? "" : `loss ${figure(train)}`;
+}
+
+function Model({ name, what, more }: { name: string; what: string; more?: string }) {
+  return (
+    <div class="model">
+      <div>
+        <h3>{what}</h3>
+        <code>{name}</code>
+        {more && <small> {more}</small>}
+      </div>
+      <Download model={name} />
+    </div>
+  );
+}

@@ -1,0 +1,67 @@
+"""What the tests of the page share: how they look at it, and where the pictures go."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from playwright.sync_api import Page, expect
+
+from tests.services.control_plane.conftest import API_KEY
+
+ROOT = Path(__file__).parents[2]
+SCREENSHOTS = ROOT / "build" / "screenshots"
+AXE = ROOT / "page" / "node_modules" / "axe-core" / "axe.min.js"
+SIZES = {"wide": (1280, 800), "narrow": (390, 844)}
+expect.set_options(timeout=120_000)  # a guard against hanging, on a machine that is busy
+
+
+def sign_in(page: Page, key: str = API_KEY) -> None:
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+
+
+def look_at(page: Page, name: str) -> None:
+    """Takes pictures of the view, wide and narrow, light and dark; axe finds nothing serious in any of them."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    for size, (width, height) in SIZES.items():
+        page.set_viewport_size({"width": width, "height": height})
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+            page.wait_for_timeout(150)  # charts are drawn anew
+            page.screenshot(path=SCREENSHOTS / f"{name}-{size}-{scheme}.png", full_page=True)
+            _check_access(page, f"{name}, {size}, {scheme}")
+        hidden = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert hidden <= 0, f"{name}, {size}: {hidden} pixels are beyond the edge"
+    page.set_viewport_size(dict(zip(("width", "height"), SIZES["wide"], strict=True)))  # type: ignore[arg-type]
+    page.emulate_media(color_scheme="light")
+
+
+def _check_access(page: Page, where: str) -> None:
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(AXE.read_text())
+    found: list[dict[str, Any]] = page.evaluate("axe.run().then((found) => found.violations)")
+    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    told = [f"{each['id']}: {[node['html'][:200] for node in each['nodes']]}" for each in serious]
+    assert not serious, f"{where}: {json.dumps(told, indent=1)}"
+
+
+def submit(api: httpx.Client, file_id: str, **changes: Any) -> str:
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}}
+    answer = api.post("/fine_tuning/jobs", json={"model": "tiny", "training_file": file_id, "method": method} | changes)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def wait_until_ended(api: httpx.Client, job_id: str) -> None:
+    for _ in range(600):
+        if api.get(f"/fine_tuning/jobs/{job_id}").json()["finished_at"]:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"{job_id} has not ended after five minutes")
+
+
+def open_job(page: Page, url: str, job_id: str, query: str = "") -> None:
+    page.goto(f"{url}/#/jobs/{job_id}{query}")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()

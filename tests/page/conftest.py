@@ -1,0 +1,111 @@
+"""The page in Debian's chromium, served by a control plane in a process of its own, whose Ray trains nothing."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from services.control_plane.core.store import migrate
+from services.control_plane.page.api import BUILT
+from tests.services.control_plane.attempts.crashes import LivelyRay, Plane
+from tests.services.control_plane.conftest import API_KEY, api_of, pairs
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+
+
+class PageRay(LivelyRay):
+    """Its attempts tell the metrics of a DPO job, whose chosen answers become less likely as well."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        margin, waves = math.log1p(step / 10), math.sin(step) / 40
+        chosen, rejected = -30 - 2 * margin + waves, -32 - 12 * margin + waves
+        told = {
+            "loss": math.log1p(math.exp(-margin)) + waves,
+            "rewards/margins": margin + waves,
+            "rewards/accuracies": min(1.0, 0.5 + margin / 4),
+            "rewards/chosen": (chosen + 30) / 10,
+            "rewards/rejected": (rejected + 32) / 10,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "kl": margin / 3,
+            "grad_norm": 2 - margin / 3,
+            "lr": 1e-5 * (1 - step / 200),
+            "tokens_per_second": 2150 + 100 * waves,
+        }
+        held_out = {"eval/loss": told["loss"] + 0.05, "eval/rewards/margins": margin - 0.1}
+        return told | (held_out if step % 10 == 0 else {})
+
+
+class Service:
+    def __init__(self, plane: Plane, ray: PageRay) -> None:
+        self.plane, self.ray, self.url = plane, ray, plane.url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A new one for each module: the event loop that Playwright keeps would stand in the way of other tests."""
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here: apt-get install chromium")
+    if not (BUILT / "index.html").exists():
+        pytest.skip("the page is not built: make page")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def service(browser: Browser, database_url: str) -> Iterator[Service]:
+    ray = PageRay(step_seconds=0.05, dying=0, steps=80)
+    migrate(database_url)
+    with TemporaryDirectory(prefix="raydpo-page-") as folder:
+        settings = {
+            "DATABASE_URL": database_url,
+            "RAYDPO_API_KEY": API_KEY,
+            "RAYDPO_STORAGE_URL": (Path(folder) / "storage").as_uri(),
+            "RAYDPO_MODELS": json.dumps({"tiny": "/nowhere/tiny"}),
+            "RAYDPO_MAX_RUNNING_JOBS": "2",
+        }
+        plane = Plane(Path(folder) / "home", settings, f"http://127.0.0.1:{ray.server.server_port}")
+        plane.start()
+        plane.wait()
+        yield Service(plane, ray)
+        plane.kill()
+        ray.server.shutdown()
+        ray.server.server_close()
+
+
+@pytest.fixture
+def page(browser: Browser, service: Service) -> Iterator[Page]:
+    """A new tab, without the memory of other tests. It must see no error of our scripts and nothing that the policy of
+    the page's content refuses."""
+    errors: list[str] = []
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-GB", timezone_id="Europe/Berlin")
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    refusals = ("Content Security Policy", "Uncaught")
+    page.on("console", lambda said: errors.append(said.text) if any(word in said.text for word in refusals) else None)
+    page.goto(f"{service.url}/")
+    yield page
+    context.close()
+    assert errors == []
+
+
+@pytest.fixture(scope="module")
+def api(service: Service) -> Iterator[httpx.Client]:
+    with api_of(service.url, API_KEY) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def file_id(api: httpx.Client) -> str:
+    answer = api.post("/files", files={"file": ("pairs.jsonl", pairs())}, data={"purpose": "fine-tune"})
+    return str(answer.json()["id"])

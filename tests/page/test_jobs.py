@@ -1,0 +1,134 @@
+"""Signing in, the list of jobs, and a job that is followed while it runs."""
+
+import re
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.page.browsing import look_at, open_job, sign_in, submit, wait_until_ended
+from tests.page.conftest import Service
+from tests.services.control_plane.conftest import API_KEY
+
+pytestmark = pytest.mark.slow
+
+
+def messages(api: httpx.Client, job_id: str) -> list[str]:
+    """Newest first."""
+    listed = api.get(f"/fine_tuning/jobs/{job_id}/events", params={"type": "message", "limit": 100}).json()
+    return [event["message"] for event in listed["data"]]
+
+
+def test_a_wrong_key_is_refused_and_a_right_one_stays_in_this_tab_only(page: Page, service: Service) -> None:
+    look_at(page, "sign-in")
+    sign_in(page, "rd-wrong")
+    expect(page.get_by_role("alert")).to_contain_text("does not know this key")
+    sign_in(page)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    assert API_KEY not in page.url
+    assert page.evaluate("localStorage.length") == 0
+    page.reload()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    other = page.context.new_page()
+    other.goto(f"{service.url}/")
+    expect(other.get_by_label("API key")).to_be_visible()
+    page.get_by_role("button", name="Sign out").click()
+    page.reload()
+    expect(page.get_by_label("API key")).to_be_visible()
+    assert API_KEY not in service.plane.log.read_text()
+
+
+def test_a_key_that_is_kept_on_request_opens_another_tab(page: Page, service: Service) -> None:
+    page.get_by_label("Keep the key in this browser").check()
+    sign_in(page)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    other = page.context.new_page()
+    other.goto(f"{service.url}/")
+    expect(other.get_by_role("heading", name="Jobs")).to_be_visible()
+
+
+def test_a_running_job_is_followed_through_a_restart_of_the_service(
+    page: Page, service: Service, api: httpx.Client, file_id: str
+) -> None:
+    """Nothing is lost and nothing comes twice, though the connection breaks off twice and the page is loaded anew."""
+    job_id = submit(api, file_id, suffix="followed", x_raydpo={"validation_share": 0.25})
+    sign_in(page)
+    open_job(page, service.url, job_id)
+    loss = page.get_by_role("figure", name="Loss")
+    expect(loss).to_be_visible()
+    service.plane.kill()
+    expect(page.get_by_text("The connection to the service is lost.")).to_be_visible()
+    service.plane.start()
+    service.plane.wait()
+    expect(page.get_by_text("The connection to the service is lost.")).to_have_count(0)
+    page.reload()
+    expect(loss).to_be_visible()
+    wait_until_ended(api, job_id)
+    expect(page.locator(".heading .status")).to_have_text("succeeded")
+    steps = api.get(f"/x/jobs/{job_id}/metrics").json()["steps"]
+    assert steps == list(range(1, 81))
+    expect(loss).to_have_attribute("aria-label", re.compile("80 points, steps 1 to 80$"))
+    if page.get_by_role("button", name="Older events").is_visible():
+        page.get_by_role("button", name="Older events").click()
+    expect(page.locator(".events li > span")).to_have_text(
+        [re.compile(f"^((Warning|Error): )?{re.escape(message)}$") for message in messages(api, job_id)]
+    )
+    expect(page.get_by_text("The chosen answers have become less likely")).to_be_visible()
+    expect(page.get_by_role("code").filter(has_text=job_id.removeprefix("ftjob-")).first).to_be_visible()
+    look_at(page, "job")
+
+
+def test_a_range_of_steps_stands_in_the_address(page: Page, service: Service, api: httpx.Client) -> None:
+    job_id = api.get("/fine_tuning/jobs?status=succeeded").json()["data"][0]["id"]
+    sign_in(page)
+    open_job(page, service.url, job_id, "?from=11&to=30")
+    loss = page.get_by_role("figure", name="Loss")
+    expect(loss).to_have_attribute("aria-label", re.compile("20 points, steps 11 to 30$"))
+    page.get_by_label("to", exact=True).fill("20")
+    page.keyboard.press("Enter")
+    expect(loss).to_have_attribute("aria-label", re.compile("10 points, steps 11 to 20$"))
+    assert page.url.endswith("?from=11&to=20")
+    page.go_back()
+    expect(loss).to_have_attribute("aria-label", re.compile("20 points, steps 11 to 30$"))
+    page.get_by_role("button", name="All steps").click()
+    expect(loss).to_have_attribute("aria-label", re.compile("80 points, steps 1 to 80$"))
+
+
+def test_a_job_is_paused_resumed_and_cancelled_by_keyboard(
+    page: Page, service: Service, api: httpx.Client, file_id: str
+) -> None:
+    service.ray.down = True  # so that the job stays queued
+    try:
+        job_id = submit(api, file_id)
+        sign_in(page)
+        open_job(page, service.url, job_id)
+        status = page.locator(".heading .status")
+        for name, then in (("Pause", "paused"), ("Resume", "queued")):
+            page.get_by_role("button", name=name).focus()
+            page.keyboard.press("Enter")
+            expect(status).to_have_text(then)
+        page.get_by_role("button", name="Cancel the job").focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog", name="Cancel this job?")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(status).to_have_text("queued")
+        page.get_by_role("button", name="Cancel the job").click()
+        page.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
+        expect(status).to_have_text("cancelled")
+    finally:
+        service.ray.down = False
+    assert api.get(f"/fine_tuning/jobs/{job_id}").json()["status"] == "cancelled"
+
+
+def test_jobs_are_listed_newest_first(page: Page, service: Service, api: httpx.Client, file_id: str) -> None:
+    service.ray.down = True
+    try:
+        made = [submit(api, file_id, suffix=f"job-{number}") for number in range(30)]
+        sign_in(page)
+        rows = page.locator("tbody tr")
+        expect(rows).to_have_count(25)
+        expect(rows.first).to_contain_text("job-29")
+        for job_id in made:
+            api.post(f"/fine_tuning/jobs/{job_id}/cancel")
+    finally:
+        service.ray.down = False
