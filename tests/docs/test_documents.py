@@ -92,3 +92,11 @@ def test_every_code_of_an_error_is_explained() -> None:
 def test_every_option_of_a_job_is_explained() -> None:
     explained = re.findall("^\\| (`.*?) \\| ", (DOCS / "use" / "jobs.md").read_text(), re.MULTILINE)
     assert (EXTENSIONS | HYPERPARAMETERS) - set(re.findall(r"\w+", " ".join(explained))) == set()
+
+
+def test_the_runbook_quotes_texts_that_the_service_writes() -> None:
+    source = "".join(file.read_text() for file in (ROOT / "services").rglob("*.py"))
+    quoted = re.findall(r"`([A-Z]\w*(?: [a-zA-Z,]+){3,})`", (DOCS / "operate" / "runbook.md").read_text())
+    assert len(quoted) >= 4
+    for text in quoted:
+        assert text.replace("background task Reconciler", "background task %s") in source, text

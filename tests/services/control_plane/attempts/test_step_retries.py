@@ -269,7 +269,7 @@ def test_a_policy_never_gets_the_name_of_another_jobs(
     """The test inserts the name into the database, because two jobs would not get the same one."""
     ticks(settings, 1)
     other = submit(client, settings)
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(shlex.split(ray.submissions[0]["entrypoint"])[-1]))
     assert spec.fine_tuned_model == f"ft:tiny:raydpo::{job_id.removeprefix('ftjob-')}"
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         of_other = (spec.fine_tuned_model, "proj_default", "s3://b/other", "tiny", other)
