@@ -323,6 +323,8 @@ def test_a_page_in_rays_place_says_nothing_of_its_jobs(
 def test_storage_that_fails_is_told_once_and_fails_no_job(
     client: openai.OpenAI, settings: Settings, ray: Ray, job_id: str
 ) -> None:
+    if not settings.storage_url.startswith("file:"):
+        pytest.skip("a file in the place of a folder makes the storage fail on a disk only")
     folder = Path(urlsplit(settings.storage_url).path) / "runs" / job_id
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.write_text("no folder")

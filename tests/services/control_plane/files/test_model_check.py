@@ -247,7 +247,8 @@ def test_another_project_has_checks_of_its_own_and_sees_no_others(
     finish(ray, DONE)
     project = new_project(api, "another")
     with api_of(base_url, new_key(api, project_id=project)["value"]) as own:
-        content = api.get(f"/files/{request_of(ray).recipe.training_uri.rpartition('/')[2]}/content").content
+        file_id = request_of(ray).recipe.training_uri.partition("?")[0].rpartition("/")[2]
+        content = api.get(f"/files/{file_id}/content").content
         file = own.post("/files", files={"file": ("pairs.jsonl", content)}, data={"purpose": "fine-tune"}).json()
         for length in (None, 65, 66):
             body = {"training_file": file["id"], "model": "tiny"} | ({"max_length": length} if length else {})
