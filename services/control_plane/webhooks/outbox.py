@@ -12,13 +12,15 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import httpx
-from sqlalchemy import ColumnElement, Select, case, func, null, or_, select, true, update
+from sqlalchemy import ColumnElement, Interval, Select, bindparam, case, cast, func, or_, select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound
+from services.contract import storable
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Outbound, WebhookEndpoint
 from services.control_plane.core.telemetry import WEBHOOK_SENDS
@@ -55,6 +57,31 @@ class Claim(NamedTuple):
         return self.endpoint.project_id, self.endpoint.id
 
 
+class End(NamedTuple):
+    """The result of a send."""
+
+    claim: Claim
+    outcome: str  # as text, for the endpoint's owner
+    again: bool  # whether the message is sent again later
+
+
+# With a `pause` of None, the message is not sent again, and the endpoint counts as working.
+_PAUSE = cast(bindparam("pause"), Interval)
+_THEN = func.clock_timestamp() + _PAUSE
+NOTE_MESSAGE = (
+    update(Outbound)
+    .where(Outbound.id == bindparam("message"))
+    # A send that took longer than its lease stores no failure, because another sender may have claimed the row.
+    .where(or_(Outbound.num_sends == bindparam("sends"), _PAUSE.is_(None)))
+    .values(due_at=case((Outbound.created_at + TRIED_FOR > _THEN, _THEN)), outcome=bindparam("text"))
+)
+NOTE_ENDPOINT = (
+    update(WebhookEndpoint)
+    .where(WebhookEndpoint.id == bindparam("endpoint"))
+    .values(num_failures=bindparam("failures"), retry_at=_THEN)
+)
+
+
 class Sender:
     """Sends the messages in the outbox whose time has come, to many endpoints (URLs of users) at the same time.
 
@@ -65,6 +92,7 @@ class Sender:
         self._store = store
         self._client = outbound.async_client(settings.webhook_urls, webhooks.SETTING, max_lookups=AT_ONCE)
         self._under_way: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
+        self._ends: list[End] = []  # the results that are not stored yet; their sends count as under way
         self._send_ended = asyncio.Event()
 
     async def close(self) -> None:
@@ -77,6 +105,7 @@ class Sender:
             while True:
                 self._send_ended.clear()
                 try:
+                    await self._note_ends()
                     while claims := await self._claim():
                         for claim in claims:
                             sends.create_task(self._deliver(claim))
@@ -162,19 +191,14 @@ class Sender:
         return sent
 
     async def _deliver(self, claim: Claim) -> None:
-        """Sends the message of the claimed row, and stores the result. Logs any error."""
+        """Sends the message of the claimed row. `_note_ends` stores the result. Logs any error."""
         try:
-            outcome, again = await self._try(claim)
-            await self._note(claim, outcome, again=again)
+            end = End(claim, *await self._try(claim))
+            self._ends.append(end)
         except Exception:  # one row's error must not end the sender; the row is due again when its lease ends
-            log.exception(
-                "The webhook message %s to endpoint %s was not sent, or the result was not stored",
-                claim.body["id"],
-                claim.endpoint.id,
-            )
-        finally:
+            log.exception("The webhook message %s to endpoint %s was not sent", claim.body["id"], claim.endpoint.id)
             self._under_way -= Counter([claim.place])
-            self._send_ended.set()
+        self._send_ended.set()
 
     async def _try(self, claim: Claim) -> tuple[str, bool]:
         """Sends the message of the claimed row. Returns the result as text, and whether to send the message again."""
@@ -197,39 +221,56 @@ class Sender:
         async with self._store.begin() as session:
             await session.execute(there.values(disabled_at=func.now()))
 
-    async def _note(self, claim: Claim, outcome: str, *, again: bool) -> None:
-        """Stores the result of a send, and when to send the message `again` if it failed. A failed endpoint gets
-        nothing for a while.
+    async def _note_ends(self) -> None:
+        """Stores the results of the sends that have ended, in one transaction for all of them.
 
-        A send that took longer than LEASE_SECONDS stores no failure in the row, because another sender may have claimed
-        the row.
+        Many sends to slow endpoints end in the same moment. A transaction for each would take all connections to the
+        database. If the transaction fails, the messages are due again when their leases end.
         """
-        statement = update(Outbound).where(Outbound.id == claim.id)
-        due_at: ColumnElement[Any] = null()
-        if again:
-            statement = statement.where(Outbound.num_sends == claim.num_sends)
-            then = _in_seconds(pause_seconds(claim.num_sends))
-            due_at = case((then < Outbound.created_at + TRIED_FOR, then), else_=null())
-        async with self._store.begin() as session:
-            await session.execute(statement.values(due_at=due_at, outcome=outcome[:500]))
-            if again:
-                failures = claim.endpoint.num_failures + 1  # sends that fail at the same time count once
-                pause = min(pause_seconds(failures), LONGEST_CLOSED_SECONDS)
-                await _close(session, [claim.endpoint.id], pause, num_failures=failures)
-            elif claim.endpoint.num_failures:
-                answers = update(WebhookEndpoint).where(WebhookEndpoint.id == claim.endpoint.id)
-                await session.execute(answers.values(num_failures=0, retry_at=None))
-        shown = outcome.partition(":")[0]  # the rest may quote the URL, which may hold a secret of its owner
-        log.info(
-            "Webhook message %s to endpoint %s, try %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown
-        )
+        ends, self._ends = self._ends, []
+        if not ends:
+            return
+        try:
+            async with self._store.begin() as session:
+                connection = await session.connection()
+                # All senders lock the rows in this order, so they do not wait for each other in a circle.
+                messages, endpoints = map(_message_values, ends), filter(None, map(_endpoint_values, ends))
+                await connection.execute(NOTE_MESSAGE, sorted(messages, key=itemgetter("message")))
+                if by_endpoint := sorted(endpoints, key=itemgetter("endpoint")):
+                    await connection.execute(NOTE_ENDPOINT, by_endpoint)
+        finally:
+            self._under_way -= Counter(end.claim.place for end in ends)
+        for claim, outcome, _ in ends:
+            message = "Webhook message %s to endpoint %s, try %d: %s"
+            shown = outcome.partition(":")[0]  # the rest may quote the URL, which may hold a secret of its owner
+            log.info(message, claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
 
 
-async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float, **values: int) -> None:
-    """Prevents sends to these endpoints for `seconds`, and sets their columns `values`."""
+def _message_values(end: End) -> dict[str, Any]:
+    """Returns the parameters with which NOTE_MESSAGE stores the result in the message's row."""
+    pause = timedelta(seconds=pause_seconds(end.claim.num_sends)) if end.again else None
+    text = storable(end.outcome)[:500]
+    return {"message": end.claim.id, "sends": end.claim.num_sends, "pause": pause, "text": text}
+
+
+def _endpoint_values(end: End) -> dict[str, Any] | None:
+    """Returns the parameters with which NOTE_ENDPOINT stores the result in the endpoint's row.
+
+    After a failure, nothing is sent to the endpoint for a while. Returns None if the endpoint answers as before.
+    """
+    endpoint = end.claim.endpoint
+    if not end.again:
+        return {"endpoint": endpoint.id, "failures": 0, "pause": None} if endpoint.num_failures else None
+    failures = endpoint.num_failures + 1  # sends that fail at the same time count once
+    pause = timedelta(seconds=min(pause_seconds(failures), LONGEST_CLOSED_SECONDS))
+    return {"endpoint": endpoint.id, "failures": failures, "pause": pause}
+
+
+async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float) -> None:
+    """Prevents sends to the endpoints for `seconds`."""
     if endpoint_ids:
         closed = update(WebhookEndpoint).where(WebhookEndpoint.id.in_(endpoint_ids))
-        await session.execute(closed.values(retry_at=_in_seconds(seconds), **values))
+        await session.execute(closed.values(retry_at=_in_seconds(seconds)))
 
 
 async def give_up_old(session: AsyncSession) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import openai
 import psycopg
 import pytest
+from sqlalchemy import event, text
 
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import Job, WebhookEndpoint
@@ -172,11 +173,11 @@ def test_what_fails_is_sent_again_under_the_same_id_after_a_pause(
     made = endpoint("/one")
     end_job()
     for number, outcome in enumerate(("answered 500", "answered 302", "answered 404"), 1):
-        wait_for(lambda outcome=outcome, number=number: outcomes(settings)[0] == (outcome, number, False))  # type: ignore[misc]
+        wait_for(lambda outcome=outcome, number=number: outcomes(settings)[:1] == [(outcome, number, False)])  # type: ignore[misc]
         ((pause,),) = sql(settings, "SELECT extract(epoch FROM due_at - now()) FROM outbox WHERE due_at IS NOT NULL")
         assert 5 * 2 ** (number - 1) * 0.8 - 2 < pause < 5 * 2 ** (number - 1) * 1.2
         let_time_pass(settings)
-    wait_for(lambda: outcomes(settings)[0] == ("answered 204", 4, True))
+    wait_for(lambda: outcomes(settings)[:1] == [("answered 204", 4, True)])
     assert not receiver.at("/two")
     assert len({message.headers["webhook-id"] for message in receiver.at("/one")}) == 1
     for message in receiver.at("/one"):
@@ -190,10 +191,10 @@ def test_after_three_days_nothing_is_sent_any_more(
     receiver.paths["/one"] = Behaviour(statuses=[500, 500])
     endpoint("/one")
     end_job()
-    wait_for(lambda: outcomes(settings)[0] == ("answered 500", 1, False))
+    wait_for(lambda: outcomes(settings)[:1] == [("answered 500", 1, False)])
     sql(settings, "UPDATE outbox SET created_at = now() - interval '73 hours' WHERE due_at IS NOT NULL")
     let_time_pass(settings)
-    wait_for(lambda: outcomes(settings)[0] == ("answered 500", 2, True))
+    wait_for(lambda: outcomes(settings)[:1] == [("answered 500", 2, True)])
 
 
 @pytest.mark.slow
@@ -203,7 +204,7 @@ def test_an_endpoint_that_is_gone_is_disabled_until_it_is_given_a_url(
     receiver.paths["/one"] = Behaviour(statuses=[410])
     made = endpoint("/one")
     end_job()
-    wait_for(lambda: outcomes(settings)[0] == ("answered 410", 1, True))
+    wait_for(lambda: outcomes(settings)[:1] == [("answered 410", 1, True)])
 
     def disabled_at() -> Any:
         return client.webhooks.retrieve(made.id).to_dict()["x_raydpo"]["disabled_at"]  # type: ignore[index]
@@ -226,13 +227,13 @@ def test_what_waits_for_an_endpoint_that_went_away_is_not_sent(
     receiver.paths["/one"] = Behaviour(statuses=[500])
     made = endpoint("/one")
     end_job()
-    wait_for(lambda: outcomes(settings)[0] == ("answered 500", 1, False))
+    wait_for(lambda: outcomes(settings)[:1] == [("answered 500", 1, False)])
     if change == "DELETE":
         client.webhooks.delete(made.id)
     else:
         sql(settings, f"UPDATE webhook_endpoints SET disabled_at = now() WHERE id = '{made.id}'")
     let_time_pass(settings)
-    wait_for(lambda: outcomes(settings)[0] == ("not sent: the endpoint is disabled or deleted", 2, True))
+    wait_for(lambda: outcomes(settings)[:1] == [("not sent: the endpoint is disabled or deleted", 2, True)])
     assert len(receiver.at("/one")) == 1
 
 
@@ -295,12 +296,19 @@ def test_slow_endpoints_take_their_own_places_and_nobody_elses(
     assert receiver.paths["/slow"].most_at_once == AT_ONCE_TO_ONE
 
 
-@pytest.fixture
-def elsewhere(settings: Settings, postgres_url: str, receiver: Receiver) -> Callable[..., list[str]]:
-    """Returns a function that adds waiting webhooks to a database where nobody else sends, and has a sender claim them.
+async def claim_all(store: Store, sender: Sender) -> list[str]:
+    """Returns the endpoints of the webhooks that the sender claims, in the order of the claims."""
+    found = list[str]()
+    while claims := await sender._claim():
+        found += [claim.endpoint.id for claim in claims]
+    return found
 
-    It returns their endpoints in the order of the claims. `rows` has the numbers of endpoints, and of webhooks for
-    each, by project.
+
+@pytest.fixture
+def elsewhere(settings: Settings, postgres_url: str, receiver: Receiver) -> Callable[..., Any]:
+    """Returns a function that adds waiting webhooks to a database where nobody else sends, and has a sender `act`.
+
+    It returns what `act` returns. `rows` has the numbers of endpoints, and of webhooks for each, by project.
     """
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {(name := f'turns_{secrets.token_hex(4)}')}")
@@ -311,7 +319,11 @@ def elsewhere(settings: Settings, postgres_url: str, receiver: Receiver) -> Call
         "endpoint_id, event_id, num_sends, body",
     )
 
-    def claimed(rows: dict[str, tuple[int, int]], before: str = "SELECT 1") -> list[str]:
+    def acted(
+        rows: dict[str, tuple[int, int]],
+        before: str = "SELECT 1",
+        act: Callable[[Store, Sender], Coroutine[Any, Any, Any]] = claim_all,
+    ) -> Any:
         for project, (endpoints, each) in rows.items():
             sql(here, f"INSERT INTO projects (id, name) VALUES ('{project}', '{project}')")
             values = f"'{project}-' || n, '{project}', 'n', '{receiver.url}/one', '{{}}', 'whsec_c2VjcmV0'"
@@ -322,18 +334,17 @@ def elsewhere(settings: Settings, postgres_url: str, receiver: Receiver) -> Call
             sql(here, f"INSERT INTO outbox ({columns_of_rows}) SELECT {values} FROM {many}")
         sql(here, before)
 
-        async def claim() -> list[str]:
+        async def work() -> Any:
             store = Store(here.database_url)
-            sender, found = Sender(store, here), list[str]()
-            while claims := await sender._claim():
-                found += [claim.endpoint.id for claim in claims]
+            sender = Sender(store, here)
+            result = await act(store, sender)
             await sender.close()
             await store.close()
-            return found
+            return result
 
-        return asyncio.run(claim())
+        return asyncio.run(work())
 
-    return claimed
+    return acted
 
 
 def test_a_project_with_many_dead_endpoints_takes_half_of_the_places_and_another_one_is_next(elsewhere: Any) -> None:
@@ -356,13 +367,41 @@ def test_an_endpoint_that_fails_is_asked_by_one_send_when_its_pause_is_over(else
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("status", "failures", "sent_again"), [(204, 0, False), (500, 3, True)])
+def test_many_sends_that_end_in_one_moment_take_one_connection_to_the_database(
+    elsewhere: Any, receiver: Receiver, status: int, failures: int, sent_again: bool
+) -> None:
+    receiver.paths["/one"] = Behaviour(statuses=[status] * 30, pause_seconds=0.5)
+    columns = "outcome, num_sends, due_at IS NOT NULL, num_failures, retry_at IS NOT NULL"
+    query = text(f"SELECT {columns} FROM outbox o JOIN webhook_endpoints e ON e.id = o.endpoint_id")
+
+    async def send_all(store: Store, sender: Sender) -> tuple[int, list[Any]]:
+        taken, rows = list[int](), list[Any]()
+        event.listen(store.pool, "checkout", lambda *_: taken.append(store.pool.checkedout()))
+        sending = asyncio.create_task(sender.run())
+        while not rows or any(outcome is None for outcome, *_ in rows):
+            await asyncio.sleep(0.1)
+            most = max(taken, default=0)
+            async with store.begin() as session:
+                rows = [tuple(row) for row in await session.execute(query)]
+            taken[:] = [most]
+        sending.cancel()
+        await asyncio.wait({sending})
+        return most, rows
+
+    most, rows = elsewhere({"a": (30, 1)}, "UPDATE webhook_endpoints SET num_failures = 2", send_all)
+    assert most == 1
+    assert rows == [(f"answered {status}", 1, sent_again, failures, sent_again)] * 30
+
+
+@pytest.mark.slow
 def test_an_endpoint_that_fails_is_left_alone_with_all_that_waits_until_it_answers(
     client: openai.OpenAI, settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
 ) -> None:
     receiver.paths["/one"] = Behaviour(statuses=[500])
     made = endpoint("/one")
     end_job()
-    wait_for(lambda: outcomes(settings)[0] == ("answered 500", 1, False))
+    wait_for(lambda: outcomes(settings)[:1] == [("answered 500", 1, False)])
     sql(settings, "UPDATE webhook_endpoints SET retry_at = retry_at + interval '1 hour' WHERE num_failures = 1")
     for _ in range(3):
         end_job()
@@ -382,7 +421,7 @@ def test_what_waited_three_days_behind_failures_is_given_up(
     receiver.paths["/one"] = Behaviour(statuses=[500])
     endpoint("/one")
     end_job()
-    wait_for(lambda: outcomes(settings)[0] == ("answered 500", 1, False))
+    wait_for(lambda: outcomes(settings)[:1] == [("answered 500", 1, False)])
     end_job()
     waiting = "SELECT num_sends, outcome FROM outbox WHERE due_at IS NOT NULL ORDER BY id"
     assert sql(settings, waiting) == [(1, "answered 500"), (0, None)]
