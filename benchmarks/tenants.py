@@ -28,6 +28,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,8 +46,10 @@ from tests.services.web import running
 KEY = "rd-benchmark"
 ORDINARY, TARPITS = 9, 100
 JOB_SECONDS = 3.0
-SUBMIT_SECONDS, STATUS_SECONDS = 20.0, 0.25  # seconds between two requests of one project
-SETTINGS = {"max_running_jobs": 8, "requests_per_minute": 1200, "max_requests": 200, "stall_seconds": 5}
+SUBMIT_SECONDS, STATUS_SECONDS = 6.0, 0.25  # seconds between two requests of one project
+PREPARATION_SECONDS = 300.0  # the most for the endpoints and the large file of the hostile project
+SETTINGS = {"max_running_jobs": 16, "requests_per_minute": 1200, "max_requests": 200, "stall_seconds": 5}
+PROJECT_LIMITS = {"max_running_jobs": 4}  # without it, a project can fill the service with jobs that never end
 DPO = {"type": "dpo"}
 
 
@@ -117,12 +120,17 @@ def main() -> None:
         hostile = new_project(url, "hostile", receiver.url)
         print(f"{'':10} {'':10} {'number':>7} {'p50 s':>8} {'p99 s':>8}")
         alone = measure("alone", url, projects, ray, receiver, options.seconds)
-        process = multiprocessing.get_context("spawn").Process(target=be_hostile, args=(url, *hostile, receiver.url))
+        spawn = multiprocessing.get_context("spawn")
+        attacks = spawn.Event()
+        process = spawn.Process(target=be_hostile, args=(url, *hostile, receiver.url, attacks))
         process.start()
         stops.callback(process.join)
         stops.callback(process.kill)
+        attacks.wait(PREPARATION_SECONDS)
         time.sleep(10)
         beside = measure("beside", url, projects, ray, receiver, options.seconds)
+        if not (attacks.is_set() and process.is_alive()):
+            raise SystemExit("The hostile project did not attack all the time, so the figures beside it say nothing.")
         for name, quantiles in alone.items():
             print(
                 f"{name:10} {'ratio':10} {'':7}"
@@ -156,7 +164,7 @@ def start(home: Path, database_url: str, ray: Ray, receiver: Receiver, stops: Ex
 def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
     """Creates a project with a key, a webhook endpoint and a file. Returns the name, the key and the file's id."""
     with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=60) as admin:
-        project = admin.post(f"{url}/x/projects", json={"name": name}).json()["id"]
+        project = admin.post(f"{url}/x/projects", json={"name": name} | PROJECT_LIMITS).json()["id"]
         scopes = ["read", "write", "inference", "admin"]
         made = admin.post(f"{url}/x/keys", json={"name": "k", "project_id": project, "scopes": scopes}).json()
     with httpx.Client(headers={"authorization": f"Bearer {made['value']}"}, timeout=60) as client:
@@ -236,9 +244,12 @@ async def use(url: str, key: str, file: str, seen: Seen) -> None:
 # --- the hostile project -------------------------------------------------------------------------
 
 
-def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str) -> None:
-    """Attacks the service with all kinds of requests at the same time, until this process is killed."""
-    asyncio.run(Hostile(url, key, file, receiver_url).run())
+def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str, attacks: Event) -> None:
+    """Attacks the service with all kinds of requests at the same time, until this process is killed.
+
+    Sets `attacks` when the preparations are done.
+    """
+    asyncio.run(Hostile(url, key, file, receiver_url).run(attacks))
 
 
 class Hostile:
@@ -249,15 +260,17 @@ class Hostile:
         self._key = {"authorization": f"Bearer {key}"}
         self._client = httpx.AsyncClient(headers=self._key, timeout=60, limits=httpx.Limits(max_connections=None))
 
-    async def run(self) -> None:
+    async def run(self, attacks: Event) -> None:
         for number in range(TARPITS - 1):
             hook = {"name": "n", "url": f"{self._receiver_url}/tarpit-{number}"}
             events = {"event_types": ["fine_tuning.job.succeeded", "fine_tuning.job.cancelled"]}
             await self._client.post(f"{self._url}/webhook_endpoints", json=hook | events)
         rows = {"files": {"file": ("p.jsonl", pairs(100_000))}, "data": {"purpose": "fine-tune"}}
-        large = (await self._client.post(f"{self._url}/files", **rows)).json()["id"]
+        upload = self._client.post(f"{self._url}/files", **rows, timeout=PREPARATION_SECONDS)
+        large = (await upload).json()["id"]
         content = f"GET /v1/files/{large}/content HTTP/1.1\r\n"
         drip = "POST /v1/fine_tuning/jobs HTTP/1.1\r\ncontent-length: 100000\r\ncontent-type: application/json\r\n"
+        attacks.set()
         lists = itertools.cycle(("/models", "/files?limit=10000", "/fine_tuning/jobs?limit=100"))
         async with asyncio.TaskGroup() as group:
             for times, deed in (
