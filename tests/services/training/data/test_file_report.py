@@ -63,6 +63,9 @@ def test_the_counts_of_pieces_add_up_to_those_of_the_file_in_any_order(fates: li
     assert whole.special_tokens.count == expected.get("special", 0)
     longs = [100 - line for line, fate in numbered if fate == "long"]
     assert whole.shortest_too_long == min(longs, default=None)
+    chosen = [1 + line % 5 for line, fate in numbered if fate not in ("invalid", "refused")]
+    found = merge(pieces).lengths.get("chosen")
+    assert (found and (found.total, found.longest)) == ((sum(chosen), max(chosen)) if chosen else None)
 
 
 def test_the_user_reads_how_many_were_left_out_cut_and_marked_and_on_which_lines() -> None:
