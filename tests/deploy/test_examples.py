@@ -11,6 +11,7 @@ import yaml
 from tests.deploy.manifests import Manifest, one, ray_groups
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
+PUBLIC = {"/v1", "/openapi.json", "/", "/assets"}
 Render = Callable[..., list[Manifest]]
 
 
@@ -18,22 +19,24 @@ def read(name: str) -> dict[str, Manifest]:
     return {each["kind"]: each for each in yaml.safe_load_all((EXAMPLES / name).read_text())}
 
 
-def test_the_ingress_fits_kubernetes_and_leads_to_the_api_alone(render: Render, minimal: dict[str, Any]) -> None:
+def test_the_ingress_fits_kubernetes_and_leads_to_the_api_and_the_page_alone(
+    render: Render, minimal: dict[str, Any]
+) -> None:
     ingress = read("ingress.yaml")["Ingress"]
     kubernetes_validate.validate(ingress, "1.37", strict=True)
     service = one(render(minimal, release="raydpo"), "Service")
     paths = ingress["spec"]["rules"][0]["http"]["paths"]
-    assert {path["path"] for path in paths} == {"/v1", "/openapi.json"}
+    assert {path["path"] for path in paths} == PUBLIC
     for path in paths:
         assert path["backend"]["service"]["name"] == service["metadata"]["name"]
         assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
 
 
-def test_the_route_of_the_gateway_leads_to_the_api_alone(render: Render, minimal: dict[str, Any]) -> None:
+def test_the_route_of_the_gateway_leads_to_the_api_and_the_page_alone(render: Render, minimal: dict[str, Any]) -> None:
     objects = read("gateway.yaml")
     service = one(render(minimal, release="raydpo"), "Service")
     (rule,) = objects["HTTPRoute"]["spec"]["rules"]
-    assert {match["path"]["value"] for match in rule["matches"]} == {"/v1", "/openapi.json"}
+    assert {match["path"]["value"] for match in rule["matches"]} == PUBLIC
     assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": service["spec"]["ports"][0]["port"]}]
     name = objects["Gateway"]["metadata"]["name"]
     assert objects["HTTPRoute"]["spec"]["parentRefs"] == [{"name": name}]
