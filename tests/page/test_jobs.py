@@ -132,3 +132,25 @@ def test_jobs_are_listed_newest_first(page: Page, service: Service, api: httpx.C
             api.post(f"/fine_tuning/jobs/{job_id}/cancel")
     finally:
         service.ray.down = False
+
+
+def test_hostile_text_is_shown_and_does_nothing(page: Page, service: Service, api: httpx.Client, file_id: str) -> None:
+    markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    metadata = {"note": f"{markup} \u202egnp.exe", "word": "w" * 512}
+    job_id = submit(api, file_id, metadata=metadata)
+    api.post(f"/fine_tuning/jobs/{job_id}/cancel")
+    page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
+    sign_in(page)
+    open_job(page, service.url, job_id)
+    expect(page.get_by_text(markup)).to_be_visible()
+    assert page.locator("img").count() == 0
+    look_at(page, "hostile")
+
+
+def test_what_is_not_there_is_said_in_words(page: Page, service: Service) -> None:
+    sign_in(page)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    page.goto(f"{service.url}/#/jobs/ftjob-none")
+    expect(page.get_by_role("alert")).to_contain_text("ftjob-none")
+    page.goto(f"{service.url}/#/nowhere")
+    expect(page.get_by_text("There is no such view.")).to_be_visible()
