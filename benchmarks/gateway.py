@@ -3,9 +3,10 @@ the control plane, in turn.
 
     python -m benchmarks.gateway --streams 32 --per-second 50
 
-The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. In each round, first one way
-and then the other, every stream's client asks a few times, each time as soon as the last answer is over. The clients
-begin one after the other, spread over the time of an answer.
+The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`, it is
+vLLM on the CPU with a small random model, in a service of its own; then both ways lead through Ray Serve's proxy. In
+each round, first one way and then the other, every stream's client asks a few times, each time as soon as the last
+answer is over. The clients begin one after the other, spread over the time of an answer.
 """
 
 import argparse
@@ -23,13 +24,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx
 import psutil
 
 from services.local.postgres import start_postgres, stop_postgres
+from tests.e2e.conftest import running_service, tiny_model, wait_for
 from tests.services.control_plane.conftest import FakeRay, free_port
 
 KEY = "rd-benchmark"
-BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+CHAT = "/v1/chat/completions"
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": True, "ignore_eos": True}
 
 
 def main() -> None:
@@ -42,22 +46,45 @@ def main() -> None:
         "--answers", type=int, default=3, help="Answers of each client in a round. Default: %(default)s."
     )
     parser.add_argument("--rounds", type=int, default=3, help="Rounds of each way. Default: %(default)s.")
+    parser.add_argument("--engine", choices=("stand-in", "vllm"), default="stand-in", help="Default: %(default)s.")
     options = parser.parse_args()
     with ExitStack() as stops:
-        engine_port = free_port()
-        stops.enter_context(engine(engine_port, options))
-        service, process = stops.enter_context(control_plane(engine_port))
-        prefix = wait_until_served(service)
-        ways = {
-            "direct": Way(f"127.0.0.1:{engine_port}", f"{prefix}/v1/chat/completions"),
-            "gateway": Way(service, "/v1/chat/completions"),
-        }
+        begin = service_with_vllm if options.engine == "vllm" else service_with_stand_in
+        ways, process = stops.enter_context(begin(options))
         for _ in range(options.rounds):
             for way in ways.values():
                 before = sum(process.cpu_times()[:2])
                 way.rounds.append(asyncio.run(ask_all(way, options)))
                 way.cpu_seconds += sum(process.cpu_times()[:2]) - before
         report(ways, options)
+
+
+@contextmanager
+def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], psutil.Process]]:
+    """Starts an engine that is a stand-in, and a control plane. Yields the two ways and the control plane's process."""
+    engine_port = free_port()
+    with engine(engine_port, options), control_plane(engine_port) as (service, process):
+        ways = {"direct": Way(f"127.0.0.1:{engine_port}", f"/any{CHAT}", KEY), "gateway": Way(service, CHAT, KEY)}
+        asyncio.run(ask(ways["gateway"], 1))  # has the model loaded
+        yield ways, process
+
+
+@contextmanager
+def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], psutil.Process]]:
+    """Starts `raydpo up` with a small model. Yields the two ways and the control plane's process."""
+    with running_service(lambda folder: {"tiny": tiny_model(folder / "tiny")}) as service:
+        assert service.process is not None
+        gateway = Way(service.url.removeprefix("http://"), CHAT, service.key)
+        one = {"json": BODY | {"max_tokens": 1}, "headers": {"Authorization": f"Bearer {service.key}"}, "timeout": 300}
+        wait_for(lambda: httpx.post(f"{service.url}{CHAT}", **one).is_success, "the model is loaded")
+        head = json.loads((service.home / "stack.json").read_text())
+        token = {"Authorization": f"Bearer {(service.home / 'ray.token').read_text()}"}
+        told = httpx.get(f"http://127.0.0.1:{head['dashboard_port']}/api/serve/applications/", headers=token)
+        (app,) = told.json()["applications"]
+        direct = Way(f"127.0.0.1:{head['serve_port']}", f"/{app}{CHAT}", service.key)
+        for _ in range(3):  # warms the engine up
+            asyncio.run(ask_all(direct, options))
+        yield {"direct": direct, "gateway": gateway}, psutil.Process(service.process.pid)
 
 
 @contextmanager
@@ -98,13 +125,6 @@ def control_plane(engine_port: int) -> Iterator[tuple[str, psutil.Process]]:
         yield process.stdout.readline().split("/")[2], process
 
 
-def wait_until_served(service: str) -> str:
-    """Asks the model once, so that it is loaded."""
-    way = Way(service, "/v1/chat/completions")
-    asyncio.run(ask(way, 1))
-    return "/any"
-
-
 # --- asking ------------------------------------------------------------------------------------
 
 
@@ -120,9 +140,9 @@ class Stream:
 class Way:
     """One of the two ways to the engine (direct, or through the control plane), and what was measured on it."""
 
-    def __init__(self, address: str, path: str) -> None:
+    def __init__(self, address: str, path: str, key: str) -> None:
         self.host, _, port = address.partition(":")
-        self.port, self.path = int(port), path
+        self.port, self.path, self.key = int(port), path, key
         self.rounds: list[list[Stream]] = []
         self.cpu_seconds = 0.0  # of the control plane
 
@@ -148,7 +168,7 @@ async def ask(way: Way, tokens: int) -> Stream:
     """Sends one request, and reads the streamed bytes as they come. Uses as little CPU as possible."""
     reader, writer = await asyncio.open_connection(way.host, way.port)
     body = json.dumps(BODY | {"max_tokens": tokens}).encode()
-    head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
+    head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {way.key}\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     began = time.monotonic()
     writer.write(head.encode() + body)
