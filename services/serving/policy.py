@@ -25,6 +25,7 @@ from services.forkserver.client import spawn_forks
 from services.serving.adapter_middleware import AttachAdapter, of_request
 from services.serving.adapters import Adapters, check_version
 from services.serving.cores import num_threads
+from services.serving.dead_engine import RetryLater
 from services.serving.engine_args import MOST_SCORED_TOKENS, engine_args
 from services.serving.executor import ExecutorOnCpus
 from services.serving.load import Load
@@ -60,12 +61,14 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         load.
 
         vLLM's paths that control the engine are left out. A request's headers may name the adapter that answers it.
+        While the engine is dead, requests are answered with 503.
         """
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
         app.add_api_route(LOAD_ROUTE, self._tell_load)
         Scoring(self.folder, self.engine._engine_client.model_config.max_model_len, self._logps).add_to(app)
         app.add_middleware(AttachAdapter, adapters=self.adapters)
+        app.add_middleware(RetryLater, engine=self.engine._engine_client)
         return app
 
     async def _tell_load(self) -> dict[str, Any]:

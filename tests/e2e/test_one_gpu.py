@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +70,21 @@ def test_a_job_with_a_served_reference_goes_through_with_chat_between_its_pause_
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running", "it goes on", seconds=600)
     assert chat(client, "tiny") > 0
     assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+
+
+@pytest.mark.long
+def test_three_models_that_are_asked_at_once_take_turns_on_two_gpus() -> None:
+    names = ("first", "second", "third")
+    two = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 2}', "RAYDPO_MAX_LOADED_MODELS": "2"}
+    with (
+        running_service(
+            lambda folder: {name: tiny_model(folder / name) for name in names}, **PATIENT, **two
+        ) as service,
+        service.client() as client,
+        ThreadPoolExecutor(len(names)) as threads,
+    ):
+        assert all(count > 0 for count in threads.map(lambda name: chat(client, name), names))
+        assert len(service.processes("ray::ServeReplica")) <= 2
 
 
 @pytest.mark.parametrize("seconds", [20, pytest.param(360, marks=pytest.mark.long)])

@@ -1,0 +1,42 @@
+"""Has clients of a replica try again while its vLLM engine is dead.
+
+vLLM answers such requests with status 500. Ray Serve replaces the replica, so the same request soon succeeds.
+"""
+
+from typing import Protocol
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MESSAGE = "The model's engine has died and is being restarted; send the request again in a few seconds."
+RETRY_AFTER_SECONDS = 5
+
+
+class Engine(Protocol):
+    """The part of vLLM's engine client that tells whether the engine still works."""
+
+    @property
+    def errored(self) -> bool: ...
+
+
+class RetryLater:
+    """ASGI middleware that answers 503 with `retry-after` in place of an answer of status 500 or above, if the engine
+    is dead. All other answers pass unchanged, and so does a stream that has begun."""
+
+    def __init__(self, app: ASGIApp, *, engine: Engine) -> None:
+        self._app, self._engine = app, engine
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        replaced = False
+
+        async def send_or_replace(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start" and message["status"] >= 500 and self._engine.errored:
+                replaced = True
+                error = {"message": MESSAGE, "type": "server_error", "param": None, "code": "engine_died"}
+                headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
+                await JSONResponse({"error": error}, 503, headers)(scope, receive, send)
+            elif not replaced:
+                await send(message)
+
+        await self._app(scope, receive, send_or_replace)
