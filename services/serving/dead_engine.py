@@ -33,7 +33,7 @@ class RetryLater:
             nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] >= 500 and self._engine.errored:
                 replaced = True
-                error = {"message": MESSAGE, "type": "server_error", "param": None, "code": "engine_died"}
+                error = {"message": MESSAGE, "type": "server_error", "param": None, "code": "model_unavailable"}
                 headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
                 await JSONResponse({"error": error}, 503, headers)(scope, receive, send)
             elif not replaced:
