@@ -290,7 +290,8 @@ class _Run:
             self.config = replace(self.config, activation_checkpointing="on")
             self._undo.callback(checkpoint_activations(self.scorer))
             self.flops = Flops(self.scorer.model, recomputed=True)
-            now = "activations are computed again in the backward pass"
+            smaller_too = f"packs have at most {self.pack_size} tokens and " if self.shortage else ""
+            now = f"{smaller_too}activations are computed again in the backward pass"
         else:
             what = f"Memory ran out in step {self.step} with one group in a pack and activations computed again"
             raise MemoryRanOut(f"{what}; lower max_length or choose bfloat16.")

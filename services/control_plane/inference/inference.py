@@ -292,5 +292,5 @@ class Inference:
         if refusal := REFUSALS.get(status):
             return refusal(message, param=param, code="invalid_value")
         if status in (429, 503):
-            return self._unavailable(engine, f"cannot answer now: {message}")
+            return self._unavailable(engine, f"cannot answer now: {message.removesuffix('.')}")
         return ApiError(f"The model '{engine.id}' failed: {message}", code="model_error")
