@@ -38,6 +38,7 @@ from services.control_plane.core.store import refuses_value
 from services.control_plane.core.tables import Attempt, Checkpoint, Event, Job
 from services.control_plane.jobs import checkpoints, jobs
 from services.control_plane.models import deployments, models
+from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 
 
@@ -71,11 +72,11 @@ async def give_token(session: AsyncSession, attempt: Attempt) -> str:
     return token
 
 
-async def want(session: AsyncSession, attempt: Attempt, reference: deployments.Reference) -> None:
-    """Requests that the application `reference` is loaded, and keeps it loaded for the attempt."""
+async def want(session: AsyncSession, attempt: Attempt, loaded: NamedModel, app_name: str) -> None:
+    """Requests that the application `app_name` loads the model `loaded`, and keeps it loaded for the attempt."""
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
-    await session.execute(statement.values(reference=reference.app_name))
-    await deployments.use(session, reference.loaded, app_name=reference.app_name)
+    await session.execute(statement.values(reference=app_name))
+    await deployments.use(session, loaded, app_name=app_name)
 
 
 async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
@@ -229,8 +230,7 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             if report.app_name is None and attempt.reference:  # requested when the attempt was opened
                 return
             model = models.reference_of(await session.get_one(Job, attempt.job_id))
-            loaded, attempt.reference = await deployments.scorer_named(session, settings, model, report.app_name)
-            await deployments.use(session, loaded, app_name=attempt.reference)
+            await want(session, attempt, *await deployments.scorer_named(session, settings, model, report.app_name))
         case ReferenceReleased():
             attempt.reference = None
         case Started():

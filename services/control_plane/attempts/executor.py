@@ -139,7 +139,7 @@ class Executor:
             token = await attempts.give_token(session, attempt)
             scorer = await deployments.reference(session, self._settings, models.reference_of(job))
             if attempt.reference:  # settings may have changed since the attempt was opened
-                await attempts.want(session, attempt, scorer)
+                await attempts.want(session, attempt, scorer.loaded, scorer.app_name)
         run_uri = self._run_uri(job)
         reference = await self._ray_api.own_name(scorer.app_name) if spec.may_be_served else None
         adapter = scorer.adapter if reference else None

@@ -85,9 +85,10 @@ async def _within_positions(spec: JobSpec, model: NamedModel, reference: NamedMo
     one of the models cannot be read here, the job itself makes this check.
     """
     asked = lowest = spec.config.max_length
-    for what, reads in {"the model": model, "the reference model": reference or model}.items():
+    read = {"the model": model} | ({"the reference model": reference} if reference else {})
+    for what, read_model in read.items():
         try:
-            positions = positions_of((await plans.look_at(reads)).config)
+            positions = positions_of((await plans.look_at(read_model)).config)
             check_max_length(asked, positions, what)
         except InvalidOption as error:
             raise InvalidRequest(str(error), param=f"x_raydpo.{error.field}", code="invalid_value") from None
