@@ -6,16 +6,10 @@ import { key } from "../parts/session/session";
 
 type Documents = components["schemas"];
 export type Job = Documents["JobDocument"];
-export type Draft = Omit<Documents["DraftDocument"], "id" | "created_at">; // it has none yet
 export type JobEvent = Documents["EventDocument"];
 export type Checkpoint = Documents["CheckpointDocument"];
 export type Metrics = Documents["MetricsDocument"];
 export type Column = Documents["Column"];
-export type Method = Documents["MethodDocument"];
-export type Plan = Documents["PlanDocument"];
-export type File = Documents["FileDocument"];
-export type Model = Documents["ModelDocument"];
-export type CreateJob = Documents["CreateJob"];
 
 export const api = createClient<paths>({ baseUrl: location.origin });
 api.use({
@@ -30,8 +24,6 @@ export class Failure extends Error {
   constructor(
     message: string,
     readonly status?: number, // undefined: no answer came
-    readonly param?: string | null,
-    readonly code?: string | null,
   ) {
     super(message);
   }
@@ -42,9 +34,8 @@ export class Failure extends Error {
   }
 
   static answered(status: number, body: unknown): Failure {
-    const told = (body as { error?: { message?: string; param?: string; code?: string } } | undefined)?.error;
-    const message = told?.message ?? `The service answered with status ${status}.`;
-    return new Failure(message, status, told?.param, told?.code);
+    const told = (body as { error?: { message?: string } } | undefined)?.error;
+    return new Failure(told?.message ?? `The service answered with status ${status}.`, status);
   }
 }
 

@@ -9,12 +9,11 @@ import { Job } from "../views/job/job";
 interface View {
   name: string; // the first part of the path
   title: string;
-  inMenu: boolean;
   show: (rest: string[]) => JSX.Element;
 }
 
 const VIEWS: View[] = [
-  { name: "jobs", title: "Jobs", inMenu: true, show: ([id]) => (id ? <Job key={id} id={id} /> : <Jobs />) },
+  { name: "jobs", title: "Jobs", show: ([id]) => (id ? <Job key={id} id={id} /> : <Jobs />) },
 ];
 
 export function App() {
@@ -35,7 +34,7 @@ export function App() {
           raydpo
         </a>
         <nav aria-label="Views">
-          {VIEWS.filter((each) => each.inMenu).map((each) => (
+          {VIEWS.map((each) => (
             <a href={href(each.name)} aria-current={each.name === name ? "page" : undefined}>
               {each.title}
             </a>

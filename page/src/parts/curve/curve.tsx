@@ -13,7 +13,6 @@ export interface Line {
   high?: (number | null)[];
   color: number; // of the sheet's curves, from 1
   isSparse?: boolean; // a value at some steps only, drawn with points
-  isFaint?: boolean;
 }
 
 interface Props {
@@ -21,7 +20,6 @@ interface Props {
   unit?: string;
   steps: number[];
   lines: Line[];
-  isLogarithmic?: boolean;
   show?: (value: number) => string;
   onZoom?: (from: number, to: number) => void;
 }
@@ -31,18 +29,18 @@ const darkness = matchMedia("(prefers-color-scheme: dark)");
 const isDark = signal(darkness.matches);
 darkness.addEventListener("change", (event) => (isDark.value = event.matches));
 
-export function Curve({ title, unit, steps, lines, isLogarithmic = false, show = figure, onZoom }: Props) {
+export function Curve({ title, unit, steps, lines, show = figure, onZoom }: Props) {
   const place = useRef<HTMLDivElement>(null);
   const chart = useRef<uPlot | null>(null);
   const zoom = useRef(onZoom);
   zoom.current = onZoom;
   const cursor = useSignal<number | null>(null);
   const data = [steps, ...lines.flatMap((line) => [line.values, ...bandOf(line)])] as uPlot.AlignedData;
-  const shape = JSON.stringify([isLogarithmic, lines.map((line) => [line.label, line.color, bandOf(line).length])]);
+  const shape = JSON.stringify(lines.map((line) => [line.label, line.color, bandOf(line).length]));
 
   useEffect(() => {
     const element = place.current!;
-    const options = optionsOf(lines, isLogarithmic, element.clientWidth, show);
+    const options = optionsOf(lines, element.clientWidth, show);
     options.hooks = {
       setCursor: [(self) => (cursor.value = self.cursor.idx ?? null)],
       setSelect: [
@@ -103,12 +101,7 @@ function summary(lines: Line[], steps: number[], show: (value: number) => string
   return `${told.join(", ")}; ${points}, steps ${whole(steps[0]!)} to ${whole(steps.at(-1)!)}`;
 }
 
-function optionsOf(
-  lines: Line[],
-  isLogarithmic: boolean,
-  width: number,
-  show: (value: number) => string,
-): uPlot.Options {
+function optionsOf(lines: Line[], width: number, show: (value: number) => string): uPlot.Options {
   const style = getComputedStyle(document.documentElement);
   const ink = (name: string) => style.getPropertyValue(name).trim();
   const font = "12px system-ui, sans-serif";
@@ -118,7 +111,7 @@ function optionsOf(
   for (const line of lines) {
     const stroke = ink(`--curve-${line.color}`);
     const points = line.isSparse ? { show: true, size: 6, fill: stroke } : undefined;
-    series.push({ stroke: line.isFaint ? `${stroke}55` : stroke, width: 1.5, spanGaps: true, points });
+    series.push({ stroke, width: 1.5, spanGaps: true, points });
     if (!bandOf(line).length) continue;
     bands.push({ series: [series.length, series.length + 1], fill: `${stroke}2e` });
     series.push({ points: { show: false } }, { points: { show: false } });
@@ -128,7 +121,7 @@ function optionsOf(
     height: HEIGHT,
     legend: { show: false },
     cursor: { sync: { key: "steps" }, y: false, drag: { x: true, y: false, setScale: false } },
-    scales: { x: { time: false }, y: { distr: isLogarithmic ? 3 : 1 } },
+    scales: { x: { time: false } },
     axes: [
       { ...axis, values: (_, marks) => marks.map((mark) => (Number.isInteger(mark) ? whole(mark) : "")) },
       { ...axis, size: 62, values: (_, marks) => marks.map((mark) => (mark === null ? "" : show(mark))) },

@@ -44,7 +44,3 @@ export function setQuery(changes: Query, { replaces = false } = {}) {
   history.replaceState(null, "", next);
   route.value = read();
 }
-
-export function goTo(path: string | string[], query: Query = {}) {
-  location.hash = href(path, query);
-}

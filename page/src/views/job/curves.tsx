@@ -12,7 +12,7 @@ interface Chart {
   lines: [metric: string, label: string, color: number][];
 }
 
-export const CHARTS: Chart[] = [
+const CHARTS: Chart[] = [
   { title: "Loss", lines: [["train_loss", "training", 1], ["full_valid_loss", "validation", 2]] },
   {
     title: "Margin",
@@ -47,7 +47,7 @@ export const CHARTS: Chart[] = [
   { title: "Learning rate", lines: [["learning_rate", "of the step", 4]] },
 ];
 
-export function linesOf(series: Series, chart: Chart): Line[] {
+function linesOf(series: Series, chart: Chart): Line[] {
   return chart.lines.flatMap(([metric, label, color]) => {
     const column = series.columns[metric];
     if (!column) return [];
