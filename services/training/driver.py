@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 from pydantic import ValidationError
+from ray._private import auto_init_hook
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from dpo_core.models.adapter_folder import is_adapter
@@ -79,6 +80,8 @@ def main(spec_uri: str) -> int:
     keep_logs(spec.run_uri, spec.attempt, "driver")
     _hide_environment_from_workers()
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
+    # A thread that still trains when this process exits would connect to Ray again, and the exit would crash.
+    auto_init_hook.enable_auto_connect = False
     _in_thread(lambda: importlib.import_module(TRAINER))  # the import takes two seconds, while the file is encoded
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
     preload(ray.get_runtime_context().get_job_id(), WORKERS_IMPORT)

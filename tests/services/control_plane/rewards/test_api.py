@@ -272,7 +272,11 @@ def test_models_that_do_not_exist_are_named(api: httpx.Client) -> None:
             "rows.1.completions",
             "a row can have at most 64",
         ),
-        ({"prompt": "x", "completions": ["y", "x" * MODEL_LENGTH]}, "rows.1.completions.1", "the model takes 256"),
+        (
+            {"prompt": "x", "completions": ["y", "x" * MODEL_LENGTH]},
+            "rows.1.completions.1",
+            f"the model takes at most {MODEL_LENGTH}",
+        ),
         (
             {"prompt": "a", "completions": ["b"], "tools": [TOOL]},
             "rows.1.tools",
