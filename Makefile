@@ -54,16 +54,16 @@ demo: setup ## the whole service on this machine: two jobs, before and after (KE
 	@$(BIN)/python -m demo
 
 bench: setup ## the engine against TRL on this machine
-	@$(BIN)/python benchmarks/vs_trl.py
+	@$(BIN)/python benchmarks/training/vs_trl.py
 
 bench-data: setup ## a million rows from the uploaded file to the trainer, 2 GB of disk
-	@$(BIN)/python benchmarks/data_plane.py
+	@$(BIN)/python benchmarks/data/data_plane.py
 
 bench-scoring: setup ## the reference in Ray Serve against vLLM offline on this machine
-	@$(BIN)/python benchmarks/scoring.py
+	@$(BIN)/python benchmarks/serving/scoring.py
 
 gpu-check: setup ## does the engine work on this GPU, and how fast, against TRL: at most eight minutes (CHECK="--device cpu --size tiny")
-	@$(BIN)/python benchmarks/gpu_check.py $(CHECK)
+	@$(BIN)/python benchmarks/training/gpu_check.py $(CHECK)
 
 fmt: setup ## format and mend what can be mended
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

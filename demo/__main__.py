@@ -31,7 +31,7 @@ from demo.service import Service
 from dpo_core.data.feedback import read_groups
 from dpo_core.data.jsonl import read_lines
 from dpo_core.data.messages import Text
-from services.cli.watch import metrics_line, watch_job
+from services.cli.jobs.watch import metrics_line, watch_job
 
 SHOWN_ANSWERS = 6
 TEMPERATURE = 0.7

@@ -1,6 +1,6 @@
 """Measures speed and memory of a job's data on the path from the uploaded file to the trainer's batches.
 
-    python benchmarks/data_plane.py --rows 10000 100000 1000000 --json results.json
+    python benchmarks/data/data_plane.py --rows 10000 100000 1000000 --json results.json
 
 Random pairs of about 1 KB go through these stages of a job, each number of rows in its own process. Memory must not
 grow with the number of rows.
@@ -26,11 +26,11 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.feedback import save_tokenizer, write_pairs
-from benchmarks.stages import Figures, stages
-from benchmarks.tokenizer import tokens_per_second
+from benchmarks.data.feedback import save_tokenizer, write_pairs
+from benchmarks.data.stages import Figures, stages
+from benchmarks.data.tokenizer import tokens_per_second
 
 TOKENIZER_ROWS = 20_000  # rows that train the tokenizer, and the largest number of rows that measure the tokenizer
 THREADS, PROCESSES = "tokenizer, its threads", "tokenizer, processes"

@@ -1,6 +1,6 @@
 """Measures the time from a job's submission to its first training step, and from its end to its policy's first answer.
 
-    python benchmarks/first_step.py --rows 64 --jobs 2 --picture first-step.png
+    python benchmarks/service/first_step.py --rows 64 --jobs 2 --picture first-step.png
 
 Starts `raydpo up` with a new home folder, waits until the machine is idle, and submits one job after the other. The
 first job is cold, the later jobs are warm. Prints and draws the processes that worked for a job. With `--answer`, sends
@@ -27,7 +27,7 @@ from benchmarks.rows import as_pairs, dialogues
 from demo.base_model import make_base_model
 from demo.rows import Shop
 from demo.service import Service
-from services.cli.watch import follow
+from services.cli.jobs.watch import follow
 
 QUIET_CPU = 0.3  # share of all cores below which the machine is idle; an idle Ray takes 0.15 of two slow cores
 QUIET_SECONDS = 60

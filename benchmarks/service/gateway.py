@@ -1,7 +1,7 @@
 """Measures what the control plane costs streamed answers. The same streams are asked of the engine directly and through
 the control plane, in turn.
 
-    python -m benchmarks.gateway --streams 32 --per-second 50
+    python -m benchmarks.service.gateway --streams 32 --per-second 50
 
 The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`, it is
 vLLM on the CPU with a small random model, in a service of its own; then both ways lead through Ray Serve's proxy. In

@@ -1,7 +1,7 @@
 """Measures the control plane (the service's API process) under load from `wrk`: job submissions and reads of a job's
 status.
 
-    python benchmarks/load.py --control-planes 2
+    python benchmarks/service/load.py --control-planes 2
 
 PostgreSQL runs on the same machine. Every job stays queued, because Ray does not run. `wrk` (a Debian package) runs as
 a separate process; the benchmark also prints how many cores `wrk` uses.

@@ -1,6 +1,6 @@
 """Measures how much one hostile project slows down the nine ordinary projects of a service.
 
-    python -m benchmarks.tenants --seconds 60
+    python -m benchmarks.service.tenants --seconds 60
 
 The ordinary projects submit jobs, ask for the jobs' status and receive webhooks, first alone and then beside the
 hostile project. The hostile project fills the queue with jobs of the highest priority, pauses and resumes jobs, asks

@@ -1,7 +1,7 @@
 """Measures how one engine serves many adapters of one base: whether each adapter answers as itself, the time of its
 first answer, and memory.
 
-    python benchmarks/adapters_served.py --adapters 40
+    python benchmarks/serving/adapters_served.py --adapters 40
 
 The base is a Llama with random weights, and each adapter has random weights of its own. The engine attaches all of them
 one after the other, each at its first request; then all are asked again. Each answer's log-probability is compared with
@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import httpx
 import psutil

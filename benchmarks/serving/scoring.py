@@ -1,6 +1,6 @@
 """Compares the speed of a reference model's scores: raydpo's Ray Serve deployment against vLLM's `LLM.generate`.
 
-    python benchmarks/scoring.py --rows 256 --mean-length 256 --repeats 3 --json results.json
+    python benchmarks/serving/scoring.py --rows 256 --mean-length 256 --repeats 3 --json results.json
 
 Both score the same pairs of random token ids with the same weights: a Llama with 11M random weights, unless `--model`
 names a folder. Each column of the table is measured in its own process, which loads an engine, warms the engine up with
@@ -24,9 +24,9 @@ from pathlib import Path
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # otherwise waiting threads spin, also in Ray's processes
 os.environ.pop("OMP_NUM_THREADS", None)  # each engine chooses its own number of threads
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.engines import COLUMNS, OURS, Figures
+from benchmarks.serving.engines import COLUMNS, OURS, Figures
 from demo.base_model import make_base_model
 from dpo_core.encoding.encode import EncodedGroup
 from services.training.data.dataset import Dataset, write_part

@@ -1,6 +1,6 @@
 """Compares training an adapter with training all weights: seconds per step, peak memory and size of a checkpoint.
 
-    python benchmarks/adapter.py --pairs 64 --batch-size 8 --repeats 3
+    python benchmarks/training/adapter.py --pairs 64 --batch-size 8 --repeats 3
 
 The model is a Llama with 40M random weights, and the rows are random dialogues. Each training runs in its own process;
 the figures are medians. Peak memory is the process's VmHWM minus the process's memory before the model was loaded.
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.memory import forget_peak, peak
 from benchmarks.rows import dialogues, encode, save_model

@@ -125,7 +125,7 @@ def run_in_ray(args: Namespace) -> Figures:
 
     num_threads = torch.get_num_threads()
     # Waiting threads must not spin, because Ray's processes need the cores too. The service sets OMP_WAIT_POLICY too.
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_WAIT_POLICY": "PASSIVE"}
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     scaling = ScalingConfig(num_workers=1, use_gpu=device() == "cuda", resources_per_worker={"CPU": num_threads})
     with tempfile.TemporaryDirectory() as folder:

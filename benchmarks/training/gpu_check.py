@@ -1,7 +1,7 @@
 """Checks that dpo_core works on this machine's GPU and compares its speed with TRL's, in at most eight minutes.
 
     make gpu-check
-    python benchmarks/gpu_check.py --device cpu --size tiny     # the same check for a machine without a GPU
+    python benchmarks/training/gpu_check.py --device cpu --size tiny     # the same check for a machine without a GPU
 
 Each part of the check runs in its own process. `tests` runs the tests marked `gpu`. `parity` compares bfloat16 forward
 passes in which completions share prompts with plain forward passes. Then raydpo and TRL train a model of 1B weights,
@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.columns import BEST, OURS
 from benchmarks.rows import dialogues
+from benchmarks.training.columns import BEST, OURS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Found = dict[str, Any]
 ALIKE = 1.5  # the largest allowed ratio of a pack's error to the error of a plain forward pass in bfloat16
 
@@ -173,7 +173,7 @@ def _column(race: Race, column: str, folder: Path, device: str) -> list[str]:
         "adapter-rank": race.adapter_rank,
         "column": column,
     }
-    return [str(ROOT / "benchmarks/vs_trl.py"), *(f"--{name}={value}" for name, value in options.items())]
+    return [str(ROOT / "benchmarks/training/vs_trl.py"), *(f"--{name}={value}" for name, value in options.items())]
 
 
 def _table(report: Found) -> str:

@@ -1,6 +1,6 @@
 """Trains small models with DPO on reference scores of several precisions, and compares the policies.
 
-    python benchmarks/reference_precision.py --seeds 3 --json results.json
+    python benchmarks/training/reference_precision.py --seeds 3 --json results.json
 
 The base model is a Llama with random weights that is first trained on the demo's rows about a shop. Each policy then
 learns the same pairs in the same order. Only the reference's scores differ: exact (float32), of the same weights in
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 

@@ -1,7 +1,7 @@
 """Measures the memory of ranks that split a model's weights, also while they load, and compares it with each rank's
 share of the weights.
 
-    python benchmarks/sharded_memory.py --ranks 1 2 4
+    python benchmarks/training/sharded_memory.py --ranks 1 2 4
 
 The model is a Llama with 50M random weights, in bfloat16 on disk and trained in float32. *loading* reads the weights,
 *training* also takes two small steps, without a checkpoint. A figure is the largest of any rank, minus the rank's
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.memory import OwnMemory, forget_peak, peak
 from benchmarks.rows import dialogues

@@ -1,6 +1,6 @@
 """Compares training with raydpo and with TRL on the same rows in the same order, with the same AdamW.
 
-    python benchmarks/vs_trl.py --pairs 64 --batch-size 8 --repeats 3 --json results.json
+    python benchmarks/training/vs_trl.py --pairs 64 --batch-size 8 --repeats 3 --json results.json
 
 The benchmark needs torch, transformers, datasets and trl. If Ray is installed, raydpo also trains in a Ray Train
 worker. Each column of the table is measured in its own process. The columns run in order, in the next repetition in
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.columns import BEST, OURS, Figures, columns
 from benchmarks.rows import dialogues, save_model
+from benchmarks.training.columns import BEST, OURS, Figures, columns
 
 CARRIED = ("data", "model", "dtype", "batch-size", "adapter-rank")  # options that are passed to the process of a column
 NUM_COMPLETIONS = {"pairs": 2, "ranked": 4}

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
-from dpo_core.data.column_hints import LONGEST, side_rated
-from dpo_core.data.formats import FORMATS, Format, detect, keys_of
+from dpo_core.data.formats.column_hints import LONGEST, side_rated
+from dpo_core.data.formats.formats import FORMATS, Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows
 

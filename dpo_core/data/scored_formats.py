@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 
 from dpo_core.data.feedback import read_records
-from dpo_core.data.formats import FORMATS, OPTIONAL_KEYS, Format, with_system_prompt
+from dpo_core.data.formats.formats import FORMATS, OPTIONAL_KEYS, Format, with_system_prompt
+from dpo_core.data.formats.readers import SIDES
 from dpo_core.data.groups import Group, answer, completions_of, question, rejected_like, text_or_messages
 from dpo_core.data.jsonl import InvalidRow, Row
-from dpo_core.data.readers import SIDES
 
 
 def read_unranked(row: Row) -> Iterator[Group]:

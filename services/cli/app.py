@@ -11,24 +11,12 @@ from typing import Annotated
 
 import typer
 
-from services.cli import (
-    audit,
-    chat,
-    data,
-    deployments,
-    files,
-    jobs,
-    keys,
-    methods,
-    models,
-    plan,
-    projects,
-    rewards,
-    settings,
-    usage,
-    webhooks,
-)
 from services.cli.client import default_home, fail
+from services.cli.files import data, files
+from services.cli.jobs import jobs, methods, plan
+from services.cli.models import chat, deployments, models, rewards
+from services.cli.service import settings
+from services.cli.tenants import audit, keys, projects, usage, webhooks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,7 +106,7 @@ def up(
     """
     # Imported objects live until the process ends. Collecting garbage among them takes a tenth of the start.
     gc.disable()
-    from services.cli.up import Refused, serve
+    from services.cli.service.up import Refused, serve
 
     gc.enable()
     try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_core.data.formats import ROLES
+from dpo_core.data.formats.formats import ROLES
 from services.cli.client import fail
 
 Columns = Annotated[

@@ -34,17 +34,19 @@ from services.control_plane.files.row_check import RowChecker
 from services.control_plane.http import health, metrics, unsupported
 from services.control_plane.http.access_log import AccessLog
 from services.control_plane.http.dependencies import admit, check_query
-from services.control_plane.http.limits import Limits
-from services.control_plane.http.rate_limit import InFlight, RateLimits
+from services.control_plane.http.limits.limits import Limits
+from services.control_plane.http.limits.rate_limit import InFlight, RateLimits
 from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
 from services.control_plane.inference import api as inference_api
 from services.control_plane.inference.inference import Inference
 from services.control_plane.jobs import api as jobs_api
-from services.control_plane.jobs import plans_api, validation_api
+from services.control_plane.jobs import validation_api
 from services.control_plane.jobs.lookups import JobReader
+from services.control_plane.jobs.plans import api as plans_api
 from services.control_plane.models import api as models_api
-from services.control_plane.models import deployments_api, sharing_api
+from services.control_plane.models import sharing_api
+from services.control_plane.models.deployments import api as deployments_api
 from services.control_plane.page import api as page_api
 from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams

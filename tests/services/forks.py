@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-IMPORTED = ["services.cli.app", "services.cli.up", "services.control_plane.app", "services.control_plane.http.server"]
+IMPORTED = [
+    "services.cli.app",
+    "services.cli.service.up",
+    "services.control_plane.app",
+    "services.control_plane.http.server",
+]
 FORKS = multiprocessing.get_context("forkserver")
 
 

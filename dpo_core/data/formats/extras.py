@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
-from dpo_core.data.column_hints import LONGEST, SYSTEM_KEYS, holds_answer
+from dpo_core.data.formats.column_hints import LONGEST, SYSTEM_KEYS, holds_answer
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import Row, parse_within, pointer_to
 from dpo_core.data.messages import Message, Text

@@ -11,9 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from dpo_core.data import published, readers
-from dpo_core.data.column_hints import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_columns, role_of, says_something
-from dpo_core.data.extras import (
+from dpo_core.data.formats import published, readers
+from dpo_core.data.formats.column_hints import (
+    SYSTEM_KEYS,
+    TEMPLATE_KEYS,
+    is_media,
+    likely_columns,
+    role_of,
+    says_something,
+)
+from dpo_core.data.formats.extras import (
     as_chat,
     is_said,
     positive_number,

@@ -13,7 +13,7 @@ from dpo_core.config import TrainConfig, Truncation
 from dpo_core.data.survey import FeedbackReport, survey
 from dpo_core.options import InvalidOption
 from services.cli.client import err, fail
-from services.cli.findings import print_preview, print_survey, print_tokens
+from services.cli.files.findings import print_preview, print_survey, print_tokens
 from services.cli.reading import Columns, MaxInvalidShare, roles_of
 
 if TYPE_CHECKING:

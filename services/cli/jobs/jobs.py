@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from services.cli.client import api_command, err, fail, id_argument, out, safe, write_content
-from services.cli.job_request import (
+from services.cli.jobs.logs import read_logs
+from services.cli.jobs.request import (
     Assignments,
     ConfigFile,
     assignment,
@@ -15,11 +16,10 @@ from services.cli.job_request import (
     upload,
     validate,
 )
+from services.cli.jobs.watch import metrics_line, watch_job
 from services.cli.lists import AsJson, Limit, date, list_command, show_list
 from services.cli.lists import Columns as Table
-from services.cli.logs import read_logs
 from services.cli.reading import Columns, MaxInvalidShare, reading
-from services.cli.watch import metrics_line, watch_job
 
 if TYPE_CHECKING:
     from openai import OpenAI

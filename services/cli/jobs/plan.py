@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from services.cli.client import api_command, out, print_rows
-from services.cli.job_request import (
+from services.cli.jobs.request import (
     Assignments,
     ConfigFile,
     assignment,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from services.cli.client import api_command, err, fail, id_argument, out
-from services.cli.deployments import path_of
 from services.cli.lists import AsJson, Columns, Limit, date, list_command, show_list
+from services.cli.models.deployments import path_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -63,7 +63,7 @@ def download(
     If the download is interrupted, run the command again to continue it. The command verifies the download before it
     unpacks the files.
     """
-    from services.cli.weights import Download
+    from services.cli.models.weights import Download
 
     _tell(Download(client, model_id, format, folder).run())
     out.print(str(folder))
@@ -93,7 +93,7 @@ def push(
     The command downloads the weights to this machine and uploads them with the token in HF_TOKEN or from `hf auth
     login`. The service does not see the token.
     """
-    from services.cli.weights import Download, hub_name, push
+    from services.cli.models.weights import Download, hub_name, push
 
     hub_name(target)  # refuses a wrong name before the download
     with tempfile.TemporaryDirectory(prefix="raydpo-push-") as folder:

@@ -13,8 +13,8 @@ import typer
 from rich.status import Status
 
 from services.cli.client import api_command, err, fail, safe
+from services.cli.models.reward_summary import Summary
 from services.cli.reading import Columns, roles_of
-from services.cli.reward_summary import Summary
 
 if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI

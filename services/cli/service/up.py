@@ -16,7 +16,7 @@ import httpx
 from pydantic import ValidationError
 
 from services.cli.client import out
-from services.cli.settings import misspelled
+from services.cli.service.settings import misspelled
 from services.control_plane.app import create_app
 from services.control_plane.core import log_setup
 from services.control_plane.core.store import NoDatabase, migrate

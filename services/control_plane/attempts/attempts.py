@@ -37,7 +37,8 @@ from services.control_plane.core.errors import ApiError, Fenced, InvalidRequest
 from services.control_plane.core.store import refuses_value
 from services.control_plane.core.tables import Attempt, Checkpoint, Event, Job
 from services.control_plane.jobs import checkpoints, jobs
-from services.control_plane.models import deployments, models
+from services.control_plane.models import models
+from services.control_plane.models.deployments import deployments
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 

@@ -21,7 +21,8 @@ from services.control_plane.core.tables import Attempt, File, Job, reading_of
 from services.control_plane.files import files
 from services.control_plane.jobs import admission, jobs
 from services.control_plane.jobs.results import results_csv
-from services.control_plane.models import deployments, models
+from services.control_plane.models import models
+from services.control_plane.models.deployments import deployments
 from services.control_plane.ray_api import RayApi, Refused, Submission, rays_words
 from services.control_plane.settings import Settings
 from services.spool import DamagedSegment

@@ -37,8 +37,9 @@ from services.control_plane.core.store import NO_ATTEMPTS, Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.files import files
 from services.control_plane.jobs import jobs
-from services.control_plane.models import deployment_settings, deployments, eviction
-from services.control_plane.models.deployments import Reference
+from services.control_plane.models.deployments import deployments, eviction
+from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.deployments import Reference
 from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas

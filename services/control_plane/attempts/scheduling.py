@@ -24,8 +24,8 @@ from pydantic import ValidationError
 
 from services.contract import JobSpec
 from services.control_plane.core.tables import Job
-from services.control_plane.models.deployments import Reference
-from services.control_plane.models.eviction import NO_ENGINES, Engines
+from services.control_plane.models.deployments.deployments import Reference
+from services.control_plane.models.deployments.eviction import NO_ENGINES, Engines
 from services.control_plane.models.models import NamedModel, reference_of
 from services.control_plane.settings import Settings
 from services.control_plane.tenants.quotas import Share

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from dpo_core.config import TrainConfig, Truncation
-from dpo_core.data.formats import ROLES
+from dpo_core.data.formats.formats import ROLES
 from services.contract import InvalidRows, Reading
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING

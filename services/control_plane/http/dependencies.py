@@ -17,7 +17,7 @@ from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import InvalidRequest, Unauthorized
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.http.idempotency import IdempotentRequest
-from services.control_plane.http.rate_limit import InFlight, RateLimits
+from services.control_plane.http.limits.rate_limit import InFlight, RateLimits
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from services.control_plane.core.errors import InvalidRequest, TooLarge
-from services.control_plane.http.limits import Body
+from services.control_plane.http.limits.limits import Body
 
 FIELDS, FIELD_BYTES = 16, 4096  # the most fields beside the file, and the most bytes of each field
 OVERHEAD_BYTES = 2**17  # the most bytes of boundaries, headers and fields

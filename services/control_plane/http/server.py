@@ -7,7 +7,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from services.control_plane.http.protocol import Protocol
+from services.control_plane.http.limits.protocol import Protocol
 
 
 class Server(uvicorn.Server):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.http.dependencies import StorePart, tokens_per_minute
-from services.control_plane.http.rate_limit import RateLimits
+from services.control_plane.http.limits.rate_limit import RateLimits
 from services.control_plane.http.validation import Text
 from services.control_plane.inference.inference import Inference
 from services.control_plane.inference.metering import Meter, asking_for_usage, asks_for_usage

@@ -25,8 +25,10 @@ from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.inference.metering import Meter
 from services.control_plane.inference.streaming import Stream
 from services.control_plane.inference.upstream import Answer, Broken, Busy, Upstream
-from services.control_plane.models import deployment_settings, deployments, models
-from services.control_plane.models.engines import Engine, engine_of
+from services.control_plane.models import models
+from services.control_plane.models.deployments import deployments
+from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.engines import Engine, engine_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings

@@ -11,11 +11,12 @@ from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import File, reading_of
 from services.control_plane.files import files
-from services.control_plane.jobs import combinations, plans, weights
+from services.control_plane.jobs import combinations, weights
 from services.control_plane.jobs.combinations import Asked, Combination
 from services.control_plane.jobs.requests import is_local
 from services.control_plane.models import models
 from services.control_plane.models.models import NamedModel
+from services.control_plane.models.shapes import model_shapes
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
@@ -88,7 +89,7 @@ async def _within_positions(spec: JobSpec, model: NamedModel, reference: NamedMo
     read = {"the model": model} | ({"the reference model": reference} if reference else {})
     for what, read_model in read.items():
         try:
-            positions = positions_of((await plans.look_at(read_model)).config)
+            positions = positions_of((await model_shapes(read_model)).config)
             check_max_length(asked, positions, what)
         except InvalidOption as error:
             raise InvalidRequest(str(error), param=f"x_raydpo.{error.field}", code="invalid_value") from None

@@ -22,9 +22,10 @@ from services.control_plane.http.dependencies import (
     StorePart,
 )
 from services.control_plane.http.idempotency import IdempotentRequest
-from services.control_plane.jobs import admission, checkpoints, jobs, plans
+from services.control_plane.jobs import admission, checkpoints, jobs
 from services.control_plane.jobs.documents import CheckpointDocument, EventDocument, JobDocument, Status
 from services.control_plane.jobs.lookups import JobReader
+from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
 from services.control_plane.settings import Settings

@@ -29,7 +29,7 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.store import append, now
 from services.control_plane.core.tables import TERMINAL, Event, Job, Transition
 from services.control_plane.jobs import weights
-from services.control_plane.models import engines
+from services.control_plane.models.deployments import engines
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas

@@ -9,8 +9,9 @@ from dpo_core.methods import METHODS, described
 from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import listing
 from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
-from services.control_plane.jobs import admission, jobs, plans
+from services.control_plane.jobs import admission, jobs
 from services.control_plane.jobs.documents import DraftDocument, MethodDocument
+from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.requests import ValidateJob
 from services.control_plane.jobs.responses import job_object
 

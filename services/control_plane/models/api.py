@@ -12,7 +12,9 @@ from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.http.content import answer
 from services.control_plane.http.dependencies import IdempotentPart, RayApiPart, SettingsPart, StorePart
-from services.control_plane.models import deployment_settings, deployments, downloads, models
+from services.control_plane.models import downloads, models
+from services.control_plane.models.deployments import deployments
+from services.control_plane.models.deployments import settings as deployment_settings
 from services.control_plane.models.documents import ModelDocument
 from services.control_plane.models.downloads import Format
 from services.control_plane.models.models import NamedModel

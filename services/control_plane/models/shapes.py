@@ -8,8 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
+
 from dpo_core.plan.inputs import Shapes
 from services import storage
+from services.control_plane.models.models import NamedModel
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
@@ -17,6 +20,14 @@ MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 
 class NoShapes(ValueError):
     """Raised if the shapes of the model's weights cannot be read on this machine. The message gives the reason."""
+
+
+async def model_shapes(model: NamedModel) -> Shapes:
+    """Returns the shapes of the model's weights, for an adapter those of its base model.
+
+    Raises NoShapes if the model's files cannot be read.
+    """
+    return await anyio.to_thread.run_sync(shapes_of, model.base_source or model.source)
 
 
 @lru_cache(maxsize=64)

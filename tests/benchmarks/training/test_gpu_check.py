@@ -1,4 +1,4 @@
-"""Tests benchmarks/gpu_check.py, the check of a machine with GPUs, on a machine without one."""
+"""Tests benchmarks/training/gpu_check.py, the check of a machine with GPUs, on a machine without one."""
 
 import json
 import subprocess
@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import _run
+from benchmarks.training.gpu_check import _run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+PROGRAM = ROOT / "benchmarks" / "training" / "gpu_check.py"
 pytestmark = pytest.mark.slow
 
 
 def check(folder, *options):
     """Runs the check, and returns the finished process, its report and its table."""
     json_file, table = folder / "check.json", folder / "check.md"
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", f"--json={json_file}", f"--markdown={table}"]
+    command = [
+        sys.executable,
+        PROGRAM,
+        f"--json={json_file}",
+        f"--markdown={table}",
+    ]
     run = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
     return run, json.loads(json_file.read_text()), table.read_text()
 
@@ -42,7 +48,7 @@ def test_what_does_not_fit_into_its_seconds_is_told_in_the_table(tmp_path):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", f"--json={tmp_path / 'a'}"]
+    command = [sys.executable, PROGRAM, f"--json={tmp_path / 'a'}"]
     run = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
     assert run.returncode == 1
     assert "torch sees no CUDA device; --device cpu --size tiny" in run.stderr

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+PROGRAM = ROOT / "benchmarks" / "training" / "sharded_memory.py"
 NOISE = 6_000_000  # bytes: buffers of gloo, and what Python allocates meanwhile
 
 
 @pytest.mark.slow
 def test_no_rank_holds_a_copy_of_the_whole_model(tmp_path):
     found = tmp_path / "found.json"
-    command = [sys.executable, ROOT / "benchmarks" / "sharded_memory.py", "--hidden-size=256", f"--json={found}"]
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--hidden-size=256",
+        f"--json={found}",
+    ]
     subprocess.run([*command, "--ranks", "1", "2"], cwd=ROOT, check=True, capture_output=True)
     one, two = json.loads(found.read_text())
     layer, outside, pack = two["a layer"], two["outside of layers"], one["above that share"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo_core.data.feedback import read_records
-from dpo_core.data.formats import FORMATS
+from dpo_core.data.formats.formats import FORMATS
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow
 from dpo_core.data.scored_formats import BEST_OF, SCORED_FORMATS, in_request, read_in_request

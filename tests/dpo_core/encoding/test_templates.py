@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.dpo_core.data.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 from transformers import PreTrainedTokenizerFast
 
 from dpo_core.data.feedback import read_records
-from dpo_core.data.formats import FORMATS
+from dpo_core.data.formats.formats import FORMATS
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow
 from dpo_core.data.messages import Message, Text
@@ -25,7 +26,6 @@ from dpo_core.encoding import templates
 from dpo_core.encoding.encode import EncodedGroup, encode_group, encode_groups
 from dpo_core.encoding.templates import prefill
 from dpo_core.encoding.unread import unread
-from tests.dpo_core.data.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 
 EACH = "{% for m in messages %}"
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from services.cli import up
 from services.cli.app import app
+from services.cli.service import up
 from services.local import gpus
 from services.local.stack import Stack
 

@@ -7,7 +7,7 @@ import json
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.control_plane.core.errors import envelope
-from services.control_plane.http.limits import SLOWEST
+from services.control_plane.http.limits.limits import SLOWEST
 
 HEAD_BYTES = 2**16  # the most bytes of request line and headers
 HEAD_SECONDS = 30.0

@@ -9,10 +9,11 @@ from services.control_plane.core.documents import answers
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files import files, model_check
 from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
-from services.control_plane.jobs import admission, plans
+from services.control_plane.jobs import admission
 from services.control_plane.jobs.documents import PlanDocument
+from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.requests import CreateJob
-from services.control_plane.models.shapes import NoShapes
+from services.control_plane.models.shapes import NoShapes, model_shapes
 
 router = APIRouter(prefix="/x/plans")
 
@@ -26,7 +27,7 @@ async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, 
         spec, model, *_ = await admission.admit(session, settings, spec, asked)
         file = None if spec.is_at_uri else await files.find(session, spec.training_file, param="training_file")
     try:
-        shapes = await plans.look_at(model)
+        shapes = await model_shapes(model)
         counted = None
         if file is not None:
             check = model_check.check_of(file, model, spec.config, settings, await store.store.instance())

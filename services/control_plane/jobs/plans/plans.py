@@ -5,8 +5,6 @@ from dataclasses import asdict
 from math import ceil
 from typing import Any, Literal
 
-import anyio.to_thread
-
 from dpo_core.plan.inputs import Rows, Run, Shapes
 from dpo_core.plan.plan import CHANGES, Plan, in_gb, plan
 from services.contract import JobSpec, SideJobResult
@@ -14,7 +12,7 @@ from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import File
 from services.control_plane.jobs.requests import EXTENSIONS
 from services.control_plane.models.models import NamedModel
-from services.control_plane.models.shapes import shapes_of
+from services.control_plane.models.shapes import model_shapes
 from services.control_plane.ray_api import Node, RayApi
 from services.control_plane.settings import Settings
 
@@ -22,14 +20,6 @@ BYTES_OF_TOKEN = 4  # bytes of text per token, assumed if no check has counted t
 SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
 # Families of models whose memory for activations was measured. For these, plans are right within a tenth.
 MEASURED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "gemma2", "gemma3_text"}
-
-
-async def look_at(model: NamedModel) -> Shapes:
-    """Returns the shapes of the model's weights, for an adapter those of its base model.
-
-    Raises NoShapes if the model's files cannot be read.
-    """
-    return await anyio.to_thread.run_sync(shapes_of, model.base_source or model.source)
 
 
 def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> tuple[Rows, str]:
@@ -130,7 +120,7 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
     """Raises InvalidRequest if the job cannot fit: its weights and optimizer alone exceed the memory of the largest
     worker."""
     try:
-        shapes = await look_at(model)
+        shapes = await model_shapes(model)
         nodes = await ray_api.nodes()
         room = most_of(nodes, settings)
         rows, _ = rows_of(None, None, spec)

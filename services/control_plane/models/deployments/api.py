@@ -20,10 +20,12 @@ from services.control_plane.http.dependencies import (
     SettingsPart,
     StorePart,
 )
-from services.control_plane.models import deployment_checks, deployment_settings, deployments, models
-from services.control_plane.models.engines import engine_of
+from services.control_plane.models import models
+from services.control_plane.models.deployments import checks, deployments
+from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.engines import engine_of
+from services.control_plane.models.deployments.responses import deployment_object
 from services.control_plane.models.models import NamedModel
-from services.control_plane.models.responses import deployment_object
 from services.control_plane.ray_api import RayApi, ServeView
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings
@@ -70,8 +72,8 @@ async def change(
 
     async def choose(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, model_id)
-        await deployment_checks.check_rights(session, settings, caller, model)
-        await deployment_checks.check(session, settings, caller, model, body, capacity)
+        await checks.check_rights(session, settings, caller, model)
+        await checks.check(session, settings, caller, model, body, capacity)
         await deployment_settings.choose(session, model.id, body.model_dump(mode="json", exclude_unset=True))
         return deployment_object(await _status(session, settings, view, model), None)
 
@@ -87,7 +89,7 @@ async def reset(
 
     async def forget(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, model_id)
-        await deployment_checks.check_rights(session, settings, caller, model)
+        await checks.check_rights(session, settings, caller, model)
         await deployment_settings.choose(session, model.id, None)
         return deployment_object(await _status(session, settings, view, model), None)
 
@@ -116,7 +118,7 @@ async def unload(
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, model_id)
-        await deployment_checks.check_rights(session, settings, caller, model)
+        await checks.check_rights(session, settings, caller, model)
         await deployments.unload(session, settings, view.applications, model)
         return deployment_object(await _status(session, settings, view, model), None)
 

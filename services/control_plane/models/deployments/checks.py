@@ -3,7 +3,6 @@
 Refuses settings that cannot work, and settings that the client may not choose.
 """
 
-import asyncio
 from collections.abc import Mapping
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -12,10 +11,11 @@ from dpo_core.plan.positions import positions_of
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest
 from services.control_plane.core.tables import DEFAULT_PROJECT
-from services.control_plane.models import deployment_settings, models
-from services.control_plane.models.engines import engine_of
+from services.control_plane.models import models
+from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.engines import engine_of
 from services.control_plane.models.models import NamedModel
-from services.control_plane.models.shapes import NoShapes, shapes_of
+from services.control_plane.models.shapes import NoShapes, model_shapes
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings
 
@@ -139,7 +139,7 @@ async def _check_attached(
 
 async def _check_length(model: NamedModel, max_model_len: int) -> None:
     try:
-        config = (await asyncio.to_thread(shapes_of, model.base_source or model.source)).config
+        config = (await model_shapes(model)).config
     except NoShapes:
         return  # the engine will say so if it is too long
     limit = positions_of(config)

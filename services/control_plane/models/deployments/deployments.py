@@ -19,8 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services import contract
 from services.control_plane.core.errors import InvalidRequest, NotFound, Unavailable
 from services.control_plane.core.tables import Attempt, Deployment, Model
-from services.control_plane.models import deployment_settings, eviction, models
-from services.control_plane.models.engines import Engine, engine_of, engines_of, hosts_of
+from services.control_plane.models import models
+from services.control_plane.models.deployments import eviction
+from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.engines import Engine, engine_of, engines_of, hosts_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dpo_core.config import Lora, Quantization
 from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter
 from services.control_plane.core.tables import Model
-from services.control_plane.models import deployment_settings
+from services.control_plane.models.deployments import settings as deployment_settings
 from services.control_plane.models.models import NamedModel, base_of, trained
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings, Mode

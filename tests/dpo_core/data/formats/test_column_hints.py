@@ -2,7 +2,14 @@
 
 import pytest
 
-from dpo_core.data.column_hints import holds_answer, is_media, likely_columns, role_of, says_something, side_rated
+from dpo_core.data.formats.column_hints import (
+    holds_answer,
+    is_media,
+    likely_columns,
+    role_of,
+    says_something,
+    side_rated,
+)
 
 
 @pytest.mark.parametrize(

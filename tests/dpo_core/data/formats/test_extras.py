@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_core.data import extras
+from dpo_core.data.formats import extras
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row
 

@@ -11,12 +11,12 @@ import pytest
 from openai.types.chat import ChatCompletionMessage
 
 from dpo_core.data.feedback import read_groups, read_records
-from dpo_core.data.formats import table
+from dpo_core.data.formats.formats import table
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, read_lines
 from dpo_core.data.survey import survey
 
-SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[5] / "shared" / "data"
 
 
 def user(content: str) -> dict[str, str]:
@@ -854,7 +854,7 @@ def test_columns_may_swap_their_names():
 
 
 def test_the_documents_have_the_table_of_formats():
-    assert table() in (Path(__file__).parents[3] / "docs" / "use" / "data.md").read_text()
+    assert table() in (Path(__file__).parents[4] / "docs" / "use" / "data.md").read_text()
 
 
 # --- rows as people have them ---

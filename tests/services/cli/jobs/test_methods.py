@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from dpo_core.methods import METHODS
 from services.cli.app import app
 
-PAGE = Path(__file__).parents[3] / "docs" / "use" / "objectives.md"
+PAGE = Path(__file__).parents[4] / "docs" / "use" / "objectives.md"
 
 
 def run(*arguments):

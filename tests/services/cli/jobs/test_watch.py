@@ -6,7 +6,7 @@ import pytest
 from openai import OpenAI
 from rich.console import Console
 
-from services.cli.watch import message_line, metrics_line, watch_job
+from services.cli.jobs.watch import message_line, metrics_line, watch_job
 
 
 def test_metrics_line_shows_what_is_there():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.cli.reward_summary import Summary
+from services.cli.models.reward_summary import Summary
 
 
 def result(rewards, ratings, subset=None):

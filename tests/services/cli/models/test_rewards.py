@@ -13,9 +13,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from services.cli import rewards
 from services.cli.app import app
-from services.cli.reward_summary import Summary
+from services.cli.models import rewards
+from services.cli.models.reward_summary import Summary
 from services.contract import MIN_EXAMPLES
 from tests.services.control_plane import conftest as control_plane
 from tests.services.control_plane.conftest import API_KEY, FakeRay

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import typer
 
-from services.cli import weights
+from services.cli.models import weights
 from tests.services.proxy import Proxy
 from tests.services.web import running
 

@@ -13,8 +13,8 @@ from services.control_plane.attempts.reconciler import Reconciler
 from services.control_plane.attempts.scheduling import FOR_MODELS, FOR_MODELS_TURN, needs, what_each_waits_for
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import Attempt, Deployment, Job
-from services.control_plane.models import deployments
-from services.control_plane.models.eviction import Engines
+from services.control_plane.models.deployments import deployments
+from services.control_plane.models.deployments.eviction import Engines
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings

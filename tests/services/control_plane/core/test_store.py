@@ -14,7 +14,7 @@ from sqlalchemy.orm import aliased
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.store import Store, live_jobs, migrate, refuses_value
 from services.control_plane.core.tables import Model, Project
-from services.control_plane.models import deployments
+from services.control_plane.models.deployments import deployments
 from services.control_plane.models.models import NamedModel
 from services.control_plane.tenants import quotas
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 
 from services.control_plane.core.errors import InvalidRequest, TooLarge
 from services.control_plane.http.forms import FIELD_BYTES, FIELDS, multipart, read_form
-from services.control_plane.http.limits import Limits
+from services.control_plane.http.limits.limits import Limits
 from services.control_plane.settings import Settings
 
 NOWHERE = dict.fromkeys(("DATABASE_URL", "storage_url", "advertised_url", "ray_url"), "http://nowhere")

@@ -19,7 +19,8 @@ from services.control_plane.attempts import attempts
 from services.control_plane.core.errors import NotFound
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Job, Model
-from services.control_plane.models import deployments, models
+from services.control_plane.models import models
+from services.control_plane.models.deployments import deployments
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import pairs
 from tests.services.control_plane.test_cleanup import sweep

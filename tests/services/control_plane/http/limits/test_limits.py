@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from services import storage
 from services.control_plane.core.errors import Unavailable
-from services.control_plane.http.limits import Limits, Room
+from services.control_plane.http.limits.limits import Limits, Room
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_project, pairs
 

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from services.control_plane.core.errors import RateLimited
-from services.control_plane.http.rate_limit import RateLimits
+from services.control_plane.http.limits.rate_limit import RateLimits
 from tests.services.control_plane.conftest import api_of, new_key
 
 

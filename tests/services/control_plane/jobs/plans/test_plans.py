@@ -11,7 +11,7 @@ import pytest
 from dpo_core.plan.sizes import llama
 from services import storage
 from services.contract import JobSpec, SideJobResult
-from services.control_plane.jobs import plans
+from services.control_plane.jobs.plans import plans
 from services.control_plane.models.shapes import NoShapes, shapes_of
 from services.control_plane.ray_api import Node
 from services.control_plane.settings import BaseModel, Settings

@@ -11,9 +11,10 @@ from sqlalchemy import text
 
 from services import contract
 from services.control_plane.core.store import Store, migrate
-from services.control_plane.models import deployment_settings, deployments
-from services.control_plane.models.deployments import Reference
-from services.control_plane.models.eviction import Room
+from services.control_plane.models.deployments import deployments
+from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.deployments import Reference
+from services.control_plane.models.deployments.eviction import Room
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings

@@ -10,8 +10,8 @@ import pytest
 from dpo_core.config import Lora, Quantization
 from services.contract import Adapter
 from services.control_plane.core.store import Store, migrate
-from services.control_plane.models.deployments import Reference, references
-from services.control_plane.models.engines import Engine, engine_of
+from services.control_plane.models.deployments.deployments import Reference, references
+from services.control_plane.models.deployments.engines import Engine, engine_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings

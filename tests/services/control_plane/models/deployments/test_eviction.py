@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.control_plane.models.eviction import (
+from services.control_plane.models.deployments.eviction import (
     LOADING_SECONDS,
     NO_ENGINES,
     STAY_SECONDS,

@@ -1,0 +1,1 @@
+"""Commands about models: listing, downloading, deploying, asking and scoring with them."""

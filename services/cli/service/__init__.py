@@ -1,0 +1,1 @@
+"""Commands about the service itself: running it, and listing its settings."""

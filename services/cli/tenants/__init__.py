@@ -1,0 +1,1 @@
+"""Commands about projects: their API keys, usage, audit log and webhooks."""

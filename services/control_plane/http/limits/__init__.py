@@ -1,0 +1,1 @@
+"""Limits on requests: their size, speed and number, for each API key and for all requests together."""

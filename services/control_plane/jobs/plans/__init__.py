@@ -1,0 +1,1 @@
+"""Plans of jobs: whether a job would fit into the memory of its workers."""

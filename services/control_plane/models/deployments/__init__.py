@@ -1,0 +1,1 @@
+"""Deployments (how models are served): their settings, which of them are loaded, and which engine answers."""
