@@ -1,6 +1,6 @@
 """Measures the time from a job's submission to its first training step, and from its end to its policy's first answer.
 
-    python benchmarks/service/first_step.py --rows 64 --jobs 2 --picture first-step.png
+    python -m benchmarks.service.first_step --rows 64 --jobs 2 --picture first-step.png
 
 Starts `raydpo up` with a new home folder, waits until the machine is idle, and submits one job after the other. The
 first job is cold, the later jobs are warm. Prints and draws the processes that worked for a job. With `--answer`, sends

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.dpo_core.data.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 from transformers import PreTrainedTokenizerFast
 
 from dpo_core.data.feedback import read_records
@@ -26,6 +25,7 @@ from dpo_core.encoding import templates
 from dpo_core.encoding.encode import EncodedGroup, encode_group, encode_groups
 from dpo_core.encoding.templates import prefill
 from dpo_core.encoding.unread import unread
+from tests.dpo_core.data.formats.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 
 EACH = "{% for m in messages %}"
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
