@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from services.cli.client import default_home, fail
-from services.cli.files import data, files
+from services.cli.files import data, feedback, files
 from services.cli.jobs import jobs, methods, plan
 from services.cli.models import chat, deployments, models, rewards
 from services.cli.service import settings
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(files.app, name="files")
+app.add_typer(feedback.app, name="feedback")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(deployments.app, name="deployments")

@@ -28,6 +28,7 @@ from services.control_plane.core.errors import ApiError, InvalidRequest, Unavail
 from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.telemetry import AUTH_FAILURES
 from services.control_plane.core.turns import Turns
+from services.control_plane.feedback import api as feedback_api
 from services.control_plane.files import api as files_api
 from services.control_plane.files import model_check_api, uploads_api
 from services.control_plane.files.row_check import RowChecker
@@ -83,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
         model_check_api,
         inference_api,
         rewards_api,
+        feedback_api,
         webhooks_api,
         progress_api,
     )

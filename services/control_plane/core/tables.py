@@ -141,6 +141,23 @@ class File(Owned, Base):
         return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
 
 
+class Feedback(Owned, Base):
+    """A vote on completions, as a row of training data."""
+
+    __tablename__ = "feedback"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    vote: Mapped[str]  # choice, thumb, ratings or edit
+    kind: Mapped[str]  # what a file of such rows holds: pairs, unpaired or ratings
+    form: Mapped[str]  # whether the prompt is messages or text; a file has rows of one form
+    row: Mapped[dict[str, Any]]
+    num_bytes: Mapped[int] = mapped_column(BigInteger)  # of the row in a file
+    __table_args__ = (
+        Index("feedback_by_time", "project_id", "created_at", "id"),
+        Index("feedback_by_kind", "project_id", "kind", "form", "created_at", "id"),
+    )
+
+
 class SideJobAttempt(Owned, Base):
     """A run of a side job, which is a short Ray job beside training.
 

@@ -310,7 +310,7 @@ async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, par
     used = await quotas.num_bytes(session, project_id)
     if used + num_bytes > most:
         message = (
-            f"The project's files have {used} of at most {most} bytes, and {num_bytes} more do not fit; "
+            f"The project's files and feedback have {used} of at most {most} bytes, and {num_bytes} more do not fit; "
             "delete files, or ask an admin to raise the project's max_bytes."
         )
         raise OverQuota(message, param=param)

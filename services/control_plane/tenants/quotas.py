@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import Forbidden, OverQuota
 from services.control_plane.core.store import project_of
-from services.control_plane.core.tables import JOB_STATES, Attempt, File, Job, Project, Upload
+from services.control_plane.core.tables import JOB_STATES, Attempt, Feedback, File, Job, Project, Upload
 from services.control_plane.tenants import projects
 
 HOURS = func.extract("epoch", func.coalesce(Attempt.ended_at, func.now()) - Attempt.created_at) / 3600
@@ -116,10 +116,11 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
 
 
 async def num_bytes(session: AsyncSession, project_id: str) -> int:
-    """Returns the number of bytes of all files of the project, and of its uploads that are not complete."""
+    """Returns the number of bytes of the project's files, of its uploads that are not complete, and of its votes."""
     files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.alive())
     uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
-    return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
+    votes = select(func.sum(Feedback.num_bytes)).where(Feedback.project_id == project_id)
+    return sum([int(await session.scalar(query) or 0) for query in (files, uploads, votes)])
 
 
 async def _accelerator_hours(session: AsyncSession, project_id: str) -> float:

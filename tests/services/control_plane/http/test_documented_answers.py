@@ -95,3 +95,12 @@ def test_methods_and_models(api: httpx.Client) -> None:
     assert len(check("get", "/x/methods", api.get("/x/methods"))["data"]) > 20
     check("get", "/models", api.get("/models"))
     check("get", "/models/{model_id}", api.get("/models/tiny"))
+
+
+def test_feedback(api: httpx.Client) -> None:
+    vote = {"prompt": "Hello?", "completions": [{"completion": "Hi!", "model": "tiny"}], "thumb": "up"}
+    made = check("post", "/x/feedback", api.post("/x/feedback", json=vote))
+    check("get", "/x/feedback/{feedback_id}", api.get(f"/x/feedback/{made['id']}"))
+    assert check("get", "/x/feedback", api.get("/x/feedback"))["counts"]
+    body = {"kind": "unpaired", "form": "text"}
+    check("post", "/x/feedback/files", api.post("/x/feedback/files", json=body))

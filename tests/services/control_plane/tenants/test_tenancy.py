@@ -72,9 +72,12 @@ TAKE_NO_IDS = (
     "POST /v1/uploads/{upload_id}/parts",
     "POST /v1/webhook_endpoints",
     "POST /v1/x/projects",
+    "POST /v1/x/feedback",
+    "POST /v1/x/feedback/files",
 )
 EVERYBODY_S = ("GET /v1/webhook_event_types", "GET /v1/x/methods")
 UPLOAD = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 10, "mime_type": "application/jsonl"}
+VOTE = {"prompt": "Hello?", "completions": [{"completion": "Hi!"}], "thumb": "up"}
 HOOK = {"name": "a hook", "url": f"{NOWHERE}/a", "event_types": ["fine_tuning.job.succeeded"]}
 
 
@@ -173,6 +176,7 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
         "permission_id": shared["id"],
         "upload_id": a.post("/uploads", json=UPLOAD).json()["id"],
         "endpoint_id": a.post("/webhook_endpoints", json=HOOK).json()["id"],
+        "feedback_id": a.post("/x/feedback", json=VOTE).json()["id"],
         "a result": job["result_files"][0],
         "an event": events[0]["id"],
         "a checkpoint": checkpoints[0]["id"],

@@ -1,0 +1,29 @@
+"""The JSON objects of feedback, as the OpenAPI document describes them. docs/wire/objects.md says what the fields
+mean."""
+
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+from services.control_plane.core.documents import Page
+from services.control_plane.feedback.requests import Form, Kind
+
+
+class FeedbackDocument(TypedDict):
+    id: str
+    object: Literal["feedback"]
+    created_at: int
+    vote: Literal["choice", "thumb", "ratings", "edit"]
+    kind: Kind
+    form: Form
+    row: dict[str, Any]
+
+
+class CountDocument(TypedDict):
+    kind: Kind
+    form: Form
+    num_votes: int
+
+
+class FeedbackPage(Page[FeedbackDocument]):
+    counts: list[CountDocument]

@@ -1,0 +1,81 @@
+"""Stores votes on completions, finds, counts and removes them, and writes them as the lines of a training file."""
+
+import json
+import secrets
+from typing import Any, BinaryIO
+
+import anyio.to_thread
+from sqlalchemy import Select, func, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import NotFound
+from services.control_plane.core.store import ProjectStore, project_of
+from services.control_plane.core.tables import Feedback
+from services.control_plane.feedback.requests import Vote
+from services.control_plane.files import files
+
+AT_A_TIME = 50  # rows in memory while a file is written; a row may have a megabyte
+
+
+async def add(session: AsyncSession, vote: Vote) -> Feedback:
+    """Stores the vote, and returns its row.
+
+    Raises OverQuota if the project may not store so many bytes.
+    """
+    feedback_id = f"fb-{secrets.token_hex(12)}"
+    row = {**vote.row, "feedback": {"id": feedback_id, **vote.row["feedback"]}}
+    num_bytes = len(_line(row))
+    await files.reserve(session, project_of(session), num_bytes, param="completions")
+    stored = Feedback(id=feedback_id, vote=vote.name, kind=vote.kind, form=vote.form, row=row, num_bytes=num_bytes)
+    session.add(stored)
+    await session.flush()
+    await session.refresh(stored)
+    return stored
+
+
+async def find(session: AsyncSession, feedback_id: str) -> Feedback:
+    if (row := await session.scalar(select(Feedback).where(Feedback.id == feedback_id))) is None:
+        raise NotFound(
+            f"There is no feedback with the id '{feedback_id}'; list the feedback for its ids.",
+            param="feedback_id",
+            code="feedback_not_found",
+        )
+    return row
+
+
+async def remove(session: AsyncSession, feedback_id: str) -> None:
+    """Deletes the vote. Files that were made before keep it. Raises NotFound."""
+    await session.delete(await find(session, feedback_id))
+
+
+def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
+    """Returns the SQL query for the votes of this kind and form. None means any."""
+    query = select(Feedback)
+    if kind is not None:
+        query = query.where(Feedback.kind == kind)
+    return query if form is None else query.where(Feedback.form == form)
+
+
+async def counts(session: AsyncSession) -> list[dict[str, Any]]:
+    """Returns the number of the project's votes of each kind and form, as the API shows them."""
+    groups = (Feedback.kind, Feedback.form)
+    rows = await session.execute(select(*groups, func.count()).group_by(*groups).order_by(*groups))
+    return [{"kind": kind, "form": form, "num_votes": number} for kind, form, number in rows]
+
+
+async def write_rows(store: ProjectStore, kind: str, form: str, file: BinaryIO) -> int:
+    """Writes the votes of this kind and form to `file`, a line for each, the oldest first. Returns their number."""
+    place = tuple_(Feedback.created_at, Feedback.id)
+    query, written = of_kind(kind, form).order_by(Feedback.created_at, Feedback.id).limit(AT_A_TIME), 0
+    async with store.look() as session:
+        rows = list(await session.scalars(query))
+    while rows:
+        await anyio.to_thread.run_sync(file.writelines, [_line(row.row) for row in rows])
+        written += len(rows)
+        async with store.look() as session:
+            rows = list(await session.scalars(query.where(place > (rows[-1].created_at, rows[-1].id))))
+    return written
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
