@@ -7,7 +7,19 @@ values out of range.
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
-from dpo_core.options import LOSS, Dpo, InvalidOption, Limit, Metric, NotNegative, Objective, Positive, check, options
+from dpo_core.options import (
+    LOSS,
+    Doc,
+    Dpo,
+    InvalidOption,
+    Limit,
+    Metric,
+    NotNegative,
+    Objective,
+    Positive,
+    check,
+    options,
+)
 
 
 @options
@@ -15,13 +27,32 @@ class Optim:
     """The options of AdamW and of the schedule of its learning rate."""
 
     # None means the objective's default
-    learning_rate: Annotated[float | None, Limit("greater than 0 and at most 1", lambda x: 0 < x <= 1)] = None
-    # a factor of the objective's default learning rate
-    learning_rate_multiplier: Annotated[float | None, Limit("greater than 0", lambda x: x > 0)] = None
-    warmup_ratio: float = 0.1  # share of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    learning_rate: Annotated[
+        float | None,
+        Limit("greater than 0 and at most 1", lambda x: 0 < x <= 1),
+        Doc("The highest learning rate, after the warm-up."),
+    ] = None
+    learning_rate_multiplier: Annotated[
+        float | None,
+        Limit("greater than 0", lambda x: x > 0),
+        Doc("Multiplies the default learning rate; give this or learning_rate."),
+    ] = None
+    warmup_ratio: Annotated[
+        float,
+        Limit("from 0 to less than 1", lambda x: 0 <= x < 1),
+        Doc("The share of all steps in which the learning rate rises to its highest value."),
+    ] = 0.1
+    schedule: Annotated[
+        Literal["linear", "cosine", "constant"], Doc("How the learning rate falls after the warm-up.")
+    ] = "linear"
+    weight_decay: Annotated[
+        float, Limit("from 0 to 1", lambda x: 0 <= x <= 1), Doc("How much AdamW pulls the weights towards 0.")
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float,
+        Limit("greater than 0", lambda x: x > 0),
+        Doc("Gradients with a larger norm are scaled down to this norm."),
+    ] = 1.0
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None and self.learning_rate_multiplier is not None:
@@ -29,9 +60,6 @@ class Optim:
                 "learning_rate_multiplier",
                 "learning_rate and learning_rate_multiplier cannot both be given; give only one.",
             )
-        check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to less than 1")
-        check(0 <= self.weight_decay <= 1, "weight_decay", self.weight_decay, "from 0 to 1")
-        check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "greater than 0")
 
 
 @options
@@ -39,13 +67,23 @@ class Lora:
     """The options of low-rank adapters, arXiv 2106.09685. Training changes the adapters and leaves the model's own
     weights frozen."""
 
-    r: Annotated[int, Limit("from 1 to 1024", lambda x: 1 <= x <= 1024)] = 32
-    alpha: Positive = 64
-    # share of the adapter's inputs that are set to 0
-    dropout: Annotated[float, Limit("from 0 to less than 1", lambda x: 0 <= x < 1)] = 0.0
-    use_rslora: bool = False  # scales by alpha / sqrt(r), arXiv 2312.03732, instead of alpha / r
-    use_dora: bool = False  # trains magnitudes and directions separately, arXiv 2402.09353
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # means all linear layers but the head
+    r: Annotated[
+        int,
+        Limit("from 1 to 1024", lambda x: 1 <= x <= 1024),
+        Doc("The rank of the adapter. A higher rank can learn more and needs more memory."),
+    ] = 32
+    alpha: Annotated[Positive, Doc("The adapter's output is multiplied by alpha / r.")] = 64
+    dropout: Annotated[
+        float,
+        Limit("from 0 to less than 1", lambda x: 0 <= x < 1),
+        Doc("The share of the adapter's inputs that are set to 0 while it is trained."),
+    ] = 0.0
+    use_rslora: Annotated[bool, Doc("Scales by alpha / sqrt(r) in place of alpha / r, arXiv 2312.03732.")] = False
+    use_dora: Annotated[bool, Doc("Trains magnitudes and directions separately, arXiv 2402.09353.")] = False
+    target_modules: Annotated[
+        Literal["all-linear"] | tuple[str, ...],
+        Doc("A list of names of modules, or all-linear: all linear layers but the head."),
+    ] = "all-linear"
 
     def __post_init__(self) -> None:
         names = self.target_modules
@@ -72,8 +110,12 @@ Truncation = Literal["drop", "keep_start", "keep_end"]
 class EarlyStop:
     """The options of early stopping, which ends a training run once its evaluations no longer improve."""
 
-    patience: Annotated[int, Limit("at least 1", lambda x: x >= 1)]  # evaluations without a gain that end the run
-    min_gain: NotNegative = 0.0  # least improvement over the best value so far; an equal value is never a gain
+    patience: Annotated[
+        int, Limit("at least 1", lambda x: x >= 1), Doc("The number of evaluations without a gain that ends the run.")
+    ]
+    min_gain: Annotated[
+        NotNegative, Doc("The least improvement over the best value so far; an equal value is never a gain.")
+    ] = 0.0
 
 
 @options
@@ -82,26 +124,52 @@ class TrainConfig:
 
     objective: Objective = field(default_factory=Dpo)
     optim: Optim = field(default_factory=Optim)
-    n_epochs: Annotated[int | None, Limit("from 1 to 50", lambda x: 1 <= x <= 50)] = None
-    # groups in one optimizer step, summed over all ranks
-    batch_size: Annotated[int | None, Limit("from 1 to 256", lambda x: 1 <= x <= 256)] = None
-    # the most tokens of a prompt and one completion; the default means fewer if the model has fewer positions
-    max_length: int = MAX_LENGTH
-    truncation: Truncation = "drop"  # of longer groups; keep_start cuts completions' ends, keep_end the prompt's start
-    max_tokens_per_pack: int | None = None  # in one forward pass on one rank; None: as many as memory holds
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: on if max_length tokens do not fit
-    sharding: Sharding = "auto"  # how weights are split over ranks
-    checkpoint_steps: int | None = None  # steps between checkpoints; None: about four in a run
-    best_metric: Metric = LOSS  # the evaluation metric by which checkpoints and `early_stop` are judged
-    early_stop: EarlyStop | None = None  # None: the run takes all its steps
+    n_epochs: Annotated[int | None, Limit("from 1 to 50", lambda x: 1 <= x <= 50), Doc("Passes over the data.")] = None
+    batch_size: Annotated[
+        int | None,
+        Limit("from 1 to 256", lambda x: 1 <= x <= 256),
+        Doc("Rows of one optimizer step, over all workers. By default a fiftieth of the rows, from 8 to 64."),
+    ] = None
+    max_length: Annotated[
+        int,
+        Limit("from 2 to 1048576", lambda x: 2 <= x <= 1_048_576),
+        Doc("The most tokens of a prompt and one answer. By default fewer, if the model has fewer positions."),
+    ] = MAX_LENGTH
+    truncation: Annotated[
+        Truncation,
+        Doc(
+            "Longer rows are left out (drop), lose the ends of answers (keep_start), or the prompt's start (keep_end)."
+        ),
+    ] = "drop"
+    max_tokens_per_pack: Annotated[
+        int | None,
+        Doc("Tokens of one forward pass on one worker, at least max_length. By default as many as memory holds."),
+    ] = None
+    activation_checkpointing: Annotated[
+        Literal["auto", "on", "off"],
+        Doc(
+            "Computes activations a second time in the backward pass; auto does so if max_length tokens would not fit."
+        ),
+    ] = "auto"
+    sharding: Annotated[Sharding, Doc("How the weights are split over the workers.")] = "auto"
+    checkpoint_steps: Annotated[
+        int | None,
+        Limit("at least 1", lambda x: x >= 1),
+        Doc("Steps between two checkpoints. By default a quarter of the run."),
+    ] = None
+    best_metric: Annotated[
+        Metric, Doc("The metric of validation by which checkpoints are compared, and by which early_stop judges.")
+    ] = LOSS
+    early_stop: Annotated[
+        EarlyStop | None,
+        Doc('Ends the job when evaluations bring no gain any more, such as {"patience": 3, "min_gain": 0}.'),
+    ] = None  # None: the run takes all its steps
     seed: int = 0
 
     def __post_init__(self) -> None:
-        every, multiplier = self.checkpoint_steps, self.optim.learning_rate_multiplier
+        multiplier = self.optim.learning_rate_multiplier
         most = 1 / (ADAPTERS_RATE * self.objective.traits.default_learning_rate)  # a learning rate is at most 1
         check(multiplier is None or multiplier <= most, "learning_rate_multiplier", multiplier, f"at most {most:g}")
-        check(every is None or every >= 1, "checkpoint_steps", every, "at least 1")
-        check(2 <= self.max_length <= 1_048_576, "max_length", self.max_length, "from 2 to 1048576")
         check(
             self.max_tokens_per_pack is None or self.max_tokens_per_pack >= self.max_length,
             "max_tokens_per_pack",

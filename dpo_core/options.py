@@ -49,6 +49,13 @@ class Limit:
     admits: Callable[[float], bool]
 
 
+@dataclass(frozen=True)
+class Doc:
+    """The description of an option for the user, written into the option's annotation."""
+
+    words: str
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
     """Makes the class a frozen, keyword-only dataclass that checks its values, and for which pydantic refuses unknown
@@ -58,7 +65,10 @@ def options(cls: type[T]) -> type[T]:
     together.
     """
     limits = [
-        (name, limit) for name, kind in cls.__annotations__.items() for limit in getattr(kind, "__metadata__", ())
+        (name, limit)
+        for name, kind in cls.__annotations__.items()
+        for limit in getattr(kind, "__metadata__", ())
+        if isinstance(limit, Limit)
     ]
     check_joint_rules = getattr(cls, "__post_init__", None)
 
@@ -110,8 +120,16 @@ FOR_REWARDS = replace(ON_RANKINGS, needs_reference=False, num_outputs=1, default
 
 Positive = Annotated[float, Limit("greater than 0 and finite", lambda x: 0 < x < math.inf)]
 NotNegative = Annotated[float, Limit("0 or more and finite", lambda x: 0 <= x < math.inf)]
-Beta = Annotated[float, Limit("greater than 0 and at most 100", lambda x: 0 < x <= 100)]
-Smoothing = Annotated[float, Limit("greater than 0 and less than 0.5", lambda x: 0 < x < 0.5)]
+CLOSER = Doc("A higher value keeps the policy closer to its reference.")
+FLIPPED = Doc("How likely it is that a label is wrong.")
+Beta = Annotated[float, Limit("greater than 0 and at most 100", lambda x: 0 < x <= 100), CLOSER]
+RewardScale = Annotated[
+    float,
+    Limit("greater than 0 and at most 100", lambda x: 0 < x <= 100),
+    Doc("The scale of the rewards, which are log-probabilities."),
+]
+Smoothing = Annotated[float, Limit("greater than 0 and less than 0.5", lambda x: 0 < x < 0.5), FLIPPED]
+NllWeight = Annotated[NotNegative, Doc("The weight of the chosen completion's negative log-likelihood.")]
 
 
 @options
@@ -133,8 +151,10 @@ class Dpo:
 
     traits: ClassVar = replace(ON_RANKINGS, takes_margins=True)
     type: Literal["dpo"] = "dpo"
-    beta: Annotated[float, Limit("greater than 0 and at most 2", lambda x: 0 < x <= 2)] = 0.1
-    mean_over_choices: bool = False  # a ranking's loss is a mean over its choices; the paper's is the sum
+    beta: Annotated[float, Limit("greater than 0 and at most 2", lambda x: 0 < x <= 2), CLOSER] = 0.1
+    mean_over_choices: Annotated[
+        bool, Doc("Whether a ranking's loss is a mean over its choices; the paper's is the sum.")
+    ] = False
 
 
 @options
@@ -164,7 +184,9 @@ class Ipo:
     traits: ClassVar = ON_PAIRS
     type: Literal["ipo"] = "ipo"
     beta: Beta = 0.1
-    length_average: bool = True  # log-ratios are means over tokens, as for the paper's results; else sums
+    length_average: Annotated[
+        bool, Doc("Whether log-ratios are means over tokens, as for the paper's results, and not sums.")
+    ] = True
 
 
 @options
@@ -192,8 +214,8 @@ class Kto:
     traits: ClassVar = replace(ON_LABELS, needs_other_prompts=True)
     type: Literal["kto"] = "kto"
     beta: Beta = 0.1
-    desirable_weight: Positive = 1.0  # the paper's lambda_D
-    undesirable_weight: Positive = 1.0  # lambda_U
+    desirable_weight: Annotated[Positive, Doc("The weight of desirable completions, the paper's lambda_D.")] = 1.0
+    undesirable_weight: Annotated[Positive, Doc("The weight of undesirable completions, the paper's lambda_U.")] = 1.0
 
 
 @options
@@ -212,7 +234,9 @@ class Orpo:
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6, reward="mean_logps")
     type: Literal["orpo"] = "orpo"
-    odds_weight: Positive = 0.1  # the paper's lambda; metrics use this weight as beta
+    odds_weight: Annotated[
+        Positive, Doc("The weight of the odds ratio, the paper's lambda; metrics use it as beta.")
+    ] = 0.1
 
 
 @options
@@ -221,9 +245,11 @@ class Cpo:
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, reward="logps")
     type: Literal["cpo"] = "cpo"
-    beta: Beta = 0.1
-    nll_weight: NotNegative = 1.0  # alpha
-    length_average: bool = True  # the likelihood is a mean over tokens, as in the paper's code; else a sum
+    beta: RewardScale = 0.1
+    nll_weight: NllWeight = 1.0  # alpha
+    length_average: Annotated[
+        bool, Doc("Whether that likelihood is a mean over tokens, as in the paper's code, and not a sum.")
+    ] = True
 
 
 @options
@@ -236,8 +262,8 @@ class Simpo:
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, reward="mean_logps")
     type: Literal["simpo"] = "simpo"
-    beta: Beta = 2.5
-    gamma_beta_ratio: NotNegative = 0.5
+    beta: RewardScale = 2.5
+    gamma_beta_ratio: Annotated[NotNegative, Doc("The target margin gamma divided by beta.")] = 0.5
 
 
 @options
@@ -297,8 +323,11 @@ class Aot:
     traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
     type: Literal["aot"] = "aot"
     beta: Beta = 0.1
-    paired: bool = True  # compares the policy's margins with the reference's; else chosen with rejected log-ratios
-    label_smoothing: Annotated[float, Limit("in [0, 0.5)", lambda x: 0 <= x < 0.5)] = 0.0
+    paired: Annotated[
+        bool,
+        Doc("Whether the policy's margins are compared with the reference's, and not chosen with rejected log-ratios."),
+    ] = True
+    label_smoothing: Annotated[float, Limit("in [0, 0.5)", lambda x: 0 <= x < 0.5), FLIPPED] = 0.0
 
 
 @options
@@ -308,7 +337,7 @@ class Discopop:
     traits: ClassVar = ON_PAIRS
     type: Literal["discopop"] = "discopop"
     beta: Beta = 0.1
-    tau: Positive = 0.05
+    tau: Annotated[Positive, Doc("The temperature of the modulation: a higher value modulates less sharply.")] = 0.05
 
 
 @options
@@ -318,7 +347,7 @@ class Dpop:
     traits: ClassVar = ON_PAIRS
     type: Literal["dpop"] = "dpop"
     beta: Beta = 0.1
-    penalty: NotNegative = 50.0  # lambda
+    penalty: Annotated[NotNegative, Doc("The weight of that penalty, the paper's lambda.")] = 50.0
 
 
 @options
@@ -328,7 +357,7 @@ class Rpo:
     traits: ClassVar = ON_PAIRS
     type: Literal["rpo"] = "rpo"
     beta: Beta = 0.1
-    nll_weight: NotNegative = 1.0  # alpha
+    nll_weight: NllWeight = 1.0  # alpha
 
 
 @options
@@ -339,8 +368,11 @@ class LdDpo:
     traits: ClassVar = replace(ON_PAIRS, needs_reference_heads=True)
     type: Literal["ld_dpo"] = "ld_dpo"
     beta: Beta = 0.1
-    # alpha: the weight of tokens past the shorter completion's length
-    tail_weight: Annotated[float, Limit("from 0 to 1", lambda x: 0 <= x <= 1)] = 0.5
+    tail_weight: Annotated[
+        float,
+        Limit("from 0 to 1", lambda x: 0 <= x <= 1),
+        Doc("The weight of tokens past the shorter completion's length, the paper's alpha."),
+    ] = 0.5
 
 
 @options
@@ -350,7 +382,9 @@ class RDpo:
     traits: ClassVar = ON_PAIRS
     type: Literal["r_dpo"] = "r_dpo"
     beta: Beta = 0.1
-    length_weight: NotNegative = 0.01  # alpha, per token
+    length_weight: Annotated[
+        NotNegative, Doc("How much each token of a difference in length counts, the paper's alpha.")
+    ] = 0.01
 
 
 @options
@@ -360,9 +394,15 @@ class FDpo:
     traits: ClassVar = ON_PAIRS
     type: Literal["f_dpo"] = "f_dpo"
     beta: Beta = 0.1
-    divergence: Literal["forward_kl", "jensen_shannon", "alpha"] = "jensen_shannon"
-    # the parameter of the divergence `alpha`
-    alpha: Annotated[float, Limit("greater than 0 and less than 1", lambda x: 0 < x < 1)] = 0.5
+    divergence: Annotated[
+        Literal["forward_kl", "jensen_shannon", "alpha"],
+        Doc("The measure of how far the policy is from its reference."),
+    ] = "jensen_shannon"
+    alpha: Annotated[
+        float,
+        Limit("greater than 0 and less than 1", lambda x: 0 < x < 1),
+        Doc("The parameter of the divergence `alpha`."),
+    ] = 0.5
 
     def __post_init__(self) -> None:
         if self.divergence != "alpha" and self.alpha != 0.5:
@@ -425,8 +465,11 @@ class Mpo:
     """
 
     type: Literal["mpo"] = "mpo"
-    objectives: tuple[PairObjective | Supervised, ...] = field(default_factory=lambda: (Dpo(), Bco(), Supervised()))
-    weights: tuple[float, ...] = (0.8, 0.2, 1.0)
+    objectives: Annotated[
+        tuple[PairObjective | Supervised, ...],
+        Doc('The objectives of the sum, such as {"type": "dpo", "beta": 0.1}, each with options of its own.'),
+    ] = field(default_factory=lambda: (Dpo(), Bco(), Supervised()))
+    weights: Annotated[tuple[float, ...], Doc("The weight of each objective, in the same order.")] = (0.8, 0.2, 1.0)
 
     def __post_init__(self) -> None:
         if not self.objectives or len(self.objectives) != len(self.weights):

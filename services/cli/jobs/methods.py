@@ -55,8 +55,8 @@ def _print(method: dict[str, Any]) -> None:
     out.print(method["description"])
     out.print(f"Learns from {' or '.join(method['learns_from'])}.", *method["papers"])
     options = method["hyperparameters"] | method["common_hyperparameters"]
-    rows = [(name, _default(option), option["range"]) for name, option in options.items()]
-    print_rows(["option", "default", "range"], rows)
+    rows = [(name, _default(option), option["range"], option["description"]) for name, option in options.items()]
+    print_rows(["option", "default", "range", "description"], rows)
 
 
 def _default(option: dict[str, Any]) -> str:

@@ -59,3 +59,34 @@ class CheckDocument(TypedDict):
     status: Literal["running", "failed", "completed"]
     report: dict[str, Any]
     error: dict[str, Any] | None
+
+
+class RowProblem(TypedDict):
+    code: str
+    pointer: str
+    message: str
+
+
+class GroupDocument(TypedDict):
+    """A prompt with its completions, the best first. Each is a text or a list of messages."""
+
+    prompt: str | list[dict[str, Any]]
+    completions: list[str | list[dict[str, Any]]]
+    ratings: list[float] | None
+    weight: float
+    margin: float | None
+    tools: list[dict[str, Any]] | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+class RowDocument(TypedDict):
+    line: int
+    groups: list[GroupDocument]
+    problem: RowProblem | None
+
+
+class RowsDocument(TypedDict):
+    object: Literal["dataset.rows"]
+    data: list[RowDocument]
+    has_more: bool
+    next: int | None

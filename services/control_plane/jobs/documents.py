@@ -138,7 +138,16 @@ class LogDocument(TypedDict):
 class OptionDocument(TypedDict):
     default: Any
     range: str
+    description: str
+    choices: NotRequired[list[Any]]
     default_of_adapters: NotRequired[float]
+
+
+class ExtensionOptionDocument(OptionDocument):
+    """An option in `x_raydpo` of a job."""
+
+    id: str
+    object: Literal["option"]
 
 
 class MethodDocument(TypedDict):

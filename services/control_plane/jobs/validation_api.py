@@ -1,5 +1,5 @@
-"""The routes /v1/x/jobs/validate, which checks a job without creating it, and /v1/x/methods, which lists training
-methods."""
+"""The routes /v1/x/jobs/validate, which checks a job without creating it, and /v1/x/methods and /v1/x/options, which
+list what a job may ask for."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from dpo_core.methods import METHODS, described
 from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import listing
 from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
-from services.control_plane.jobs import admission, jobs
-from services.control_plane.jobs.documents import DraftDocument, MethodDocument
+from services.control_plane.jobs import admission, jobs, options
+from services.control_plane.jobs.documents import DraftDocument, ExtensionOptionDocument, MethodDocument
 from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.requests import ValidateJob
 from services.control_plane.jobs.responses import job_object
@@ -37,3 +37,9 @@ async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart
 async def methods() -> dict[str, Any]:
     """Lists the training methods with their hyperparameters."""
     return listing([described(kind) for kind in METHODS], has_more=False)
+
+
+@router.get("/options", responses=answers(Page[ExtensionOptionDocument]))
+async def list_options() -> dict[str, Any]:
+    """Lists the options in `x_raydpo` of a job."""
+    return listing(options.described(), has_more=False)

@@ -91,8 +91,13 @@ def test_what_a_job_reports(api: httpx.Client, job_id: str) -> None:
     check("get", "/x/jobs/{job_id}/logs", api.get(f"/x/jobs/{job_id}/logs"))
 
 
+def test_rows(api: httpx.Client, file_id: str) -> None:
+    assert check("get", "/x/datasets/{file_id}/rows", api.get(f"/x/datasets/{file_id}/rows"))["data"]
+
+
 def test_methods_and_models(api: httpx.Client) -> None:
     assert len(check("get", "/x/methods", api.get("/x/methods"))["data"]) > 20
+    assert len(check("get", "/x/options", api.get("/x/options"))["data"]) > 20
     check("get", "/models", api.get("/models"))
     check("get", "/models/{model_id}", api.get("/models/tiny"))
 

@@ -155,11 +155,35 @@ def test_a_multiplier_that_makes_the_learning_rate_more_than_1_is_refused_at_onc
 def test_methods_are_listed_with_defaults_ranges_and_papers(api: httpx.Client) -> None:
     found = {each["id"]: each for each in api.get("/x/methods").json()["data"]}
     assert found["dpo"]["papers"][0] == "https://arxiv.org/abs/2305.18290"
-    assert found["dpo"]["hyperparameters"]["beta"] == {"default": 0.1, "range": "greater than 0 and at most 2"}
-    assert found["dpo"]["common_hyperparameters"]["n_epochs"] == {"default": 1, "range": "from 1 to 50"}
+    assert found["dpo"]["hyperparameters"]["beta"] == {
+        "default": 0.1,
+        "range": "greater than 0 and at most 2",
+        "description": "A higher value keeps the policy closer to its reference.",
+    }
+    assert found["dpo"]["common_hyperparameters"]["n_epochs"] == {
+        "default": 1,
+        "range": "from 1 to 50",
+        "description": "Passes over the data.",
+    }
     assert found["mpo"]["hyperparameters"]["objectives"]["default"][1] == {"type": "bco", "beta": 0.1}
     assert found["dpo"]["common_hyperparameters"]["learning_rate"] == {
         "default": 1e-6,
         "default_of_adapters": 1e-5,
         "range": "greater than 0 and at most 1",
+        "description": "The highest learning rate, after the warm-up.",
     }
+
+
+def test_every_option_of_every_method_is_described(api: httpx.Client) -> None:
+    for method in api.get("/x/methods").json()["data"]:
+        for option in (method["hyperparameters"] | method["common_hyperparameters"]).values():
+            assert option["description"].endswith(".")
+            assert "choices" not in option or option["default"] in option["choices"]
+
+
+def test_every_option_of_the_extension_is_described(api: httpx.Client) -> None:
+    options = {each["id"]: each for each in api.get("/x/options").json()["data"]}
+    assert {name.partition(".")[0] for name in options} == EXTENSIONS
+    assert all(option["description"].endswith(".") for option in options.values())
+    assert options["schedule"]["choices"] == ["linear", "cosine", "constant"]
+    assert options["adapter.r"]["default"] == 32

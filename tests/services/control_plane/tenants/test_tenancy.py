@@ -75,7 +75,7 @@ TAKE_NO_IDS = (
     "POST /v1/x/feedback",
     "POST /v1/x/feedback/files",
 )
-EVERYBODY_S = ("GET /v1/webhook_event_types", "GET /v1/x/methods")
+EVERYBODY_S = ("GET /v1/webhook_event_types", "GET /v1/x/methods", "GET /v1/x/options")
 UPLOAD = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 10, "mime_type": "application/jsonl"}
 VOTE = {"prompt": "Hello?", "completions": [{"completion": "Hi!"}], "thumb": "up"}
 HOOK = {"name": "a hook", "url": f"{NOWHERE}/a", "event_types": ["fine_tuning.job.succeeded"]}

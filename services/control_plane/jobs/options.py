@@ -1,0 +1,73 @@
+"""Describes the options in the field `x_raydpo` of a job, so that clients can offer and explain them."""
+
+from dataclasses import asdict
+from typing import Any, get_args
+
+from dpo_core.config import Lora, Optim, Quantization, TrainConfig
+from dpo_core.methods import described_options
+from services.contract import Policy, Precision, ReferenceSource
+from services.control_plane.jobs.requests import EXTENSIONS, KEPT
+
+
+def _option(default: object, values: str, description: str) -> dict[str, Any]:
+    return {"default": default, "range": values, "description": description}
+
+
+def _choice(default: object, choices: tuple[Any, ...], description: str) -> dict[str, Any]:
+    return _option(default, ", ".join(map(str, choices)), description) | {"choices": list(choices)}
+
+
+# The options that the classes of dpo_core do not have.
+OWN = {
+    "dataset": _option(None, "a URI", "The rows to train on, in place of an uploaded file."),
+    "columns": _option(None, "an object", 'Of a dataset: the column of each role, such as {"prompt": "question"}.'),
+    "invalid_rows": _choice("refuse", ("refuse", "drop"), "Of a dataset: what happens to rows that cannot be used."),
+    "max_invalid_share": _option(0.01, "from 0 to 0.5", "With drop: the largest share of rows that may be left out."),
+    "validation_share": _option(
+        None,
+        "greater than 0 and at most 0.5",
+        "The share of the training file that is held out for validation, if there is no validation file.",
+    ),
+    "num_workers": _option(1, "from 1 to 1024", "Workers that train together. The result does not depend on it."),
+    "priority": _option(0, "from -10 to 10", "Of the project's waiting jobs, the one with the highest starts first."),
+    "adapter": _choice(
+        "auto",
+        ("auto", "none"),
+        "What is trained: an adapter (LoRA) on a frozen base model, or with none all weights. "
+        "By default an adapter, unless the base model's setting says otherwise.",
+    ),
+    "precision": _choice(
+        "auto",
+        ("auto", *get_args(Precision)),
+        "What the job computes in. By default bfloat16 on GPUs and float32 on CPUs.",
+    ),
+    "quantization": _choice(
+        None, get_args(Quantization), "Keeps the frozen base of an adapter in 4.1 bits a weight, arXiv 2305.14314."
+    ),
+    "reference.source": _choice(
+        "auto",
+        get_args(ReferenceSource),
+        "What scores the reference: the deployed engine (serve), the trainer's own forward (trainer), "
+        "or the one that ends sooner (auto).",
+    ),
+    "reference.model": _option(
+        None, "a base model or a policy", "The reference, if it is not the model that the job starts from."
+    ),
+    "keep_checkpoints": _option(
+        KEPT, "at least 1, or all", "How many of the last checkpoints stay, beside the best one."
+    ),
+    "policy": _choice("last", get_args(Policy), "The checkpoint that becomes the policy; best needs validation."),
+    "tensorboard": _choice(False, (True, False), "Writes the metrics for TensorBoard."),
+    "mlflow": _option(None, "an object", 'The run in MLflow that receives the metrics, such as {"experiment": "one"}.'),
+}
+
+
+def described() -> list[dict[str, Any]]:
+    """Returns all options of `x_raydpo`. The id of an option inside another one is a path, such as `adapter.r`."""
+    config = TrainConfig()
+    defaults = asdict(config) | asdict(config.optim)
+    trained = {name: defaults[name] for name in sorted(EXTENSIONS & defaults.keys())}
+    options = OWN | described_options(trained, TrainConfig, Optim)
+    of_adapter = described_options(asdict(Lora()), Lora)
+    options |= {f"adapter.{name}": option for name, option in of_adapter.items()}
+    return [{"id": name, "object": "option", **option} for name, option in options.items()]
