@@ -1,0 +1,71 @@
+"""Tests the limits on a request's headers, and on clients that do not read."""
+
+import socket
+import time
+from contextlib import ExitStack, suppress
+
+import httpx
+import openai
+import psycopg
+import pytest
+
+from services import storage
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import pairs
+from tests.services.control_plane.http.limits.test_limits import KEY, MIB, head, slow, until
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings) -> Settings:
+    return offline.model_copy(update={"stall_seconds": 2, "max_requests": 8})
+
+
+def test_a_head_that_does_not_end_is_refused(base_url: str) -> None:
+    answer = slow(base_url, b"GET /v1/files HTTP/1.1\r\n", b"a: b\r\n" * 11_000, pause=0)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'"type": "invalid_request_error"' in answer
+    slow(base_url, b"GET /v1/files HTTP/1.1\r\n", *[b"a: b\r\n" * 10**5] * 20, pause=0)
+    slow(base_url, b"GET /v1/files HTTP/1.1\r\na: ", *[b"b" * 10**6] * 20, pause=0)
+    assert httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 200
+
+
+@pytest.mark.slow
+def test_who_does_not_read_an_answer_is_cut_off(base_url: str, client: openai.OpenAI, settings: Settings) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    num_bytes = 16 * MIB  # more than sockets hold
+    storage.write_bytes(storage.join(settings.storage_url, "files", file.id), bytes(num_bytes))
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE files SET num_bytes = %s WHERE id = %s", [num_bytes, file.id])
+    url, request = httpx.URL(base_url), head(f"/v1/files/{file.id}/content", 0).replace(b"POST", b"GET")
+    with ExitStack() as readers:
+        sockets = [readers.enter_context(socket.socket()) for _ in range(settings.max_requests // 2)]
+        for reader in sockets:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect((url.host, url.port or 80))
+            reader.sendall(request)
+        until(lambda: httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 503)
+        until(lambda: httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 200)
+        received = 0
+        with suppress(ConnectionResetError):
+            while data := sockets[0].recv(2**16):
+                received += len(data)
+        assert received < num_bytes
+    assert len(client.files.content(file.id).read()) == num_bytes
+    client.files.delete(file.id)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_who_reads_slowly_gets_all(base_url: str, client: openai.OpenAI, settings: Settings) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs(2_000)), purpose="fine-tune")
+    url, request = httpx.URL(base_url), head(f"/v1/files/{file.id}/content", 0).replace(b"POST", b"GET")
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect((url.host, url.port or 80))
+        reader.sendall(request.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        received, began = b"", time.monotonic()
+        while data := reader.recv(2**16):
+            received += data
+            time.sleep(0.02)
+        assert received.endswith(pairs(2_000))
+        assert time.monotonic() - began > settings.stall_seconds
