@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
 import pytest
@@ -13,8 +14,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from services.control_plane.core.store import migrate
 from services.control_plane.page.api import BUILT
+from tests.page.engine import Engine
 from tests.services.control_plane.attempts.crashes import LivelyRay, Plane
 from tests.services.control_plane.conftest import API_KEY, api_of, pairs
+from tests.services.web import running
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -43,10 +46,16 @@ class PageRay(LivelyRay):
         held_out = {"eval/loss": told["loss"] + 0.05, "eval/rewards/margins": margin - 0.1}
         return told | (held_out if step % 10 == 0 else {})
 
+    def deploy(self, body: dict[str, Any]) -> None:
+        """As Ray Serve does, with a replica that runs for each application."""
+        super().deploy(body)
+        for app in self.serve.values():
+            app["deployments"] = {"model": {"replicas": [{"state": "RUNNING"}]}}
+
 
 class Service:
-    def __init__(self, plane: Plane, ray: PageRay) -> None:
-        self.plane, self.ray, self.url = plane, ray, plane.url
+    def __init__(self, plane: Plane, ray: PageRay, engine: Engine) -> None:
+        self.plane, self.ray, self.engine, self.url = plane, ray, engine, plane.url
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +75,19 @@ def browser() -> Iterator[Browser]:
 def service(browser: Browser, database_url: str) -> Iterator[Service]:
     ray = PageRay(step_seconds=0.05, dying=0, steps=80)
     migrate(database_url)
-    with TemporaryDirectory(prefix="raydpo-page-") as folder:
+    with TemporaryDirectory(prefix="raydpo-page-") as folder, running(Engine()) as engine:
         settings = {
             "DATABASE_URL": database_url,
             "RAYDPO_API_KEY": API_KEY,
             "RAYDPO_STORAGE_URL": (Path(folder) / "storage").as_uri(),
-            "RAYDPO_MODELS": json.dumps({"tiny": "/nowhere/tiny"}),
+            "RAYDPO_MODELS": json.dumps({"tiny": "/nowhere/tiny", "polite": "/nowhere/polite"}),
+            "RAYDPO_SERVE_URL": engine.url,
             "RAYDPO_MAX_RUNNING_JOBS": "2",
         }
         plane = Plane(Path(folder) / "home", settings, f"http://127.0.0.1:{ray.server.server_port}")
         plane.start()
         plane.wait()
-        yield Service(plane, ray)
+        yield Service(plane, ray, engine)
         plane.kill()
         ray.server.shutdown()
         ray.server.server_close()

@@ -10,6 +10,10 @@ export type JobEvent = Documents["EventDocument"];
 export type Checkpoint = Documents["CheckpointDocument"];
 export type Metrics = Documents["MetricsDocument"];
 export type Column = Documents["Column"];
+export type File = Documents["FileDocument"];
+export type Model = Documents["ModelDocument"];
+export type CreateFeedback = Documents["CreateFeedback"];
+export type FeedbackCount = Documents["CountDocument"];
 
 export const api = createClient<paths>({ baseUrl: location.origin });
 api.use({

@@ -2,6 +2,7 @@
 
 import { key } from "../parts/session/session";
 import { Failure, type Job, type JobEvent } from "./client";
+import { framesOf, type Frame } from "./frames";
 
 export interface Progress {
   object: "fine_tuning.job.progress";
@@ -15,12 +16,6 @@ export type Told = JobEvent | Progress | Job;
 
 const SILENCE_MS = 45_000; // the service sends something every 15 seconds
 const WAIT_MS = 2_000;
-
-interface Frame {
-  id?: string;
-  data?: string;
-  retry?: number;
-}
 
 /** Yields what the service tells after the event `place`, until the job has ended.
  *
@@ -63,30 +58,13 @@ async function* frames(
     const answer = await fetch(`/v1/x/jobs/${encodeURIComponent(jobId)}/stream`, { headers, signal });
     if (!answer.ok) throw Failure.answered(answer.status, await answer.json().catch(() => undefined));
     opened();
-    const reader = answer.body!.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
-    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    yield* framesOf(answer, () => {
       clearTimeout(timer);
       timer = setTimeout(() => silence.abort(), SILENCE_MS);
-      const whole = (rest + part.value).split("\n\n");
-      rest = whole.pop()!;
-      yield* whole.map(parse);
-    }
+    });
   } finally {
     clearTimeout(timer);
   }
-}
-
-function parse(text: string): Frame {
-  const frame: Frame = {};
-  for (const line of text.split("\n")) {
-    const colon = line.indexOf(": ");
-    const value = line.slice(colon + 2);
-    if (line.startsWith("id: ")) frame.id = value;
-    if (line.startsWith("data: ")) frame.data = value;
-    if (line.startsWith("retry: ")) frame.retry = Number(value);
-  }
-  return frame;
 }
 
 /** Waits, but no longer than until the browser says that it is online again. */

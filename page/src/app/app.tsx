@@ -5,6 +5,7 @@ import { href, route } from "../parts/route/route";
 import { SignIn } from "../views/sign-in/sign-in";
 import { Jobs } from "../views/jobs/jobs";
 import { Job } from "../views/job/job";
+import { Ask } from "../views/ask/ask";
 
 interface View {
   name: string; // the first part of the path
@@ -14,6 +15,7 @@ interface View {
 
 const VIEWS: View[] = [
   { name: "jobs", title: "Jobs", show: ([id]) => (id ? <Job key={id} id={id} /> : <Jobs />) },
+  { name: "ask", title: "Ask", show: () => <Ask /> },
 ];
 
 export function App() {

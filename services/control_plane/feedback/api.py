@@ -15,7 +15,7 @@ from services.control_plane.core.store import page
 from services.control_plane.core.tables import Feedback
 from services.control_plane.feedback import feedback
 from services.control_plane.feedback.documents import FeedbackDocument, FeedbackPage
-from services.control_plane.feedback.requests import CreateFeedback, CreateFile, Form, Kind, vote_of
+from services.control_plane.feedback.requests import CreateFeedback, CreateFeedbackFile, Form, Kind, vote_of
 from services.control_plane.feedback.responses import feedback_object
 from services.control_plane.files import files, row_check
 from services.control_plane.files.documents import FileDocument
@@ -50,7 +50,7 @@ async def list_feedback(
 
 @router.post("/files", responses=answers(FileDocument))
 async def create_file(
-    request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, body: CreateFile
+    request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, body: CreateFeedbackFile
 ) -> Response:
     """Makes a training file of all votes of one kind and form so far, the oldest first."""
     with TemporaryFile() as rows:

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from services.control_plane.core.documents import Page
 from services.control_plane.feedback.requests import Form, Kind
 
 
@@ -25,5 +24,10 @@ class CountDocument(TypedDict):
     num_votes: int
 
 
-class FeedbackPage(Page[FeedbackDocument]):
+class FeedbackPage(TypedDict):
+    object: str
+    data: list[FeedbackDocument]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
     counts: list[CountDocument]

@@ -58,7 +58,7 @@ class CreateFeedback(BaseModel):
     chat_template_kwargs: Annotated[Any, WithJsonSchema({"type": "object"})] = None
 
 
-class CreateFile(BaseModel):
+class CreateFeedbackFile(BaseModel):
     """The JSON body of POST /v1/x/feedback/files, which makes a training file of the votes of one kind and form."""
 
     model_config = ConfigDict(extra="forbid")

@@ -1,5 +1,6 @@
 import type { Checkpoint, Job } from "../../api/client";
 import { Download } from "../../parts/download/download";
+import { href } from "../../parts/route/route";
 import { figure, moment, whole } from "../../parts/words/words";
 
 export function Checkpoints({ job, checkpoints }: { job: Job; checkpoints: Checkpoint[] }) {
@@ -7,7 +8,7 @@ export function Checkpoints({ job, checkpoints }: { job: Job; checkpoints: Check
     <section class="panel">
       <h2>Policy and checkpoints</h2>
       {job.fine_tuned_model ? (
-        <Model name={job.fine_tuned_model} what="The policy" />
+        <Model name={job.fine_tuned_model} base={job.model} what="The policy" />
       ) : (
         <p class="note">The policy is there once the job has succeeded. Each checkpoint is a model as well.</p>
       )}
@@ -15,6 +16,7 @@ export function Checkpoints({ job, checkpoints }: { job: Job; checkpoints: Check
         <Model
           key={each.id}
           name={each.fine_tuned_model_checkpoint}
+          base={job.model}
           what={`Step ${whole(each.step_number)}`}
           more={[lossOf(each), moment(each.created_at)].filter(Boolean).join(" · ")}
         />
@@ -29,7 +31,7 @@ function lossOf({ metrics }: Checkpoint): string {
   return train === undefined ? "" : `loss ${figure(train)}`;
 }
 
-function Model({ name, what, more }: { name: string; what: string; more?: string }) {
+function Model({ name, base, what, more }: { name: string; base: string; what: string; more?: string }) {
   return (
     <div class="model">
       <div>
@@ -37,7 +39,12 @@ function Model({ name, what, more }: { name: string; what: string; more?: string
         <code>{name}</code>
         {more && <small> {more}</small>}
       </div>
-      <Download model={name} />
+      <div class="acts">
+        <a class="button" href={href("ask", { a: name, b: base })} aria-label={`Ask ${name}`}>
+          Ask
+        </a>
+        <Download model={name} />
+      </div>
     </div>
   );
 }
