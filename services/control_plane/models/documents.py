@@ -1,4 +1,7 @@
-"""The JSON object of a model, as the OpenAPI document describes it. docs/wire/objects.md says what the fields mean."""
+"""The JSON objects of models, and of permissions to use them, as the OpenAPI document describes them.
+
+docs/wire/objects.md says what the fields mean.
+"""
 
 from typing import Any, Literal
 
@@ -19,3 +22,10 @@ class ModelDocument(TypedDict):
     created: int
     owned_by: str
     x_raydpo: ModelExtension
+
+
+class PermissionDocument(TypedDict):
+    id: str
+    object: Literal["checkpoint.permission"]
+    created_at: int
+    project_id: str

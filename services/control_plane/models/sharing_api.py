@@ -10,12 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import CheckpointPermission
 from services.control_plane.http.dependencies import IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.validation import Text
 from services.control_plane.models import models, sharing
+from services.control_plane.models.documents import PermissionDocument
 from services.control_plane.models.responses import permission_object
 
 router = APIRouter(prefix="/fine_tuning/checkpoints/{model_id:path}/permissions")
@@ -29,7 +31,7 @@ class SharedWith(BaseModel):
     project_ids: Annotated[list[Text], Field(min_length=1, max_length=100)]
 
 
-@router.post("")
+@router.post("", responses=answers(Page[PermissionDocument]))
 async def create(idempotent: IdempotentPart, settings: SettingsPart, model_id: str, body: SharedWith) -> Response:
     async def grant(session: AsyncSession) -> dict[str, Any]:
         model = await models.find_own(session, settings, model_id)
@@ -39,7 +41,7 @@ async def create(idempotent: IdempotentPart, settings: SettingsPart, model_id: s
     return await idempotent.act(grant, changes=model_id)
 
 
-@router.get("")
+@router.get("", responses=answers(Page[PermissionDocument]))
 async def list_permissions(
     store: StorePart,
     settings: SettingsPart,

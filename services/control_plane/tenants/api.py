@@ -5,18 +5,20 @@ from typing import Any
 from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Project
 from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, StorePart
 from services.control_plane.tenants import projects, quotas
+from services.control_plane.tenants.documents import ProjectDocument, ProjectUsageDocument
 from services.control_plane.tenants.requests import CreateProject, UpdateProject
 from services.control_plane.tenants.responses import project_object, usage_object
 
 router = APIRouter(prefix="/x/projects")
 
 
-@router.post("")
+@router.post("", responses=answers(ProjectDocument))
 async def create(idempotent: IdempotentPart, caller: CallerPart, body: CreateProject) -> Response:
     async def make(session: AsyncSession) -> dict[str, Any]:
         return project_object(await projects.create(session, caller, body.model_dump()))
@@ -24,7 +26,7 @@ async def create(idempotent: IdempotentPart, caller: CallerPart, body: CreatePro
     return await idempotent.act(make)
 
 
-@router.get("")
+@router.get("", responses=answers(Page[ProjectDocument]))
 async def list_projects(
     store: StorePart,
     caller: CallerPart,
@@ -38,13 +40,13 @@ async def list_projects(
     return listing([project_object(row) for row in rows], more)
 
 
-@router.get("/{project_id}")
+@router.get("/{project_id}", responses=answers(ProjectDocument))
 async def retrieve(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
     async with store.look() as session:
         return project_object(await projects.find(session, caller, project_id))
 
 
-@router.get("/{project_id}/usage")
+@router.get("/{project_id}/usage", responses=answers(ProjectUsageDocument))
 async def usage(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
     async with store.look() as session:
         project = await projects.find(session, caller, project_id)
@@ -52,7 +54,7 @@ async def usage(store: StorePart, caller: CallerPart, project_id: str) -> dict[s
         return usage_object(project, await quotas.usage(session))
 
 
-@router.post("/{project_id}")
+@router.post("/{project_id}", responses=answers(ProjectDocument))
 async def update(idempotent: IdempotentPart, caller: CallerPart, project_id: str, body: UpdateProject) -> Response:
     """Changes the fields of the project that the body contains. A limit of null means no limit."""
 
@@ -63,7 +65,7 @@ async def update(idempotent: IdempotentPart, caller: CallerPart, project_id: str
     return await idempotent.act(change, changes=project_id)
 
 
-@router.post("/{project_id}/archive")
+@router.post("/{project_id}/archive", responses=answers(ProjectDocument))
 async def archive(idempotent: IdempotentPart, caller: CallerPart, project_id: str) -> Response:
     """Archives a project. The project's keys stop working within a second."""
 

@@ -7,19 +7,21 @@ from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.auth import keys
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Key
 from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import projects
+from services.control_plane.tenants.documents import KeyDocument, NewKeyDocument
 from services.control_plane.tenants.requests import CreateKey
 from services.control_plane.tenants.responses import key_object
 
 router = APIRouter(prefix="/x/keys")
 
 
-@router.post("")
+@router.post("", responses=answers(NewKeyDocument))
 async def create(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
     """Creates an API key. Only this response has the key's text, in the field `value`."""
     expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
@@ -45,7 +47,7 @@ def _limits(given: CreateKey | Settings) -> dict[str, int | None]:
     return {"requests_per_minute": given.requests_per_minute, "tokens_per_minute": given.tokens_per_minute}
 
 
-@router.get("")
+@router.get("", responses=answers(Page[KeyDocument]))
 async def list_keys(
     store: StorePart,
     caller: CallerPart,
@@ -62,13 +64,13 @@ async def list_keys(
     return listing([key_object(row) for row in rows], more)
 
 
-@router.get("/{key_id}")
+@router.get("/{key_id}", responses=answers(KeyDocument))
 async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[str, Any]:
     async with store.look() as session:
         return key_object(await keys.find(session, caller, key_id))
 
 
-@router.post("/{key_id}/revoke")
+@router.post("/{key_id}/revoke", responses=answers(KeyDocument))
 async def revoke(idempotent: IdempotentPart, caller: CallerPart, key_id: str) -> Response:
     """Revokes an API key, which stops working within a second."""
 

@@ -5,16 +5,18 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from sqlalchemy import select
 
+from services.control_plane.core.documents import answers
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import AuditEntry
 from services.control_plane.http.dependencies import CallerPart, Limit, StorePart
+from services.control_plane.tenants.documents import AuditPage
 from services.control_plane.tenants.responses import audit_object
 
 router = APIRouter(prefix="/x/audit")
 
 
-@router.get("")
+@router.get("", responses=answers(AuditPage))
 async def list_entries(
     store: StorePart,
     caller: CallerPart,

@@ -7,10 +7,12 @@ from fastapi import APIRouter, Query
 from sqlalchemy import cast, func, select
 from sqlalchemy.types import Text
 
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.responses import listing
 from services.control_plane.core.tables import UsageRow
 from services.control_plane.http.dependencies import CallerPart, Limit, StorePart
+from services.control_plane.tenants.documents import UsageDocument
 
 router = APIRouter(prefix="/x/usage")
 
@@ -24,7 +26,7 @@ SUMS = (
 )
 
 
-@router.get("")
+@router.get("", responses=answers(Page[UsageDocument]))
 async def list_usage(
     store: StorePart,
     caller: CallerPart,

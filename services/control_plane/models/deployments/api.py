@@ -10,6 +10,7 @@ import httpx
 from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.responses import listing
 from services.control_plane.http.dependencies import (
@@ -23,6 +24,7 @@ from services.control_plane.http.dependencies import (
 from services.control_plane.models import models
 from services.control_plane.models.deployments import checks, deployments
 from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.documents import DeploymentDocument
 from services.control_plane.models.deployments.engines import engine_of
 from services.control_plane.models.deployments.responses import deployment_object
 from services.control_plane.models.models import NamedModel
@@ -33,7 +35,7 @@ from services.deployment_settings import DeploymentSettings
 router = APIRouter(prefix="/x/deployments")
 
 
-@router.get("")
+@router.get("", responses=answers(Page[DeploymentDocument]))
 async def list_deployments(
     store: StorePart, settings: SettingsPart, ray_api: RayApiPart, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
@@ -46,7 +48,7 @@ async def list_deployments(
     return listing(await asyncio.gather(*(_with_load(ray_api, each) for each in found)), more)
 
 
-@router.get("/{model_id:path}")
+@router.get("/{model_id:path}", responses=answers(DeploymentDocument))
 async def retrieve(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, model_id: str) -> dict[str, Any]:
     view = await _look(ray_api)
     async with store.look() as session:
@@ -54,7 +56,7 @@ async def retrieve(store: StorePart, settings: SettingsPart, ray_api: RayApiPart
     return await _with_load(ray_api, found)
 
 
-@router.put("/{model_id:path}")
+@router.put("/{model_id:path}", responses=answers(DeploymentDocument))
 async def change(
     idempotent: IdempotentPart,
     settings: SettingsPart,
@@ -80,7 +82,7 @@ async def change(
     return await idempotent.act(choose, changes=model_id)
 
 
-@router.delete("/{model_id:path}")
+@router.delete("/{model_id:path}", responses=answers(DeploymentDocument))
 async def reset(
     idempotent: IdempotentPart, settings: SettingsPart, caller: CallerPart, ray_api: RayApiPart, model_id: str
 ) -> Response:
@@ -96,7 +98,7 @@ async def reset(
     return await idempotent.act(forget, changes=model_id)
 
 
-@router.post("/{model_id:path}/warm")
+@router.post("/{model_id:path}/warm", responses=answers(DeploymentDocument))
 async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayApiPart, model_id: str) -> Response:
     """Requests that a model is loaded, as a completion request does. Repeat the request until the model is loaded."""
     view = await _look(ray_api)
@@ -109,7 +111,7 @@ async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayA
     return await idempotent.act(ask, changes=model_id)
 
 
-@router.post("/{model_id:path}/unload")
+@router.post("/{model_id:path}/unload", responses=answers(DeploymentDocument))
 async def unload(
     idempotent: IdempotentPart, settings: SettingsPart, caller: CallerPart, ray_api: RayApiPart, model_id: str
 ) -> Response:

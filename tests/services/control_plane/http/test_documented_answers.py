@@ -4,11 +4,12 @@ from typing import Any
 
 import httpx
 import jsonschema
+import psycopg
 import pytest
 
 from services.control_plane.app import create_app
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import API_KEY, pairs
+from tests.services.control_plane.conftest import API_KEY, new_project, pairs
 
 NOWHERE = dict.fromkeys(("DATABASE_URL", "storage_url", "advertised_url", "ray_url"), "http://nowhere")
 DOCUMENT = create_app(Settings(**NOWHERE, api_key=API_KEY)).openapi()
@@ -109,3 +110,43 @@ def test_feedback(api: httpx.Client) -> None:
     assert check("get", "/x/feedback", api.get("/x/feedback"))["counts"]
     body = {"kind": "unpaired", "form": "text"}
     check("post", "/x/feedback/files", api.post("/x/feedback/files", json=body))
+
+
+@pytest.fixture(scope="module")
+def model_id(settings: Settings, api: httpx.Client, job_id: str) -> str:
+    """A trained model of the job."""
+    name = "ft:tiny:raydpo::1"
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute(
+            "INSERT INTO models (id, project_id, source, root, job_id) VALUES (%s, 'proj_default', 'x', 'tiny', %s)",
+            [name, job_id],
+        )
+    return name
+
+
+def test_permissions(api: httpx.Client, model_id: str) -> None:
+    path = f"/fine_tuning/checkpoints/{model_id}/permissions"
+    route = "/fine_tuning/checkpoints/{model_id}/permissions"
+    assert check("post", route, api.post(path, json={"project_ids": [new_project(api, "a guest")]}))["data"]
+    assert check("get", route, api.get(path))["data"]
+
+
+def test_projects(api: httpx.Client) -> None:
+    made = check("post", "/x/projects", api.post("/x/projects", json={"name": "documented", "max_bytes": 5}))
+    path = f"/x/projects/{made['id']}"
+    assert check("get", "/x/projects", api.get("/x/projects"))["data"]
+    check("get", "/x/projects/{project_id}", api.get(path))
+    check("get", "/x/projects/{project_id}/usage", api.get(f"{path}/usage"))
+    check("post", "/x/projects/{project_id}", api.post(path, json={"weight": 2}))
+    check("post", "/x/projects/{project_id}/archive", api.post(f"{path}/archive"))
+
+
+def test_keys_usage_and_the_audit_log(api: httpx.Client, settings: Settings) -> None:
+    key = check("post", "/x/keys", api.post("/x/keys", json={"name": "documented"}))
+    assert check("get", "/x/keys", api.get("/x/keys"))["data"]
+    check("get", "/x/keys/{key_id}", api.get(f"/x/keys/{key['id']}"))
+    check("post", "/x/keys/{key_id}/revoke", api.post(f"/x/keys/{key['id']}/revoke"))
+    with psycopg.connect(settings.database_url) as rows:
+        rows.execute("INSERT INTO usage VALUES ('proj_default', %s, 'tiny', now(), 1, 1, 1, 0.5)", [key["id"]])
+    assert check("get", "/x/usage", api.get("/x/usage"))["data"]
+    assert check("get", "/x/audit", api.get("/x/audit"))["data"]

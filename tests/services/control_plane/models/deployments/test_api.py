@@ -10,6 +10,7 @@ import pytest
 
 from services.control_plane.settings import BaseModel, DeploymentLimits, Settings
 from tests.services.control_plane.conftest import FakeRay, api_of, new_key, new_project, pairs
+from tests.services.control_plane.http.test_documented_answers import check
 
 QWEN = "qwen"
 POLICY = "ft:org/tiny:raydpo::12345678:ckpt-step-3"
@@ -66,6 +67,16 @@ def test_a_deployment_is_read_changed_and_reset(api: httpx.Client) -> None:
     assert change(api, "tiny", dtype="bfloat16")["settings"]["idle_seconds"] is None  # a PUT sets them all
     assert api.delete("/x/deployments/tiny").json()["settings"] == plain["settings"]
     assert api.get("/models/tiny").status_code == 200
+
+
+def test_answers_have_the_documented_fields(api: httpx.Client) -> None:
+    check("get", "/x/deployments", api.get("/x/deployments"))
+    one = "/x/deployments/{model_id}"
+    check("get", one, api.get("/x/deployments/tiny"))
+    check("put", one, api.put("/x/deployments/tiny", json={"replicas": 2}))
+    check("delete", one, api.delete("/x/deployments/tiny"))
+    for act in ("warm", "unload"):
+        check("post", f"{one}/{act}", api.post(f"/x/deployments/tiny/{act}"))
 
 
 def test_deployments_are_listed_in_pages(api: httpx.Client) -> None:
