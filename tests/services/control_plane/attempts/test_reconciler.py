@@ -28,19 +28,14 @@ from services.contract import (
     Died,
     EventBatch,
     Failed,
-    Integrations,
     JobEvent,
-    Mlflow,
     Paused,
-    Progress,
     ReferenceReleased,
     ReferenceWanted,
     Report,
     Started,
     StepMetrics,
     Succeeded,
-    Wandb,
-    WandbIntegration,
 )
 from services.control_plane.attempts import reconciler
 from services.control_plane.attempts.decision import Decision
@@ -358,113 +353,6 @@ def test_a_driver_that_would_overlook_which_checkpoint_is_wanted_refuses_the_att
     client.fine_tuning.jobs.cancel(job_id)
     ray.jobs[f"{job_id}-1"] = "STOPPED"
     ticks(settings, 2)
-
-
-def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay
-) -> None:
-    uri = "s3://bucket/rows/a.jsonl"
-    body: Any = {"x_raydpo": {"dataset": uri}}
-    job = client.fine_tuning.jobs.create(model="tiny", training_file=uri, method={"type": "dpo"}, extra_body=body)
-    ticks(settings, 1)
-    spec = spec_of(ray.submissions[0])
-    assert (spec.training_uri, spec.dataset_uris) == (uri, tuple(settings.dataset_uris))
-    client.fine_tuning.jobs.cancel(job.id)
-    ticks(settings, 3)
-    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
-
-
-def test_an_attempt_is_told_where_the_job_is_followed_and_what_its_policy_will_be_called(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay
-) -> None:
-    body: Any = {
-        "x_raydpo": {"dataset": "s3://bucket/rows/a.jsonl", "mlflow": {"experiment": "e"}, "tensorboard": True}
-    }
-    job = client.fine_tuning.jobs.create(
-        model="tiny",
-        training_file="s3://bucket/rows/a.jsonl",
-        method={"type": "dpo"},
-        suffix="nice",
-        integrations=[{"type": "wandb", "wandb": {"project": "p"}}],
-        extra_body=body,
-    )
-    ticks(settings, 1)
-    spec = spec_of(ray.submissions[0])
-    wandb = WandbIntegration(type="wandb", wandb=Wandb(project="p"))
-    assert spec.integrations == Integrations(wandb=(wandb,), mlflow=Mlflow(experiment="e"), tensorboard=True)
-    assert (spec.fine_tuned_model or "").startswith("ft:tiny:raydpo:nice:")
-    client.fine_tuning.jobs.cancel(job.id)
-    ticks(settings, 3)
-
-
-def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
-) -> None:
-    ticks(settings, 1)
-    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
-    url = f"{base_url}/internal/attempts/{job_id}/1/events"
-    batch = spool(settings, job_id, 1, reports(settings, job_id)[:-1]).model_dump(mode="json")
-
-    def post(body: dict[str, Any], key: str = token) -> int:
-        return httpx.post(url, json=body, headers={"Authorization": f"Bearer {key}"}).status_code
-
-    assert post({"events": batch["events"][2:]}) == 400  # a gap
-    assert [post(batch), post(batch)] == [200, 200]
-    assert post(batch, "another") == 409
-    steps = [e.data for e in client.fine_tuning.jobs.list_events(job_id, limit=100) if e.type == "metrics"]
-    assert [data["step"] for data in steps] == [3, 2, 1]
-    assert steps[0]["train_loss"] == 0.5
-    assert steps[0]["train_reward_margin"] == 1.0
-
-    ray.jobs[f"{job_id}-1"] = "FAILED"
-    ticks(settings, 2)  # the attempt is lost, a second one launched
-    assert post(batch) == 409
-    # A resumed attempt computes some steps again: they are told once.
-    spool(settings, job_id, 2, reports(settings, job_id))
-    ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
-    ticks(settings, 2)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
-    events = client.fine_tuning.jobs.list_events(job_id, limit=100).data
-    assert sum(event.type == "metrics" for event in events) == 3
-
-
-def test_encoding_that_goes_on_stands_beside_training_in_the_progress(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
-) -> None:
-    ticks(settings, 1)
-    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
-    started, first, second, *_ = reports(settings, job_id)
-    told = [Progress(stage="encoding", done=done, total=24) for done in (8, 9, 16, 24)]
-    shown = []
-    for seq, report in enumerate([told[0], started, told[1], first, told[2], second, told[3]]):
-        body = spool(settings, job_id, 1, [report], first=seq).model_dump(mode="json")
-        url = f"{base_url}/internal/attempts/{job_id}/1/events"
-        assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
-        progress = (client.fine_tuning.jobs.retrieve(job_id).model_extra or {})["x_raydpo"]["progress"]
-        shown.append((progress["stage"], progress["done"], progress["encoding"]))
-    assert shown == [
-        ("encoding", 8, None),
-        ("encoding", 8, None),
-        ("encoding", 9, None),
-        ("training", 1, None),
-        ("training", 1, {"done": 16, "total": 24}),
-        ("training", 2, {"done": 16, "total": 24}),
-        ("training", 2, None),
-    ]
-    client.fine_tuning.jobs.cancel(job_id)
-    ticks(settings, 3)
-
-
-def test_a_lost_answer_to_the_launch_launches_nothing_twice(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
-) -> None:
-    ray.lose_answers = True
-    ticks(settings, 4)
-    assert len(ray.submissions) == 1
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
-    client.fine_tuning.jobs.cancel(job_id)
-    ticks(settings, 3)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
 
 
 @pytest.mark.slow
@@ -927,32 +815,6 @@ def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_
     assert ray.jobs == {f"{job_id}-1": "STOPPED", foreign: "RUNNING"}
 
 
-def test_what_ray_fails_to_stop_keeps_nothing_else_running(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = sorted(submit(client, settings) for _ in range(2))
-    for each in jobs:
-        ticks(settings, 1)
-        client.fine_tuning.jobs.cancel(each)
-        ticks(settings, 3)
-    ray.jobs |= {f"{each}-1": "RUNNING" for each in jobs}
-    stuck, stop = f"{jobs[0]}-1", ray.post
-    monkeypatch.setattr(ray, "post", lambda path, body: (500, "stuck") if stuck in path else stop(path, body))
-
-    async def sweep() -> list[str]:
-        store = Store(settings.database_url)
-        ray_api = RayApi(settings, store.instance)
-        async with store.begin() as session:
-            await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
-        stopped = await stop_orphans(store, ray_api)
-        await ray_api.close()
-        await store.close()
-        return stopped
-
-    assert asyncio.run(sweep()) == [f"{jobs[1]}-1"]
-    assert ray.jobs == {stuck: "RUNNING", f"{jobs[1]}-1": "STOPPED"}
-
-
 def test_the_log_of_a_job_replays_to_what_it_is_and_refuses_what_no_rule_allows(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -1207,25 +1069,3 @@ def test_reports_whose_bits_flipped_are_not_told_and_those_after_them_are(
         "Reports 2 to 2 of attempt 1 are lost, "
         "so events or metrics are missing: the file that kept these reports in storage is damaged"
     )
-
-
-def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
-) -> None:
-    ticks(settings, 1)
-    spool(settings, job_id, 1, reports(settings, job_id))
-    flip(settings, job_id, 1, 0)
-    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
-    ticks(settings, 2)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
-    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"][::-1]
-    uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
-    assert told == [
-        "The last reports of attempt 1 are lost, so events or metrics are missing: "
-        f"the file {uri} is damaged: it does not match its sha256",
-        "Attempt 1 of the job ended: its process ended before it was finished; the next attempt begins 5 s later",
-    ]
-    spool(settings, job_id, 2, reports(settings, job_id))
-    ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
-    ticks(settings, 2)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dpo_core.plan.sizes import llama
+from services import storage
 from services.control_plane.models.shapes import NoShapes, shapes_of
+from tests.services.headers import SMALL, write_model
 
 WEIGHTS = {"embed": (7, 4), "norm": (4,), "head.weight": (7, 4)}
 
@@ -65,3 +68,35 @@ def test_a_hub_id_is_read_from_this_machines_cache_only(tmp_path: Path, monkeypa
     snapshots.mkdir()
     folder(snapshots / "abc", {}, {"model.safetensors": list(WEIGHTS)})
     assert dict(shapes_of("someone/tiny").weights) == WEIGHTS
+
+
+def test_shapes_are_read_from_one_file_a_storage_uri_and_the_cache_of_the_hub(tmp_path, monkeypatch):
+    local = write_model(tmp_path / "hub" / "models--a--b" / "snapshots" / "abc", SMALL)
+    (local.parents[1] / "refs").mkdir()
+    (local.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    whole = shapes_of(str(local))
+    assert {name: tuple(shape) for name, shape in whole.weights.items()} == llama(SMALL).weights
+    assert shapes_of("a/b").weights == whole.weights == shapes_of(local.as_uri()).weights
+    (local / "model.safetensors.index.json").unlink()
+    (local / "a.safetensors").rename(local / "model.safetensors")
+    shapes_of.cache_clear()
+    assert set(shapes_of("a/b").weights) == set(list(llama(SMALL).weights)[::2])
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 8, (9).to_bytes(8, "little") + b'{"a": {}}'])
+def test_damaged_headers_are_told(tmp_path, damage):
+    folder = tmp_path / "damaged"
+    storage.write_bytes(str(folder / "config.json"), b"{}")
+    storage.write_bytes(str(folder / "model.safetensors"), damage)
+    with pytest.raises(NoShapes, match="that the service can read"):
+        shapes_of(str(folder))
+
+
+def test_of_a_model_in_mxfp4_a_byte_holds_two_weights_and_scales_are_none(tmp_path):
+    folder = tmp_path / "expanded"
+    told = {"x_blocks": {"shape": [4, 8, 2, 16]}, "x_scales": {"shape": [4, 8, 2]}, "x.weight": {"shape": [3]}}
+    text = json.dumps(told).encode()
+    storage.write_bytes(str(folder / "config.json"), b'{"quantization_config": {"quant_method": "mxfp4"}}')
+    storage.write_bytes(str(folder / "model.safetensors"), len(text).to_bytes(8, "little") + text)
+    assert shapes_of(str(folder)).weights == {"x_blocks": (4, 8, 2, 32), "x.weight": (3,)}

@@ -1,6 +1,5 @@
 """Tests /v1/x/plans and the memory checks of new jobs. A stand-in for Ray reports machines of any size."""
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,10 +8,8 @@ import openai
 import pytest
 
 from dpo_core.plan.sizes import llama
-from services import storage
 from services.contract import JobSpec, SideJobResult
 from services.control_plane.jobs.plans import plans
-from services.control_plane.models.shapes import NoShapes, shapes_of
 from services.control_plane.ray_api import Node
 from services.control_plane.settings import BaseModel, Settings
 from tests.services.control_plane.conftest import FakeRay, pairs
@@ -129,36 +126,6 @@ def test_what_does_not_fit_is_told_with_what_makes_it_fit(ask, machines):
     assert found["changes"][0]["message"] in found["notes"][-1]
 
 
-def test_whether_it_fits_is_not_known_where_ray_does_not_say(ask, machines, fake_ray):
-    machines()
-    fake_ray.down = True
-    found = ask("small")
-    assert found["fits"] is None
-    assert found["notes"][-1] == (
-        "Ray does not report how much memory its workers have, so whether the job fits is not known."
-    )
-
-
-@pytest.mark.parametrize(
-    ("model", "code", "words"),
-    [
-        ("away", "model_unreadable", "organization/away is not a folder on the service's machine"),
-        ("quantized", "model_unreadable", "a quantized model (gptq)"),
-        ("recurrent", "model_unplannable", "config.json has no num_attention_heads"),
-    ],
-)
-def test_a_model_that_cannot_be_planned_is_refused_in_words(ask, machines, model, code, words):
-    machines(GB)
-    error = ask(model)["error"]
-    assert (error["code"], error["param"]) == (code, "model")
-    assert words in error["message"]
-
-
-def test_the_body_is_that_of_a_job(ask):
-    assert ask("small", num_wrkers=2)["error"]["param"] == "x_raydpo.num_wrkers"
-    assert ask("none")["error"]["code"] == "model_not_found"
-
-
 def test_a_job_that_cannot_fit_is_refused_with_the_figures_and_the_remedy(ask, machines):
     machines(18 * GB, 4 * GB)
     error = ask("large", "/fine_tuning/jobs", num_workers=8)["error"]
@@ -213,35 +180,3 @@ def test_tokens_that_a_check_has_counted_are_taken(settings, training_file, api,
     rows, how = plans.rows_of(file, SideJobResult(finished_at=0, report={"tokens": tokens}), spec)
     assert (rows.groups, rows.prompt, rows.completion, rows.longest) == (10, 20, 35, 140)
     assert how == "token counts come from a check of the file with this model"
-
-
-def test_shapes_are_read_from_one_file_a_storage_uri_and_the_cache_of_the_hub(tmp_path, monkeypatch):
-    local = write_model(tmp_path / "hub" / "models--a--b" / "snapshots" / "abc", SMALL)
-    (local.parents[1] / "refs").mkdir()
-    (local.parents[1] / "refs" / "main").write_text("abc")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    whole = shapes_of(str(local))
-    assert {name: tuple(shape) for name, shape in whole.weights.items()} == llama(SMALL).weights
-    assert shapes_of("a/b").weights == whole.weights == shapes_of(local.as_uri()).weights
-    (local / "model.safetensors.index.json").unlink()
-    (local / "a.safetensors").rename(local / "model.safetensors")
-    shapes_of.cache_clear()
-    assert set(shapes_of("a/b").weights) == set(list(llama(SMALL).weights)[::2])
-
-
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 8, (9).to_bytes(8, "little") + b'{"a": {}}'])
-def test_damaged_headers_are_told(tmp_path, damage):
-    folder = tmp_path / "damaged"
-    storage.write_bytes(str(folder / "config.json"), b"{}")
-    storage.write_bytes(str(folder / "model.safetensors"), damage)
-    with pytest.raises(NoShapes, match="that the service can read"):
-        shapes_of(str(folder))
-
-
-def test_of_a_model_in_mxfp4_a_byte_holds_two_weights_and_scales_are_none(tmp_path):
-    folder = tmp_path / "expanded"
-    told = {"x_blocks": {"shape": [4, 8, 2, 16]}, "x_scales": {"shape": [4, 8, 2]}, "x.weight": {"shape": [3]}}
-    text = json.dumps(told).encode()
-    storage.write_bytes(str(folder / "config.json"), b'{"quantization_config": {"quant_method": "mxfp4"}}')
-    storage.write_bytes(str(folder / "model.safetensors"), len(text).to_bytes(8, "little") + text)
-    assert shapes_of(str(folder)).weights == {"x_blocks": (4, 8, 2, 32), "x.weight": (3,)}
