@@ -28,6 +28,8 @@ from services.control_plane.core.errors import ApiError, InvalidRequest, Unavail
 from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.telemetry import AUTH_FAILURES
 from services.control_plane.core.turns import Turns
+from services.control_plane.evaluations import api as evaluations_api
+from services.control_plane.evaluations.runner import EvaluationRunner
 from services.control_plane.feedback import api as feedback_api
 from services.control_plane.files import api as files_api
 from services.control_plane.files import model_check_api, uploads_api
@@ -84,6 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         model_check_api,
         inference_api,
         rewards_api,
+        evaluations_api,
         feedback_api,
         webhooks_api,
         progress_api,
@@ -131,9 +134,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining, app.state.storing = Turns(JOINED_AT_ONCE), Turns(STORED_AT_ONCE)
     reconciler, row_checker = Reconciler(store, ray_api, settings, holder=holder), RowChecker(store, holder=holder)
+    evaluation_runner = EvaluationRunner(
+        store,
+        settings,
+        app.state.inference,
+        app.state.scoring,
+        app.state.usage,
+        app.state.token_limits,
+        holder=holder,
+    )
     parts = (
         reconciler,
         row_checker,
+        evaluation_runner,
         sender,
         streams,
         app.state.inference,

@@ -229,6 +229,11 @@ class Settings(BaseSettings):
         description="Maximum number of file checks with a model, and merges of adapters, that run at the same "
         "time in one project. Each of them is a Ray job.",
     )
+    max_running_evaluations: int = Field(
+        default=2,
+        gt=0,
+        description="Maximum number of evaluations of one project that run at the same time; further ones wait.",
+    )
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict,
         description="Largest size of an autoscaling cluster, in CPUs and GPUs, such as `{CPU = 64, GPU = 8}`. "

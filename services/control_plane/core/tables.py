@@ -33,6 +33,7 @@ JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
 # The SQL condition that the rows of a training file are still to be checked.
 UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"
+EVALUATION_ENDS = ("succeeded", "failed", "cancelled")
 DEFAULT_PROJECT = "proj_default"  # the project of the API key in the settings
 
 
@@ -464,6 +465,57 @@ class ModelSettings(Base):
     model_id: Mapped[str] = mapped_column(primary_key=True)
     values: Mapped[dict[str, Any]]  # the fields of DeploymentSettings that the request had
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Evaluation(Owned, Base):
+    """An evaluation of a policy, which the control plane works on in the background.
+
+    Each of its items passes through the same stages, one after the other. The numbers of finished stages and items
+    change in the transactions that store the items' results.
+    """
+
+    __tablename__ = "evaluations"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    key_id: Mapped[str]  # of the API key that created it, whose usage it counts as
+    spec: Mapped[dict[str, Any]]  # evaluations.requests.Spec
+    state: Mapped[str] = mapped_column(default="queued")
+    num_items: Mapped[int]
+    num_stages: Mapped[int]  # of each item
+    num_stages_done: Mapped[int] = mapped_column(default=0)  # of all items together
+    num_completed: Mapped[int] = mapped_column(default=0)  # items
+    num_failed: Mapped[int] = mapped_column(default=0)  # items
+    started_at: Mapped[datetime | None]
+    progressed_at: Mapped[datetime | None]  # when an item last finished a stage, or failed
+    finished_at: Mapped[datetime | None]
+    waits_for: Mapped[str | None]  # why no item can be worked on at the moment, as text for the user
+    results: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]  # {code, message, param}
+    __table_args__ = (
+        CheckConstraint(f"state IN {('queued', 'running', *EVALUATION_ENDS)}"),
+        CheckConstraint(f"(state IN {EVALUATION_ENDS}) = (finished_at IS NOT NULL)"),
+        CheckConstraint("(state = 'succeeded') = (results IS NOT NULL)"),
+        CheckConstraint("(state = 'failed') = (error IS NOT NULL)"),
+        Index("evaluations_by_time", "project_id", "created_at", "id"),
+        Index("evaluations_live", "created_at", postgresql_where=text(f"state NOT IN {EVALUATION_ENDS}")),
+    )
+
+
+class EvaluationItem(Base):
+    """An item of an evaluation: a prompt, with everything that was found out about it so far.
+
+    The transaction that stores what a stage found adds one to `stage`, so no stage counts twice.
+    """
+
+    __tablename__ = "evaluation_items"
+    evaluation_id: Mapped[str] = mapped_column(ForeignKey("evaluations.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)  # from 0
+    row: Mapped[dict[str, Any]]  # evaluations.rows.EvaluationRow
+    stage: Mapped[int] = mapped_column(default=0)  # how many stages are finished
+    found: Mapped[dict[str, Any]] = mapped_column(server_default="{}")  # what these stages found
+    num_tries: Mapped[int] = mapped_column(default=0)  # failed tries of the next stage
+    due_at: Mapped[datetime | None]  # the next try comes no earlier; None: at any time
+    error: Mapped[dict[str, Any] | None]  # {code, message}: why the item failed for good
 
 
 class UsageRow(Base):

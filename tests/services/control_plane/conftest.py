@@ -232,12 +232,16 @@ Server(create_app(Settings()), port=int(sys.argv[1]), log_level="error").run()
 
 
 @contextmanager
-def serving(settings: Settings, at_once_bytes: int = 2**29) -> Iterator[tuple[Fork, str]]:
-    """Runs the control plane in a separate process, which can be killed, and yields the process and its URL."""
+def serving(settings: Settings, at_once_bytes: int = 2**29, **more: str) -> Iterator[tuple[Fork, str]]:
+    """Runs the control plane in a separate process, which can be killed, and yields the process and its URL.
+
+    `more` are further environment variables.
+    """
     names = ("home", "storage_url", "advertised_url", "ray_url")
     environment = {f"RAYDPO_{name.upper()}": str(getattr(settings, name)) for name in names}
     environment |= {"RAYDPO_MODELS": '{"tiny": "/nowhere/tiny"}', "RAYDPO_API_KEY": API_KEY}
     environment |= {"DATABASE_URL": settings.database_url, "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment |= more
     port = free_port()
     process = Fork(SERVER, str(port), str(at_once_bytes), env=os.environ | environment)
     while True:

@@ -39,6 +39,7 @@ NAMED_BY_A_JOB: list[tuple[str | None, dict[str, Any]]] = [
     ("model", {**JOB, "model": "model_id"}),
 ]
 ROWS = [{"prompt": "Hello?", "completions": ["Hi!", "No."]}]
+EVALUATION = {"kind": "score", "model": "tiny", "judge": {"type": "length"}, "rows": [{"prompt": "Hello?"}]}
 BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     "POST /v1/fine_tuning/jobs": NAMED_BY_A_JOB,
     "POST /v1/x/jobs/validate": NAMED_BY_A_JOB,
@@ -55,6 +56,11 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     "POST /v1/x/rewards": [
         ("model", {"model": "model_id", "rows": ROWS}),
         ("reference", {"model": "tiny", "reference": "model_id", "beta": 1, "rows": ROWS}),
+    ],
+    "POST /v1/x/evaluations": [
+        ("model", {**EVALUATION, "model": "model_id"}),
+        ("baseline", {**EVALUATION, "kind": "compare", "baseline": "model_id"}),
+        ("file", {**EVALUATION, "rows": None, "file": "file_id"}),
     ],
     "PUT /v1/x/deployments/{model_id}": [(None, {"pinned": True})],
     "POST /v1/x/keys": [("project_id", {"name": "a key", "project_id": "project_id"})],
@@ -164,6 +170,8 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
         rows.execute("INSERT INTO usage VALUES (%s, %s, 'tiny', now(), 1, 1, 1, 0)", used)
     weights = storage.join(settings.storage_url, "runs", job_id, "export", "model.safetensors")
     storage.write_bytes(weights, b"weights")
+    evaluation_id = a.post("/x/evaluations", json=EVALUATION).json()["id"]
+    a.post(f"/x/evaluations/{evaluation_id}/cancel")  # so that it stays as it is
     sharing = f"/fine_tuning/checkpoints/{job['fine_tuned_model']}/permissions"
     shared = a.post(sharing, json={"project_ids": [new_project(api, "c")]}).json()["data"][0]
     return {
@@ -171,6 +179,7 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
         "job_id": job_id,
         "number": "1",
         "model_id": job["fine_tuned_model"],
+        "evaluation_id": evaluation_id,
         "key_id": key["id"],
         "project_id": key["project_id"],
         "permission_id": shared["id"],

@@ -1,0 +1,198 @@
+"""The `raydpo evaluations` commands: create, list, show, cancel and download evaluations of policies."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.status import Status
+
+from services.cli.client import api_command, err, fail, id_argument, out, print_rows, safe, send_file
+from services.cli.lists import AsJson, Item, date, list_command
+from services.cli.reading import Columns, reading
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+app = typer.Typer(no_args_is_help=True, help="Find out whether a policy is better, and at what cost.")
+
+EvaluationId = Annotated[str, id_argument("Id of the evaluation, such as evaluation-1a2b….")]
+
+LOOK_SECONDS = 1.0
+SHARES = {  # results that are printed as percentages
+    "win_rate",
+    "length_controlled_win_rate",
+    "order_disagreement",
+    "agreement",
+    "repetition",
+    "unfinished",
+}
+
+
+@api_command(app)
+def create(
+    client: "OpenAI",
+    kind: Annotated[
+        Literal["compare", "score"],
+        typer.Argument(
+            help="What to find out: `compare` says which of two models answers better, `score` how good the answers "
+            "of one model are."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Name of the policy, checkpoint or base model to evaluate.")],
+    file: Annotated[
+        str,
+        typer.Option(
+            help="File of rows whose prompts are taken: a local file, which is uploaded, or the id of an uploaded file."
+        ),
+    ],
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of the model to compare with. Default: the policy's base model.")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Who judges: the name of a model, `length`, `exact`, or `regex:PATTERN`. Default: none; `compare` and "
+            "`score` need one."
+        ),
+    ] = None,
+    criteria: Annotated[
+        str | None, typer.Option(help="What a judge that is a model is to look at. Default: the service's criteria.")
+    ] = None,
+    max_items: Annotated[
+        int | None, typer.Option(help="Maximum number of the file's rows to take. Default: 200.", min=1)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens of an answer. Default: 512.", min=1)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature at which answers are sampled. Default: 1.", min=0)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the samples. Default: 0.", min=0)] = None,
+    columns: Columns = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Wait until the evaluation has ended, and print its results.")
+    ] = False,
+) -> None:
+    """Create an evaluation and print its id. The service works on it in the background."""
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    body: dict[str, Any] = {
+        "kind": kind,
+        "model": model,
+        "baseline": baseline,
+        "judge": _judge(judge, criteria),
+        "max_items": max_items,
+        "sampling": {name: value for name, value in sampling.items() if value is not None} or None,
+        "file": send_file(client, Path(file), reading(columns, None)).id if Path(file).is_file() else file,
+    }
+    given = {name: value for name, value in body.items() if value is not None}
+    created: Any = client.post("/x/evaluations", body=given, cast_to=object)
+    out.print(created["id"])
+    if watch:
+        _print(_wait(client, created["id"]))
+
+
+def _judge(judge: str | None, criteria: str | None) -> dict[str, Any] | None:
+    if judge is None:
+        return None
+    kind, _, pattern = judge.partition(":")
+    if kind == "regex":
+        asked = {"type": "regex", "pattern": pattern}
+    else:
+        asked = {"type": judge} if judge in ("length", "exact") else {"type": "model", "model": judge}
+    return asked | ({"criteria": criteria} if criteria else {})
+
+
+def _wait(client: "OpenAI", evaluation_id: str) -> Item:
+    """Waits until the evaluation has ended, and returns it. Shows on a terminal how far it is."""
+    with Status("", console=err) as status:
+        while True:
+            found: Any = client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)
+            if found["status"] not in ("queued", "running"):
+                return dict(found)
+            status.update(safe(_state(found)))
+            time.sleep(LOOK_SECONDS)
+
+
+def _state(item: Item) -> str:
+    parts = [item["status"]]
+    if item["status"] == "running":
+        parts.append(f"{item['progress']:.0%}")
+        if item["waits_for"]:
+            parts.append(f"waits: {item['waits_for']}")
+        elif item["estimated_finish"]:
+            parts.append(f"until {datetime.fromtimestamp(item['estimated_finish']).strftime('%H:%M:%S')}")
+    if item["num_failed"]:
+        parts.append(f"{item['num_failed']} of {item['num_items']} items failed")
+    if item["error"]:
+        parts.append(item["error"]["message"])
+    return ", ".join(parts)
+
+
+list_command(
+    app,
+    "/x/evaluations",
+    "List all evaluations, newest first.",
+    {"id": "id", "kind": "kind", "model": "model", "state": _state, "created": date("created_at")},
+)
+
+
+@api_command(app)
+def show(client: "OpenAI", evaluation_id: EvaluationId, as_json: AsJson = False) -> None:
+    """Show the state of an evaluation, and its results with their 95% intervals."""
+    found: Any = client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)
+    if as_json:
+        out.print_json(data=found)
+    else:
+        _print(found)
+
+
+@api_command(app)
+def cancel(client: "OpenAI", evaluation_id: EvaluationId) -> None:
+    """Cancel an evaluation that has not ended. What was found about its items stays."""
+    client.post(f"/x/evaluations/{evaluation_id}/cancel", cast_to=object)
+    out.print(f"cancelled {evaluation_id}")
+
+
+@api_command(app)
+def items(
+    client: "OpenAI",
+    evaluation_id: EvaluationId,
+    form: Annotated[
+        Literal["jsonl", "csv"], typer.Option("--format", help="Format: JSON Lines, or CSV for spreadsheets.")
+    ] = "jsonl",
+) -> None:
+    """Write all items of an evaluation to standard output: prompts, answers, verdicts and scores."""
+    import httpx
+
+    path = f"/x/evaluations/{evaluation_id}/content"
+    answer = client.get(path, cast_to=httpx.Response, options={"params": {"format": form}})
+    sys.stdout.buffer.write(answer.content)
+
+
+def _print(item: Item) -> None:
+    what = [("evaluation", item["id"]), ("kind", item["kind"]), ("model", item["model"])]
+    if baseline := item["request"].get("baseline"):
+        what.append(("baseline", baseline))
+    if judge := item["request"].get("judge"):
+        what.append(("judge", judge.get("model") or " ".join(filter(None, (judge["type"], judge.get("pattern"))))))
+    rows = [(name, value, "") for name, value in (*what, ("state", _state(item)))]
+    print_rows(["", "", "95% interval"], [*rows, *result_rows(item["results"] or {})])
+    if item["status"] == "failed":
+        fail(item["error"]["message"])
+
+
+def result_rows(results: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yields the name, the value and the interval of each result, as texts. Results that are null are left out."""
+    for name, value in results.items():
+        label = f"{where} {name}".strip().replace("_", " ")
+        form = "{:.1%}" if name in SHARES else "{:.4g}"
+        if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
+            yield label, form.format(value["value"]), f"{form} to {form}".format(value["low"], value["high"])
+        elif isinstance(value, dict):
+            yield from result_rows(value, label)
+        elif value is not None:
+            yield label, form.format(value), ""

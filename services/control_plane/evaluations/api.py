@@ -1,0 +1,146 @@
+"""The routes below /v1/x/evaluations, which create, list, show and cancel evaluations, and list their items."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import StreamingResponse
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.data.groups import Group
+from services.control_plane.core.documents import Page, answers
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.responses import listing
+from services.control_plane.core.store import ProjectStore, page
+from services.control_plane.core.tables import Evaluation, EvaluationItem, reading_of
+from services.control_plane.evaluations import evaluations, rows
+from services.control_plane.evaluations.documents import EvaluationDocument, EvaluationItemDocument, Status
+from services.control_plane.evaluations.requests import CreateEvaluation
+from services.control_plane.evaluations.responses import as_csv, as_jsonl, columns_of, evaluation_object, item_object
+from services.control_plane.evaluations.work import kind_of
+from services.control_plane.files import files
+from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
+
+router = APIRouter(prefix="/x/evaluations")
+
+READ_AT_ONCE = 100  # items, for a download
+
+
+@router.post("", responses=answers(EvaluationDocument))
+async def create(
+    idempotent: IdempotentPart, store: StorePart, caller: CallerPart, settings: SettingsPart, body: CreateEvaluation
+) -> Response:
+    """Creates an evaluation, which the service works on in the background."""
+    body.check()
+    async with store.look() as session:
+        kind = await kind_of(session, settings, body)
+    groups = await _groups(store, body)
+    _check(body, groups)
+    stored = rows.to_json(groups)
+
+    async def submit(session: AsyncSession) -> dict[str, Any]:
+        spec = body.spec(**kind.resolved)
+        return evaluation_object(await evaluations.create(session, spec, stored, kind.num_stages, caller.key_id))
+
+    return await idempotent.act(submit)
+
+
+async def _groups(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
+    if body.rows is not None:
+        return rows.read_request(body.rows)
+    assert body.file is not None
+    async with store.begin() as session:
+        file = await files.find_checked(session, body.file, param="file")
+    return await anyio.to_thread.run_sync(rows.read_file, file.uri, reading_of(file), body.max_items)
+
+
+def _check(body: CreateEvaluation, groups: list[Group]) -> None:
+    """Raises InvalidRequest if there are no rows, or a row lacks what the evaluation needs."""
+    where = "rows" if body.rows is not None else "file"
+    if not groups:
+        raise InvalidRequest("The file has no row that can be used; upload another file.", param=where)
+    if body.judge is not None and body.judge.type == "exact":
+        for group in groups:
+            if not group.completions:
+                message = f"Row {group.line} has no completion for the rule 'exact' to compare answers with; add one."
+                raise InvalidRequest(message, param=where)
+
+
+@router.get("", responses=answers(Page[EvaluationDocument]))
+async def list_evaluations(
+    store: StorePart, after: str | None = None, limit: Limit = 20, status: Status | None = None
+) -> dict[str, Any]:
+    """Lists the project's evaluations, newest first: all of them, or those with this status."""
+    query = select(Evaluation)
+    if status is not None:
+        query = query.where(Evaluation.state == status)
+    async with store.look() as session:
+        keys = [Evaluation.created_at, Evaluation.id]
+        found, more = await page(session, query, keys, after=after, limit=limit)
+    return listing(list(map(evaluation_object, found)), more)
+
+
+@router.get("/{evaluation_id}", responses=answers(EvaluationDocument))
+async def retrieve(store: StorePart, evaluation_id: str) -> dict[str, Any]:
+    async with store.look() as session:
+        return evaluation_object(await evaluations.find(session, evaluation_id))
+
+
+@router.post("/{evaluation_id}/cancel", responses=answers(EvaluationDocument))
+async def cancel(idempotent: IdempotentPart, evaluation_id: str) -> Response:
+    """Cancels an evaluation that has not ended. What was found about its items stays."""
+
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return evaluation_object(await evaluations.cancel(session, evaluation_id))
+
+    return await idempotent.act(act, changes=evaluation_id)
+
+
+After = Annotated[int | None, Query(ge=-1, lt=2**31)]
+
+
+@router.get("/{evaluation_id}/items", responses=answers(Page[EvaluationItemDocument]))
+async def items(store: StorePart, evaluation_id: str, after: After = None, limit: Limit = 20) -> dict[str, Any]:
+    """Lists the items of an evaluation, in the order of their rows, with what was found about them so far."""
+    async with store.look() as session:
+        evaluation = await evaluations.find(session, evaluation_id)
+        query = select(EvaluationItem).where(EvaluationItem.evaluation_id == evaluation_id)
+        found, more = await page(session, query, [EvaluationItem.number], after=after, limit=limit, descending=False)
+    return listing([item_object(row, evaluation.num_stages) for row in found], more)
+
+
+@router.get("/{evaluation_id}/content", response_class=StreamingResponse)
+async def content(store: StorePart, evaluation_id: str, format: Literal["jsonl", "csv"] = "jsonl") -> Response:
+    """Downloads all items of an evaluation, as JSON Lines or as CSV."""
+    async with store.look() as session:
+        evaluation = await evaluations.find(session, evaluation_id)
+    headers = {"content-disposition": f'attachment; filename="{evaluation.id}.{format}"'}
+    media_type = "application/jsonl" if format == "jsonl" else "text/csv"
+    return StreamingResponse(_content(store, evaluation, format), headers=headers, media_type=media_type)
+
+
+async def _content(store: ProjectStore, evaluation: Evaluation, format: str) -> AsyncIterator[bytes]:
+    """Yields the items in parts, so that memory holds few of them. The columns of a CSV are those of all items."""
+    columns: dict[str, None] = {}
+    if format == "csv":
+        async for part in _parts(store, evaluation):
+            columns |= dict.fromkeys(name for item in part for name in columns_of(item))
+    with_header = True
+    async for part in _parts(store, evaluation):
+        if format == "csv":
+            yield as_csv(list(map(columns_of, part)), list(columns), with_header=with_header)
+        else:
+            yield as_jsonl(part)
+        with_header = False
+
+
+async def _parts(store: ProjectStore, evaluation: Evaluation) -> AsyncIterator[list[dict[str, Any]]]:
+    for first in range(0, evaluation.num_items, READ_AT_ONCE):
+        numbers = EvaluationItem.number.between(first, first + READ_AT_ONCE - 1)
+        query = select(EvaluationItem).where(EvaluationItem.evaluation_id == evaluation.id, numbers)
+        async with store.look() as session:
+            found = await session.scalars(query.order_by(EvaluationItem.number))
+            part = [item_object(row, evaluation.num_stages) for row in found]
+        yield part

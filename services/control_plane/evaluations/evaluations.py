@@ -1,0 +1,245 @@
+"""Creates evaluations, and makes all changes of them and of their items.
+
+An evaluation is queued, then running, and ends succeeded, failed or cancelled. The results of an item's stage, and the
+counts of the evaluation, change in one transaction, and only if the item still is at that stage and the evaluation
+still runs. So nothing counts twice, even if two control planes work on the evaluation at the same time.
+"""
+
+import secrets
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, and_, exists, func, insert, literal, or_, select, text, update
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.contract import storable
+from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
+from services.control_plane.core.store import hold_lease, now, project_of
+from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem, Lease
+from services.control_plane.evaluations.requests import Spec
+from services.control_plane.tenants import projects
+
+MOST_LIVE = 100  # evaluations of a project that have not ended
+LEASE = "evaluation "  # the name of an evaluation's lease is this text and the evaluation's id
+LIVE = text(f"state NOT IN {EVALUATION_ENDS}")  # as in the index
+CLAIMS = func.pg_try_advisory_xact_lock(func.hashtextextended("claims of evaluations", 0))
+
+
+class Ended(Exception):
+    """Raised if an evaluation has ended, or another control plane has done the same work."""
+
+
+# --- requests --------------------------------------------------------------------------------
+
+
+async def create(
+    session: AsyncSession, spec: Spec, rows: Sequence[dict[str, Any]], num_stages: int, key_id: str
+) -> Evaluation:
+    """Adds an evaluation with an item for each row, and returns it. `key_id` is the API key that its usage counts as.
+
+    Raises OverQuota if the project has too many evaluations that have not ended, and Forbidden if it is archived.
+    """
+    project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
+    if project.archived_at is not None:
+        message = f"The project {project.id} of your key is archived; use a key of another project."
+        raise Forbidden(message, code="project_archived")
+    live = await session.scalar(select(func.count()).select_from(Evaluation).where(LIVE)) or 0
+    if live >= MOST_LIVE:
+        message = f"The project has {live} evaluations that have not ended, which is the limit; wait, or cancel one."
+        raise OverQuota(message)
+    evaluation = Evaluation(
+        id=f"evaluation-{secrets.token_hex(12)}",
+        created_at=await now(session),
+        key_id=key_id,
+        spec=spec.model_dump(mode="json"),
+        num_items=len(rows),
+        num_stages=num_stages,
+    )
+    session.add(evaluation)
+    await session.flush()
+    items = [{"evaluation_id": evaluation.id, "number": number, "row": row} for number, row in enumerate(rows)]
+    await session.execute(insert(EvaluationItem), items)
+    return evaluation
+
+
+async def find(session: AsyncSession, evaluation_id: str) -> Evaluation:
+    row = await session.get(Evaluation, evaluation_id, populate_existing=True)
+    if row is None:
+        message = f"There is no evaluation '{evaluation_id}'; list the project's evaluations for their ids."
+        raise NotFound(message, param="evaluation_id", code="evaluation_not_found")
+    return row
+
+
+async def cancel(session: AsyncSession, evaluation_id: str) -> Evaluation:
+    """Ends the evaluation as cancelled, and returns it. What was found so far stays. Raises InvalidRequest if it has
+    ended."""
+    evaluation = await find(session, evaluation_id)
+    if not await _end(session, evaluation_id, "cancelled"):
+        evaluation = await find(session, evaluation_id)
+        raise InvalidRequest(f"The evaluation {evaluation_id} has already {evaluation.state}; it cannot be cancelled.")
+    return await find(session, evaluation_id)
+
+
+# --- the background --------------------------------------------------------------------------
+
+
+async def claim(session: AsyncSession, holder: str, *, most: int, seconds: float) -> Evaluation | None:
+    """Takes the lease of the next evaluation for `holder`, for `seconds`, and returns the evaluation, now running.
+
+    Of each project, the `most` oldest evaluations that have not ended may run. Projects take turns. Returns None if no
+    evaluation is free.
+    """
+    if not await session.scalar(select(CLAIMS)):
+        return None
+    row = await session.scalar(_next(most))
+    if row is None or not await hold_lease(session, lease_of(row.id), holder, seconds=seconds):
+        return None
+    begun = func.coalesce(Evaluation.started_at, func.clock_timestamp())
+    values = {
+        "state": "running",
+        "started_at": begun,
+        "progressed_at": func.coalesce(Evaluation.progressed_at, func.clock_timestamp()),
+    }
+    started = update(Evaluation).where(Evaluation.id == row.id, LIVE).values(**values).returning(Evaluation.id)
+    if await session.scalar(started) is None:
+        return None
+    return await find(session, row.id)
+
+
+def _next(most: int) -> Select[Evaluation]:
+    place = func.row_number().over(partition_by=Evaluation.project_id, order_by=(Evaluation.created_at, Evaluation.id))
+    live = select(Evaluation.id, place.label("place")).where(LIVE).subquery()
+    leased = exists().where(Lease.name == literal(LEASE) + Evaluation.id, Lease.expires_at > func.clock_timestamp())
+    query = select(Evaluation).join(live, live.c.id == Evaluation.id).where(~leased, live.c.place <= most)
+    return query.order_by(live.c.place, Evaluation.created_at, Evaluation.id).limit(1)
+
+
+def lease_of(evaluation_id: str) -> str:
+    return f"{LEASE}{evaluation_id}"
+
+
+async def is_running(session: AsyncSession, evaluation_id: str) -> bool:
+    return await session.scalar(select(Evaluation.state).where(Evaluation.id == evaluation_id)) == "running"
+
+
+def _waiting(evaluation: Evaluation) -> ColumnElement[bool]:
+    """Returns the SQL condition that an item of the evaluation has stages left."""
+    of = EvaluationItem.evaluation_id == evaluation.id
+    return and_(of, EvaluationItem.stage < evaluation.num_stages, EvaluationItem.error.is_(None))
+
+
+async def next_items(
+    session: AsyncSession, evaluation: Evaluation, busy: Collection[int], most: int
+) -> list[EvaluationItem]:
+    """Returns at most `most` items to work on next, those of the earliest stage first, without those in `busy`."""
+    due = or_(EvaluationItem.due_at.is_(None), EvaluationItem.due_at <= func.clock_timestamp())
+    query = select(EvaluationItem).where(_waiting(evaluation), due, EvaluationItem.number.not_in(busy))
+    query = query.order_by(EvaluationItem.stage, EvaluationItem.due_at.nulls_first(), EvaluationItem.number)
+    return list(await session.scalars(query.limit(most)))
+
+
+async def num_waiting(session: AsyncSession, evaluation: Evaluation) -> int:
+    """Returns how many items of the evaluation have stages left."""
+    query = select(func.count()).select_from(EvaluationItem).where(_waiting(evaluation))
+    return await session.scalar(query) or 0
+
+
+async def stalled_seconds(session: AsyncSession, evaluation: Evaluation) -> float:
+    """Returns the seconds since an item of the evaluation last finished a stage, or since the evaluation began."""
+    since = func.extract("epoch", func.clock_timestamp() - Evaluation.progressed_at)
+    return float(await session.scalar(select(since).where(Evaluation.id == evaluation.id)) or 0)
+
+
+async def store_stage(
+    session: AsyncSession, evaluation: Evaluation, item: EvaluationItem, found: dict[str, Any]
+) -> None:
+    """Stores what the next stage of the item has found. Raises Ended."""
+    values = {
+        "stage": item.stage + 1,
+        "found": EvaluationItem.found.op("||")(literal(found, JSONB)),
+        "num_tries": 0,
+        "due_at": None,
+    }
+    await _change(session, item, values)
+    is_last = item.stage + 1 == evaluation.num_stages
+    await _count(session, evaluation, num_stages_done=1, num_completed=int(is_last))
+
+
+async def store_failure(
+    session: AsyncSession, evaluation: Evaluation, item: EvaluationItem, code: str | None, message: str
+) -> None:
+    """Stores that the item has failed for good, and why. Raises Ended."""
+    error = {"code": code, "message": storable(message)}
+    await _change(session, item, {"error": error, "num_tries": item.num_tries + 1, "due_at": None})
+    await _count(session, evaluation, num_stages_done=evaluation.num_stages - item.stage, num_failed=1)
+
+
+async def put_off(session: AsyncSession, item: EvaluationItem, seconds: float, *, num_tries: int) -> None:
+    """Stores that the next stage of the item is tried again after `seconds`. Raises Ended."""
+    due_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+    await _change(session, item, {"due_at": due_at, "num_tries": num_tries})
+
+
+async def wait_for(session: AsyncSession, evaluation: Evaluation, what: str) -> None:
+    """Stores why no item of the evaluation can be worked on at the moment."""
+    running = and_(Evaluation.id == evaluation.id, Evaluation.state == "running")
+    await session.execute(update(Evaluation).where(running).values(waits_for=storable(what)))
+
+
+async def _change(session: AsyncSession, item: EvaluationItem, values: dict[str, Any]) -> None:
+    """Sets columns of the item, if its stage and its error are still those of `item`. Raises Ended if they are not."""
+    table = EvaluationItem
+    same = (table.evaluation_id == item.evaluation_id, table.number == item.number, table.stage == item.stage)
+    changed = update(table).where(*same, table.error.is_(None)).values(**values).returning(table.number)
+    if await session.scalar(changed.execution_options(synchronize_session=False)) is None:
+        raise Ended
+
+
+async def _count(session: AsyncSession, evaluation: Evaluation, **more: int) -> None:
+    values = {name: getattr(Evaluation, name) + number for name, number in more.items()}
+    counted = update(Evaluation).where(Evaluation.id == evaluation.id, Evaluation.state == "running")
+    counted = counted.values(**values, progressed_at=func.clock_timestamp(), waits_for=None).returning(Evaluation.id)
+    if await session.scalar(counted.execution_options(synchronize_session=False)) is None:
+        raise Ended
+
+
+async def fail_waiting(session: AsyncSession, evaluation: Evaluation, code: str, message: str) -> None:
+    """Stores that all items of the evaluation that have stages left have failed for good, and why. Raises Ended."""
+    for item in await session.scalars(select(EvaluationItem).where(_waiting(evaluation))):
+        await store_failure(session, evaluation, item, code, message)
+
+
+async def findings(session: AsyncSession, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Returns what was found about the items that passed through all stages, in order."""
+    query = select(EvaluationItem.found).where(
+        EvaluationItem.evaluation_id == evaluation.id, EvaluationItem.stage == evaluation.num_stages
+    )
+    return list(await session.scalars(query.order_by(EvaluationItem.number)))
+
+
+async def first_error(session: AsyncSession, evaluation: Evaluation) -> dict[str, Any]:
+    """Returns the error of the first item that has failed. There must be one."""
+    query = select(EvaluationItem.error).where(
+        EvaluationItem.evaluation_id == evaluation.id, EvaluationItem.error.is_not(None)
+    )
+    error: dict[str, Any] | None = await session.scalar(query.order_by(EvaluationItem.number).limit(1))
+    assert error is not None
+    return error
+
+
+async def succeed(session: AsyncSession, evaluation: Evaluation, results: dict[str, Any]) -> None:
+    await _end(session, evaluation.id, "succeeded", results=results)
+
+
+async def fail(session: AsyncSession, evaluation_id: str, error: ApiError) -> None:
+    told = {"code": error.code, "message": storable(error.message), "param": error.param}
+    await _end(session, evaluation_id, "failed", error=told)
+
+
+async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: Any) -> bool:
+    """Ends the evaluation in the given state. Returns False if it has ended before."""
+    ended = update(Evaluation).where(Evaluation.id == evaluation_id, LIVE)
+    ended = ended.values(state=state, finished_at=func.clock_timestamp(), waits_for=None, **values)
+    statement = ended.returning(Evaluation.id).execution_options(synchronize_session=False)
+    return await session.scalar(statement) is not None

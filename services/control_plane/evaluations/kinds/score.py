@@ -1,0 +1,55 @@
+"""Scores the answers of one model by a reward model or a rule."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.data.groups import Group
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.evaluations import statistics
+from services.control_plane.evaluations.kinds.asking import Models
+from services.control_plane.evaluations.kinds.compare import answers_in_numbers
+from services.control_plane.evaluations.kinds.judging import Grader, grader_of, writer_of
+from services.control_plane.evaluations.kinds.kind import Found
+from services.control_plane.evaluations.requests import Spec
+from services.control_plane.models.models import NamedModel
+from services.control_plane.settings import Settings
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model, and the reward model or the rule that scores its answers."""
+
+    spec: Spec
+    model: NamedModel
+    grader: Grader
+    num_stages: ClassVar[int] = 2
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        return {}
+
+    async def work(self, stage: int, number: int, group: Group, found: Found, models: Models) -> Found:
+        if stage == 0:
+            return {"answer": await models.answer(self.model, group, self.spec.sampling, number)}
+        return {"score": await self.grader.score(models, group, found["answer"]["text"])}
+
+    def summarize(self, items: Sequence[Found]) -> dict[str, Any]:
+        return {
+            "score": asdict(statistics.mean([item["score"] for item in items])),
+            "answers": {"model": answers_in_numbers([item["answer"] for item in items])},
+        }
+
+
+async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Score:
+    """Returns the scoring that `spec` describes. Raises NotFound for a model that does not exist, and InvalidRequest
+    for a judge that gives no scores."""
+    model = await writer_of(session, settings, spec.model, param="model")
+    assert spec.judge is not None
+    grader = await grader_of(session, settings, spec.judge)
+    if grader.is_asked:
+        message = f"The model '{spec.judge.model}' is no reward model, so it gives no scores; name a reward model."
+        raise InvalidRequest(message, param="judge.model")
+    return Score(spec, model, grader)

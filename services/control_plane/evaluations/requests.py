@@ -1,0 +1,146 @@
+"""Defines the JSON body of POST /v1/x/evaluations, and the description of an evaluation that is kept of it."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.evaluations.rules import InvalidPattern, Rule, check_pattern
+from services.control_plane.http.validation import Text
+
+Kind = Literal["compare", "score"]
+
+MOST_ITEMS, MOST_INLINE = 1000, 256
+OF_ALL_KINDS = {"kind", "model", "file", "rows", "max_items"}
+OF_KIND: dict[str, set[str]] = {  # the fields that only some kinds have
+    "compare": {"baseline", "judge", "sampling"},
+    "score": {"judge", "sampling"},
+}
+NEEDED: dict[str, tuple[str, ...]] = {"compare": ("judge",), "score": ("judge",)}
+
+_MESSAGE = {"type": "object", "properties": {"role": {"type": "string"}, "content": {"type": "string"}}}
+_TEXT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": _MESSAGE}]}
+
+
+class Judge(BaseModel):
+    """Decides which of two answers is better, or how good an answer is."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["model"] | Rule = Field(
+        description="`model` asks a model that this service serves. The others are rules: `regex` gives 1 to an answer "
+        "in which `pattern` matches, `length` gives the number of words, `exact` gives 1 to an answer that equals the "
+        "row's best completion."
+    )
+    model: Text | None = Field(
+        default=None,
+        description="For the type `model`: a policy or a base model, which is asked which answer is better (only of "
+        "the kind `compare`); or a reward model.",
+    )
+    criteria: Annotated[str, Field(max_length=4000)] | None = Field(
+        default=None, description="What the judge is to look at, in words. Only for a model that is no reward model."
+    )
+    pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
+        default=None, description="For the type `regex`: a regular expression in RE2's syntax."
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> Self:
+        needed = {"model": "model", "regex": "pattern"}.get(self.type)
+        for name in ("model", "criteria", "pattern"):
+            given = getattr(self, name) is not None
+            if name == needed and not given:
+                raise ValueError(f"a judge of the type '{self.type}' needs the field '{name}'.")
+            if given and name != needed and not (name == "criteria" and self.type == "model"):
+                raise ValueError(f"a judge of the type '{self.type}' has no field '{name}'; leave it out.")
+        if self.pattern is not None:
+            try:
+                check_pattern(self.pattern)
+            except InvalidPattern as error:
+                raise ValueError(f"{error}; write a regular expression that RE2 can read.") from None
+        return self
+
+
+class Sampling(BaseModel):
+    """How answers are sampled."""
+
+    model_config = ConfigDict(extra="forbid")
+    max_tokens: int = Field(default=512, ge=1, le=32_768, description="Maximum number of tokens of an answer.")
+    temperature: float = Field(default=1.0, ge=0, le=2, description="Temperature; 0 takes the likeliest token.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of the likeliest tokens to sample from.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Seed of the first answer; each further prompt gets the next number."
+    )
+
+
+class Row(BaseModel):
+    """A prompt, and completions to it. Pydantic does not check their values, because `dpo_core.data` does."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: Annotated[Any, WithJsonSchema(_TEXT)] = Field(description="A text, or messages.")
+    completions: Annotated[Any, WithJsonSchema({"type": "array", "items": _TEXT})] = Field(
+        default=None,
+        description="Completions in the form of the prompt, the best one first, if people have ranked any.",
+    )
+    system: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
+        default=None, description="System prompt; the texts of the row are then read as messages."
+    )
+    tools: Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "object"}})] = Field(
+        default=None, description="Tools that the prompt offers."
+    )
+    chat_template_kwargs: Annotated[Any, WithJsonSchema({"type": "object"})] = Field(
+        default=None, description="Further arguments of the chat template."
+    )
+
+
+class Spec(BaseModel):
+    """The complete description of an evaluation, without its rows."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Kind = Field(
+        description="`compare`: which of two models answers better. `score`: how good a model's answers are."
+    )
+    model: Text = Field(description="The policy, checkpoint or base model to evaluate.")
+    baseline: Text | None = Field(
+        default=None,
+        description="Only of `compare`: the model to compare with. Without it: the base model of the policy.",
+    )
+    judge: Judge | None = Field(default=None, description="Who judges the answers.")
+    sampling: Sampling = Field(default_factory=Sampling, description="How answers are sampled.")
+    file: Text | None = Field(
+        default=None, description="Id of an uploaded file whose prompts are taken. Send this or `rows`."
+    )
+    max_items: int = Field(
+        default=200,
+        ge=1,
+        le=MOST_ITEMS,
+        description="Maximum number of the file's rows to take, from the first one on.",
+    )
+
+
+class CreateEvaluation(Spec):
+    """The JSON body of POST /v1/x/evaluations."""
+
+    rows: Annotated[list[Row], Field(min_length=1, max_length=MOST_INLINE)] | None = Field(
+        default=None, description="Prompts, instead of a file."
+    )
+
+    def check(self) -> None:
+        """Raises InvalidRequest, which names the field, if the kind lacks a field, or does not have one of the given
+        fields."""
+        allowed = OF_ALL_KINDS | OF_KIND[self.kind]
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        for name in sorted(given - allowed):
+            listed = ", ".join(sorted(allowed))
+            message = f"An evaluation of the kind '{self.kind}' has no field '{name}'. It can have: {listed}."
+            raise InvalidRequest(message, param=name, code="unknown_parameter")
+        for name in NEEDED[self.kind]:
+            if getattr(self, name) is None:
+                message = f"An evaluation of the kind '{self.kind}' needs the field '{name}'."
+                raise InvalidRequest(message, param=name, code="missing_required_parameter")
+        if (self.file is None) == (self.rows is None):
+            message = "An evaluation takes its prompts from one place; send either 'file' or 'rows'."
+            raise InvalidRequest(message, param="file", code="missing_required_parameter")
+
+    def spec(self, **resolved: Any) -> Spec:
+        """Returns the description to keep, with the values that the service has chosen."""
+        return Spec.model_validate(self.model_dump(exclude={"rows"}) | resolved)

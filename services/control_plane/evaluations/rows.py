@@ -1,0 +1,102 @@
+"""Reads the rows of an evaluation from a request or from a file, and turns them into JSON and back."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_core.data.feedback import read_records
+from dpo_core.data.groups import Group
+from dpo_core.data.jsonl import InvalidRow
+from dpo_core.data.messages import Text
+from dpo_core.data.scored_formats import in_request, read_in_request
+from services import storage
+from services.containers import json_lines
+from services.contract import Reading
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.evaluations.requests import Row
+
+MOST_BYTES = 16 * 2**20  # of all rows of an evaluation, as JSON
+SHOWN = ("prompt", "completions", "ratings", "tools", "template_arguments", "line")
+
+
+def read_request(rows: Sequence[Row]) -> list[Group]:
+    """Returns the rows of a request as groups (prompts with completions, of which there may be none).
+
+    Raises InvalidRequest, with the path of the value, for a row that cannot be read.
+    """
+    try:
+        return [_read(number, row) for number, row in enumerate(rows, 1)]
+    except InvalidRow as error:
+        path, message = in_request(error)
+        raise InvalidRequest(message, param=path) from None
+
+
+def _read(number: int, row: Row) -> Group:
+    given = row.model_dump(exclude_none=True)
+    if "completions" in given:
+        return read_in_request(number, given)
+    # The reader wants a completion; an empty one is read and left out again.
+    is_chat = isinstance(row.prompt, list) or row.system is not None
+    empty = [{"role": "assistant", "content": ""}] if is_chat and isinstance(row.prompt, list) else ""
+    group = read_in_request(number, {**given, "completions": [empty]})
+    return Group(group.prompt, (), group.line, tools=group.tools, template_arguments=group.template_arguments)
+
+
+def read_file(uri: str, reading: Reading, most: int) -> list[Group]:
+    """Returns the first `most` groups (prompts with their completions) of a checked file. Leaves out invalid rows."""
+    groups: list[Group] = []
+    with storage.open_input(uri) as source:
+        for record in read_records(json_lines(source), columns=reading.columns):
+            if record.problem is None:
+                groups += record.groups
+            if len(groups) >= most:
+                break
+    return groups[:most]
+
+
+def to_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Returns the groups as JSON objects. Raises InvalidRequest if they are too large together."""
+    rows = [{name: getattr(group, name) for name in SHOWN} for group in groups]
+    size = sum(len(json.dumps(row)) for row in rows)
+    if size > MOST_BYTES:
+        message = (
+            f"The rows have {size} bytes, but those of an evaluation can have at most {MOST_BYTES} together; "
+            "send fewer rows, or a smaller max_items."
+        )
+        raise InvalidRequest(message, param="max_items")
+    return rows
+
+
+def group_of(row: dict[str, Any]) -> Group:
+    """Returns the group of a row that `to_json` has written."""
+    lists = {name: tuple(row[name]) for name in ("completions", "ratings") if row[name] is not None}
+    return Group(**{**row, **lists})
+
+
+def labelled(group: Group) -> tuple[Text, Text] | None:
+    """Returns the best and the worst completion by people's ratings. Returns None if people prefer none of them."""
+    if len(group.completions) < 2 or (group.ratings and group.ratings[0] == group.ratings[-1]):
+        return None
+    return group.completions[0], group.completions[-1]
+
+
+def text_of(completion: Text) -> str:
+    """Returns the text of a completion: of messages, what the assistant says, and its calls of tools as JSON."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(said(message) for message in completion if message["role"] == "assistant")
+
+
+def said(message: Any) -> str:
+    """Returns what a message says: its content, and its calls of tools as JSON."""
+    parts = [message.get("content") or ""]
+    if calls := message.get("tool_calls"):
+        parts.append(json.dumps([call["function"] for call in calls], ensure_ascii=False))
+    return "\n".join(part for part in parts if part)
+
+
+def conversation(prompt: Text) -> str:
+    """Returns a prompt as one text, for a judge: of messages, each after the name of its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {said(message)}" for message in prompt)

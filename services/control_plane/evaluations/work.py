@@ -1,0 +1,143 @@
+"""Works on the items of one evaluation until all have passed through all stages, and summarizes the results."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import ApiError, NotFound, RateLimited, Unavailable
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Evaluation, EvaluationItem
+from services.control_plane.evaluations import evaluations
+from services.control_plane.evaluations.kinds import compare, score
+from services.control_plane.evaluations.kinds.asking import Models
+from services.control_plane.evaluations.kinds.kind import Kind
+from services.control_plane.evaluations.requests import Spec
+from services.control_plane.evaluations.rows import group_of
+from services.control_plane.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ITEMS_AT_ONCE = 8  # of one evaluation
+MOST_TRIES = 5  # of one stage of an item; a wait for a model is no try
+RETRY_SECONDS = 2.0  # after the first failed try; doubles with each further one
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 15.0, 600.0  # after a model was not available; doubles while none is
+LOOK_SECONDS = 1.0  # how often an evaluation looks for items that are due, if none is being worked on
+STALLED_SECONDS = 24 * 3600.0  # items fail if no stage of the evaluation was finished for so long
+
+OF_KIND: dict[str, Callable[[AsyncSession, Settings, Spec], Awaitable[Kind]]] = {
+    "compare": compare.of,
+    "score": score.of,
+}
+
+
+async def kind_of(session: AsyncSession, settings: Settings, spec: Spec) -> Kind:
+    """Returns the kind of the evaluation, with its models. Raises NotFound or InvalidRequest if one cannot be used."""
+    return await OF_KIND[spec.kind](session, settings, spec)
+
+
+class Work:
+    """The work on one evaluation. `admit` raises RateLimited while the evaluation's key may use no more tokens."""
+
+    def __init__(
+        self, store: Store, evaluation: Evaluation, kind: Kind, models: Models, admit: Callable[[], None]
+    ) -> None:
+        self._store, self._evaluation, self._kind, self._models = store, evaluation, kind, models
+        self._admit = admit
+        self._num_pauses = 0  # in a row
+        self._pause = 0.0
+
+    async def run(self) -> None:
+        """Works on the items until none has stages left, and ends the evaluation. Raises Ended if something else has
+        ended it, and NotFound if one of its models was deleted."""
+        busy: dict[int, asyncio.Task[None]] = {}
+        try:
+            while await self._take(busy):
+                if not busy:
+                    await asyncio.sleep(LOOK_SECONDS)
+                    continue
+                done, _ = await asyncio.wait(busy.values(), timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for number in [number for number, task in busy.items() if task in done]:
+                    busy.pop(number).result()
+        finally:
+            for task in busy.values():
+                task.cancel()
+            await asyncio.gather(*busy.values(), return_exceptions=True)
+        await self._conclude()
+
+    async def _take(self, busy: dict[int, asyncio.Task[None]]) -> bool:
+        """Begins to work on further items, until ITEMS_AT_ONCE are in `busy`. Returns False if no item is left.
+
+        During a pause, begins nothing until the items in `busy` are done and the pause is over.
+        """
+        if self._pause and not busy:
+            await asyncio.sleep(self._pause)
+            self._pause = 0.0
+        if self._pause or len(busy) >= ITEMS_AT_ONCE:
+            return True
+        async with self._store.begin() as session:
+            items = await evaluations.next_items(session, self._evaluation, list(busy), ITEMS_AT_ONCE - len(busy))
+            is_left = bool(items or busy) or await evaluations.num_waiting(session, self._evaluation) > 0
+        for item in items:
+            busy[item.number] = asyncio.create_task(self._advance(item))
+        return is_left
+
+    async def _advance(self, item: EvaluationItem) -> None:
+        """Does the next stage of the item, and stores what it found, or that it failed."""
+        try:
+            self._admit()
+            found = await self._kind.work(item.stage, item.number, group_of(item.row), item.found, self._models)
+        except (Unavailable, RateLimited) as error:
+            await self._wait(item, error)
+        except (NotFound, SQLAlchemyError):  # a model was deleted; the database does not answer
+            raise
+        except Exception as error:  # an error with one item must not stop the others
+            if not isinstance(error, ApiError):
+                log.warning("The item %d of the evaluation %s failed: %r", item.number, self._evaluation.id, error)
+            await self._retry(item, error)
+        else:
+            async with self._store.begin() as session:
+                await evaluations.store_stage(session, self._evaluation, item, found)
+            self._num_pauses = 0
+
+    async def _wait(self, item: EvaluationItem, error: Unavailable | RateLimited) -> None:
+        """Pauses the evaluation, because a model is not available, or the key has used its tokens of the minute.
+
+        If nothing was finished for STALLED_SECONDS, the items that are left fail.
+        """
+        if not self._pause:  # the first of several items that wait for the same model
+            self._pause = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2**self._num_pauses)
+            self._num_pauses += 1
+        async with self._store.begin() as session:
+            if await evaluations.stalled_seconds(session, self._evaluation) > STALLED_SECONDS:
+                message = f"Nothing was finished for {STALLED_SECONDS / 3600:g} hours: {error.message}"
+                await evaluations.fail_waiting(session, self._evaluation, "evaluation_stalled", message)
+                return
+            await evaluations.wait_for(session, self._evaluation, error.message)
+            await evaluations.put_off(session, item, self._pause, num_tries=item.num_tries)
+
+    async def _retry(self, item: EvaluationItem, error: Exception) -> None:
+        """Puts the item off, or has it fail: at once if the request was refused, else after MOST_TRIES tries."""
+        is_refused = isinstance(error, ApiError) and error.status < 500
+        async with self._store.begin() as session:
+            if is_refused or item.num_tries + 1 >= MOST_TRIES:
+                code = error.code if isinstance(error, ApiError) else None
+                await evaluations.store_failure(session, self._evaluation, item, code, str(error))
+            else:
+                seconds = RETRY_SECONDS * 2**item.num_tries
+                await evaluations.put_off(session, item, seconds, num_tries=item.num_tries + 1)
+
+    async def _conclude(self) -> None:
+        async with self._store.begin() as session:
+            found = await evaluations.findings(session, self._evaluation)
+            if not found:
+                first = await evaluations.first_error(session, self._evaluation)
+                message = f"All items failed. The first one: {first['message']}"
+                await evaluations.fail(session, self._evaluation.id, ApiError(message, code="evaluation_failed"))
+                return
+        results: dict[str, Any] = await asyncio.to_thread(self._kind.summarize, found)
+        async with self._store.begin() as session:
+            await evaluations.succeed(session, self._evaluation, results)

@@ -1,0 +1,92 @@
+"""Tests `raydpo evaluations` against a control plane with a stand-in for the served models."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+
+import pytest
+from typer.testing import CliRunner
+
+from services.cli.app import app
+from services.cli.models.evaluations import result_rows
+from tests.services.control_plane.conftest import (  # noqa: F401  # fixtures
+    API_KEY,
+    base_url,
+    fake_ray,
+    offline,
+    storage_url,
+)
+from tests.services.control_plane.evaluations.conftest import (  # noqa: F401  # fixtures
+    POLICY,
+    Engines,
+    calm,
+    engines,
+    policy,
+    settings,
+)
+
+
+@pytest.fixture
+def raydpo(base_url: str, policy: str) -> Callable[..., str]:  # noqa: F811
+    def run(*arguments: str, status: int = 0) -> str:
+        environment = {"RAYDPO_URL": f"{base_url}/v1", "RAYDPO_API_KEY": API_KEY}
+        result = CliRunner().invoke(app, ["evaluations", *arguments], env=environment)
+        assert result.exit_code == status, result.output
+        return str(result.output)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    rows = [{"prompt": f"Question {i}", "chosen": "a good one", "rejected": "a bad one"} for i in range(4)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_two_models_are_compared_on_a_file_and_the_results_printed(raydpo: Callable[..., str], file: str) -> None:
+    told = raydpo("create", "compare", "--model", POLICY, "--judge", "fair", "--file", file, "--watch")
+    evaluation_id, *lines = told.splitlines()
+    rows = {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
+    assert rows["evaluation"] == [evaluation_id, ""]
+    assert (rows["baseline"][0], rows["judge"][0], rows["state"][0]) == ("tiny", "fair", "succeeded")
+    assert rows["win rate"] == ["100.0%", "100.0% to 100.0%"]
+    assert rows["agreement"][0] == "100.0%"
+    assert rows["answers model mean tokens"][0] == "3"
+    assert raydpo("show", evaluation_id).splitlines() == lines
+    assert json.loads(raydpo("show", evaluation_id, "--json"))["results"]["num_wins"] == 4
+    assert raydpo("list").split("\t")[0] == evaluation_id
+    table = list(csv.DictReader(io.StringIO(raydpo("items", evaluation_id, "--format", "csv"))))
+    assert [row["found.outcome"] for row in table] == ["win"] * 4
+    assert "has already succeeded" in raydpo("cancel", evaluation_id, status=1)
+
+
+@pytest.mark.parametrize(("judge", "value"), [("length", "3"), ("exact", "0"), ("regex:[13]$", "0.5")])
+def test_answers_are_scored_by_rules(raydpo: Callable[..., str], file: str, judge: str, value: str) -> None:
+    told = raydpo("create", "score", "--model", POLICY, "--judge", judge, "--file", file, "--watch")
+    assert f"score\t{value}\t" in told
+
+
+def test_an_evaluation_that_fails_says_why_and_one_that_is_cancelled_ends(
+    raydpo: Callable[..., str],
+    file: str,
+    engines: Engines,  # noqa: F811
+) -> None:
+    engines.failing[POLICY] = 1000
+    told = raydpo("create", "score", "--model", POLICY, "--judge", "length", "--file", file, "--watch", status=1)
+    assert "All items failed" in told
+    engines.failing.clear()
+    engines.is_away = True
+    made = raydpo("create", "score", "--model", POLICY, "--judge", "length", "--file", file).strip()
+    assert raydpo("cancel", made) == f"cancelled {made}\n"
+    assert "state\tcancelled" in raydpo("show", made)
+
+
+def test_a_result_without_a_value_is_left_out() -> None:
+    results = {"win_rate": {"value": 0.5, "low": 0.25, "high": 0.75}, "agreement": None, "answers": {"unfinished": 0.1}}
+    assert list(result_rows(results)) == [
+        ("win rate", "50.0%", "25.0% to 75.0%"),
+        ("answers unfinished", "10.0%", ""),
+    ]

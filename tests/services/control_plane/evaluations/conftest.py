@@ -1,0 +1,168 @@
+"""Provides an HTTP server in place of Ray Serve that answers as OpenAI's API does, and a trained policy."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from dpo_core.config import TrainConfig
+from dpo_core.options import Dpo
+from services.contract import JobSpec
+from services.control_plane.evaluations import runner, work
+from services.control_plane.settings import BaseModel, Settings
+from tests.services.control_plane.conftest import FakeRay
+
+POLICY = "ft:tiny:raydpo::one"
+
+
+class Engines:
+    """Answers for all models. A policy answers with a `good` text, every other model with a `bad` one.
+
+    Every judge is given by its name: `first` always prefers the first answer, `fair` prefers the good one.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []  # models and bodies
+        self.failing: Counter[str] = Counter()  # how many requests to a model fail from now on
+        self.refusing: set[str] = set()  # texts that a model refuses
+        self.is_away = False  # whether all answers are that the model cannot be asked now
+        self.delay = 0.0
+        engines = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                status, answer = engines.answer(body)
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        model = body["model"]
+        self.asked.append((model, body))
+        time.sleep(self.delay)
+        if self.is_away:
+            return 503, {"error": {"message": "The engine has died."}}
+        if self.failing[model] > 0:
+            self.failing[model] -= 1
+            return 500, {"error": {"message": "out of luck"}}
+        prompt = body.get("prompt") or body["messages"][-1]["content"]
+        if any(text in prompt for text in self.refusing):
+            return 400, {"error": {"message": "I do not take this."}}
+        text = self._verdict(model, prompt) if "structured_outputs" in body else self._text(model, prompt)
+        usage = {"prompt_tokens": 10, "completion_tokens": len(text.split())}
+        said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+        return 200, {"choices": [{"index": 0, "finish_reason": "stop", **said}], "usage": usage}
+
+    def _text(self, model: str, prompt: str) -> str:
+        number = prompt.rpartition(" ")[2]
+        return f"good answer {number}" if model.startswith("ft:") else f"a bad answer to {number}"
+
+    def _verdict(self, model: str, question: str) -> str:
+        first, second = (
+            question.partition(f"<answer_{side}>\n")[2].partition(f"\n</answer_{side}>")[0] for side in "ab"
+        )
+        if model == "first" or ("good" in first and "good" not in second):
+            return "A"
+        return "B" if "good" in second and "good" not in first else "C"
+
+    def counts(self) -> Counter[str]:
+        return Counter(model for model, _ in self.asked)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    engines = Engines()
+    yield engines
+    engines.server.shutdown()
+    engines.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def calm(engines: Engines) -> None:
+    engines.asked.clear()
+    engines.failing.clear()
+    engines.refusing.clear()
+    engines.delay, engines.is_away = 0.0, False
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay, engines: Engines) -> Iterator[Settings]:
+    urls = {
+        "ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}",
+        "serve_url": f"http://127.0.0.1:{engines.server.server_port}",
+        "model_wait_seconds": 20.0,
+        "max_loaded_models": 10,
+    }
+    models = {name: BaseModel(source=f"/nowhere/{name}") for name in ("tiny", "fair", "first")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "TICK_SECONDS", 0.05)
+        patch.setattr(work, "LOOK_SECONDS", 0.05)
+        patch.setattr(work, "RETRY_SECONDS", 0.05)
+        patch.setattr(work, "PAUSE_SECONDS", 0.1)
+        patch.setattr("services.control_plane.tenants.usage.FLUSH_SECONDS", 0.1)
+        yield offline.model_copy(update=urls | {"models": models})
+
+
+@pytest.fixture(scope="module")
+def policy(base_url: str, settings: Settings) -> str:
+    """Adds a policy that a job has trained from the base model `tiny`, and returns its name."""
+    add_policy(settings)
+    return POLICY
+
+
+def add_policy(settings: Settings) -> None:
+    spec = JobSpec(model="tiny", training_file="file-1", config=TrainConfig(objective=Dpo(beta=0.1)))
+    columns = "id, spec, model_source, fine_tuned_model, project_id, model_root, priority, desired, observed, version"
+    values = "'ftjob-one', %s, '/nowhere/tiny', %s, 'proj_default', 'tiny', 0, 'run', 'succeeded', 1"
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        job = (spec.model_dump_json(), POLICY)
+        connection.execute(f"INSERT INTO jobs ({columns}, finished_at) VALUES ({values}, now())", job)
+        model = "INSERT INTO models (id, project_id, source, root, job_id)"
+        connection.execute(
+            f"{model} VALUES (%s, 'proj_default', 'file:///nowhere/one', 'tiny', 'ftjob-one')", (POLICY,)
+        )
+
+
+def chats(count: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"prompt": [{"role": "user", "content": f"Question {number}"}], **more} for number in range(count)]
+
+
+def created(api: httpx.Client, **body: Any) -> dict[str, Any]:
+    answer = api.post("/x/evaluations", json=body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def ended(api: httpx.Client, evaluation_id: str, *, seconds: float = 60) -> dict[str, Any]:
+    """Waits until the evaluation has ended, and returns it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found: dict[str, Any] = api.get(f"/x/evaluations/{evaluation_id}").json()
+        if found["status"] in ("succeeded", "failed", "cancelled"):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+def results(api: httpx.Client, **body: Any) -> dict[str, Any]:
+    """Runs an evaluation, and returns its results."""
+    found = ended(api, created(api, **body)["id"])
+    assert found["status"] == "succeeded", found
+    return dict(found["results"])
