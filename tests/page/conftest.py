@@ -17,6 +17,7 @@ from services.control_plane.page.api import BUILT
 from tests.page.engine import Engine
 from tests.services.control_plane.attempts.crashes import LivelyRay, Plane
 from tests.services.control_plane.conftest import API_KEY, api_of, pairs
+from tests.services.headers import SMALL, write_model
 from tests.services.web import running
 
 CHROMIUM = shutil.which("chromium")
@@ -74,13 +75,15 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def service(browser: Browser, database_url: str) -> Iterator[Service]:
     ray = PageRay(step_seconds=0.05, dying=0, steps=80)
+    ray.machines = [{"mem": [16 * 2**30, 8 * 2**30, 0.0, 0], "gpus": []}]
     migrate(database_url)
     with TemporaryDirectory(prefix="raydpo-page-") as folder, running(Engine()) as engine:
+        small = write_model(Path(folder) / "small", SMALL)
         settings = {
             "DATABASE_URL": database_url,
             "RAYDPO_API_KEY": API_KEY,
             "RAYDPO_STORAGE_URL": (Path(folder) / "storage").as_uri(),
-            "RAYDPO_MODELS": json.dumps({"tiny": "/nowhere/tiny", "polite": "/nowhere/polite"}),
+            "RAYDPO_MODELS": json.dumps({"small": str(small), "polite": "/nowhere/polite"}),
             "RAYDPO_SERVE_URL": engine.url,
             "RAYDPO_MAX_RUNNING_JOBS": "2",
         }

@@ -10,10 +10,14 @@ export type JobEvent = Documents["EventDocument"];
 export type Checkpoint = Documents["CheckpointDocument"];
 export type Metrics = Documents["MetricsDocument"];
 export type Column = Documents["Column"];
-export type File = Documents["FileDocument"];
 export type Model = Documents["ModelDocument"];
 export type CreateFeedback = Documents["CreateFeedback"];
 export type FeedbackCount = Documents["CountDocument"];
+export type TrainingFile = Documents["FileDocument"];
+export type FileReport = Documents["FeedbackReport"];
+export type Method = Documents["MethodDocument"];
+export type Option = Documents["OptionDocument"];
+export type Plan = Documents["PlanDocument"];
 
 export const api = createClient<paths>({ baseUrl: location.origin });
 api.use({
@@ -28,6 +32,8 @@ export class Failure extends Error {
   constructor(
     message: string,
     readonly status?: number, // undefined: no answer came
+    readonly param?: string | null, // the path of the field that is refused
+    readonly code?: string | null,
   ) {
     super(message);
   }
@@ -38,8 +44,8 @@ export class Failure extends Error {
   }
 
   static answered(status: number, body: unknown): Failure {
-    const told = (body as { error?: { message?: string } } | undefined)?.error;
-    return new Failure(told?.message ?? `The service answered with status ${status}.`, status);
+    const told = (body as { error?: { message?: string; param?: string; code?: string } } | undefined)?.error;
+    return new Failure(told?.message ?? `The service answered with status ${status}.`, status, told?.param, told?.code);
   }
 }
 

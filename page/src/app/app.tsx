@@ -5,6 +5,7 @@ import { href, route } from "../parts/route/route";
 import { SignIn } from "../views/sign-in/sign-in";
 import { Jobs } from "../views/jobs/jobs";
 import { Job } from "../views/job/job";
+import { NewJob } from "../views/new-job/new-job";
 import { Ask } from "../views/ask/ask";
 
 interface View {
@@ -14,9 +15,14 @@ interface View {
 }
 
 const VIEWS: View[] = [
-  { name: "jobs", title: "Jobs", show: ([id]) => (id ? <Job key={id} id={id} /> : <Jobs />) },
+  { name: "jobs", title: "Jobs", show: ([id]) => showJobs(id) },
   { name: "ask", title: "Ask", show: () => <Ask /> },
 ];
+
+function showJobs(id?: string) {
+  if (id === "new") return <NewJob />;
+  return id ? <Job key={id} id={id} /> : <Jobs />;
+}
 
 export function App() {
   const [name = "jobs", ...rest] = route.value.path;

@@ -1,5 +1,5 @@
 import { useState } from "preact/hooks";
-import { api, ask, Failure, type FeedbackCount, type File } from "../../api/client";
+import { api, ask, Failure, type FeedbackCount, type TrainingFile } from "../../api/client";
 import { FailureNote, Show, type Loaded } from "../../parts/loading/loading";
 import { count, whole } from "../../parts/words/words";
 
@@ -29,7 +29,7 @@ export function Votes({ counts }: { counts: Loaded<FeedbackCount[]> }) {
 }
 
 function Count({ of: { kind, form, num_votes } }: { of: FeedbackCount }) {
-  const [made, setMade] = useState<File>();
+  const [made, setMade] = useState<TrainingFile>();
   const [failure, setFailure] = useState<Failure>();
   const [isBusy, setBusy] = useState(false);
 

@@ -3,7 +3,7 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 import { Failure, type Job as JobObject } from "../../api/client";
 import { AskFirst } from "../../parts/dialog/dialog";
 import { FailureNote } from "../../parts/loading/loading";
-import { route } from "../../parts/route/route";
+import { href, route } from "../../parts/route/route";
 import type { Range } from "../../parts/series/series";
 import { hasEnded, ProgressLine, Status } from "../../parts/status/status";
 import { moment, whole, zone } from "../../parts/words/words";
@@ -84,6 +84,9 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
         </div>
         <Status of={job.status} />
         <div class="acts">
+          <a class="button" href={href(["jobs", "new"], { again: job.id })}>
+            Again, with changes
+          </a>
           {["queued", "running"].includes(job.status) && <button onClick={() => wish("pause")}>Pause</button>}
           {job.status === "paused" && <button onClick={() => wish("resume")}>Resume</button>}
           {!hasEnded(job.status) && (

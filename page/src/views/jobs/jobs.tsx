@@ -32,6 +32,9 @@ export function Jobs() {
             ))}
           </select>
         </label>
+        <a class="button main" href={href(["jobs", "new"])}>
+          New job
+        </a>
       </div>
       <Show of={loaded}>
         {(page) => (
@@ -59,7 +62,11 @@ function choose(status: string) {
 function Nothing({ status, isFirst }: { status?: JobStatus; isFirst: boolean }) {
   if (status) return <p class="note">No job of this project is {status}. Choose another status above.</p>;
   if (!isFirst) return <p class="note">There are no older jobs.</p>;
-  return <p class="note">This project has no jobs yet.</p>;
+  return (
+    <p class="note">
+      This project has no jobs yet. <a href={href(["jobs", "new"])}>Make the first one</a>.
+    </p>
+  );
 }
 
 function Table({ jobs }: { jobs: Job[] }) {
