@@ -5,7 +5,6 @@ They test what an attempt leaves, how later jobs go on from it, and which refere
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,6 @@ from dpo_core.models.model import load_merged, load_policy
 from services import storage
 from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Report, Started, Succeeded, Weights
 from services.training.driver import export
-from services.training.reference.trainer_scores import check_reference
 from services.training.reports.reporting import JobFailed
 from tests.services.training.attempt import Driver, figures, only, train_workers
 
@@ -163,24 +161,6 @@ def test_a_reference_with_other_tokens_is_refused(
     assert isinstance(failed, Failed)
     assert (failed.code, failed.param) == ("reference_mismatch", "x_raydpo.reference.model")
     assert "another tokenizer" in failed.message
-
-
-def test_a_reference_that_takes_fewer_tokens_than_the_rows_may_have_is_refused(
-    make_spec: MakeSpec, other_model_source: str, tmp_path: Path
-) -> None:
-    shutil.copytree(other_model_source, tmp_path / "short")
-    file = tmp_path / "short" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 64}))
-    spec = make_spec(config=CONFIG, reference_model_source=str(tmp_path / "short"), **GIVEN)
-    check_reference(spec, 64)
-    with pytest.raises(JobFailed) as refused:
-        check_reference(spec, 65)
-    failed = refused.value.report
-    assert (failed.code, failed.param) == ("reference_mismatch", "x_raydpo.reference.model")
-    assert failed.message == (
-        "The reference model takes only 64 tokens, but rows of this job may have 65; "
-        "set x_raydpo.max_length to 64, or choose another reference model."
-    )
 
 
 def test_a_base_in_nf4_is_trained_in_bfloat16_with_a_warning_where_that_is_slow(

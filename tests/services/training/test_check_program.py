@@ -1,5 +1,4 @@
 import gzip
-import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 from services import storage
 from services.contract import CheckRequest, Recipe, SideJobResult
 from services.training.check_program import Check, answer, check, in_turn
-from services.training.data.preview import MOST_CHARACTERS, sample
 from services.training.reports.reporting import JobFailed
 
 
@@ -54,32 +52,6 @@ def test_rows_that_are_left_out_and_cut_are_shown_as_such(make_recipe: Any, tmp_
     found = checked(make_recipe(max_length=25, truncation="keep_start"), tmp_path)
     assert found.tokens.truncated["chosen"].count > 0
     assert not any(row.chosen.endswith("</s>") for row in found.preview if row.dropped is None)
-
-
-def test_a_long_text_is_shown_by_its_ends(make_recipe: Any, make_pair: Any, tmp_path: Path) -> None:
-    row = make_pair(1)
-    row["input"]["messages"][0]["content"] = "x" * 10**6
-    (tmp_path / "long.jsonl").write_text(json.dumps(row))
-    (shown,) = checked(make_recipe(training_uri=str(tmp_path / "long.jsonl")), tmp_path).preview
-    assert len(shown.prompt) < MOST_CHARACTERS + 10
-    assert "[…]" in shown.prompt
-
-
-def test_a_sample_is_spread_over_the_file_and_skips_blank_lines(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"\n" + b"".join(b"{}\n\n" for _ in range(100)))
-    pieces = list(sample(str(tmp_path / "f"), 100, 4))
-    assert [piece.first_line for piece in pieces] == [2, 52, 102, 152]
-    assert all(piece.size == 3 for piece in pieces)
-    assert len(list(sample(str(tmp_path / "f"), 100, 200))) == 100
-
-
-@pytest.mark.parametrize(("count", "first"), [(2, [1, 6]), (5, [1, 3, 5, 7, 9]), (40, [1, 3, 5, 7, 9])])
-def test_a_row_of_a_sample_comes_with_the_others_of_its_group(tmp_path: Path, count: int, first: list[int]) -> None:
-    rows = [{"prompt": f"{n // 2}?", "response": "Yes." * n, "helpfulness": n} for n in range(10)]
-    (tmp_path / "f").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    pieces = list(sample(str(tmp_path / "f"), 10, count))
-    assert [piece.num_rows for piece in pieces] == [2] * len(first)
-    assert [piece.first_line for piece in pieces] == [line + (line % 2 == 0) for line in first]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from services import forkserver
-from services.forkserver import client, start_ray
-from services.forkserver.server import ENVIRONMENT, MODULES
+from services.forkserver import client
 
 CLIENT = [sys.executable, "-m", "services.forkserver.client"]
 SHOW = """
@@ -152,19 +151,6 @@ def test_a_ray_worker_outlives_its_client_and_stays_in_its_group(folder: Path, e
     assert gone(pid)
 
 
-def test_a_fork_is_never_in_the_servers_group(
-    server: subprocess.Popen[bytes], folder: Path, environment: dict[str, str]
-) -> None:
-    """Ray ends a worker's whole process group. Here the client is in another session, whose group the fork cannot
-    join."""
-    command = [*CLIENT, script(folder, WAIT, "default_worker.py")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as other:
-        assert other.stdout
-        pid = int(other.stdout.readline())
-        assert os.getpgid(pid) == pid != os.getpgid(server.pid)
-        os.kill(pid, signal.SIGKILL)
-
-
 def worker(folder: Path, environment: dict[str, str], job: str) -> dict[str, Any]:
     """Starts a worker of a Ray job through the client, and returns what it prints about itself."""
     out = folder / f"{secrets.token_hex(4)}.out"
@@ -192,73 +178,6 @@ def test_each_of_rays_jobs_has_a_server_that_has_imported_ray_and_then_what_its_
     assert first["parent"] == second["parent"] == third["parent"] not in (server.pid, other["parent"])
 
 
-def test_a_jobs_server_ends_after_its_last_fork(folder: Path, environment: dict[str, str]) -> None:
-    path = environment[forkserver.VARIABLE]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(forkserver.RAYLET_VARIABLE, str(os.getpid()))
-        client._start_server(path, "job", ["tabnanny"], idle_seconds=0.1)
-        assert Path(f"{path}.job").exists()
-    deadline = time.monotonic() + SECONDS
-    while Path(f"{path}.job").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-SPAWN = """
-import multiprocessing, os, sys
-from services.forkserver.client import spawn_forks
-
-def answer(queue):
-    queue.put((os.getpid(), os.getppid(), "tabnanny" in sys.modules, multiprocessing.current_process().name))
-    sys.exit(7)
-
-if __name__ == "__main__":
-    spawn_forks()
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=answer, args=(queue,), name="named")
-    process.start()
-    pid, parent, imported, name = queue.get(timeout=60)
-    process.join()
-    print([imported, name, process.exitcode, pid != process.pid, parent != os.getpid()])
-"""
-
-
-def test_what_a_worker_spawns_is_a_fork(folder: Path, environment: dict[str, str]) -> None:
-    """The child of `multiprocessing` gets its arguments, and its parent gets its exit status."""
-    start_ray.write_launcher(environment[forkserver.VARIABLE])
-    command = [sys.executable, script(folder, SPAWN)]
-    environment |= {forkserver.JOB_VARIABLE: "01"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=SECONDS)
-    assert done.stdout.decode().strip() == "[True, 'named', 7, True, True]"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "modules",
-    [
-        "services.training.driver.WORKERS_IMPORT",
-        "services.serving.app.IMPORTS",
-        "services.forkserver.client.DRIVERS_IMPORT",
-    ],
-)
-def test_what_is_imported_lets_processes_be_forked(modules: str) -> None:
-    """The imports start no thread and draw none of Ray's random ids, which all forks would share."""
-    program = f"""
-import importlib
-from services.forkserver import loaded_ray, server
-import {modules.rpartition(".")[0]}
-for module in {modules}:
-    importlib.import_module(module)
-print(server._obstacle_now(), loaded_ray.has_drawn())
-loaded_ray.UniqueID.from_random()
-print(loaded_ray.has_drawn())
-"""
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, check=True)
-    assert done.stdout.decode().splitlines()[-2:] == ["None False", "True"]
-
-
 @pytest.mark.parametrize("variable", ["{folder}/nobody.sock", None])
 def test_without_a_server_the_client_becomes_the_command(folder: Path, variable: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != forkserver.VARIABLE}
@@ -271,42 +190,3 @@ def test_without_a_server_the_client_becomes_the_command(folder: Path, variable:
     shown = json.loads(out)
     assert (shown["pid"], shown["imported"]) == (client.pid, False)
     assert (b"The server that forks processes does not answer" in said) == bool(variable)
-
-
-def test_a_server_with_threads_does_not_fork(folder: Path) -> None:
-    (folder / "threads.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()\n"
-    )
-    environment = {"PYTHONPATH": f"{folder}:{Path(__file__).parents[3]}", forkserver.RAYLET_VARIABLE: str(os.getpid())}
-    server = start_server(folder, ("threads",), environment)
-    try:
-        own = os.environ | {forkserver.VARIABLE: str(folder / "fork.sock")}
-        with subprocess.Popen(
-            [*CLIENT, "--wait", script(folder, SHOW)], env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as client:
-            out, said = client.communicate(timeout=SECONDS)
-        assert json.loads(out)["pid"] == client.pid
-        assert b"does not answer" in said
-        assert "has threads" in (folder / "log").read_text()
-    finally:
-        server.kill()
-        server.wait()
-
-
-def test_a_server_ends_with_the_process_that_started_ray(folder: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE) as raylet:
-        server = start_server(folder, ("tabnanny",), {forkserver.RAYLET_VARIABLE: str(raylet.pid)})
-        raylet.kill()
-    assert server.wait(SECONDS) == 0
-    assert not (folder / "fork.sock").exists()
-
-
-def test_only_its_user_may_ask_a_server(server: subprocess.Popen[bytes], folder: Path) -> None:
-    assert (folder / "fork.sock").stat().st_mode & 0o077 == 0
-
-
-def test_what_is_imported_holds_nothing_of_ray() -> None:
-    """Ray's library reads a worker's settings from the environment when it is loaded, and only then."""
-    program = f"import importlib, sys; [importlib.import_module(m) for m in {MODULES}]; print('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, check=True)
-    assert done.stdout.split()[-1] == b"False"
