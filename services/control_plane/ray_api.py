@@ -296,6 +296,11 @@ class RayApi:
                 self._view = self._read(await self._serve_status(), await self._prefix())
             return self._view
 
+    def last_view(self, seconds: float) -> ServeView | None:
+        """Returns what `look` saw last, without asking Ray. Returns None if that is longer ago than `seconds`, or if
+        the applications have been changed since."""
+        return self._view if self._view and time.monotonic() - self._view.seen_at <= seconds else None
+
     async def load(self, app_name: str) -> Load | None:
         """Returns the load of the application's replicas that answer. Returns None if none answers, or Ray does not."""
         try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from cachetools import TTLCache
 from fastapi import Response
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,7 +31,7 @@ from services.control_plane.models.deployments import deployments
 from services.control_plane.models.deployments import settings as deployment_settings
 from services.control_plane.models.deployments.engines import Engine, engine_of
 from services.control_plane.models.models import NamedModel
-from services.control_plane.ray_api import RayApi
+from services.control_plane.ray_api import RayApi, ServeView
 from services.control_plane.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ LOOK_SECONDS = 0.5  # how often a waiting request checks whether its model runs
 ASK_SECONDS = 2.0  # how often waiting requests have their model's row in `deployments` written again
 STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; a mark expires after MARK_SECONDS
 LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, because the next request often follows soon
+VIEW_SECONDS = 2.0  # a model that ran so recently is asked without looking at Ray Serve first
+FOUND_SECONDS = 1.0  # for how long a change or deletion of a model may go unnoticed
+MAX_FOUND = 10_000
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
 
 
@@ -73,6 +77,15 @@ class _Use:
         self.in_flight, self.shared_at = self.in_flight + in_flight, now
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the database says about a model that a request names."""
+
+    model: NamedModel
+    engine: Engine
+    num_gpus: float  # of the engine
+
+
 class Inference:
     """Forwards requests for completions to the Ray Serve applications of models, and keeps models with requests
     loaded."""
@@ -84,6 +97,8 @@ class Inference:
         )
         self._replica = secrets.token_hex(4)  # the name of this control plane in its marks
         self._marking = asyncio.Lock()
+        # By project and the model's name. Reading them anew takes longer than all the rest of a request.
+        self._found: TTLCache[tuple[str, str], _Found] = TTLCache(MAX_FOUND, FOUND_SECONDS)
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
@@ -127,17 +142,19 @@ class Inference:
         answer on in pieces, as it arrives. Raises NotFound for an unknown model, InvalidRequest for a reward model, and
         Unavailable if the model is not ready in time.
         """
-        async with caller.look() as session:
-            model = await models.find(session, self._settings, name)
-            engine = await self._engine_of(session, model, meter)
-        if model.num_outputs:
+        found = self._found.get((caller.project_id, name))
+        if found is None:
+            async with caller.look() as session:
+                found = await self._look_up(session, await models.find(session, self._settings, name))
+            await self._note_use(found)
+            self._found[caller.project_id, name] = found
+        if found.model.num_outputs:
             message = (
-                f"The model '{model.id}' is a reward model, which scores texts and cannot write any; "
+                f"The model '{name}' is a reward model, which scores texts and cannot write any; "
                 "send texts to POST /v1/x/rewards."
             )
             raise InvalidRequest(message, param="model", code="invalid_value")
-        await self._note_use(model, engine)
-        return await self._forwarded(engine, path, body, meter, streams=streams)
+        return await self._forwarded(found, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
         """Requests that the model's engine is loaded, and returns without waiting until it is."""
@@ -153,26 +170,25 @@ class Inference:
         counts the answer's tokens.
         """
         async with self._store.begin() as session:
-            engine = await self._engine_of(session, model, meter)
-        await self._note_use(model, engine)
-        return bytes((await self._forwarded(engine, path, body, meter, streams=False)).body)
+            found = await self._look_up(session, model)
+        await self._note_use(found)
+        return bytes((await self._forwarded(found, path, body, meter, streams=False)).body)
 
-    async def _engine_of(self, session: AsyncSession, model: NamedModel, meter: Meter) -> Engine:
-        """Returns the engine that answers for the model, and sets the meter's number of GPUs to that of the engine."""
+    async def _look_up(self, session: AsyncSession, model: NamedModel) -> _Found:
         engine = await engine_of(session, self._settings, model)
         own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
         num_gpus = self._settings.num_gpus_of(own)
-        meter.num_gpus = min(num_gpus, 1) if model.num_outputs else num_gpus
-        return engine
+        return _Found(model, engine, min(num_gpus, 1) if model.num_outputs else num_gpus)
 
-    async def _note_use(self, model: NamedModel, engine: Engine) -> None:
+    async def _note_use(self, found: _Found) -> None:
         """Records every few minutes that an adapter is in use. This is needed because the engine's row in `deployments`
         names only the adapter's base model."""
-        if engine.adapter and models.must_note_use(model):
+        if found.engine.adapter and models.must_note_use(found.model):
             async with self._store.begin() as session:
-                await models.note_use(session, model)
+                await models.note_use(session, found.model)
 
-    async def _forwarded(self, engine: Engine, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
+    async def _forwarded(self, found: _Found, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
+        engine, meter.num_gpus = found.engine, found.num_gpus
         base_url = await self._wait_until_served(engine)
         share = self._uses[engine.app_name].share
         answer: Answer | None = None
@@ -218,6 +234,9 @@ class Inference:
 
         Raises Unavailable after `model_wait_seconds`, or if the model cannot be loaded.
         """
+        last = self._ray_api.last_view(VIEW_SECONDS)
+        if last and await self._enters(engine, last):
+            return str(last.base_url)
         deadline = time.monotonic() + self._settings.model_wait_seconds
         while time.monotonic() < deadline:
             try:
@@ -229,8 +248,8 @@ class Inference:
                 async with self._store.begin() as session:
                     await deployments.forget(session, engine.app_name)  # so that the next request loads it again
                 raise self._unavailable(engine, f"could not be loaded: {app.message}")
-            if app and app.state == "running" and view.base_url and await self._enter(engine):
-                return view.base_url
+            if await self._enters(engine, view):
+                return str(view.base_url)
             await self._ask(engine)
             await asyncio.sleep(LOOK_SECONDS)
         async with self._store.begin() as session:
@@ -246,6 +265,12 @@ class Inference:
             use.asked_at = time.monotonic()
             async with self._store.begin() as session:
                 await deployments.use(session, engine.loaded)
+
+    async def _enters(self, engine: Engine, view: ServeView) -> bool:
+        """Counts one more request to the engine as in flight, and returns True, if the engine runs and accepts new
+        requests."""
+        app = view.applications.get(engine.app_name)
+        return bool(app and app.state == "running" and view.base_url) and await self._enter(engine)
 
     async def _enter(self, engine: Engine) -> bool:
         """Counts one more request to the model as in flight, and returns True.

@@ -208,6 +208,7 @@ def test_while_the_reference_loads_the_policy_need_not_score_again(
 
     row = [{"prompt": "the lazy", "completions": ["dog"]}]
     monkeypatch.setattr("services.control_plane.ray_api.VIEW_SECONDS", 0.0)
+    monkeypatch.setattr("services.control_plane.inference.inference.VIEW_SECONDS", 0.0)
     wanted = answered(ask(api, "dpo", row, beta=1))
     ASKED.clear()
     with monkeypatch.context() as patch:
