@@ -2,7 +2,9 @@
 
 import json
 import math
+import shlex
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +14,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from services import storage
+from services.contract import CheckRequest, SideJobResult
 from services.control_plane.core.store import migrate
 from services.control_plane.page.api import BUILT
 from tests.page.engine import Engine
@@ -23,6 +27,40 @@ from tests.services.web import running
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
+
+
+NO_ROWS: dict[str, Any] = {"count": 0, "first": []}
+LENGTHS = {"total": 168, "longest": 20, "histogram": {"8": 2, "16": 6, "32": 4}}
+CHECKED: dict[str, Any] = {  # what a check of a file with a model finds
+    "tokens": {
+        "num_rows": 12,
+        "num_groups": 12,
+        "num_kept": 11,
+        "num_held_out": 0,
+        "chosen_longer": 9,
+        "rejected_longer": 3,
+        "invalid": {},
+        "unread": {},
+        "truncated": {},
+        "shortest_too_long": 60,
+        "limit": 32,
+        "truncation": "drop",
+        **dict.fromkeys(("margins", "unasked", "unknown", "unended"), NO_ROWS),
+        "special_tokens": {"count": 1, "first": [3]},
+        "dropped": {"too_long": {"count": 1, "first": [7], "sentence": "Line 7 has 60 tokens."}},
+        "lengths": {"prompt": LENGTHS, "chosen": LENGTHS, "rejected": LENGTHS | {"longest": 9}},
+    },
+    "preview": [
+        {
+            "line": 1,
+            "dropped": None,
+            "prompt": "<|user|>Hi<|assistant|>",
+            "chosen": "It is 1.</s>",
+            "rejected": "No.</s>",
+        },
+        {"line": 7, "dropped": "too_long", "prompt": "<b>Why</b>\u202e?", "chosen": "Because.</s>", "rejected": None},
+    ],
+}
 
 
 class PageRay(LivelyRay):
@@ -46,6 +84,16 @@ class PageRay(LivelyRay):
         }
         held_out = {"eval/loss": told["loss"] + 0.05, "eval/rewards/margins": margin - 0.1}
         return told | (held_out if step % 10 == 0 else {})
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Ends each check of a file at once, with the same result for all files."""
+        if "services.training.check_program" not in body.get("entrypoint", ""):
+            return super().post(path, body)
+        request = CheckRequest.model_validate_json(storage.read_bytes(shlex.split(body["entrypoint"])[-1]))
+        result = SideJobResult(finished_at=time.time(), report=CHECKED)
+        storage.write_bytes(storage.join(request.folder_uri, "report.json"), result.model_dump_json().encode())
+        self.jobs[body["submission_id"]] = "SUCCEEDED"
+        return 200, {}
 
     def deploy(self, body: dict[str, Any]) -> None:
         """As Ray Serve does, with a replica that runs for each application."""

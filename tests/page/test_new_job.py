@@ -53,7 +53,7 @@ def test_a_job_is_made_of_a_file_with_bad_rows(new_job: Page, api: httpx.Client,
     findings = page.locator(".findings").first
     expect(findings).to_contain_text("25 rows, 24 pairs")
     expect(findings.get_by_role("link", name="5", exact=True)).to_be_visible()
-    expect(findings).to_contain_text("4 rows repeat an earlier row")
+    expect(findings).to_contain_text("4 rows repeating an earlier row")
     drop(page, "new validation file", "held out.jsonl", pairs(11))
     expect(page.locator(".findings").nth(1)).to_contain_text("11 rows, 11 pairs")
 

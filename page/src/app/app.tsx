@@ -5,6 +5,8 @@ import { href, route } from "../parts/route/route";
 import { SignIn } from "../views/sign-in/sign-in";
 import { Jobs } from "../views/jobs/jobs";
 import { Job } from "../views/job/job";
+import { Data } from "../views/data/data";
+import { File } from "../views/data/file";
 import { NewJob } from "../views/new-job/new-job";
 import { Ask } from "../views/ask/ask";
 
@@ -16,6 +18,7 @@ interface View {
 
 const VIEWS: View[] = [
   { name: "jobs", title: "Jobs", show: ([id]) => showJobs(id) },
+  { name: "data", title: "Data", show: ([id]) => (id ? <File key={id} id={id} /> : <Data />) },
   { name: "ask", title: "Ask", show: () => <Ask /> },
 ];
 

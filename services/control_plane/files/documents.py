@@ -3,7 +3,7 @@
 docs/wire/objects.md says what the fields mean.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -51,13 +51,75 @@ class PartDocument(TypedDict):
     upload_id: str
 
 
+class LinesDocument(TypedDict):
+    """How many rows have a property, and the lines of the first ten."""
+
+    count: int
+    first: list[int]
+
+
+class ReasonDocument(LinesDocument):
+    """The rows that were left out for one reason, with a sentence about the first of them."""
+
+    sentence: str
+
+
+class LengthsDocument(TypedDict):
+    """The tokens of one side of all rows. The histogram has powers of two, each with the number of rows that are at
+    most so long, and longer than half of it."""
+
+    total: int
+    longest: int
+    histogram: dict[str, int]
+
+
+class TokensDocument(TypedDict):
+    """What happened to the rows of a file while they were encoded for a model."""
+
+    num_rows: int
+    num_groups: int
+    num_kept: int
+    num_held_out: int
+    invalid: dict[str, ReasonDocument]
+    margins: LinesDocument
+    dropped: dict[str, ReasonDocument]
+    truncated: dict[str, LinesDocument]
+    special_tokens: LinesDocument
+    unasked: LinesDocument
+    unknown: LinesDocument
+    unended: LinesDocument
+    unread: dict[str, LinesDocument]
+    lengths: dict[str, LengthsDocument]
+    chosen_longer: int
+    rejected_longer: int
+    shortest_too_long: int | None
+    limit: int
+    truncation: str
+
+
+class PreviewDocument(TypedDict):
+    """A row as the model sees it, or the code of the reason why it is left out. The completions are learned."""
+
+    line: int
+    dropped: str | None
+    prompt: str
+    chosen: str
+    rejected: str | None
+
+
+class CheckReport(TypedDict):
+    survey: FeedbackReport | None
+    tokens: NotRequired[TokensDocument]
+    preview: NotRequired[list[PreviewDocument]]
+
+
 class CheckDocument(TypedDict):
     """`report` has the file's `survey`, and what encoding the rows for the model gave."""
 
     object: Literal["dataset.check"]
     id: str
     status: Literal["running", "failed", "completed"]
-    report: dict[str, Any]
+    report: CheckReport
     error: dict[str, Any] | None
 
 

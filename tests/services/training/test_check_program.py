@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from services import storage
 from services.contract import CheckRequest, Recipe, SideJobResult
+from services.control_plane.files.documents import CheckReport
 from services.training.check_program import Check, answer, check, in_turn
 from services.training.reports.reporting import JobFailed
 
@@ -36,6 +38,12 @@ def test_a_check_counts_tokens_and_shows_ten_rows_with_what_is_learned(make_reci
     prompt, chosen = (text.replace(" ", "") for text in (first.prompt, first.chosen))
     assert (prompt, chosen) == ("<|user|>Whatis0and0?<|assistant|>", "Itis0.</s>")
     assert first.rejected is not None
+
+
+def test_the_api_documents_what_a_check_finds(make_recipe: Any, tmp_path: Path) -> None:
+    found = checked(make_recipe(max_length=8), tmp_path).model_dump(mode="json")
+    described: Any = TypeAdapter(CheckReport).validate_python({"survey": None} | found)
+    assert described == {"survey": None} | found
 
 
 def test_a_check_writes_nothing_and_removes_what_it_unpacked(make_recipe: Any, pairs: str, tmp_path: Path) -> None:

@@ -60,8 +60,6 @@ export function Findings({ file }: { file: TrainingFile }) {
 
 type Lines = FileReport["contrary"];
 
-const NONE: Lines = { count: 0, lines: [] };
-
 function Finding({ file, of, is, children }: { file: TrainingFile; of: Lines; is: "bad" | "warn"; children: unknown }) {
   return (
     <li>
@@ -92,10 +90,10 @@ function longer({ num_chosen_longer: chosen, num_rejected_longer: rejected }: Fi
 
 function warnings({ duplicates, contrary }: FileReport): [Lines, string][] {
   const found: [Lines, string][] = [
-    [duplicates.groups, "repeat an earlier row."],
-    [duplicates.prompts ?? NONE, "have the prompt of an earlier row."],
-    [duplicates.contradictions, "prefer what an earlier row rejects."],
-    [contrary, "rate the rejected answer higher, in columns that are not read."],
+    [duplicates.groups, "repeating an earlier row."],
+    [duplicates.prompts, "with the prompt of an earlier row."],
+    [duplicates.contradictions, "preferring what an earlier row rejects."],
+    [contrary, "rating the rejected answer higher, in columns that are not read."],
   ];
   return found.filter(([lines]) => lines.count);
 }
