@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ import pytest
 
 from tests.services.control_plane.conftest import one_certificate  # noqa: F401  # a command makes a client each time
 
+PAIR = {"prompt": "Do you have a red saw?", "chosen": "Yes, gladly!", "rejected": "Aisle 3."}
+CSV = "step,train_loss\n1,0.69\n2,0.5\n"
 NO_RAY = "http://127.0.0.1:9"  # nothing answers there: jobs are taken, and wait
 
 
@@ -108,3 +111,39 @@ def raydpo(service, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAYDPO_HOME", str(service.home))
     return lambda *arguments, **options: CliRunner().invoke(app, [str(each) for each in arguments], **options)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text((json.dumps(PAIR) + "\n") * 20)
+    return file
+
+
+@pytest.fixture
+def job_id(raydpo):
+    made = raydpo("jobs", "create", "--model", "tiny", "--file", "hf://datasets/org/name/[/red]/a.jsonl").stdout.strip()
+    yield made
+    raydpo("jobs", "cancel", made)
+
+
+@pytest.fixture
+def trained(raydpo, database, job_id, tmp_path):
+    """Adds to a job what its training would have reported: two steps, a checkpoint, and a result file."""
+    metrics = {1: {"train_loss": 0.69, "learning_rate": 1e-6}, 2: {"train_loss": 0.5, "train_reward_accuracy": 0.75}}
+    for step, told in metrics.items():
+        event = (f"ftevent-{job_id}-{step}", job_id, step, step, f"Step {step}/2", json.dumps(told | {"step": step}))
+        columns = "public_id, job_id, attempt, seq, step, level, type, message, data"
+        database.execute(f"INSERT INTO events ({columns}) VALUES (%s, %s, 1, %s, %s, 'info', 'metrics', %s, %s)", event)
+    saved = (f"ftckpt-{job_id}", job_id, "file:///nowhere", f"ft:tiny:raydpo::{job_id[6:]}", json.dumps({"loss": 0.5}))
+    columns = "id, job_id, step, uri, model_id, metrics"
+    database.execute(f"INSERT INTO checkpoints ({columns}) VALUES (%s, %s, 2, %s, %s, %s)", saved)
+    model = (saved[3], saved[2], job_id)
+    columns = "id, source, root, project_id, job_id"
+    database.execute(f"INSERT INTO models ({columns}) VALUES (%s, %s, 'tiny', 'proj_default', %s)", model)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    result = raydpo("files", "upload", rows).stdout.strip()
+    database.execute("UPDATE jobs SET result_file = %s WHERE id = %s", (result, job_id))
+    database.commit()
+    return job_id, saved[3]

@@ -1,81 +1,11 @@
-"""Tests commands that list items, over several pages, as a table or as JSON, and commands that show a job's metrics."""
+"""Tests commands that list items, over several pages, as a table or as JSON."""
 
 import json
+from itertools import islice
 
 import pytest
 
-CSV = "step,train_loss\n1,0.69\n2,0.5\n"
-
-
-@pytest.fixture
-def job_id(raydpo):
-    made = raydpo("jobs", "create", "--model", "tiny", "--file", "hf://datasets/org/name/[/red]/a.jsonl").stdout.strip()
-    yield made
-    raydpo("jobs", "cancel", made)
-
-
-@pytest.fixture
-def trained(raydpo, database, job_id, tmp_path):
-    """Adds to a job what its training would have reported: two steps, a checkpoint, and a result file."""
-    metrics = {1: {"train_loss": 0.69, "learning_rate": 1e-6}, 2: {"train_loss": 0.5, "train_reward_accuracy": 0.75}}
-    for step, told in metrics.items():
-        event = (f"ftevent-{job_id}-{step}", job_id, step, step, f"Step {step}/2", json.dumps(told | {"step": step}))
-        columns = "public_id, job_id, attempt, seq, step, level, type, message, data"
-        database.execute(f"INSERT INTO events ({columns}) VALUES (%s, %s, 1, %s, %s, 'info', 'metrics', %s, %s)", event)
-    saved = (f"ftckpt-{job_id}", job_id, "file:///nowhere", f"ft:tiny:raydpo::{job_id[6:]}", json.dumps({"loss": 0.5}))
-    columns = "id, job_id, step, uri, model_id, metrics"
-    database.execute(f"INSERT INTO checkpoints ({columns}) VALUES (%s, %s, 2, %s, %s, %s)", saved)
-    model = (saved[3], saved[2], job_id)
-    columns = "id, source, root, project_id, job_id"
-    database.execute(f"INSERT INTO models ({columns}) VALUES (%s, %s, 'tiny', 'proj_default', %s)", model)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    result = raydpo("files", "upload", rows).stdout.strip()
-    database.execute("UPDATE jobs SET result_file = %s WHERE id = %s", (result, job_id))
-    database.commit()
-    return job_id, saved[3]
-
-
-def test_a_job_s_events_checkpoints_metrics_and_results_are_shown(raydpo, trained):
-    job_id, policy = trained
-    told = [line.split("\t") for line in raydpo("jobs", "events", job_id).stdout.splitlines()]
-    assert told[-1][1:] == ["info", f"Created fine-tuning job: {job_id}"]
-    assert [message for _, _, message in told if message.startswith("Step")] == ["Step 2/2", "Step 1/2"]
-    assert len(raydpo("jobs", "events", job_id, "--limit", 2).stdout.splitlines()) == 2
-    steps = [
-        each for each in json.loads(raydpo("jobs", "events", job_id, "--json").stdout) if each["type"] == "metrics"
-    ]
-    assert steps[0]["data"]["train_loss"] == 0.5
-    (checkpoint,) = raydpo("jobs", "checkpoints", job_id).stdout.splitlines()
-    assert checkpoint.split("\t")[1:3] == ["2", policy]
-    assert checkpoint.endswith("\tloss 0.5000")
-    assert json.loads(raydpo("jobs", "checkpoints", job_id, "--json").stdout)[0]["step_number"] == 2
-    shown = raydpo("jobs", "metrics", job_id).stdout
-    assert shown == "step 1  loss 0.6900\nstep 2  loss 0.5000  accuracy 75%\n"
-    assert raydpo("jobs", "metrics", job_id, "--points", 1).stdout == "step 2  loss 0.5950  accuracy 75%\n"
-    assert json.loads(raydpo("jobs", "metrics", job_id, "--json").stdout)["metrics"]["learning_rate"]["mean"][0] == 1e-6
-    assert raydpo("jobs", "results", job_id).stdout.startswith('{"prompt"')
-
-
-def test_a_job_without_results_says_where_to_look(raydpo, job_id):
-    refused = raydpo("jobs", "results", job_id)
-    assert refused.exit_code == 1
-    assert f"{job_id} is queued and has no result file; `raydpo jobs metrics {job_id}` shows" in refused.stderr
-
-
-def test_a_policy_is_shared_with_projects_and_no_longer(raydpo, trained):
-    _, policy = trained
-    projects = [raydpo("projects", "create", name).stdout.strip() for name in ("b", "c")]
-    shared = raydpo("models", "share", policy, *projects)
-    assert shared.exit_code == 0, shared.output
-    assert {line.split("\t")[0] for line in shared.stdout.splitlines()} == set(projects)
-    assert raydpo("models", "unshare", policy, projects[0]).stdout == f"no longer shared with {projects[0]}\n"
-    (left,) = json.loads(raydpo("models", "share", policy, "--json").stdout)
-    assert left["project_id"] == projects[1]
-    refused = raydpo("models", "unshare", policy, projects[0])
-    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
-    for project in projects:
-        raydpo("projects", "archive", project)
+from services.cli.lists import _items
 
 
 def test_lists_go_beyond_their_first_page(raydpo, database):
@@ -132,3 +62,42 @@ def test_an_id_that_is_empty_is_refused_as_such(raydpo, command):
     refused = raydpo(*command, "")
     assert refused.exit_code == 2
     assert "Invalid value for 'ID': the id must not be empty" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["files", "jobs", "webhooks", "keys", "projects", "models"])
+def test_a_list_shows_twenty_or_so_many_as_are_asked_for_and_says_that_more_follow(raydpo, pairs, kind):
+    files = [raydpo("files", "upload", pairs).stdout.strip() for _ in range(2)] if kind in ("files", "jobs") else []
+    make = {
+        "jobs": ("create", "--model", "tiny", "--file", *files[:1]),
+        "webhooks": ("create", "https://example.com/hook"),
+        "keys": ("create", "listed"),
+        "projects": ("create", "listed"),
+    }
+    for number in range(2 if kind in make else 0):
+        words = [f"listed-{number}" if word == "listed" else word for word in make[kind]]
+        assert raydpo(kind, *words).exit_code == 0
+    shown = raydpo(kind, "list", "--limit", 1)
+    assert len(shown.stdout.splitlines()) == 1
+    more = "The list has more items than --limit 1; raise --limit to show more.\n"
+    assert shown.stderr == ("" if kind == "models" else more)
+    (first,) = json.loads(raydpo(kind, "list", "--limit", 1, "--json").stdout)
+    assert first["id"] == shown.stdout.split("\t")[0]
+    assert raydpo(kind, "list", "--limit", 0).exit_code == 2
+    if kind == "webhooks":
+        for line in raydpo(kind, "list").stdout.splitlines():
+            raydpo(kind, "delete", line.split("\t")[0])
+
+
+def test_a_list_asks_for_no_more_pages_than_it_shows():
+    asked = []
+
+    class Pages:
+        def get(self, path, *, cast_to, options):
+            asked.append(dict(options["params"]))
+            return {"data": [{"id": len(asked)}] * options["params"]["limit"], "has_more": True, "last_id": len(asked)}
+
+    assert len(list(islice(_items(Pages(), "/files", 21, {}), 21))) == 21
+    assert asked == [{"limit": 21}]
+    assert len(list(islice(_items(Pages(), "/files", 150, {}), 150))) == 150
+    assert asked[1:] == [{"limit": 100}, {"limit": 100, "after": 2}]
