@@ -27,6 +27,7 @@ SHARES = {  # results that are printed as percentages
     "length_controlled_win_rate",
     "order_disagreement",
     "agreement",
+    "accuracy",
     "repetition",
     "unfinished",
 }
@@ -36,10 +37,11 @@ SHARES = {  # results that are printed as percentages
 def create(
     client: "OpenAI",
     kind: Annotated[
-        Literal["compare", "score"],
+        Literal["compare", "score", "preferences", "drift"],
         typer.Argument(
             help="What to find out: `compare` says which of two models answers better, `score` how good the answers "
-            "of one model are."
+            "of one model are, `preferences` whether the model prefers what people preferred, `drift` how far it has "
+            "moved from its reference."
         ),
     ],
     model: Annotated[str, typer.Option(help="Name of the policy, checkpoint or base model to evaluate.")],
@@ -61,6 +63,17 @@ def create(
     ] = None,
     criteria: Annotated[
         str | None, typer.Option(help="What a judge that is a model is to look at. Default: the service's criteria.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="For `preferences` and `drift`: name of the reference model. Default: the reference of the policy's "
+            "job."
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="For `preferences`: factor of the log-ratios. Default: the beta of the policy's job."),
     ] = None,
     max_items: Annotated[
         int | None, typer.Option(help="Maximum number of the file's rows to take. Default: 200.", min=1)
@@ -84,6 +97,8 @@ def create(
         "model": model,
         "baseline": baseline,
         "judge": _judge(judge, criteria),
+        "reference": reference,
+        "beta": beta,
         "max_items": max_items,
         "sampling": {name: value for name, value in sampling.items() if value is not None} or None,
         "file": send_file(client, Path(file), reading(columns, None)).id if Path(file).is_file() else file,
@@ -175,8 +190,7 @@ def items(
 
 def _print(item: Item) -> None:
     what = [("evaluation", item["id"]), ("kind", item["kind"]), ("model", item["model"])]
-    if baseline := item["request"].get("baseline"):
-        what.append(("baseline", baseline))
+    what += [(name, item["request"][name]) for name in ("baseline", "reference") if item["request"].get(name)]
     if judge := item["request"].get("judge"):
         what.append(("judge", judge.get("model") or " ".join(filter(None, (judge["type"], judge.get("pattern"))))))
     rows = [(name, value, "") for name, value in (*what, ("state", _state(item)))]
@@ -195,4 +209,4 @@ def result_rows(results: Mapping[str, Any], where: str = "") -> Iterator[tuple[s
         elif isinstance(value, dict):
             yield from result_rows(value, label)
         elif value is not None:
-            yield label, form.format(value), ""
+            yield label, value if isinstance(value, str) else form.format(value), ""

@@ -1,6 +1,7 @@
 """The routes below /v1/x/evaluations, which create, list, show and cancel evaluations, and list their items."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -53,14 +54,21 @@ async def _groups(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
     assert body.file is not None
     async with store.begin() as session:
         file = await files.find_checked(session, body.file, param="file")
-    return await anyio.to_thread.run_sync(rows.read_file, file.uri, reading_of(file), body.max_items)
+    read = partial(rows.read_file, only_labelled=body.kind == "preferences")
+    return await anyio.to_thread.run_sync(read, file.uri, reading_of(file), body.max_items)
 
 
 def _check(body: CreateEvaluation, groups: list[Group]) -> None:
     """Raises InvalidRequest if there are no rows, or a row lacks what the evaluation needs."""
     where = "rows" if body.rows is not None else "file"
     if not groups:
-        raise InvalidRequest("The file has no row that can be used; upload another file.", param=where)
+        what = " with a better and a worse completion" if body.kind == "preferences" else ""
+        raise InvalidRequest(f"The file has no row{what} that can be used; name another file.", param=where)
+    if body.kind == "preferences":
+        for group in groups:
+            if not rows.labelled(group):
+                message = f"Row {group.line} needs at least two completions, the best one first."
+                raise InvalidRequest(message, param=f"rows.{group.line - 1}.completions")
     if body.judge is not None and body.judge.type == "exact":
         for group in groups:
             if not group.completions:

@@ -8,15 +8,17 @@ from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.evaluations.rules import InvalidPattern, Rule, check_pattern
 from services.control_plane.http.validation import Text
 
-Kind = Literal["compare", "score"]
+Kind = Literal["compare", "score", "preferences", "drift"]
 
 MOST_ITEMS, MOST_INLINE = 1000, 256
 OF_ALL_KINDS = {"kind", "model", "file", "rows", "max_items"}
 OF_KIND: dict[str, set[str]] = {  # the fields that only some kinds have
     "compare": {"baseline", "judge", "sampling"},
     "score": {"judge", "sampling"},
+    "preferences": {"reference", "beta"},
+    "drift": {"reference", "sampling"},
 }
-NEEDED: dict[str, tuple[str, ...]] = {"compare": ("judge",), "score": ("judge",)}
+NEEDS_JUDGE = ("compare", "score")
 
 _MESSAGE = {"type": "object", "properties": {"role": {"type": "string"}, "content": {"type": "string"}}}
 _TEXT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": _MESSAGE}]}
@@ -97,7 +99,9 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: Kind = Field(
-        description="`compare`: which of two models answers better. `score`: how good a model's answers are."
+        description="`compare`: which of two models answers better. `score`: how good a model's answers are. "
+        "`preferences`: whether a policy, or a reward model, prefers what people preferred. `drift`: how far a policy "
+        "has moved from its reference."
     )
     model: Text = Field(description="The policy, checkpoint or base model to evaluate.")
     baseline: Text | None = Field(
@@ -105,6 +109,15 @@ class Spec(BaseModel):
         description="Only of `compare`: the model to compare with. Without it: the base model of the policy.",
     )
     judge: Judge | None = Field(default=None, description="Who judges the answers.")
+    reference: Text | None = Field(
+        default=None,
+        description="Only of `preferences` and `drift`: the model to compare the policy with. Without it: the "
+        "reference of the policy's job.",
+    )
+    beta: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Only of `preferences`: the factor of the log-ratios. Without it: the beta of the policy's job.",
+    )
     sampling: Sampling = Field(default_factory=Sampling, description="How answers are sampled.")
     file: Text | None = Field(
         default=None, description="Id of an uploaded file whose prompts are taken. Send this or `rows`."
@@ -133,10 +146,9 @@ class CreateEvaluation(Spec):
             listed = ", ".join(sorted(allowed))
             message = f"An evaluation of the kind '{self.kind}' has no field '{name}'. It can have: {listed}."
             raise InvalidRequest(message, param=name, code="unknown_parameter")
-        for name in NEEDED[self.kind]:
-            if getattr(self, name) is None:
-                message = f"An evaluation of the kind '{self.kind}' needs the field '{name}'."
-                raise InvalidRequest(message, param=name, code="missing_required_parameter")
+        if self.kind in NEEDS_JUDGE and self.judge is None:
+            message = f"An evaluation of the kind '{self.kind}' needs the field 'judge'."
+            raise InvalidRequest(message, param="judge", code="missing_required_parameter")
         if (self.file is None) == (self.rows is None):
             message = "An evaluation takes its prompts from one place; send either 'file' or 'rows'."
             raise InvalidRequest(message, param="file", code="missing_required_parameter")

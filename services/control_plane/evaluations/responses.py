@@ -11,6 +11,7 @@ from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem
 from services.control_plane.evaluations.kinds.judging import agreed
 
+INTERNAL = {"scored"}  # what one stage leaves to the next: token ids and log-probabilities
 OUTCOMES = {"first": "win", "second": "loss", "neither": "tie"}
 
 
@@ -49,7 +50,7 @@ def _estimated_finish(row: Evaluation) -> int | None:
 
 
 def item_object(row: EvaluationItem, num_stages: int) -> dict[str, Any]:
-    found = dict(row.found)
+    found = {name: value for name, value in row.found.items() if name not in INTERNAL}
     if "verdicts" in found:
         found["outcome"] = OUTCOMES[agreed(found["verdicts"])]
     return {

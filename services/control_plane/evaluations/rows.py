@@ -42,13 +42,14 @@ def _read(number: int, row: Row) -> Group:
     return Group(group.prompt, (), group.line, tools=group.tools, template_arguments=group.template_arguments)
 
 
-def read_file(uri: str, reading: Reading, most: int) -> list[Group]:
-    """Returns the first `most` groups (prompts with their completions) of a checked file. Leaves out invalid rows."""
+def read_file(uri: str, reading: Reading, most: int, *, only_labelled: bool) -> list[Group]:
+    """Returns the first `most` groups (prompts with their completions) of a checked file. Leaves out invalid rows, and
+    with `only_labelled` those in which people prefer no completion."""
     groups: list[Group] = []
     with storage.open_input(uri) as source:
         for record in read_records(json_lines(source), columns=reading.columns):
             if record.problem is None:
-                groups += record.groups
+                groups += [group for group in record.groups if not only_labelled or labelled(group)]
             if len(groups) >= most:
                 break
     return groups[:most]

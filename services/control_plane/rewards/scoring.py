@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from cachetools import TTLCache
 from pydantic import ValidationError
 
 from dpo_core.data.groups import Group
-from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored, TextGroup, TextsToScore, TokensToScore
+from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored, TextGroup, TextsToScore, TokenGroup, TokensToScore
 from services.control_plane.core.errors import ApiError
 from services.control_plane.inference.inference import Inference
 from services.control_plane.inference.metering import Meter
@@ -46,20 +47,35 @@ class Scoring:
         The policy's engine encodes the texts, as in training, and scores them. The reference model scores the same
         token ids. It is requested at the start, so that both models load at the same time if there is room for both.
         """
-        texts = TextsToScore(groups=list(map(_on_wire, groups)), today=judge.today).model_dump_json().encode()
         if judge.reference is None or judge.beta is None:
-            scored = _read(judge.model, await self._ask(judge.model, SCORE_TEXTS, texts, meter_of))
-            return Judgement(_explicit(scored), _count(scored))
+            scored = await self.score_texts(judge.model, groups, meter_of, today=judge.today)
+            return Judgement(explicit_rewards(scored), _count(scored))
         await self._inference.want(judge.reference)
+        texts = _texts(groups, judge.today)
         key = judge.model.app_name, hashlib.sha256(texts).digest()
         answer = self._kept.get(key) or await self._ask(judge.model, SCORE_TEXTS, texts, meter_of)
         if len(answer) < MOST_KEPT_BYTES:
             self._kept[key] = answer
         scored = _read(judge.model, answer)
-        tokens = TokensToScore(groups=scored.groups, vocabulary=scored.vocabulary).model_dump_json().encode()
-        reference = _read(judge.reference, await self._ask(judge.reference, SCORE_TOKENS, tokens, meter_of))
+        reference = await self.score_tokens(judge.reference, scored.groups, scored.vocabulary, meter_of)
         self._kept.pop(key, None)
-        return Judgement(_implicit(judge.beta, scored, reference), _count(scored) + _count(reference))
+        return Judgement(implicit_rewards(judge.beta, scored, reference), _count(scored) + _count(reference))
+
+    async def score_texts(
+        self, model: NamedModel, groups: Sequence[Group], meter_of: Callable[[str], Meter], *, today: date | None
+    ) -> Scored:
+        """Has the model encode and score the groups' completions.
+
+        `today` is for chat templates that write the date.
+        """
+        return _read(model, await self._ask(model, SCORE_TEXTS, _texts(groups, today), meter_of))
+
+    async def score_tokens(
+        self, model: NamedModel, groups: Sequence[TokenGroup], vocabulary: str, meter_of: Callable[[str], Meter]
+    ) -> Scored:
+        """Has the model score token ids of the given vocabulary. Raises InvalidRequest if its own is another."""
+        tokens = TokensToScore(groups=list(groups), vocabulary=vocabulary).model_dump_json().encode()
+        return _read(model, await self._ask(model, SCORE_TOKENS, tokens, meter_of))
 
     async def _ask(self, model: NamedModel, path: str, body: bytes, meter_of: Callable[[str], Meter]) -> bytes:
         return await self._inference.ask(model, path, body, meter_of(model.id))
@@ -69,18 +85,24 @@ def _count(scored: Scored) -> int:
     return scored.usage["prompt_tokens"]
 
 
-def _explicit(scored: Scored) -> list[list[Judged]]:
+def explicit_rewards(scored: Scored) -> list[list[Judged]]:
+    """Returns the rewards by group and completion, from the outputs of a reward model."""
     return [
         [explicit(outputs, length) for outputs, length in zip(*row, strict=True)]
         for row in zip(scored.outputs, scored.num_tokens, strict=True)
     ]
 
 
-def _implicit(beta: float, policy: Scored, reference: Scored) -> list[list[Judged]]:
+def implicit_rewards(beta: float, policy: Scored, reference: Scored) -> list[list[Judged]]:
+    """Returns the rewards by group and completion, from the log-probabilities of a policy and its reference."""
     return [
         [implicit(beta, logp, reference_logp, length) for (logp,), (reference_logp,), length in zip(*row, strict=True)]
         for row in zip(policy.outputs, reference.outputs, policy.num_tokens, strict=True)
     ]
+
+
+def _texts(groups: Sequence[Group], today: date | None) -> bytes:
+    return TextsToScore(groups=list(map(_on_wire, groups)), today=today).model_dump_json().encode()
 
 
 def _on_wire(group: Group) -> TextGroup:

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_core.data.groups import Group
 from dpo_core.data.messages import Text
-from services.contract import storable
+from services.contract import Scored, TokenGroup, storable
 from services.control_plane.core.errors import ApiError
 from services.control_plane.evaluations.requests import Sampling
 from services.control_plane.evaluations.rows import said
@@ -18,6 +18,9 @@ from services.control_plane.rewards.judges import Judge
 from services.control_plane.rewards.preferences import Judged
 from services.control_plane.rewards.scoring import Scoring
 
+# A model's own config may cut its distribution, where a request says nothing.
+WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
 
 @dataclass(frozen=True)
 class Models:
@@ -27,6 +30,7 @@ class Models:
     inference: Inference
     scoring: Scoring
     meter_of: Callable[[str], Meter]
+    vocabularies: dict[str, str] = field(default_factory=dict)  # digests, by the names of applications
 
     async def answer(self, model: NamedModel, group: Group, sampling: Sampling, number: int) -> dict[str, Any]:
         """Returns the model's answer to the group's prompt, as a JSON object: `text`, `num_tokens`, and whether it
@@ -34,22 +38,35 @@ class Models:
 
         `number` is that of the item, which makes the seed its own.
         """
-        options = {**sampling.model_dump(), "seed": (sampling.seed + number) % 2**31}
-        choice, usage = await self._complete(model, group, options)
-        text = choice["text"] if "text" in choice else said(choice["message"])
-        return {
-            "text": storable(text),
-            "num_tokens": usage["completion_tokens"],
-            "is_finished": choice["finish_reason"] != "length",
-        }
+        return _answer(await self._complete(model, group, _options(sampling, number)))
+
+    async def sample(
+        self, model: NamedModel, group: Group, sampling: Sampling, number: int
+    ) -> tuple[dict[str, Any], Scored]:
+        """Returns an answer, as `answer` does, that is sampled from all of the model's distribution, and the model's
+        own score of its token ids."""
+        vocabulary = await self._vocabulary(model)
+        options = {**_options(sampling, number), **WHOLE_DISTRIBUTION, "return_token_ids": True}
+        answer = await self._complete(model, group, options)
+        prompt_ids = answer["choices"][0].get("prompt_token_ids") or answer["prompt_token_ids"]
+        tokens = TokenGroup(prompt_ids=prompt_ids, completion_ids=(answer["choices"][0]["token_ids"],))
+        return _answer(answer), await self.scoring.score_tokens(model, [tokens], vocabulary, self.meter_of)
+
+    async def _vocabulary(self, model: NamedModel) -> str:
+        """Returns the digest of the model's vocabulary, which comes with any score."""
+        if model.app_name not in self.vocabularies:
+            any_text = Group("a", ("a",), 1)
+            scored = await self.scoring.score_texts(model, [any_text], self.meter_of, today=None)
+            self.vocabularies[model.app_name] = scored.vocabulary
+        return self.vocabularies[model.app_name]
 
     async def choose(self, model: NamedModel, question: str, choices: tuple[str, ...]) -> str:
         """Returns which of the choices the model gives as its answer to the question, at temperature 0. The model's
         engine allows no other answer."""
         group = Group([{"role": "user", "content": question}], (), 1)
         options = {"max_tokens": 16, "temperature": 0, "structured_outputs": {"choice": choices}}
-        choice, _ = await self._complete(model, group, options)
-        text = str(choice["message"]["content"] or "").strip()
+        answer = await self._complete(model, group, options)
+        text = str(answer["choices"][0]["message"]["content"] or "").strip()
         if text not in choices:
             raise ApiError(f"The judge '{model.id}' answered {text!r:.80}, which is no choice.", code="model_error")
         return text
@@ -58,9 +75,8 @@ class Models:
         """Returns the rewards of the group's completions."""
         return (await self.scoring.judge(judge, [group], self.meter_of)).groups[0]
 
-    async def _complete(self, model: NamedModel, group: Group, options: dict[str, Any]) -> tuple[Any, Any]:
-        """Returns the model's first choice, and the count of tokens. A text is completed as it is; messages are
-        answered."""
+    async def _complete(self, model: NamedModel, group: Group, options: dict[str, Any]) -> Any:
+        """Returns the model's answer as OpenAI's API gives it. A text is completed as it is; messages are answered."""
         asked = {"model": model.id, **options}
         if isinstance(group.prompt, str):
             path, asked["prompt"] = "completions", group.prompt
@@ -71,9 +87,23 @@ class Models:
         answer = await self.inference.ask(model, path, json.dumps(asked).encode(), self.meter_of(model.id))
         try:
             parsed = json.loads(answer)
-            return parsed["choices"][0], parsed["usage"]
+            _ = parsed["choices"][0]["finish_reason"], parsed["usage"]["completion_tokens"]
+            return parsed
         except (ValueError, LookupError, TypeError):
             raise ApiError(f"The model '{model.id}' returned no answer that can be read.", code="model_error") from None
+
+
+def _options(sampling: Sampling, number: int) -> dict[str, Any]:
+    return {**sampling.model_dump(), "seed": (sampling.seed + number) % 2**31}
+
+
+def _answer(answer: Any) -> dict[str, Any]:
+    choice = answer["choices"][0]
+    return {
+        "text": storable(choice["text"] if "text" in choice else said(choice["message"])),
+        "num_tokens": answer["usage"]["completion_tokens"],
+        "is_finished": choice["finish_reason"] != "length",
+    }
 
 
 def completion_of(prompt: Text, text: str) -> Text:

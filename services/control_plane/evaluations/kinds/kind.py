@@ -1,7 +1,7 @@
 """Says what all kinds of evaluations have in common."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from dpo_core.data.groups import Group
 from services.control_plane.evaluations.kinds.asking import Models
@@ -16,7 +16,8 @@ class Kind(Protocol):
     only, because not all models may fit into the cluster at the same time.
     """
 
-    num_stages: ClassVar[int]
+    @property
+    def num_stages(self) -> int: ...
 
     @property
     def resolved(self) -> dict[str, Any]:

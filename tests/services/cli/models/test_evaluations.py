@@ -69,6 +69,20 @@ def test_answers_are_scored_by_rules(raydpo: Callable[..., str], file: str, judg
     assert f"score\t{value}\t" in told
 
 
+def test_the_drift_is_printed_with_its_estimator(raydpo: Callable[..., str], file: str) -> None:
+    told = raydpo("create", "drift", "--model", POLICY, "--reference", "fair", "--file", file, "--watch")
+    rows = {line.split("\t")[0]: line.split("\t")[1:] for line in told.splitlines()[1:]}
+    assert rows["reference"][0] == "fair"
+    assert rows["kl estimator"][0].startswith("k1: ")
+    assert " to " in rows["kl per token"][1]
+
+
+def test_preferences_are_printed_also_by_length(raydpo: Callable[..., str], file: str) -> None:
+    told = raydpo("create", "preferences", "--model", POLICY, "--beta", "0.5", "--file", file, "--watch")
+    assert "better is similar num items\t4\t" in told
+    assert "accuracy\t0.0%\t" in told or "accuracy\t100.0%\t" in told
+
+
 def test_an_evaluation_that_fails_says_why_and_one_that_is_cancelled_ends(
     raydpo: Callable[..., str],
     file: str,

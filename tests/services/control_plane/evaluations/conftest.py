@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,7 +19,12 @@ from services.control_plane.evaluations import runner, work
 from services.control_plane.settings import BaseModel, Settings
 from tests.services.control_plane.conftest import FakeRay
 
-POLICY = "ft:tiny:raydpo::one"
+POLICY, REWARD_MODEL = "ft:tiny:raydpo::one", "ft:tiny:raydpo::reward"
+LOGP: dict[str, Callable[[int], float]] = {  # of a token, by the model; of the reward model, its reward
+    "policy": lambda token: -1 - token % 3 / 10,
+    "reference": lambda token: -1.5,
+    "reward": lambda token: 0.5,
+}
 
 
 class Engines:
@@ -34,12 +39,13 @@ class Engines:
         self.refusing: set[str] = set()  # texts that a model refuses
         self.is_away = False  # whether all answers are that the model cannot be asked now
         self.delay = 0.0
+        self._words: dict[str, int] = {}
         engines = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                status, answer = engines.answer(body)
+                status, answer = engines.score(self.path, body) if "/score/" in self.path else engines.answer(body)
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
@@ -67,8 +73,29 @@ class Engines:
             return 400, {"error": {"message": "I do not take this."}}
         text = self._verdict(model, prompt) if "structured_outputs" in body else self._text(model, prompt)
         usage = {"prompt_tokens": 10, "completion_tokens": len(text.split())}
-        said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
-        return 200, {"choices": [{"index": 0, "finish_reason": "stop", **said}], "usage": usage}
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+        said = {"text": text} if "prompt" in body else said
+        if body.get("return_token_ids"):
+            said |= {"token_ids": self.ids(text), "prompt_token_ids": [1]}
+        ends = "length" if len(text.split()) >= body["max_tokens"] else "stop"
+        return 200, {"choices": [{"index": 0, "finish_reason": ends, **said}], "usage": usage}
+
+    def ids(self, text: str) -> list[int]:
+        """Returns an id for each word, and that of the end."""
+        return [self._words.setdefault(word, len(self._words) + 1) for word in text.split()] + [0]
+
+    def score(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Scores as models' applications do. A reward model rewards each token."""
+        groups = [group if "prompt_ids" in group else self._encoded(group) for group in body["groups"]]
+        model = "reward" if "reward" in path else "policy" if "one" in path else "reference"
+        outputs = [[[sum(map(LOGP[model], ids))] for ids in group["completion_ids"]] for group in groups]
+        num_tokens = [list(map(len, group["completion_ids"])) for group in groups]
+        scored = {"groups": groups, "vocabulary": "words", "outputs": outputs, "num_tokens": num_tokens}
+        return 200, scored | {"usage": {"prompt_tokens": 7}}
+
+    def _encoded(self, group: dict[str, Any]) -> dict[str, Any]:
+        texts = [each if isinstance(each, str) else each[-1]["content"] for each in group["completions"]]
+        return {"prompt_ids": [1], "completion_ids": list(map(self.ids, texts))}
 
     def _text(self, model: str, prompt: str) -> str:
         number = prompt.rpartition(" ")[2]
@@ -134,10 +161,10 @@ def add_policy(settings: Settings) -> None:
     with psycopg.connect(settings.database_url, autocommit=True) as connection:
         job = (spec.model_dump_json(), POLICY)
         connection.execute(f"INSERT INTO jobs ({columns}, finished_at) VALUES ({values}, now())", job)
-        model = "INSERT INTO models (id, project_id, source, root, job_id)"
-        connection.execute(
-            f"{model} VALUES (%s, 'proj_default', 'file:///nowhere/one', 'tiny', 'ftjob-one')", (POLICY,)
-        )
+        columns, values = "id, project_id, source, root, job_id, num_outputs", "%s, 'proj_default', %s, 'tiny', %s, %s"
+        for name, source, num_outputs in ((POLICY, "file:///nowhere/one", 0), (REWARD_MODEL, "file:///nowhere/r", 1)):
+            model = (name, source, "ftjob-one", num_outputs)
+            connection.execute(f"INSERT INTO models ({columns}) VALUES ({values})", model)
 
 
 def chats(count: int, **more: Any) -> list[dict[str, Any]]:
@@ -166,3 +193,16 @@ def results(api: httpx.Client, **body: Any) -> dict[str, Any]:
     found = ended(api, created(api, **body)["id"])
     assert found["status"] == "succeeded", found
     return dict(found["results"])
+
+
+@pytest.fixture
+def upload(api: httpx.Client) -> Callable[[list[dict[str, Any]]], str]:
+    """Returns a function that uploads rows as a training file, and returns its id."""
+
+    def send(rows: list[dict[str, Any]]) -> str:
+        body = "\n".join(map(json.dumps, rows)).encode()
+        answer = api.post("/files", files={"file": ("rows.jsonl", body)}, data={"purpose": "fine-tune"})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    return send

@@ -12,7 +12,15 @@ import pytest
 from services.control_plane.evaluations import evaluations
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, new_project
-from tests.services.control_plane.evaluations.conftest import POLICY, Engines, chats, created, ended, results
+from tests.services.control_plane.evaluations.conftest import (
+    POLICY,
+    REWARD_MODEL,
+    Engines,
+    chats,
+    created,
+    ended,
+    results,
+)
 from tests.services.control_plane.http.test_documented_answers import check
 
 FAIR = {"type": "model", "model": "fair"}
@@ -57,6 +65,13 @@ pytestmark = pytest.mark.usefixtures("policy")
         ),
         ({**SCORE, "baseline": "tiny"}, "baseline", "unknown_parameter", "kind 'score' has no field 'baseline'"),
         ({**SCORE, "judge": FAIR}, "judge.model", "invalid_value", "is no reward model"),
+        ({**SCORE, "model": REWARD_MODEL}, "model", "invalid_value", "cannot write answers"),
+        (
+            {**COMPARE, "judge": {"type": "model", "model": REWARD_MODEL, "criteria": "Be kind."}},
+            "judge.criteria",
+            "invalid_value",
+            "reads no criteria",
+        ),
         ({**SCORE, "colour": "red"}, "colour", "unknown_parameter", "colour"),
     ],
 )

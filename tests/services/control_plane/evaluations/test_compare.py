@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.services.control_plane.evaluations.conftest import POLICY, Engines, chats, results
+from tests.services.control_plane.evaluations.conftest import POLICY, REWARD_MODEL, Engines, chats, results
 
 FAIR = {"type": "model", "model": "fair"}
 pytestmark = pytest.mark.usefixtures("policy")
@@ -50,6 +50,13 @@ def test_a_rule_judges_without_a_model(api: httpx.Client, engines: Engines) -> N
     found = results(api, **comparison(judge={"type": "length"}))
     assert (found["num_losses"], found["order_disagreement"]) == (12, None)
     assert set(engines.counts()) == {POLICY, "tiny"}
+
+
+def test_a_reward_model_judges_by_its_rewards(api: httpx.Client, engines: Engines) -> None:
+    found = results(api, **comparison(judge={"type": "model", "model": REWARD_MODEL}))
+    assert (found["num_losses"], found["order_disagreement"]) == (12, None)  # it rewards length
+    scored = results(api, kind="score", model=POLICY, judge={"type": "model", "model": REWARD_MODEL}, rows=chats(3))
+    assert scored["score"] == {"value": 2, "low": 2, "high": 2}  # three words and the end
 
 
 def test_the_judge_reads_the_conversation_the_criteria_and_both_answers_at_temperature_0(

@@ -67,10 +67,11 @@ def _rewards(folder: Path, num_outputs: int) -> Score:
 
 
 def _logps(folder: Path) -> Score:
-    model = policy_of(folder)
+    model, one_at_a_time = policy_of(folder), asyncio.Lock()
 
     async def score(groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        scored = await asyncio.to_thread(score_reference, model, groups, max_tokens_per_pack=512)
+        async with one_at_a_time:
+            scored = await asyncio.to_thread(score_reference, model, groups, max_tokens_per_pack=512)
         return [[[logp] for logp in group.ref_logps or ()] for group in scored]
 
     return score

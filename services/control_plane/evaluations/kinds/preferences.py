@@ -1,0 +1,100 @@
+"""Finds out whether a policy with its reference, or a reward model, prefers what people preferred."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.data.groups import Group
+from services.contract import Scored
+from services.control_plane.evaluations import statistics
+from services.control_plane.evaluations.kinds.asking import Models
+from services.control_plane.evaluations.kinds.kind import Found
+from services.control_plane.evaluations.requests import Spec
+from services.control_plane.rewards.judges import Judge, judge_of
+from services.control_plane.rewards.scoring import explicit_rewards, implicit_rewards
+from services.control_plane.settings import Settings
+
+MUCH_LONGER = 1.1  # completions are about as long as each other up to this ratio of their tokens
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The models that score the completions that people have ranked."""
+
+    judge: Judge
+
+    @property
+    def num_stages(self) -> int:
+        return 1 if self.judge.reference is None else 2
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        return {"reference": self.judge.reference and self.judge.reference.id, "beta": self.judge.beta}
+
+    async def work(self, stage: int, number: int, group: Group, found: Found, models: Models) -> Found:
+        judge = self.judge
+        if stage == 0:
+            scored = await models.scoring.score_texts(judge.model, [group], models.meter_of, today=judge.today)
+            if judge.reference is not None:
+                return {"scored": scored.model_dump(mode="json")}
+            rewards = explicit_rewards(scored)[0]
+        else:
+            scored = Scored.model_validate(found["scored"])
+            assert judge.reference is not None
+            assert judge.beta is not None
+            reference = await models.scoring.score_tokens(
+                judge.reference, scored.groups, scored.vocabulary, models.meter_of
+            )
+            rewards = implicit_rewards(judge.beta, scored, reference)[0]
+        lengths = [each.num_tokens for each in rewards]
+        return {"scored": None} | ranked([each.reward for each in rewards], lengths, group.ratings)
+
+    def summarize(self, items: Sequence[Found]) -> dict[str, Any]:
+        by_length: dict[str, list[Found]] = {name: [] for name in ("shorter", "similar", "longer")}
+        for item in items:
+            by_length[item["better_is"]].append(item)
+        parts = {name: {"num_items": len(part), **_figures(part)} for name, part in by_length.items()}
+        return {**_figures(items), "better_is": parts}
+
+
+def ranked(rewards: Sequence[float], lengths: Sequence[int], ratings: Sequence[float] | None) -> Found:
+    """Compares the rewards of completions, best first, with their ratings; without ratings, the first completion is
+    better than the others.
+
+    The item is right if each of the best completions has a higher reward than each of the others. The margin is the
+    mean reward of the best ones minus that of the others.
+    """
+    ratings = ratings or [1.0] + [0.0] * (len(rewards) - 1)
+    best = [rating == max(ratings) for rating in ratings]
+    better, worse = (
+        [reward for reward, is_best in zip(rewards, best, strict=True) if is_best is side] for side in (True, False)
+    )
+    long, short = (
+        fmean(length for length, is_best in zip(lengths, best, strict=True) if is_best is side)
+        for side in (True, False)
+    )
+    return {
+        "rewards": list(rewards),
+        "num_tokens": list(lengths),
+        "is_right": min(better) > max(worse),
+        "margin": fmean(better) - fmean(worse),
+        "better_is": "longer" if long > MUCH_LONGER * short else "shorter" if short > MUCH_LONGER * long else "similar",
+    }
+
+
+def _figures(items: Sequence[Found]) -> dict[str, Any]:
+    if not items:
+        return {"accuracy": None, "margin": None}
+    return {
+        "accuracy": asdict(statistics.wilson(sum(item["is_right"] for item in items), len(items))),
+        "margin": asdict(statistics.mean([item["margin"] for item in items])),
+    }
+
+
+async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Preferences:
+    """Returns the models that `spec` names. Raises NotFound for one that does not exist, and InvalidRequest if the
+    reference or beta is not known."""
+    return Preferences(await judge_of(session, settings, spec.model, reference=spec.reference, beta=spec.beta))
