@@ -1,0 +1,79 @@
+"""Tests evaluations with real models: answers, verdicts and scores come from vLLM in Ray Serve."""
+
+import json
+import time
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import Service
+from tests.e2e.test_rewards import HELD_OUT, trained
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1800)]
+
+PROMPTS = [{"prompt": row["input"]["messages"]} for row in HELD_OUT[:6]]
+
+
+@pytest.fixture(scope="module")
+def policy(service: Service) -> str:
+    with service.client() as client:
+        return str(trained(client, "dpo", {"beta": 0.2}, precision="float32").fine_tuned_model)
+
+
+def evaluated(client: openai.OpenAI, **body: Any) -> dict[str, Any]:
+    """Runs an evaluation, and returns its results and its items."""
+    made: Any = client.post("/x/evaluations", body=body, cast_to=object)
+    while made["status"] in ("queued", "running"):
+        time.sleep(0.5)
+        made = client.get(f"/x/evaluations/{made['id']}", cast_to=object)
+    assert made["status"] == "succeeded", made
+    assert made["num_failed"] == 0
+    items: Any = client.get(f"/x/evaluations/{made['id']}/items", cast_to=object)
+    return {**made["results"], "items": [item["found"] for item in items["data"]]}
+
+
+def test_a_served_model_judges_in_both_orders_and_mirrored_if_the_models_are_swapped(
+    client: openai.OpenAI, policy: str
+) -> None:
+    judged = {"kind": "compare", "judge": {"type": "model", "model": "tiny"}, "rows": PROMPTS}
+    there = evaluated(client, **judged, model=policy, baseline="tiny", sampling={"max_tokens": 16})
+    back = evaluated(client, **judged, model="tiny", baseline=policy, sampling={"max_tokens": 16})
+    assert there["num_wins"] + there["num_losses"] + there["num_ties"] == 6
+    for one, other in zip(there["items"], back["items"], strict=True):
+        if (one["answer"]["text"], one["baseline_answer"]["text"]) == (
+            other["baseline_answer"]["text"],
+            other["answer"]["text"],
+        ):
+            assert {"win": "loss", "loss": "win", "tie": "tie"}[one["outcome"]] == other["outcome"]
+
+
+def test_the_drift_is_measured_on_the_ids_that_the_policy_sampled(client: openai.OpenAI, policy: str) -> None:
+    found = evaluated(client, kind="drift", model=policy, rows=PROMPTS, sampling={"max_tokens": 16})
+    assert found["kl_per_sequence"]["value"] != 0
+    for item in found["items"]:
+        assert 1 <= item["num_tokens"] <= 16
+        assert item["num_tokens"] == item["answer"]["num_tokens"]
+        assert item["logp"] < 0
+    same = evaluated(client, kind="drift", model="tiny", reference="tiny", rows=PROMPTS, sampling={"max_tokens": 16})
+    assert same["kl_per_sequence"]["value"] == pytest.approx(0, abs=1e-5)
+
+
+def test_preferences_are_those_of_the_rewards_that_clients_get(client: openai.OpenAI, policy: str) -> None:
+    rows = [
+        {"prompt": row["input"]["messages"], "completions": [row["preferred_output"], row["non_preferred_output"]]}
+        for row in HELD_OUT
+    ]
+    found = evaluated(client, kind="preferences", model=policy, rows=rows)
+    answer: Any = client.post("/x/rewards", body={"model": policy, "rows": rows}, cast_to=object)
+    rewards = [[each["reward"] for each in row["completions"]] for row in answer["data"]]
+    assert [item["rewards"] for item in found["items"]] == [pytest.approx(row, abs=1e-4) for row in rewards]
+    assert found["accuracy"]["value"] == sum(chosen > rejected for chosen, rejected in rewards) / len(rows)
+
+
+def test_a_rule_scores_answers_of_a_file(client: openai.OpenAI, policy: str) -> None:
+    rows = "\n".join(map(json.dumps, HELD_OUT)).encode()
+    file = client.files.create(file=("pairs.jsonl", rows), purpose="fine-tune")
+    judge = {"type": "regex", "pattern": "."}
+    found = evaluated(client, kind="score", model=policy, judge=judge, file=file.id, max_items=4)
+    assert found["score"]["value"] == sum(bool(item["answer"]["text"].strip()) for item in found["items"]) / 4
