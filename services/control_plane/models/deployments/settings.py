@@ -6,6 +6,7 @@ of its base model, except the number of replicas and `pinned`.
 
 import logging
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -59,8 +60,14 @@ def _readable(values: Mapping[str, Any]) -> DeploymentSettings:
         unknown = {str(each["loc"][0]) for each in error.errors() if each["loc"]}
         if not unknown:
             raise
-        log.warning("Stored settings of a deployment have no effect, because this release refuses them: %s", error)
+        _warn_once(f"Stored settings of a deployment have no effect, because this release refuses them: {error}")
         return _readable({name: value for name, value in values.items() if name not in unknown})
+
+
+@lru_cache(maxsize=1000)
+def _warn_once(message: str) -> None:
+    """Logs the warning the first time. Stored settings are read every second."""
+    log.warning(message)
 
 
 async def with_choice(

@@ -86,3 +86,17 @@ def test_gpus_are_used_as_soon_as_one_model_is_placed_on_them(settings: Settings
         assert await deployment_settings.use_gpus(session, settings)
 
     within(settings, story)
+
+
+def test_a_stored_value_that_this_release_refuses_has_no_effect_and_is_logged_once(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(session: AsyncSession) -> None:
+        await deployment_settings.choose(session, "ft:1", {"max_model_len": -7, "of_later": 1, "idle_seconds": 9.0})
+        for _ in range(3):
+            found = await deployment_settings.of(session, settings, ["ft:1"])
+            assert found["ft:1"].model_dump(exclude_unset=True) == {"idle_seconds": 9.0}
+        (record,) = caplog.records
+        assert "-7" in record.getMessage()
+
+    within(settings, story)
