@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
-from services.control_plane.core.tables import DEFAULT_PROJECT, TERMINAL, Job, Project
+from services.control_plane.core.tables import DEFAULT_PROJECT, EVALUATION_ENDS, TERMINAL, Evaluation, Job, Project
 
 
 def managed_by(caller: Caller) -> Select[Project]:
@@ -95,7 +95,7 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
     """Archives the project: its keys stop working, but its files, jobs and models stay.
 
-    Raises InvalidRequest for the default project, and if a job of the project has not ended.
+    Raises InvalidRequest for the default project, and if a job or an evaluation of the project has not ended.
     """
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(
@@ -108,5 +108,12 @@ async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Pro
     living = select(func.count()).where(jobs.c.project_id == project_id, jobs.c.observed.not_in(TERMINAL))
     if count := await session.scalar(living):
         raise InvalidRequest(f"The project {project_id} has {count} jobs that have not ended; cancel these jobs first.")
+    evaluations = Evaluation.__table__
+    running = select(func.count()).where(
+        evaluations.c.project_id == project_id, evaluations.c.state.not_in(EVALUATION_ENDS)
+    )
+    if count := await session.scalar(running):
+        message = f"The project {project_id} has {count} evaluations that have not ended; cancel these first."
+        raise InvalidRequest(message)
     project.archived_at = datetime.now(UTC)
     return project

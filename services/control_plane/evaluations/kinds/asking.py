@@ -18,6 +18,7 @@ from services.control_plane.rewards.judges import Judge
 from services.control_plane.rewards.preferences import Judged
 from services.control_plane.rewards.scoring import Scoring
 
+WITHOUT_THOUGHTS: dict[str, object] = {"enable_thinking": False}  # templates of models that do not think ignore it
 # A model's own config may cut its distribution, where a request says nothing.
 WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -63,7 +64,7 @@ class Models:
     async def choose(self, model: NamedModel, question: str, choices: tuple[str, ...]) -> str:
         """Returns which of the choices the model gives as its answer to the question, at temperature 0. The model's
         engine allows no other answer."""
-        group = Group([{"role": "user", "content": question}], (), 1)
+        group = Group([{"role": "user", "content": question}], (), 1, template_arguments=WITHOUT_THOUGHTS)
         options = {"max_tokens": 16, "temperature": 0, "structured_outputs": {"choice": choices}}
         answer = await self._complete(model, group, options)
         text = str(answer["choices"][0]["message"]["content"] or "").strip()

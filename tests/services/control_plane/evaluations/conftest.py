@@ -188,6 +188,14 @@ def ended(api: httpx.Client, evaluation_id: str, *, seconds: float = 60) -> dict
         time.sleep(0.05)
 
 
+def until(holds: Callable[[], object], *, seconds: float = 60) -> None:
+    """Waits until `holds` returns something true."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def results(api: httpx.Client, **body: Any) -> dict[str, Any]:
     """Runs an evaluation, and returns its results."""
     found = ended(api, created(api, **body)["id"])
