@@ -64,8 +64,10 @@ class Submission:
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:
-    """Returns the signal that a process died of, by its exit status from Python (-9) or a shell (137). Returns None for
-    others."""
+    """Returns the signal that ended a process, by the exit status that Python (-9) or a shell (137) reports.
+
+    Returns None if no signal ended the process, or `exit_code` is None.
+    """
     if exit_code is None:
         return None
     number = -exit_code if exit_code < 0 else exit_code - 128
@@ -297,8 +299,10 @@ class RayApi:
             return self._view
 
     def last_view(self, seconds: float) -> ServeView | None:
-        """Returns what `look` saw last, without asking Ray. Returns None if that is longer ago than `seconds`, or if
-        the applications have been changed since."""
+        """Returns the state of Ray Serve that `look` saw last, without asking Ray.
+
+        Returns None if `look` saw it more than `seconds` ago, or if the applications have been changed since.
+        """
         return self._view if self._view and time.monotonic() - self._view.seen_at <= seconds else None
 
     async def load(self, app_name: str) -> Load | None:
@@ -329,10 +333,10 @@ class RayApi:
         return status
 
     def _http_options(self) -> dict[str, Any]:
-        """Returns the address on which Ray Serve is to listen, for the case that a PUT of this service starts Ray
+        """Returns the host and the port at which Ray Serve is to listen, in case this service's request starts Ray
         Serve.
 
-        The host is on loopback if Ray's address is.
+        If Ray's own address is on loopback, Ray Serve listens only there.
         """
         url = urlsplit(self._settings.serve_url or self._settings.ray_url)
         host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"

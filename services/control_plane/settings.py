@@ -26,8 +26,10 @@ def _model_name(name: str) -> str:
 
 
 def _without_key(place: str) -> str:
-    """Returns the storage URI. Raises ValueError if it holds a password, because Ray's list of jobs and logs show the
-    URI."""
+    """Returns the storage URI `place`. Raises ValueError if the URI holds a password.
+
+    A password would be exposed, because Ray's list of jobs and logs show the URI.
+    """
     if "@" in urlsplit(place).netloc:
         raise ValueError(
             "the URI contains credentials before its '@'; remove them, and set them in the environment, for "
@@ -318,9 +320,9 @@ class Settings(BaseSettings):
         return own.dtype or self.dtype or ("bfloat16" if self.num_gpus_of(own) else "float32")
 
     def scores_apart(self, own: DeploymentSettings) -> bool:
-        """Whether the engine of a model with the settings `own` cannot compute log-probabilities for jobs.
+        """Whether a model with the settings `own` needs a second engine, which computes log-probabilities for jobs.
 
-        A second engine then computes them.
+        This is so if quantization, maximum length or number type make the engine that answers requests unfit for this.
         """
         changed = own.quantization is not None or own.max_model_len is not None
         return changed or self.dtype_of(own) != self.reference_dtype

@@ -114,10 +114,10 @@ async def _newest(job: SideJob) -> tuple[int, SideJobResult | None]:
 
 
 async def _launch(job: SideJob, attempt: int, store: ProjectStore, ray_api: RayApi, most: int) -> int:
-    """Launches the attempt (run of the side job's program) unless it runs already, or the next attempt if this one
-    died.
+    """Launches the attempt (run of the side job's program) with this number, unless it runs already or has a result.
 
-    Returns the number of the attempt that runs. A repeated launch is harmless. Raises Unavailable and RateLimited.
+    If this attempt died without a result, launches the next one. Returns the number of the attempt that runs. A
+    repeated launch is harmless. Raises Unavailable and RateLimited.
     """
     attempt = max(1, attempt)
     status = await ray_api.status(job.submission_id(attempt))

@@ -282,9 +282,9 @@ async def _tell_reported(
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
     """Stores the job's progress: the current stage, the units of work done in the stage, and their total.
 
-    `at` is the Unix time of the report. `since` and `start` are the time and the number of done units at which the
-    stage began; a client can compute the speed from both. `encoding` is the progress of encoding while the attempt
-    already trains on the first rows.
+    `at` is the Unix time of the report. Also stores the time and the number of done units at which the stage began,
+    from which a client can compute the speed. Encoding may still go on while the attempt trains on the first rows; its
+    progress is then stored separately.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}

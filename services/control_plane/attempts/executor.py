@@ -194,7 +194,8 @@ class Executor:
             await attempts.mark_launched(session, attempt)
 
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
-        """Ends an attempt (run of the job on Ray) that Ray does not launch, for `reason`.
+        """Ends an attempt (run of the job on Ray) that was not launched, because Ray refused it or did not take it.
+        `reason` says why.
 
         The end counts as a failure, so that the number of such attempts is limited.
         """
@@ -335,8 +336,10 @@ class Executor:
             )
 
     async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
-        """Marks the job as failed because the service could not take its next step, after `tries` tries. `why` is the
-        last error."""
+        """Marks the job as failed, because the service failed `tries` times to carry out the job's next action.
+
+        `why` is the last error.
+        """
         message = (
             f"The service tried {tries} times to take the job's next step and failed: {why}. Tell the operator, who "
             "finds more in the service's log, and submit the job again when the cause is fixed."
@@ -362,10 +365,10 @@ class Executor:
 
 
 def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
-    """Returns the version of the contract between control plane and training that a training program must know for this
-    job.
+    """Returns the version of the contract between control plane and training that the job's training program must know.
 
-    An older program may run on the cluster. The version is 1 if the first release can train the job.
+    A program of an older release may run on the cluster, and would not know newer options. The version is 1 for a job
+    that needs none of these options.
     """
     if reference_adapter is not None:
         return WIRE

@@ -231,11 +231,10 @@ class Reconciler:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str], on_gpus: bool) -> dict[str, float]:
-        """Returns the cluster's resources (CPUs and GPUs) if they are needed: if a job waits for its turn, or models
-        use GPUs.
+        """Returns the cluster's CPUs and GPUs. Returns {}, without asking Ray, if nobody needs these numbers now.
 
-        Otherwise returns {}. `live` are the jobs that have not ended, and `back` the ids of running jobs that wait for
-        their turn again.
+        They are needed if a job waits for its turn, or if models use GPUs (`on_gpus`). `live` are the jobs that have
+        not ended, and `back` the ids of running jobs that wait for their turn again.
         """
         waits = back or on_gpus or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}

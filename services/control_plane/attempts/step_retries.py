@@ -1,7 +1,7 @@
-"""Decides when the reconciler tries a failed step of a job again: after 0, 1, 3, 7 and more seconds, at most 60.
+"""Decides when the reconciler handles a job again after an error: after 0, 1, 3, 7 and more seconds, at most 60.
 
-A step is one handling of a job by the reconciler, the background task that handles all jobs. While the database,
-storage or Ray are down, a failed step is tried again without end; otherwise a limited number of times.
+The reconciler is the background task that handles all jobs. While the database, storage or Ray are down, it tries again
+without end; otherwise a limited number of times.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ TRIES = 15  # after this many failed tries (about ten minutes), the job fails
 
 
 class Patience:
-    """Counts how often the handling of each job by the reconciler (a step) failed, and says when the next try is due.
+    """Counts, for each job, how often the reconciler failed to handle the job, and says when the next try is due.
 
     The counts are lost when this process ends. A job whose version has changed is tried again immediately.
     """
@@ -50,8 +50,9 @@ class Patience:
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether the error concerns only the job that was handled. Returns False if the database, storage or Ray are
-    down."""
+    """Whether an error in handling a job concerns only this job. Returns False if the database, storage or Ray are
+    down.
+    """
     if isinstance(error, DBAPIError):
         return refuses_value(error)
     return not isinstance(error, NoConnection | httpx.HTTPError | OSError)

@@ -31,7 +31,8 @@ NOTE_SECONDS = 60.0  # how often the last uses of keys are written to the databa
 
 
 class Authentication:
-    """Finds the callers of bearer tokens, and caches each caller for a second, so that few requests need a query.
+    """Finds the caller (the sender of a request) to whom a bearer token belongs. Caches each caller for a second to
+    save queries.
 
     Unknown tokens are cached as well. Tokens that arrive at the same time share a query.
     """
@@ -106,7 +107,7 @@ class Authentication:
                 await self._issuer.close()
 
     async def note_uses(self) -> None:
-        """Stores that the API keys that were used since the last call are in use now."""
+        """Stores the current time as the last use of each API key that was used since the previous call."""
         used, self._used = self._used, set()
         if not used:
             return

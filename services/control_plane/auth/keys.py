@@ -77,10 +77,11 @@ Limits = Mapping[str, int | None]  # per minute: of requests_per_minute and toke
 
 
 async def check(session: AsyncSession, caller: Caller, wanted: Limits, usual: Limits) -> None:
-    """Raises InvalidRequest if the caller may not create a key with the limits `wanted`, or no further key at all.
+    """Raises InvalidRequest if the caller may not create an API key with the limits `wanted`.
 
-    `usual` are the settings of the same names: the highest limits that a project's own admin may give to a key. Admins
-    of the default project have no such limit.
+    A project's own admin may give a key at most the limits `usual`, which come from the settings. Also raises
+    InvalidRequest if the project has the largest allowed number of keys. Admins of the default project may create any
+    key.
     """
     if caller.manages_all:
         return
@@ -134,7 +135,7 @@ async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str,
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:
-    """Returns those of the given words that are scopes, and ignores all others."""
+    """Returns those of the given words that are names of scopes (permissions of API keys), and ignores all others."""
     return frozenset(scope for scope in SCOPES if scope in words)
 
 

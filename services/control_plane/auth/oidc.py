@@ -28,7 +28,7 @@ PAUSE_SECONDS = 5  # at least this long between two requests to the issuer, what
 class Issuer:
     """The OpenID Connect issuer from the settings, whose tokens the service accepts.
 
-    If the issuer does not answer, the keys that it last published stay in use.
+    If the issuer does not answer, the public keys that it last published stay in use.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -94,8 +94,10 @@ class Issuer:
         raise jwt.InvalidKeyError("it is signed with a key that the issuer has not published")
 
     def _is_due(self, name: str) -> bool:
-        """Whether the issuer's keys must be fetched to find the key `name`, and may be, because the last request was
-        not just now."""
+        """Whether to fetch the issuer's public keys now, to find the one with the id `name`.
+
+        This is so if the key is missing or the fetched keys are old, unless they were asked for only seconds ago.
+        """
         now = time.monotonic()
         wanted = name not in self._keys or now - self._fetched_at > FRESH_SECONDS
         return wanted and now - self._asked_at > PAUSE_SECONDS
@@ -126,7 +128,8 @@ class Issuer:
         return project_id
 
     def _scopes(self, claims: dict[str, Any]) -> frozenset[Scope]:
-        """Returns the scopes that a token gives: those words of its claim that are scopes of this service.
+        """Returns the scopes (permissions) that a token gives: the words of its scopes claim that are scopes of this
+        service.
 
         The claim is a list of words, or a text with spaces between the words.
         """

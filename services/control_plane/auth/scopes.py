@@ -8,8 +8,10 @@ INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")
 
 
 def check(caller: Caller, method: str, path: str) -> None:
-    """Raises Forbidden unless the caller has the scope that the request needs. `path` is the route's template, as in
-    `needed`."""
+    """Raises Forbidden unless the caller's API key has the scope (the permission) that the request needs.
+
+    `path` is the template of the request's route, such as `/v1/files/{file_id}`.
+    """
     if (scope := needed(method, path)) not in caller.scopes:
         has = ", ".join(sorted(caller.scopes)) or "none"
         message = (

@@ -8,10 +8,10 @@ Value = TypeVar("Value")
 
 
 class Batcher(Generic[Value]):
-    """Looks up values by key with the function `find`, one call at a time, with all keys that are waiting then.
+    """Looks up values by key for many callers, with one call of the function `find` at a time.
 
-    A key that is requested during a call waits for the next call. So every value includes all changes that were
-    committed before it was requested.
+    Each call gets all keys that callers wait for at that moment. A key that is requested during a call waits for the
+    next call. So every value includes all changes that were committed before it was requested.
     """
 
     def __init__(self, find: Callable[[list[str]], Awaitable[Mapping[str, Value]]]) -> None:
@@ -32,7 +32,9 @@ class Batcher(Generic[Value]):
         return await asyncio.shield(answer)  # other callers may be waiting for the same answer
 
     async def _read(self) -> None:
-        """Calls `find` with the keys that are waiting, and hands out the values, until no key is waiting."""
+        """Calls `find` with the requested keys, and gives the values to the callers that wait. Repeats this until no
+        caller waits for a key.
+        """
         while asked := self._asked:
             self._asked = {}
             try:

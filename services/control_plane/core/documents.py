@@ -1,4 +1,7 @@
-"""Describes answers in the OpenAPI document, so that clients can make types of them. Nothing is checked at run time."""
+"""Describes the JSON of responses in the OpenAPI document, from which clients can generate types.
+
+The descriptions are only documentation: at run time, no response is checked against them.
+"""
 
 from typing import Any, Generic, TypeVar
 
@@ -8,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class Page(TypedDict, Generic[Item]):
-    """One page of a list."""
+    """The JSON object of one page of a list that the API returns."""
 
     object: str
     data: list[Item]
@@ -18,5 +21,5 @@ class Page(TypedDict, Generic[Item]):
 
 
 def answers(kind: Any) -> dict[int | str, dict[str, Any]]:
-    """Returns the option `responses` of a route that answers 200 with an object of this type."""
+    """Returns the option `responses` of a FastAPI route that answers 200 with a JSON object of the type `kind`."""
     return {200: {"model": kind}}

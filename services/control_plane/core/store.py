@@ -100,10 +100,11 @@ Row = TypeVar("Row", bound=Base)
 
 
 def _url(database_url: str, *, limits: bool = False) -> URL:
-    """Returns the database's URL for SQLAlchemy, with the options of CONNECTING that the URL does not set itself.
+    """Returns the database's URL for SQLAlchemy. Adds default options for connecting (CONNECTING), unless the URL sets
+    them itself.
 
-    `limits` adds SERVER_LIMITS too, which connection poolers refuse. Raises NoDatabase if the URL is not one of
-    PostgreSQL.
+    With `limits`, also adds limits that the server enforces, such as the longest time of a statement (SERVER_LIMITS).
+    Connection poolers refuse these. Raises NoDatabase if the URL is not one of PostgreSQL.
     """
     example = "set DATABASE_URL to the database, such as postgresql://user:password@host/name."
     try:
@@ -137,7 +138,8 @@ class NoDatabase(ValueError):
 
     The message does not contain the URL, which has a password.
 
-    A connection pooler is one such case: poolers support neither LISTEN nor SERVER_LIMITS.
+    A connection pooler is one such case: poolers support neither LISTEN nor the limits on statements that the service
+    sets.
     """
 
 

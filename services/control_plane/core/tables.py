@@ -143,7 +143,7 @@ class File(Owned, Base):
 
 
 class Feedback(Owned, Base):
-    """A vote on completions, as a row of training data."""
+    """A user's vote on completions of a prompt, stored as a row of training data."""
 
     __tablename__ = "feedback"
     id: Mapped[str] = mapped_column(primary_key=True)

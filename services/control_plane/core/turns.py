@@ -13,9 +13,9 @@ class Turns:
     project without competitors may therefore run as many tasks as the limit allows. Many waiting tasks of one project
     delay a task of another project by one or two tasks only.
 
-    With `leaves_free`, a project may run at most as many tasks as it leaves free for other projects: half of the limit
-    if no other project runs tasks. The next project then need not wait at all. This suits tasks that may take long and
-    cost little.
+    With `leaves_free`, a project may not run more tasks than it leaves free for other projects. A project without
+    competitors then uses at most half of the limit, and a task of another project need not wait at all. This suits
+    tasks that may take long and cost little.
     """
 
     def __init__(self, most: int, *, leaves_free: bool = False) -> None:

@@ -52,21 +52,24 @@ class PartDocument(TypedDict):
 
 
 class LinesDocument(TypedDict):
-    """How many rows have a property, and the lines of the first ten."""
+    """The number of a file's rows that have a certain property, and the lines of the first ten of these rows."""
 
     count: int
     first: list[int]
 
 
 class ReasonDocument(LinesDocument):
-    """The rows that were left out for one reason, with a sentence about the first of them."""
+    """The rows of a file that were left out for one reason, with a sentence about the first of these rows."""
 
     sentence: str
 
 
 class LengthsDocument(TypedDict):
-    """The tokens of one side of all rows. The histogram has powers of two, each with the number of rows that are at
-    most so long, and longer than half of it."""
+    """The lengths, in tokens, of one part of all rows, such as the prompts.
+
+    The keys of `histogram` are powers of two. The value of 64 is the number of rows that have at most 64 tokens but
+    more than 32.
+    """
 
     total: int
     longest: int
@@ -98,7 +101,10 @@ class TokensDocument(TypedDict):
 
 
 class PreviewDocument(TypedDict):
-    """A row as the model sees it, or the code of the reason why it is left out. The completions are learned."""
+    """A row of a training file as the model sees it. If the row is left out, `dropped` is the code of the reason.
+
+    The model learns from the completions, not from the prompt.
+    """
 
     line: int
     dropped: str | None
@@ -114,7 +120,9 @@ class CheckReport(TypedDict):
 
 
 class CheckDocument(TypedDict):
-    """`report` has the file's `survey`, and what encoding the rows for the model gave."""
+    """The JSON object of a check of a training file. `report` describes the rows and, if a model was named, their
+    encoding.
+    """
 
     object: Literal["dataset.check"]
     id: str
@@ -130,7 +138,7 @@ class RowProblem(TypedDict):
 
 
 class GroupDocument(TypedDict):
-    """A prompt with its completions, the best first. Each is a text or a list of messages."""
+    """A prompt with its completions, the best completion first. Each of them is a text or a list of messages."""
 
     prompt: str | list[dict[str, Any]]
     completions: list[str | list[dict[str, Any]]]

@@ -279,8 +279,8 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
 
 
 async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str]:
-    """Returns which of these files are needed by jobs that have not ended: the id of each such file, and of one such
-    job.
+    """Returns which of these files are needed by jobs that have not ended. Maps the id of each such file to the id of
+    one such job.
 
     The caller must hold locks on the files, so that no new job can name one of them meanwhile.
     """
@@ -293,7 +293,7 @@ async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str
 
 
 def _lives(name: str) -> ColumnElement[bool]:
-    """Returns the SQL condition that a job has not ended and names a file in the field `name` of its spec."""
+    """Returns the SQL condition for jobs that have not ended and whose spec names a file in the field `name`."""
     return and_(Job.observed.not_in(TERMINAL), Job.spec[name].astext.is_not(None))
 
 

@@ -153,7 +153,8 @@ class RowChecker:
         """Takes the lease of an unchecked file, which gives this control plane the right to check it. Returns the
         file's row.
 
-        Returns None if there is no such file. Also refuses files that could not be checked for a day.
+        Returns None if every unchecked file is taken. Also marks files as refused whose check has not succeeded for a
+        day.
         """
         await session.execute(
             update(File)

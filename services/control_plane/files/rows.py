@@ -38,10 +38,10 @@ def _rows(lines: Iterator[bytes], columns: Mapping[str, str], first: int) -> Ite
 
 
 def _from(lines: Iterator[bytes], columns: Mapping[str, str], first: int) -> Iterator[bytes]:
-    """Yields the lines. Those before the line `first` are blank, so that nobody parses them.
+    """Yields all lines of a training file, but blank ones in place of lines before `first` that nobody needs to parse.
 
-    The first row stays, because it says which format the file has. All lines stay if neighbouring rows of the format
-    are one group.
+    The first row stays, because it says which format the file has. All lines stay if one group may span several rows in
+    this format.
     """
     number, has_ended, has_format, is_joined = 0, True, False, False
     for line in lines:

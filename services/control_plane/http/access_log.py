@@ -76,8 +76,10 @@ def _crashed() -> JSONResponse:
 
 
 def _given_id(scope: Scope) -> dict[str, str]:
-    """Returns the id that the client itself gave the request, as a field for the log. Returns {} if it is long or not
-    printable."""
+    """Returns the request id that the client chose (the header `x-client-request-id`), as a field for the log.
+
+    Returns {} if the client sent no id, or an id that is too long or not printable.
+    """
     given = next((value for name, value in scope["headers"] if name == b"x-client-request-id"), b"")
     return {"client_request_id": given.decode()} if PRINTABLE.fullmatch(given) else {}
 

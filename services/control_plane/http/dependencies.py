@@ -47,8 +47,8 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
     """Checks the API key of the request, and returns the caller (the sender of the request).
 
     Raises an ApiError if the key is missing or unknown, has reached its rate limit, or lacks the scope that the route
-    needs. The parts of the service come from `app.state`. If they were parameters, FastAPI would look them up again for
-    each dependency that needs the caller.
+    needs. The function takes the parts of the service from `app.state`. If they were parameters, FastAPI would look
+    them up again for each dependency that needs the caller.
     """
     parts = request.app.state
     if credentials is None or not credentials.credentials:
@@ -71,15 +71,19 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
 
 
 def tokens_per_minute(caller: Caller, settings: Settings) -> int | None:
-    """Returns the caller's limit of tokens per minute: its own, else that of the settings. Returns None if there is
-    none."""
+    """Returns how many tokens per minute the caller may use: the limit of its API key, or else the limit in the
+    settings.
+
+    Returns None if neither sets a limit.
+    """
     return caller.tokens_per_minute or settings.tokens_per_minute
 
 
 def _check_header(request: Request, what: str, keys_own: str) -> None:
-    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` is present and is not `keys_own`.
+    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` names another one than `keys_own`.
 
-    `what` is `organization` or `project`.
+    `what` says which of the two headers to check: `organization` or `project`. `keys_own` is the organization or the
+    project of the request's API key. A request without the header passes.
     """
     if (named := request.headers.get(f"openai-{what}")) not in (None, keys_own):
         message = (

@@ -1,4 +1,6 @@
-"""Reads multipart requests that hold a file: to disk, within limits, and only after the API key was checked."""
+"""Reads multipart request bodies that hold a file. Writes the file to disk, within limits on size, after the API key
+was checked.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -81,9 +83,9 @@ def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def multipart(part: str, *fields: str) -> dict[str, Any]:
-    """Returns the part of the OpenAPI document that describes a multipart body.
+    """Returns the part of the OpenAPI document that describes a multipart request body.
 
-    The body has a file named `part` and the text fields `fields`, of which the first is required.
+    The body has a file named `part` and the text fields `fields`. The file and the first text field are required.
     """
     properties = {part: {"type": "string", "format": "binary"}} | {name: {"type": "string"} for name in fields}
     schema = {"type": "object", "properties": properties, "required": [part, *fields[:1]]}

@@ -73,8 +73,8 @@ class IdempotentRequest:
 
         `work` must not commit; if it raises, nothing is stored. `changes` is the id of the object that `work` changes,
         None if `work` creates an object. A retry without an Idempotency-Key runs `work` again if another request has
-        changed the object since. `content` identifies a body that is not JSON. The field `secret` of the response is
-        not stored, so a retry gets null in this field.
+        changed the object since. `content` identifies a body that is not JSON. `secret` is the name of a field of the
+        response that is not stored; a retry gets null in this field.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())
@@ -100,7 +100,7 @@ class IdempotentRequest:
     def _audit_entry(self, body: dict[str, Any]) -> AuditEntry:
         """Returns the entry of this request for the audit log. `body` is the response.
 
-        The entry's object is the one whose id is in the response, or else the last one in the path.
+        The entry names one object: the one whose id is in the response, or else the last id in the request's path.
         """
         request = self._request
         named = body.get("id") or next(reversed(request.path_params.values()), None)
@@ -138,8 +138,8 @@ class IdempotentRequest:
             )
 
     async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
-        """Returns the stored response for this Idempotency-Key. Returns None if there is none, or it is more than a day
-        old.
+        """Returns the stored response for this Idempotency-Key. Returns None if no response is stored, or the stored
+        one is more than a day old.
 
         `sent` is the digest of the body. Raises InvalidRequest if the key was sent before with another request.
         """
@@ -160,17 +160,17 @@ class IdempotentRequest:
     # --- silent resends ----------------------------------------------------------------------------
 
     async def _take_turn(self, session: AsyncSession, sent: str) -> None:
-        """Locks the content of the request (`sent`, its digest): shared for a first send, exclusive for a retry.
+        """Takes a lock for requests with the same content, whose digest is `sent`, until the transaction ends.
 
-        So first sends do not wait for each other. The same statement also reads the project and the time into
-        `session.info`.
+        The lock is shared for a first send and exclusive for a retry, so that first sends do not wait for each other.
+        The same statement also reads the project and the time into `session.info`.
         """
         values = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
         turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, values)).one()
         session.info.update(project=turn.Project, now=turn.now)
 
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
-        """Returns the stored response to another send of the same request. Returns None if there is none.
+        """Returns the stored response to another send of the same request. Returns None if no such response is stored.
 
         `sent` is the digest of the body. `changes` is the id of the object that the request changes, None if it creates
         one. A first send finds a response only if a retry of the request arrived before the first send itself.
@@ -189,7 +189,10 @@ class IdempotentRequest:
 
 
 def _retry_count(request: Request) -> int:
-    """Returns which retry of a request this is; 0 for the first send, and for clients that do not send the header."""
+    """Returns which retry of a request this is, from the header `x-stainless-retry-count` of OpenAI's clients.
+
+    Returns 0 for the first send, and for clients that do not send the header.
+    """
     given = request.headers.get("x-stainless-retry-count", "")
     return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
 

@@ -64,7 +64,9 @@ class Refusals:
             await self.end_minute()
 
     async def end_minute(self) -> None:
-        """Writes one audit entry for each group of refusals that were only counted, and starts counting anew."""
+        """Writes one audit entry for each group of refusals of the last minute that have no entry of their own, and
+        starts counting anew.
+        """
         more, self._more, self._written = self._more, {}, Counter()
         await self._write(list(more.values()))
 

@@ -1,6 +1,6 @@
 """Validates values in request bodies, and turns errors of pydantic into errors of the API.
 
-Each error names the field and the mistake. Errors about a choice also list the values or names that are allowed.
+Each error names the field and the mistake. If only certain values or names are allowed, the error lists them.
 """
 
 import functools
@@ -31,8 +31,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     """Returns `value` as the type `kind`, checked by pydantic. Raises InvalidRequest, which names the wrong field.
 
-    `where` is the path of the value in the body. `paths` gives the full paths of fields that came from elsewhere in the
-    body.
+    Error messages name fields by their paths in the request's body. `where` is the path of `value`. `paths` gives the
+    paths of those fields of `value` that stand elsewhere in the body.
     """
     try:
         parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
@@ -51,8 +51,8 @@ def refused(
 ) -> InvalidRequest:
     """Turns an error of pydantic into an InvalidRequest with the dotted path of the field, a code, and the reason.
 
-    `location` is the field's path within the validated value. `where` is the path of this value in the body, and `kind`
-    its type. `paths` gives the full paths of fields that came from elsewhere in the body.
+    `location` is the field's path within the validated value, whose type is `kind`. `where` is the path of this value
+    in the request's body. `paths` gives the paths of those fields of the value that stand elsewhere in the body.
     """
     cause = error.get("ctx", {}).get("error")
     path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
@@ -67,15 +67,18 @@ def refused(
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Raises InvalidRequest for the first key of `given` that is not in `known`. `where` is the path of `given` in the
-    body."""
+    """Raises InvalidRequest for the first key of the JSON object `given` that is not in `known`.
+
+    `where` is the path of this object in the request's body.
+    """
     for name in given:
         if name not in known:
             raise _unknown(f"{where}.{name}", known)
 
 
 def _unknown(param: str, known: set[str]) -> InvalidRequest:
-    """Returns the error for a field that is not in `known`. Its message suggests the known name that resembles it most.
+    """Returns the error for a field of a request that is not one of the fields `known`. The message suggests the known
+    name that resembles it most.
 
     `param` is the dotted path of the field.
     """

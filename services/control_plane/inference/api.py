@@ -91,8 +91,11 @@ async def answered(request: Request, work: Coroutine[Any, Any, Response]) -> Res
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Checks all values in a request's JSON object. Raises InvalidRequest, which names the field, for values that
-    Python's JSON parser accepts and other parsers refuse: NaN, infinity, half characters and deep nesting."""
+    """Raises InvalidRequest, which names the field, for a value in a request's JSON object that not every JSON parser
+    takes.
+
+    Python's parser accepts NaN, infinity, halves of surrogate pairs and deep nesting; other parsers refuse them.
+    """
     left: list[tuple[str, int, Any]] = [("", 0, body)]
     while left:
         where, depth, value = left.pop()

@@ -67,7 +67,8 @@ class _Use:
         return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
 
     def change(self, in_flight: int, now: float) -> None:
-        """Adds `in_flight` (a negative number removes) to the number of requests in flight.
+        """Adds `in_flight`, which may be negative, to the number of this control plane's requests to the model in
+        flight.
 
         Before that, adds the time since the last change, divided by the number of requests, to `share`. So the requests
         in flight share the model's time evenly.

@@ -18,7 +18,9 @@ Note = Callable[[int, int, float], None]  # takes tokens of the prompt and of th
 
 
 def asks_for_usage(options: Any) -> bool:
-    """Whether the field `stream_options` of a client's request asks for the count of tokens."""
+    """Whether a client's request asks for the count of tokens. `options` is the value of the request's field
+    `stream_options`.
+    """
     return isinstance(options, dict) and bool(options.get("include_usage"))
 
 

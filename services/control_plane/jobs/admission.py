@@ -79,11 +79,11 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
 
 
 async def _within_positions(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> JobSpec:
-    """Checks `max_length` against the numbers of tokens that the model and its reference take (their positions), and
-    returns the spec.
+    """Checks `max_length` against the numbers of tokens that the model and its reference model take, and returns the
+    spec.
 
-    Raises InvalidRequest if the user chose a larger `max_length`. A default that is larger is lowered. If the config of
-    one of the models cannot be read here, the job itself makes this check.
+    Raises InvalidRequest if the user chose a `max_length` that is larger than these numbers. A default that is larger
+    is lowered. If the config of one of the models cannot be read on this machine, the job itself makes this check.
     """
     asked = lowest = spec.config.max_length
     read = {"the model": model} | ({"the reference model": reference} if reference else {})

@@ -15,7 +15,7 @@ from services.control_plane.models.models import NamedModel
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of a job request that may leave a choice to the service. The value `auto` lets the service choose."""
+    """The options of a job request that the user may leave to the service. The value `auto` lets the service choose."""
 
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
@@ -25,7 +25,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Combination:
-    """The parts of a job request that the rules look at together."""
+    """The parts of a job request that the rules about forbidden combinations of options depend on."""
 
     spec: JobSpec  # with the service's choice of weights
     asked: Asked
@@ -47,8 +47,10 @@ class Combination:
         return self.spec.weights.quantization is not None
 
     def compares(self, name: str) -> bool:
-        """Whether the request sets the field `name`, which compares evaluated checkpoints, although the job has no
-        validation data to evaluate checkpoints on."""
+        """Whether the request sets the field `name` in vain, because the job has no validation data.
+
+        The fields in question compare checkpoints by their results on validation data.
+        """
         return name in self.asked.comparing and not self.spec.validates
 
 
@@ -153,7 +155,9 @@ RULES = (
 
 
 def check(given: Combination) -> None:
-    """Checks the request against all rules. Raises InvalidRequest for the first rule that it breaks."""
+    """Raises InvalidRequest if a job request has a forbidden combination of options. The error names the first one in
+    `RULES`.
+    """
     for rule in RULES:
         if rule.is_broken(given):
             names = f"model is '{given.start.id}', method is '{given.objective}'"

@@ -81,7 +81,7 @@ class JobDocument(TypedDict):
 
 
 class DraftDocument(JobDocument):
-    """A job that was only checked."""
+    """The JSON object of a job that the service only checked, and did not create."""
 
     id: None  # type: ignore[misc]
     created_at: None  # type: ignore[misc]
@@ -108,7 +108,7 @@ class CheckpointDocument(TypedDict):
 
 
 class Column(TypedDict):
-    """The statistics of a metric, one value for each bucket of steps."""
+    """The statistics of one metric of training. Each list has one value for each bucket (a range of steps)."""
 
     mean: list[float | None]
     min: list[float | None]
@@ -144,7 +144,7 @@ class OptionDocument(TypedDict):
 
 
 class ExtensionOptionDocument(OptionDocument):
-    """An option in `x_raydpo` of a job."""
+    """The description of an option that a job can have in the request's field `x_raydpo`."""
 
     id: str
     object: Literal["option"]

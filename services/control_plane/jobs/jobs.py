@@ -96,9 +96,10 @@ async def submit(
 
 
 async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
-    """Returns a clause for an event if the trained adapter will have an engine of its own. The clause says why.
+    """Returns the reason, as a clause for an event, why the adapter that the job trains will have an engine (a model
+    server) of its own.
 
-    Returns '' if the adapter will answer on the engine of its base model.
+    Returns '' if the engine of the base model will answer for the adapter, or the job trains no such adapter.
     """
     adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
     if adapter is None or is_reward_model:  # a reward model does not answer

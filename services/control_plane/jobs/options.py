@@ -63,7 +63,10 @@ OWN = {
 
 
 def described() -> list[dict[str, Any]]:
-    """Returns all options of `x_raydpo`. The id of an option inside another one is a path, such as `adapter.r`."""
+    """Returns the descriptions of all options that a job can have in `x_raydpo`, as the API shows them.
+
+    The id of an option inside another one is a path, such as `adapter.r`.
+    """
     config = TrainConfig()
     defaults = asdict(config) | asdict(config.optim)
     trained = {name: defaults[name] for name in sorted(EXTENSIONS & defaults.keys())}

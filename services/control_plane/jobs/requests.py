@@ -171,8 +171,9 @@ class CreateJob(BaseModel):
         )
 
     def asked(self) -> Asked:
-        """Returns the options of the body that may leave a choice to the service. Raises InvalidRequest, which names
-        the wrong field."""
+        """Returns the options of the body that the user may leave to the service. Raises InvalidRequest, which names
+        the wrong field.
+        """
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
         quantization: Any = parse(AskedQuantization, extension.get("quantization"), "x_raydpo.quantization")
@@ -235,7 +236,10 @@ class CreateJob(BaseModel):
 
 
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:
-    """Parses the field `x_raydpo.adapter`, which is `{"type": "lora", …}`, "none" or "auto". Raises InvalidRequest."""
+    """Parses the field `x_raydpo.adapter` of a job, which is `{"type": "lora", …}`, "none" or "auto".
+
+    Raises InvalidRequest for any other value.
+    """
     where = "x_raydpo.adapter"
     if given in ("none", "auto"):
         return given
@@ -296,9 +300,10 @@ def train_config(
 
 
 def _parts(given: object, where: str) -> list[Objective]:
-    """Parses the objectives (training methods) of a weighted sum, each by its `type`.
+    """Parses a list of objectives (training methods) whose weighted sum a job minimizes. Each has its name in `type`.
 
-    `where` is the path of the field for error messages. Raises InvalidRequest for a type that a sum cannot have.
+    `where` is the path of the list in the request, for error messages. Raises InvalidRequest for an objective that
+    cannot be part of a sum.
     """
     parts = parse(list[dict[str, Any]], given, where)
     for number, part in enumerate(parts):

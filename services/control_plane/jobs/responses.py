@@ -90,7 +90,8 @@ def _request(
 ) -> dict[str, Any]:
     """Returns the request body that would create this job again, with the seed that was drawn for this job.
 
-    `asked` and `how` are the fields of the job's `x_raydpo` that `job_object` has built.
+    `spec` is the job's stored spec. The other arguments are fields that the job's JSON object has as well: `wandb` its
+    integrations, `asked` its options in `x_raydpo`, and `how` its options for reading rows.
     """
     config = {**spec["config"], **spec["config"]["optim"]}
     kind = config["objective"]["type"]

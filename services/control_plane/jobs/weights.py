@@ -8,10 +8,10 @@ from services.control_plane.settings import Settings
 
 
 def decide(asked: Asked, start: NamedModel, settings: Settings) -> Weights:
-    """Returns the weights that the job trains: the choices in `asked`, and the service's choices for options left at
-    `auto`.
+    """Returns which weights a new job trains (all, or an adapter's), in which precision, and how the base model is
+    quantized.
 
-    `start` is the model that the job starts from.
+    `asked` holds the user's choices; for `auto`, the service chooses. `start` is the model that the job starts from.
     """
     adapter = _adapter(asked, start, settings)
     kept = start.quantization if adapter else None  # an adapter goes on with the base that it was trained on

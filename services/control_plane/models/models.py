@@ -189,7 +189,7 @@ async def base_of(session: AsyncSession, settings: Settings, adapter: NamedModel
     """Returns the model that an adapter was trained on: a base model from the settings, or a trained model of any
     project.
 
-    If there is no such model any more, the result has the name of the adapter's `root`.
+    If this model no longer exists, its name is taken from the adapter's `root`.
     """
     assert adapter.base_source is not None  # only adapters have a base
     for base in bases(settings):
@@ -285,8 +285,9 @@ async def note_use(session: AsyncSession, model: NamedModel) -> None:
 
 
 def must_note_use(model: NamedModel) -> bool:
-    """Whether `note_use` must be called for the adapter, because its last recorded use is missing or more than ten
-    minutes old."""
+    """Whether to record, with `note_use`, that the adapter is used: if its last recorded use is missing or older than
+    ten minutes.
+    """
     return model.attached_at is None or datetime.now(UTC) - model.attached_at > USE_NOTED_EVERY
 
 

@@ -26,7 +26,9 @@ HEADERS = {
 
 @router.get("/")
 async def page(request: Request) -> Response:
-    """Answers the page. A browser asks for it each time, because it names the newest assets."""
+    """Answers with the HTML of the web page. Browsers ask for it at each visit, because it names the newest scripts and
+    styles.
+    """
     if not (BUILT / "index.html").is_file():
         return PlainTextResponse(NOT_BUILT, 404)
     return _file(request, BUILT / "index.html", "no-cache")
@@ -34,7 +36,9 @@ async def page(request: Request) -> Response:
 
 @router.get("/assets/{name}")
 async def asset(request: Request, name: str) -> Response:
-    """Answers a file of the page. Its name holds a hash of its content, so a browser keeps it for a year."""
+    """Answers with a script, a style or another file of the web page. Browsers keep it for a year, because its name
+    changes with its content.
+    """
     if not (BUILT / "assets" / name).is_file():
         raise HTTPException(404, "Not Found")
     return _file(request, BUILT / "assets" / name, "public, max-age=31536000, immutable")
@@ -51,5 +55,8 @@ def _file(request: Request, path: Path, cached: str) -> Response:
 
 @cache
 def _packed(path: Path, modified: int) -> bytes:
-    """Returns the file compressed. `modified` is its time of change, so that a new file is compressed anew."""
+    """Returns the bytes of the file, compressed with gzip. The result is cached until the file changes.
+
+    `modified` is the time of the file's last change.
+    """
     return gzip.compress(path.read_bytes())

@@ -60,8 +60,12 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
 
 
 def _buckets(job_id: str, first: int, last: int, width: int) -> Any:
-    """Returns the SQL query for these statistics of metrics: one row for each bucket of `width` steps and each
-    metric."""
+    """Returns the SQL query for the mean, least, greatest and last value of each metric of a job in each bucket of
+    steps.
+
+    The steps from `first` to `last` are divided into buckets of `width` steps. The query gives one row for each bucket
+    and metric.
+    """
     numbers = func.jsonb_each(Event.data).table_valued("key", "value").lateral("numbers")
     value = numbers.c.value.cast(Double)
     bucket = ((Event.step - first) // width).label("bucket")

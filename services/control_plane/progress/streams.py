@@ -42,13 +42,13 @@ KEEPALIVE = b": keepalive\n\n"
 
 
 class News:
-    """Tells the streams that wait for a change of a job that it has changed, a limited number of streams at a time."""
+    """Wakes the open event streams of a job when the job has changed, a limited number of streams at a time."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def wait(self) -> None:
-        """Waits until `tell` is called."""
+        """Waits until the job changes, which `tell` announces."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
         try:
@@ -57,7 +57,7 @@ class News:
             self._waiting.discard(future)
 
     async def tell(self) -> None:
-        """Lets all streams that wait go on and send what is new."""
+        """Announces that the job has changed: wakes all streams that wait, so that they send what is new."""
         for number, future in enumerate(list(self._waiting), start=1):
             if not future.done():
                 future.set_result(None)
@@ -80,8 +80,8 @@ class Watched:
     def add(self, events: list[tuple[int, bytes]]) -> None:
         """Adds new events of the job to those in memory, and drops the oldest if there are more than KEPT.
 
-        `events` are pairs of an event's id and its bytes in a stream. They follow the last event in memory without a
-        gap, unless there are KEPT + 1 of them, the newest ones.
+        `events` are pairs of an event's id and its bytes in a stream. They must follow the last event in memory without
+        a gap. If there are more than KEPT of them, there may be a gap, because they replace all events in memory.
         """
         if len(events) > KEPT:
             self.frames.clear()

@@ -32,9 +32,9 @@ async def judge_of(
 ) -> Judge:
     """Returns the models that score completions for a request that names the model `name`.
 
-    If `name` is a policy, its reference model and beta are those of the job that trained it, unless `reference` and
-    `beta` give others. Raises InvalidRequest for values that exclude each other, and if neither the request nor the job
-    gives a value.
+    For a policy, `reference` and `beta` are the request's choices. If they are None, the reference model and beta of
+    the job that trained the policy are used. Raises InvalidRequest if one of the two remains unknown, if one is given
+    for a reward model, or if the reference model is a reward model.
     """
     model = await models.find(session, settings, name)
     job = await _job_of(session, model)

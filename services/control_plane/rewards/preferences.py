@@ -17,7 +17,8 @@ GRID_POINTS, DEVIATIONS = 256, 5.0  # of a numerical integral: points, and stand
 class Judged:
     """A completion's reward, and the numbers that it was computed from.
 
-    `outputs` is set if a reward model scored the completion; the three fields after it are set if a policy did.
+    If a reward model scored the completion, `outputs` holds the model's outputs. If a policy did, the fields after
+    `outputs` hold the log-probabilities.
     """
 
     reward: float

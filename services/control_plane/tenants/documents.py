@@ -51,7 +51,7 @@ class KeyDocument(TypedDict):
 
 
 class NewKeyDocument(KeyDocument):
-    """`value` is the key; null in the answer to a repeated request."""
+    """The JSON object of a new API key. `value` is the key's text; it is null in the answer to a repeated request."""
 
     value: str | None
 

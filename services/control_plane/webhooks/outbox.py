@@ -53,12 +53,14 @@ class Claim(NamedTuple):
 
     @property
     def place(self) -> tuple[str, str]:
-        """Returns the ids of the project and of the endpoint, for which sends under way are counted and limited."""
+        """Returns the ids of the project and of the endpoint. Sends under way are counted and limited for each such
+        pair.
+        """
         return self.endpoint.project_id, self.endpoint.id
 
 
 class End(NamedTuple):
-    """The result of a send."""
+    """The result of one send of a webhook message to an endpoint."""
 
     claim: Claim
     outcome: str  # as text, for the endpoint's owner
@@ -247,14 +249,17 @@ class Sender:
 
 
 def _message_values(end: End) -> dict[str, Any]:
-    """Returns the parameters with which NOTE_MESSAGE stores the result in the message's row."""
+    """Returns the parameters of the SQL statement NOTE_MESSAGE, which stores the result of a send in the row of the
+    message.
+    """
     pause = timedelta(seconds=pause_seconds(end.claim.num_sends)) if end.again else None
     text = storable(end.outcome)[:500]
     return {"message": end.claim.id, "sends": end.claim.num_sends, "pause": pause, "text": text}
 
 
 def _endpoint_values(end: End) -> dict[str, Any] | None:
-    """Returns the parameters with which NOTE_ENDPOINT stores the result in the endpoint's row.
+    """Returns the parameters of the SQL statement NOTE_ENDPOINT, which stores the result of a send in the endpoint's
+    row.
 
     After a failure, nothing is sent to the endpoint for a while. Returns None if the endpoint answers as before.
     """

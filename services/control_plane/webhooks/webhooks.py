@@ -65,9 +65,10 @@ async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -
 
 
 async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, Any]) -> WebhookEndpoint:
-    """Sets the values of the endpoint, and returns it. Sending a URL, even the same one, enables a disabled endpoint.
+    """Sets columns of the endpoint to `values`, and returns the endpoint. If `values` has a URL, even the same one, a
+    disabled endpoint is enabled.
 
-    Raises NotFound.
+    Raises NotFound if the project has no such endpoint.
     """
     endpoint = await find(session, endpoint_id, lock=True)
     anew = {"disabled_at": None, "num_failures": 0, "retry_at": None}

@@ -29,10 +29,10 @@ ProjectOf = Callable[[str], Awaitable[str | None]]  # returns the project of a b
 class Room:
     """A limited amount of something, such as memory, that all requests share.
 
-    Each request belongs to a holder, which is a project or the service itself. A holder's only request may take all
-    that it needs. Several requests of one holder may together take at most as much as they leave free for other
-    holders. One busy holder therefore gets half of the amount, two busy holders get a third each, and some of the
-    amount is always left.
+    Each request belongs to a holder, which is a project or the service itself. If a holder has only one request, this
+    request may take all that it needs. Several requests of one holder may together take at most as much as they leave
+    free for other holders. One busy holder therefore gets half of the amount, two busy holders get a third each, and
+    some of the amount is always left.
     """
 
     def __init__(self, most: int, what: str) -> None:
@@ -116,7 +116,7 @@ class Place:
 class Body:
     """The body of a request while it arrives, within the limits on size and time.
 
-    The body is held in memory. Routes that take files call `spool` first, and then write it to disk.
+    The body is held in memory. Routes that take files call `spool` first, and then write the body to disk.
     """
 
     def __init__(self, receive: Receive, headers: Mapping[str, str], settings: Settings, place: Place) -> None:
@@ -247,16 +247,17 @@ class Limits:
 
 
 def _declared(headers: Mapping[str, str]) -> int:
-    """Returns the length of the body in bytes that the headers state. Returns 0 if they state none.
+    """Returns the length of a request's body in bytes that its headers state. Returns 0 if they state none.
 
-    The bytes that arrive are counted as well.
+    The stated length is not trusted: the bytes that arrive are counted as well.
     """
     length = headers.get("content-length", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
 
 
 def _is_stream(scope: Scope, message: Message) -> bool:
-    """Whether the answer is a stream of a job's events. A streamed completion does not count, because a model works on
-    it all the time."""
+    """Whether the answer is a stream of a job's events. Returns False for streamed completions, because a model works
+    on them all the time.
+    """
     kinds = (value for name, value in message["headers"] if name == b"content-type")
     return scope["path"] not in ASKING_MODELS and any(kind.startswith(b"text/event-stream") for kind in kinds)

@@ -60,8 +60,8 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _expect_reading(self) -> None:
-        """Aborts the connection if the client has read too little since this method last ran. Otherwise has it run
-        again later.
+        """Aborts the connection if the client has read too little since this method last ran. Otherwise schedules the
+        method to run again.
 
         (A close instead of an abort would wait until the client has read the rest.)
         """

@@ -1,5 +1,7 @@
-"""Limits the requests and the tokens per minute of each API key, and its requests at the same time. Each control plane
-counts only its own requests.
+"""Limits how many requests and tokens each API key may use per minute, and how many of its requests may run at the same
+time.
+
+Each control plane counts only its own requests.
 
 A key may use the amount of a whole minute in a burst; afterwards one further unit (a request or a token) is allowed
 every 1/limit of a minute. For each key, the process stores one number: the time at which the whole amount is allowed
@@ -76,7 +78,9 @@ class RateLimits:
 
 
 class InFlight:
-    """Counts the requests of each API key that are being answered, and refuses more of them than a limit."""
+    """Counts the requests of each API key that are being answered now, and refuses a request of a key that has reached
+    its limit.
+    """
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

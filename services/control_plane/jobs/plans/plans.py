@@ -53,9 +53,9 @@ def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> 
 
 
 def run_of(spec: JobSpec, rows: Rows, nodes: Sequence[Node], settings: Settings) -> Run:
-    """Returns the options of the job that its need for memory depends on.
+    """Returns those options of the job that decide how much memory the job needs.
 
-    `nodes` are the machines of the Ray cluster.
+    `rows` holds the number and the lengths of the training rows, and `nodes` the machines of the Ray cluster.
     """
     config, adapter = spec.config.resolved(rows.groups or 10_000), spec.weights.adapter
     assert config.batch_size is not None  # set by `resolved`
@@ -86,10 +86,10 @@ def _device(settings: Settings) -> Literal["cpu", "cuda"]:
 
 
 def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int | None:
-    """Returns the bytes of memory of the job's worker that has the least. Returns None if Ray does not report memory.
+    """Returns how many bytes of memory each of the job's workers has; if they differ, the smallest amount.
 
     With GPUs, this is the memory of the smallest GPU. With CPUs, it is the memory of the largest machine, divided by
-    the number of workers, because Ray fills this machine first.
+    the number of workers, because Ray fills this machine first. Returns None if Ray does not report memory.
     """
     if _device(settings) == "cuda":
         return min((size for node in nodes for size in node.gpus), default=None)
@@ -117,8 +117,9 @@ def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None) -> Plan:
 
 
 async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, ray_api: RayApi) -> None:
-    """Raises InvalidRequest if the job cannot fit: its weights and optimizer alone exceed the memory of the largest
-    worker."""
+    """Raises InvalidRequest if the job cannot fit into memory: weights and optimizer alone need more than the largest
+    worker has.
+    """
     try:
         shapes = await model_shapes(model)
         nodes = await ray_api.nodes()

@@ -1,4 +1,6 @@
-"""Adds the options for reading a file's rows: the columns of the roles, and the treatment of unusable rows"""
+"""Adds the options for reading a file's rows: the columns that hold prompts and completions, and the treatment of bad
+rows
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Adds the number of outputs of a requested model, by which reward models can be deployed"""
+"""Adds the number of outputs of a requested model, without which the service could not deploy reward models"""
 
 from collections.abc import Sequence
 

@@ -68,7 +68,7 @@ async def change(
     """Sets how a model is served. Fields that the body leaves out are reset to their defaults.
 
     If the model is loaded, Ray Serve replaces its replicas. Each replica first finishes its answers. An engine that
-    scores for a job keeps its settings until the scores are in.
+    computes log-probabilities for a job keeps its settings until it has computed all of them.
     """
     view, capacity = await asyncio.gather(_look(ray_api), ray_api.capacity())
 

@@ -34,11 +34,11 @@ SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
 async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None) -> None:
-    """Requests that the model is loaded, by writing its row in `deployments`, or records in that row that the model is
-    used.
+    """Requests that the model is loaded, or records that it is used. Both are stored in the model's row in
+    `deployments`.
 
-    `app_name` is given only to load a second engine of the model, which only scores (computes log-probabilities).
-    Raises Unavailable if another model has the same application name on the cluster.
+    `app_name` is given only to load a second engine of the model, which only computes log-probabilities. Raises
+    Unavailable if another model has the same application name on the cluster.
     """
     named = {"app_name": app_name or model.app_name, "model_id": model.id, "source": model.source}
     scores = named["app_name"] != model.app_name
@@ -91,10 +91,12 @@ def _reference(engine: Engine, own: DeploymentSettings, settings: Settings) -> R
 async def scorer_named(
     session: AsyncSession, settings: Settings, model: NamedModel, name: str | None
 ) -> tuple[NamedModel, str]:
-    """Returns the model that the application `name` loads, and the application's name without the service's prefix.
+    """Finds the application `name`, which an attempt (run of a job) uses to compute log-probabilities with its
+    reference model.
 
-    An attempt was told to score with this application, and waits for it, although `model` may have another one by now.
-    If `name` is None, the attempt is of a release that knows only the model's own engine.
+    Returns the model that the application loads, and the application's name without the service's prefix. The settings
+    of `model` may have changed since the attempt began, so that new attempts would use another application. If `name`
+    is None, the attempt is of a release that knows only the model's own engine.
     """
     hosts = await hosts_of(session, settings, model)
     for loaded in hosts:

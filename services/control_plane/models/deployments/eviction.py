@@ -209,7 +209,7 @@ def _exceeds(gpus: float, most: float) -> bool:
 
 @dataclass(frozen=True)
 class Engines:
-    """The GPUs that loaded and waiting models use, for the scheduler of jobs, which shares the GPUs with them."""
+    """The numbers of GPUs that models use. The scheduler of jobs needs them, because jobs and models share the GPUs."""
 
     gpus: float = 0.0  # GPUs of models that no job needs as its reference
     pinned_gpus: float = 0.0  # GPUs of pinned models, which their settings keep loaded
