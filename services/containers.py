@@ -30,8 +30,8 @@ MAX_EXPANSION = 1000  # a file may unpack to so many times its size; real text d
 
 
 def is_plain(file: BinaryIO) -> bool:
-    """Whether the file is JSON Lines without compression. The file must be at its start, and this function leaves it
-    there."""
+    """Whether the file is JSON Lines without compression. The file must be at its start, and is at its start
+    afterwards."""
     return _unpacker(file) is None
 
 
@@ -98,7 +98,7 @@ def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _as_json(value: object) -> object:
-    """Returns a JSON value for a value of a table that JSON cannot hold.
+    """Returns a JSON value in place of a table's value that JSON cannot hold.
 
     Decimals become floats. Dates, and bytes in UTF-8, become text. Other bytes become {"bytes": length}.
     """
@@ -114,7 +114,7 @@ def _as_json(value: object) -> object:
 
 
 def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a record batch as dictionaries, and converts a few rows at a time.
+    """Yields the rows of an Arrow record batch as dictionaries. Converts a few rows at a time, to save memory.
 
     Rows may share values, so each converted row may be as large as the whole batch.
     """
@@ -125,10 +125,10 @@ def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_unwritable(kind: Any, *, shared: bool = False) -> None:
-    """Raises an ArrowException if values of the type `kind` cannot be written as JSON.
+    """Raises an ArrowException if values of the Arrow type `kind` cannot be written as JSON.
 
-    Columns must have different names. Rows must not share lists, because each level of shared lists would multiply the
-    size of the JSON.
+    Columns must have different names. If rows share their values (`shared`), the values must not be lists or structs,
+    because each level of shared lists would multiply the size of the JSON.
     """
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or (shared and kind.num_fields):
         raise pa.ArrowNotImplementedError(f"a column has the type {kind}, which cannot be written as JSON lines")

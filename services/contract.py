@@ -59,9 +59,9 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _tolerant(kind: Any) -> BeforeValidator:
-    """Returns a validator of the type `kind` that ignores unknown keys at every depth.
+    """Returns a validator that parses values of the type `kind` and ignores unknown keys at every depth.
 
-    It does so for types that refuse unknown keys in users' requests, too.
+    It also ignores unknown keys of types that refuse unknown keys in users' requests.
     """
     return BeforeValidator(lambda value: _adapter(kind).validate_python(value, extra="ignore"))
 
@@ -107,14 +107,14 @@ class Deployment(Contract):
 
 
 class Adapter(Contract):
-    """Names a LoRA adapter, which the engine of its base model attaches when a request first needs it."""
+    """Names a LoRA adapter. The vLLM engine of its base model attaches the adapter when a request first needs it."""
 
     id: str  # the public id of the model, which no other model ever has
     source: str  # storage URI or local folder in PEFT's format
 
 
 class CannotAttach(Exception):
-    """Raised to training by a model's deployment that cannot attach the adapter of a call, now or later."""
+    """Raised if the deployment of a model can never attach the LoRA adapter that a call from training names."""
 
 
 ADAPTER_HEADER = "x-raydpo-adapter"
@@ -174,7 +174,10 @@ class TokensToScore(Contract):
 
 
 class Scored(Contract):
-    """A model's response to TextsToScore or TokensToScore: the token ids, and the outputs for each completion."""
+    """The response to a request that has completions scored (TextsToScore or TokensToScore).
+
+    It has the token ids of the rows and, for each completion, its log-probability or a reward model's outputs.
+    """
 
     groups: list[TokenGroup]
     vocabulary: str
@@ -236,8 +239,8 @@ MIN_EXAMPLES = 10  # least number of rows in a training file
 class InvalidRows(UserInput):
     """Says what happens to rows of a data file that cannot be used.
 
-    `refuse` refuses the whole file. `drop` leaves such rows out, but refuses a file if they are more than the share
-    `max_share` of its rows.
+    `refuse` refuses the whole file. `drop` leaves such rows out; if more than the share `max_share` of all rows cannot
+    be used, the file is refused.
     """
 
     how: Literal["refuse", "drop"] = "refuse"
@@ -260,7 +263,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Weights(Contract):
-    """Says which weights a job trains (all weights of the model, or an adapter), and in which precision."""
+    """Says which weights a job trains (all weights of the model, or an adapter), and in which number type."""
 
     adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
     precision: Precision = "float32"  # with both values, trained weights have float32 masters
@@ -299,10 +302,10 @@ class JobSpec(Contract):
 
     @property
     def may_be_served(self) -> bool:
-        """Whether vLLM may compute the reference's log-probabilities of the job's rows.
+        """Whether vLLM may compute the reference model's log-probabilities of the job's rows.
 
-        It may not if the objective needs no reference, if the user chose the trainer, or if the base model is quantized
-        to NF4, which no engine here serves.
+        The result is False if the objective needs no reference model, or if the user chose that the trainer computes
+        the log-probabilities. It is also False if the base model is quantized to NF4, which no engine here serves.
         """
         by_trainer = self.reference_source == "trainer" or self.weights.quantization is not None
         return self.config.objective.traits.needs_reference and not by_trainer

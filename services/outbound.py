@@ -63,9 +63,9 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 
 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if the URL's host is written as a private IP address, in any notation, that no prefix names.
+    """Raises InvalidUri if the host of `url` is a private IP address, in any notation, and no prefix names the host.
 
-    If the host is a name, the URL is accepted, and no name server is asked.
+    A host that is a name is accepted without asking a name server.
     """
     split = urlsplit(url)
     host, port = split.hostname or "", split.port or PORTS[split.scheme]
@@ -129,9 +129,9 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
 
 
 def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str) -> list[str]:
-    """Resolves the request's host, and returns its IP addresses.
+    """Resolves the request's host, and returns the host's IP addresses.
 
-    Raises InvalidUri if an address is private and no prefix names the host.
+    Raises InvalidUri if an address is private, unless `named` contains the request's host and port.
     """
     host, port = request.url.raw_host.decode(), request.url.port or PORTS[request.url.scheme]
     addresses = _resolve(host, port)

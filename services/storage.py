@@ -26,18 +26,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the error says that the disk, or the user's share of it, is full."""
+    """Whether the error says that the disk is full, or that the user has used up their quota on the disk."""
     return getattr(error, "errno", None) in FULL
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the error means that a bucket did not answer, or refused the request. Arrow raises OSError without errno
+    """Whether the error says that a bucket did not answer or refused the request. Arrow raises OSError without errno
     for both."""
     return type(error) is OSError and error.errno is None
 
 
 def join(uri: str, *parts: str) -> str:
-    """Returns `uri` with the file or folder names `parts` appended. In a URI, the names are percent-encoded."""
+    """Returns `uri` followed by the file or folder names `parts`, with slashes in between. In a URI, the names are
+    percent-encoded."""
     if "://" not in uri:
         return "/".join([uri.rstrip("/"), *parts])
     folder, mark, query = uri.partition("?")  # Arrow's filesystem options, such as endpoint_override

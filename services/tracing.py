@@ -42,7 +42,7 @@ def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
 
 
 def current() -> str | None:
-    """Returns the traceparent of the open span, or None if no span is open or tracing is off."""
+    """Returns the W3C traceparent of the open span, or None if no span is open or tracing is off."""
     if not is_on():
         return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -53,7 +53,8 @@ def current() -> str | None:
 
 
 def child(parent: str, key: str) -> str:
-    """Returns the traceparent for a child span of `parent`. Equal arguments always give the same traceparent."""
+    """Returns the W3C traceparent for a child of the span with the traceparent `parent`. Equal arguments always give
+    the same result."""
     version, trace_id, _, flags = parent.split("-")
     return "-".join([version, trace_id, hashlib.sha256(key.encode()).hexdigest()[:16], flags])
 

@@ -131,10 +131,10 @@ def _place(uri: str) -> _Place:
 
 
 def _split(uri: str) -> SplitResult:
-    """Parses the URI, and checks the rules for URIs of every scheme.
+    """Parses a URI, and checks the rules that hold for URIs of every scheme.
 
-    Raises InvalidUri for characters that two parsers might read differently, and for credentials, because a job shows
-    its URI.
+    Raises InvalidUri for characters that two parsers might read differently. Also raises it for credentials in the URI,
+    because everybody who sees a job sees its URI.
     """
     if len(uri) > MAX_LENGTH:
         raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}. Shorten it.")

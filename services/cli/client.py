@@ -46,14 +46,16 @@ CONNECTION = [
 
 
 def _not_empty(text: str) -> str:
-    """Returns the text, or raises BadParameter if it is empty, as the value of an unset shell variable is."""
+    """Returns the text of a command's argument unchanged. Raises BadParameter if the text is empty, for example because
+    a shell variable is not set."""
     if not text:
         raise typer.BadParameter("the id must not be empty")
     return text
 
 
 def id_argument(what: str, metavar: str = "ID") -> Any:
-    """Returns a typer argument for the id or name of something; `what` is its help text."""
+    """Returns a typer argument that takes the id or name of an object of the service. `what` is the argument's help
+    text."""
     return typer.Argument(metavar=metavar, parser=_not_empty, help=what)
 
 
@@ -108,7 +110,8 @@ def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable
 def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "FileObject":
     """Uploads a file of rows, in parts if the file is large, and waits until the service has checked the rows.
 
-    `reading` is the content of the file's `x_raydpo` field. Exits with an error if the service refuses the rows.
+    `reading` holds the options for reading the rows; it is sent as the upload request's field `x_raydpo`. Exits with an
+    error if the service refuses the rows.
     """
     said = {"x_raydpo": reading} if reading else {}
     num_bytes = path.stat().st_size
@@ -132,7 +135,7 @@ def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "File
 
 
 def write_content(client: "OpenAI", file_id: str) -> None:
-    """Writes the bytes of the service's file `file_id` to standard output."""
+    """Downloads the file with the id `file_id` from the service, and writes its bytes to standard output."""
     with client.files.with_streaming_response.content(file_id) as response:
         for chunk in response.iter_bytes():
             sys.stdout.buffer.write(chunk)
@@ -140,7 +143,8 @@ def write_content(client: "OpenAI", file_id: str) -> None:
 
 @contextmanager
 def one_line_errors(client: "OpenAI") -> Iterator[None]:
-    """Prints an error of the API, the connection or a local file as one line and exits with status 1."""
+    """Runs a `with` block. If the API, the connection or a local file fails in the block, prints the error as one line
+    and exits with status 1."""
     from openai import APIConnectionError, APIStatusError
 
     try:
@@ -171,7 +175,7 @@ def safe(text: str) -> str:
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints rows as a table on a terminal, or as tab-separated lines without headings in a pipe."""
+    """Prints rows as a table with headings on a terminal, or as tab-separated lines without headings in a pipe."""
     cells = [[safe(str(cell)).replace("\n", " ") for cell in row] for row in rows]
     if not out.is_terminal:
         for row in cells:

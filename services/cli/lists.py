@@ -51,7 +51,8 @@ def list_command(
 
 
 def date(field: str) -> Callable[[Item], datetime]:
-    """Returns a function that reads a field of an item, a time in Unix seconds, as local time. `field` is its name."""
+    """Returns a function that reads the time in the field `field` of an item, and converts Unix seconds to local
+    time."""
     return lambda item: datetime.fromtimestamp(item[field])
 
 

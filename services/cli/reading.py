@@ -30,7 +30,7 @@ MaxInvalidShare = Annotated[
 
 
 def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
-    """Parses the values of --columns, ROLE=COLUMN texts, and returns the column of each role.
+    """Parses the values of --columns, texts of the form ROLE=COLUMN, and returns the column of each role.
 
     A role says what a column holds, such as `prompt`. Exits with an error if a role is unknown or a column is missing.
     """
@@ -44,7 +44,8 @@ def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
 
 
 def reading(columns: Sequence[str] | None, max_invalid_share: float | None) -> dict[str, Any]:
-    """Returns the fields for a request's `x_raydpo` that stand for the options --columns and --max-invalid-share."""
+    """Returns the values of the options --columns and --max-invalid-share, as fields of the object `x_raydpo` in a
+    request."""
     drop = {"invalid_rows": "drop", "max_invalid_share": max_invalid_share} if max_invalid_share else {}
     roles = roles_of(columns)
     return ({"columns": roles} if roles else {}) | drop

@@ -73,7 +73,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _launch_of(arguments: list[str]) -> Launch | None:
-    """Returns the server and options for running the command in a fork, or None if this process must run it itself."""
+    """Returns how to run the command in `arguments` in a fork: the fork server to ask, and its options.
+
+    Returns None if the command must run in this process itself.
+    """
     if arguments[:1] == ["--wait"]:
         command = arguments[1:]
         if command[:2] == ["-m", DRIVER]:
@@ -88,9 +91,10 @@ def _launch_of(arguments: list[str]) -> Launch | None:
 
 
 def _fork(path: str, launch: Launch) -> tuple[int, TextIO]:
-    """Returns the process id of a new fork, and a file whose next line will be the fork's exit status.
+    """Has a fork server run the command of `launch` in a fork. Returns the fork's process id, and a file whose next
+    line will be the fork's exit status.
 
-    Starts the server of the launch if necessary. Raises OSError if no server answers.
+    Starts the fork server that `launch` names, if it does not run. Raises OSError if no server answers.
     """
     descriptors = _inherited()
     if launch.server is None:
@@ -114,7 +118,8 @@ def _inherited() -> list[int]:
 
 
 def _request_fork(path: str, launch: Launch, descriptors: Sequence[int]) -> tuple[int, TextIO]:
-    """Asks the server at `path` for a fork. Returns the fork's process id and the file of the server's further answers.
+    """Asks the fork server at the socket `path` for a fork. Returns the fork's process id and the file from which the
+    server's further answers can be read.
 
     Raises OSError if the server does not answer.
     """
@@ -183,10 +188,10 @@ def spawn_forks() -> None:
 
 
 def preload(job_id: str, modules: Sequence[str], *, wait: bool = False) -> None:
-    """Asks the fork server of a Ray job to import `modules`, so that later forks have them already.
+    """Asks the fork server of a Ray job to import `modules`, so that forks made later need not import them.
 
-    The server imports them while it has no fork to make. Does nothing if the job has no server. With `wait`, returns
-    when the modules are imported.
+    The server does this while it has no fork to make. Does nothing if the job has no server. With `wait`, returns when
+    the modules are imported.
     """
     if path := os.environ.get(VARIABLE):
         with suppress(OSError):

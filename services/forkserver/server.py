@@ -128,7 +128,8 @@ class ForkServer:
     def serve(self, modules: Sequence[str]) -> Request | None:
         """Imports `modules`, and then answers requests until the server ends.
 
-        Returns the client's request in each fork, which must then run the request's command, and None in the server.
+        In each fork, returns the client's request, whose command the fork must run. In the server itself, returns None
+        at the end.
         """
         for module in modules:
             importlib.import_module(module)
@@ -145,7 +146,8 @@ class ForkServer:
         return None
 
     def _settle(self) -> None:
-        """Prepares the server's memory for forks after imports, and checks that forks draw different ids of Ray."""
+        """Prepares the server's memory for forks after imports. Forbids further forks if they would draw equal random
+        ids of Ray."""
         gc.collect()
         gc.freeze()  # the collector must not touch imported objects, as this copies memory pages that forks share
         ray = sys.modules.get("services.forkserver.loaded_ray")
@@ -160,9 +162,10 @@ class ForkServer:
         return time.monotonic() - self._last > self._idle_seconds
 
     def _next(self, seconds: float) -> Request | None:
-        """Waits up to `seconds` for a request, and returns None without one.
+        """Waits up to `seconds` for a client's request. Returns the request, or None if none came.
 
-        Meanwhile reports ended forks to their clients, and kills forks whose waiting client has ended.
+        Meanwhile, the server reports ended forks to the clients that wait for them, and kills forks whose waiting
+        client has ended.
         """
         waiting = [self._listening, self._woken, *self._clients.values()]
         ready, _, _ = select.select(waiting, [], [], seconds)
@@ -182,7 +185,7 @@ class ForkServer:
             return None
 
     def _read(self, client: socket.socket) -> Request:
-        """Reads one request, and the open files that come with it, from a client's connection.
+        """Reads one request from a client's connection, and the open files that the client passes with the request.
 
         Clients are our own programs, which write a whole request at once.
         """
@@ -193,7 +196,7 @@ class ForkServer:
         return Request(**fields, files=files, client=client)
 
     def _import_one(self) -> None:
-        """Imports the next module of the oldest request for imports. After the last module, answers the request."""
+        """Imports the next module of the oldest request for imports. Answers the request after its last module."""
         request = self._imports[0]
         first, *request.modules = request.modules
         try:
@@ -207,9 +210,9 @@ class ForkServer:
             request.client.close()
 
     def _fork(self, request: Request) -> bool:
-        """Makes a fork for the request, unless a fork is unsafe or the requested server runs already.
+        """Makes a fork for the request, and answers the client. Returns True in the fork, and False in the server.
 
-        Returns True in the fork, and False in the server.
+        No fork is made if a fork would be unsafe, or if the request names a fork server that runs already.
         """
         client, running = request.client, self._servers.get(request.server or "")
         obstacle = self._obstacle or _obstacle_now()
@@ -297,7 +300,7 @@ def become(request: Request) -> NoReturn:
 
 
 def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
-    """Moves each open file to the descriptor number that the file has in the client.
+    """Gives each open file that a client passed the descriptor number that the file has in the client.
 
     Both sequences are empty for a fork that becomes a server.
     """

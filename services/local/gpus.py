@@ -10,10 +10,10 @@ SECONDS = 10  # a working driver answers within this time
 
 
 def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
-    """Returns defaults for those settings in NAMES that `configured` (the names of settings with a value) does not
-    contain.
+    """Returns default values for the settings in NAMES that have no value yet, and a sentence that reports these
+    defaults.
 
-    The second result is a sentence that reports these defaults. Each default is one whole GPU; jobs and models take
+    `configured` holds the names of the settings that have a value. Each default is one whole GPU; jobs and models take
     turns if the machine has fewer GPUs than they need. Both results are empty on a machine without a GPU.
     """
     chosen = {name: 1.0 for name in NAMES if name not in configured}

@@ -69,9 +69,10 @@ def stop_postgres(folder: Path) -> None:
 
 
 def _settled(folder: Path) -> bool:
-    """Whether the PostgreSQL server on `folder` is either down or ready, and not just starting or stopping.
+    """Whether the PostgreSQL server on the data in `folder` is either down or ready, and neither starting nor stopping.
 
-    Removes the pid file of a server that has ended, because this file would mislead the package.
+    Removes the pid file of a server that has ended, because this file would mislead the Python package that starts
+    PostgreSQL.
     """
     pid_file = folder / "postmaster.pid"
     if not _processes(folder):
@@ -82,7 +83,8 @@ def _settled(folder: Path) -> bool:
 
 
 def _processes(folder: Path) -> list[psutil.Process]:
-    """Returns the main PostgreSQL process on `folder`, and processes that are about to start PostgreSQL there."""
+    """Returns the main process of the PostgreSQL server on the data in `folder`, and processes that are about to start
+    one."""
     processes = []
     for process in psutil.process_iter():
         try:

@@ -181,7 +181,7 @@ def _adoptable(head: RayHead, token_file: Path) -> bool:
 
 
 def _answers(head: RayHead, token_file: Path) -> bool:
-    """Whether jobs can be submitted to the head: its dashboard and its agent both answer."""
+    """Whether jobs can be submitted to the Ray head node. They can if its dashboard and its agent both answer."""
     headers = {"Authorization": f"Bearer {token_file.read_text()}"}
     probes = [f"{head.url}/api/jobs/", f"http://127.0.0.1:{head.agent_port}/api/local_raylet_healthz"]
     try:

@@ -42,9 +42,9 @@ UNUSED = ("modules_to_save", "use_dora", "target_parameters", "rank_pattern", "a
 
 
 def check_version(installed: str = vllm.__version__) -> None:
-    """Raises RuntimeError if this release of vLLM is too old to keep adapters apart.
+    """Raises RuntimeError if the release `installed` of vLLM may confuse adapters.
 
-    Before LEAST_VLLM, vLLM may answer a request for one adapter with another adapter.
+    Before the release LEAST_VLLM, vLLM may answer a request for one adapter with another adapter.
     """
     if Version(installed) < Version(LEAST_VLLM):
         raise RuntimeError(
@@ -76,7 +76,8 @@ class AdapterUnusable(AdapterRefused):
 
 
 class Base:
-    """The model that the engine has loaded. Compares its weights with those that an adapter was trained on."""
+    """The model that a vLLM engine has loaded. Compares the model's weights with those that an adapter was trained
+    on."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -84,7 +85,8 @@ class Base:
         self._computing = threading.Lock()
 
     def check(self, adapter: Adapter, folder: Path) -> None:
-        """Raises AdapterUnusable if the adapter in `folder` was trained on other weights than the engine has loaded.
+        """Raises AdapterUnusable if the adapter in `folder` was trained on other weights than those that the engine has
+        loaded.
 
         An adapter that this service trained records a fingerprint of its base model's weights. An adapter without a
         fingerprint is accepted. The first comparison reads all weights of the engine's model.
@@ -179,7 +181,7 @@ class Adapters:
         return attachment
 
     def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
-        """Handles the end of an adapter's loading.
+        """Does what follows the end of an adapter's loading, whether it failed or not.
 
         If the loading failed, the adapter is forgotten, so that the next request for it loads it again. In either case,
         adapters beyond the limit are detached.
@@ -261,7 +263,7 @@ def _fetch(adapter: Adapter, cache: Path) -> Path:
 def _check_numbers(adapter: Adapter, folder: Path) -> None:
     """Raises AdapterUnusable if a weight of the adapter is not a finite number.
 
-    Logs a warning if all its weights leave the base model unchanged.
+    Logs a warning if the weights are such that the adapter does not change its base model.
     """
     if not (folder / WEIGHTS).is_file():
         return  # vLLM reads or refuses other files

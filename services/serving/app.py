@@ -70,10 +70,10 @@ def _scale(replicas: Replicas) -> dict[str, Any]:
 
 
 def _bundles(num_gpus: float) -> list[dict[str, float]]:
-    """Returns the resources that a replica reserves, as the bundles of a placement group.
+    """Returns the resources that a replica of a model reserves, as the bundles of a Ray placement group.
 
-    The first bundle has the replica's CPU. Each worker of the engine has a GPU, or the only worker a share of one.
-    Raises ValueError if `num_gpus` is above 1 and not a whole number.
+    The first bundle has the replica's CPU. If `num_gpus` is 1 or more, each worker of the engine has one GPU; if it is
+    below 1, the only worker has this share of a GPU. Raises ValueError if `num_gpus` is above 1 and not a whole number.
     """
     if num_gpus == 0:
         return [{"CPU": 1}]
@@ -124,8 +124,8 @@ class Policy:
     ) -> list[Score]:
         """Returns the log-probability of each completion given its prompt, summed over the completion's tokens.
 
-        Prompts, completions and `others` are in the same order; `others` has the token ranges that the sum leaves out.
-        The model computes with `adapter`, if one is given.
+        Prompt, completion and item of `others` with the same index belong together. An item of `others` holds ranges of
+        the completion's tokens that the sum leaves out. If `adapter` is given, the model computes with this adapter.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.score(prompt_ids, completion_ids, others, request)
@@ -139,17 +139,17 @@ class Policy:
     ) -> list[list[float]]:
         """Returns the log-probability of each token of each completion, given the completion's prompt.
 
-        Takes what `score` takes.
+        The parameters mean the same as those of `score`.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.token_logps(prompt_ids, completion_ids, others, request)
 
     @asynccontextmanager
     async def _attached(self, adapter: Adapter | None) -> "AsyncIterator[LoRARequest | None]":
-        """Attaches the adapter while the block runs, and gives the block the value that selects the adapter in vLLM.
+        """Attaches the LoRA adapter to the engine while a `with` block runs.
 
-        The block gets None if `adapter` is None. Raises CannotAttach if the engine can never attach the adapter, and
-        ValueError if it cannot do so now.
+        The block gets the value that selects the adapter in a request to vLLM, or None if `adapter` is None. Raises
+        CannotAttach if the engine can never attach the adapter, and ValueError if the engine cannot attach it now.
         """
         if adapter is None:
             yield None
@@ -186,7 +186,7 @@ class RewardModel:
 
 
 def _import_policy() -> None:
-    """Imports the module that starts vLLM, in at most IMPORT_TRIES tries.
+    """Imports the module that starts vLLM, and tries again if the import fails, at most IMPORT_TRIES times in all.
 
     On import, Ray registers connectors for the whole cluster. If two replicas import the module at the same time, one
     import fails. At the next try, the connectors are registered already.
@@ -202,11 +202,12 @@ def _import_policy() -> None:
 
 
 def _local(deployment: Deployment) -> tuple[str, Deployment]:
-    """Returns the local folder of the deployment's weights, and the deployment as it is to be started.
+    """Makes the model's weights available on this node. Returns their local folder, and the deployment as it is to be
+    started.
 
-    If the source is a hub id, the first value is the hub id itself. If the source is an adapter, it is merged into its
-    base model, and the deployment then attaches no adapters. Raises FileNotFoundError or ValueError for missing or
-    damaged files, because Serve's status does not say why an engine failed to load files.
+    If the weights are named by a hub id, the hub id is returned in place of the folder. If they are an adapter, the
+    adapter is merged into its base model, and the returned deployment attaches no adapters. Raises FileNotFoundError or
+    ValueError for missing or damaged files, because Serve's status does not say why an engine failed to load files.
     """
     source = deployment.source
     folder = storage.fetch(source)

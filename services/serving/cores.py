@@ -6,7 +6,7 @@ import ray
 
 
 def num_threads() -> int:
-    """Returns the number of threads for a replica: the CPUs of this node that Ray may use.
+    """Returns the number of threads that a replica of a model may use: the number of this node's CPUs that Ray may use.
 
     Ray itself would give an actor one thread for each CPU that the actor reserves, and a replica reserves only one.
     """

@@ -20,8 +20,11 @@ class Engine(Protocol):
 
 
 class RetryLater:
-    """ASGI middleware that answers 503 with `retry-after` in place of an answer of status 500 or above, if the engine
-    is dead. All other answers pass unchanged, and so does a stream that has begun."""
+    """ASGI middleware that asks clients to send their request again while the vLLM engine is dead.
+
+    It then answers 503 with the header `retry-after` in place of any answer of status 500 or above. All other answers
+    pass unchanged, and so does a stream that has begun.
+    """
 
     def __init__(self, app: ASGIApp, *, engine: Engine) -> None:
         self._app, self._engine = app, engine

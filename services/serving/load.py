@@ -11,9 +11,10 @@ WINDOW_SECONDS = 60.0
 
 
 class Load(AggregateStatLoggerBase):  # type: ignore[misc]
-    """Counts the requests that are now in an engine, and what the engine has generated in the last WINDOW_SECONDS.
+    """Counts the requests that are in a vLLM engine now, and what the engine did in the last WINDOW_SECONDS.
 
-    It counts the generated tokens, the requests that got their first token, and how long they waited for that token.
+    It counts the generated tokens and the requests that got their first token, and records how long these requests had
+    waited for that token.
     """
 
     def __init__(self) -> None:
@@ -43,9 +44,10 @@ class Load(AggregateStatLoggerBase):  # type: ignore[misc]
             self._steps.popleft()
 
     def as_json(self) -> dict[str, float]:
-        """Returns the counts, and `seconds`, the length of the period that they cover.
+        """Returns the counts, and the length of the period that they cover as `seconds`.
 
-        Waiting times are returned as a sum (`first_token_seconds`), so that values of several replicas can be added.
+        The times that requests waited for their first token are returned as a sum (`first_token_seconds`), so that the
+        values of several replicas can be added.
         """
         self._forget()
         first = [seconds for _, _, step in self._steps for seconds in step]

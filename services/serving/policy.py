@@ -57,8 +57,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         client.logger_manager.stat_loggers.append(self.load)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns the HTTP server: vLLM's own paths in ROUTES, the paths of `Scoring`, and the path of the engine's
-        load.
+        """Returns the replica's HTTP server, with vLLM's own paths in ROUTES, the paths of `Scoring` and that of the
+        engine's load.
 
         vLLM's paths that control the engine are left out. A request's headers may name the adapter that answers it.
         While the engine is dead, requests are answered with 503.
@@ -72,7 +72,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return app
 
     async def _tell_load(self) -> dict[str, Any]:
-        """Answers a request for the engine's load with the replica's id and the counts of `Load`.
+        """Returns the engine's load, as the answer to an HTTP request: the replica's id and the counts of `Load`.
 
         It is a coroutine, so that it runs in the event loop, in which the counts are also recorded.
         """
@@ -81,7 +81,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     async def _logps(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
         """Returns the log-probability of each completion, as a list of one number, by group (prompt) and completion.
 
-        The adapter that the current HTTP request names computes them, if it names one.
+        If the current HTTP request names an adapter, the model computes with this adapter.
         """
         prompts = [list(group.prompt_ids) for group in groups for _ in group.completion_ids]
         completions = [list(ids) for group in groups for ids in group.completion_ids]

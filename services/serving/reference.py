@@ -1,6 +1,6 @@
 """Computes the log-probabilities of given completions with a vLLM engine.
 
-Training uses them for its reference, the frozen model with which the trained model is compared.
+Training uses the log-probabilities of its reference, the frozen model with which the trained model is compared.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ CERTAIN = 1e9  # a bias that outweighs every logit
 class Reference:
     """Computes the log-probabilities of completions with a vLLM engine that also answers users' requests.
 
-    All calls together keep at most `max_tokens_in_flight` tokens in the engine, or one row if it is longer. So a user's
-    request waits for this number of tokens at most.
+    The rows that the engine scores at the same time have at most `max_tokens_in_flight` tokens together, so a user's
+    request waits for this number of tokens at most. A row with more tokens than that is scored alone.
     """
 
     def __init__(self, engine: EngineClient, *, max_tokens_in_flight: int) -> None:
@@ -41,9 +41,10 @@ class Reference:
         others: Sequence[Spans] = (),
         adapter: LoRARequest | None = None,
     ) -> list[Score]:
-        """Returns the log-probability of each completion, summed over its tokens, and the number of these tokens.
+        """Returns the log-probability of each completion, summed over the completion's tokens, and the number of these
+        tokens.
 
-        Takes, and raises, what `token_logps` does.
+        The parameters and the exceptions are those of `token_logps`.
         """
         rows = await self.token_logps(prompt_ids, completion_ids, others, adapter)
         return [Score(math.fsum(row), len(row)) for row in rows]
@@ -121,8 +122,9 @@ class Reference:
         """Returns the log-probability of each token of one completion.
 
         vLLM reports log-probabilities of the prompt, and must generate at least one token. Here the prompt of vLLM's
-        request ends before the completion's last token, and a bias makes vLLM generate this token. So the request takes
-        no more tokens than the row has. vLLM reports the log-probabilities as they were before the bias.
+        request ends before the completion's last token, and a bias makes vLLM generate this token. Without this, the
+        request would take one token more than the row has. vLLM reports the log-probabilities as they were before the
+        bias.
         """
         *head, last = completion
         params = SamplingParams(

@@ -53,7 +53,7 @@ class Rewards:
         self._computing = asyncio.Lock()
 
     async def score(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the numbers that the model's head gives each completion, by group (prompt) and completion."""
+        """Returns the numbers that the reward model's head gives each completion, by group (prompt) and completion."""
         parts = [(i, part) for i, group in enumerate(groups) for part in self._parts(group)]
         outputs_by_part: list[list[list[float]]] = [[] for _ in parts]
         packs = self._scorer.plan([part for _, part in parts], num_ranks=1, max_tokens_per_pack=MAX_TOKENS_PER_PACK)[0]
@@ -68,7 +68,8 @@ class Rewards:
         return outputs
 
     def _parts(self, group: EncodedGroup) -> Iterator[EncodedGroup]:
-        """Splits the completions of a group over smaller groups with the same prompt, in the same order.
+        """Splits a group (a prompt and its completions) into smaller groups with the same prompt, in the order of the
+        completions.
 
         Each smaller group fits into one forward pass of MAX_TOKENS_PER_PACK tokens, or has only one completion.
         """

@@ -1,8 +1,8 @@
 """Defines the HTTP routes through which the control plane has completions scored by a model.
 
 Clients cannot reach these routes. One route takes texts, because the control plane has no tokenizer, and returns token
-ids with the scores. The other route takes these ids. A reference model scores them, so that both models score the same
-ids, as in training.
+ids with the scores. The other route takes token ids. The control plane sends a policy texts, and its reference model
+the ids that came back, so that both models score the same ids, as in training.
 """
 
 import asyncio
@@ -34,8 +34,8 @@ Score = Callable[[Sequence[EncodedGroup]], Awaitable[list[list[list[float]]]]]
 
 
 class Refusal(Exception):
-    """Raised if rows cannot be scored. The message is for the user; `param` names the field of the request that is
-    wrong."""
+    """Raised if the rows of a request cannot be scored. The message is for the user, and `param` names the wrong field
+    of the request."""
 
     def __init__(self, message: str, *, param: str = "rows", status: int = 400) -> None:
         super().__init__(message)
@@ -43,7 +43,8 @@ class Refusal(Exception):
 
 
 class Scoring:
-    """Answers the two routes: turns prompts and completions into token ids, and scores them with the function `score`.
+    """Answers the HTTP routes for texts and for token ids: scores the completions of a request with the function
+    `score`.
 
     `folder` has the tokenizer. A prompt and a completion together may have at most `max_length` tokens.
     """
@@ -146,5 +147,6 @@ def _on_wire(group: EncodedGroup) -> TokenGroup:
 
 
 def _count(groups: Sequence[EncodedGroup]) -> int:
-    """Returns the number of tokens of the groups. A prompt counts once for each of its completions."""
+    """Returns the number of tokens in the groups. The tokens of a prompt count once for each of the prompt's
+    completions."""
     return sum(len(group.prompt_ids) + len(ids) for group in groups for ids in group.completion_ids)

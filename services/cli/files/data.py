@@ -105,7 +105,8 @@ def _config(given: dict[str, object], model: str | None) -> TrainConfig:
 def _encode(
     file: Path, model: str, config: TrainConfig, max_invalid_share: float | None, columns: dict[str, str]
 ) -> "Check":
-    """Encodes the file's rows with the model's tokenizer, as training would, but in this process, and reports on them.
+    """Encodes the file's rows with the model's tokenizer, as training would, but in this process. Returns a report on
+    the rows.
 
     Exits with an error if the file or the model cannot be used.
     """

@@ -1,4 +1,5 @@
-"""The `raydpo feedback` commands: list and delete votes on completions, and make training files of them."""
+"""The `raydpo feedback` commands: list and delete people's votes on completions, and make training files of the
+votes."""
 
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,7 @@ def list_votes(
     limit: Limit = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List votes on completions, newest first."""
+    """List the votes that people gave on completions, newest first."""
     show_list(client, "/x/feedback", COLUMNS, limit, as_json, {"kind": kind} if kind else {})
 
 
@@ -54,7 +55,7 @@ def file(
     kind: Annotated[Kind, typer.Argument(help="Kind of the votes: pairs, unpaired or ratings.")],
     form: Annotated[Form, typer.Option(help="Form of the prompts of the votes.")] = Form.messages,
 ) -> None:
-    """Make a training file of all votes of a kind so far, and print the file's id."""
+    """Make a training file of all votes of one kind that the project has, and print the file's id."""
     made: Any = client.post("/x/feedback/files", cast_to=object, body={"kind": kind, "form": form})
     err.print(f"{made['filename']}: {made['x_raydpo']['report']['num_rows']} votes")
     out.print(made["id"])
@@ -62,6 +63,6 @@ def file(
 
 @api_command(app)
 def delete(client: "OpenAI", feedback_id: Annotated[str, id_argument("Id of the vote, such as fb-1a2b….")]) -> None:
-    """Delete a vote. Files that were made of the vote before keep it."""
+    """Delete a vote. Training files that were made before still contain the vote."""
     client.delete(f"/x/feedback/{feedback_id}", cast_to=object)
     out.print(f"deleted {feedback_id}")

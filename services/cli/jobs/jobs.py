@@ -217,7 +217,7 @@ def metrics(
 
 @api_command(app)
 def results(client: "OpenAI", job_id: JobId) -> None:
-    """Write a succeeded job's result file to standard output. The file holds every metric of every step, as CSV."""
+    """Write a succeeded job's result file to standard output: a CSV file with every metric of every training step."""
     job = client.fine_tuning.jobs.retrieve(job_id)
     if not job.result_files:
         fail(

@@ -17,9 +17,9 @@ LAST_SECONDS = 5.0  # how long to wait for the last lines after a job has ended
 def read_logs(client: "OpenAI", job_id: str, *, attempt: int | None, source: str, follow: bool) -> Iterator[str]:
     """Yields the log lines of one of a job's processes in one attempt (one run of the job on Ray).
 
-    This is the attempt with the number `attempt`, or the newest one if `attempt` is None. `source` names the process,
-    such as `driver`. With `follow`, new lines are yielded until the job ends and, if `attempt` is None, those of later
-    attempts.
+    `source` names the process, such as `driver`. `attempt` is the attempt's number; None means the newest attempt. With
+    `follow`, new lines are yielded until the job ends. If `attempt` is None as well, the lines of later attempts
+    follow.
     """
     at, shown, ended_at = 0, attempt, None
     while True:

@@ -74,7 +74,8 @@ def _row(method: dict[str, Any]) -> str:
 
 
 def _shown(default: object) -> str:
-    """Returns an option's default as YAML text. For objectives in a list, the text has their types."""
+    """Returns an option's default value as text. A list becomes its items with commas in between; an objective in the
+    list becomes its type, such as `dpo`."""
     if isinstance(default, list | tuple):
         return ",".join(part["type"] if isinstance(part, dict) else _shown(part) for part in default)
     return default if isinstance(default, str) else json.dumps(default)

@@ -1,6 +1,6 @@
-"""Builds the HTTP request that creates a job, from a config file, from options and from KEY=VALUE texts.
+"""Builds the body of the HTTP request that creates a job, from a config file, command-line options and KEY=VALUE texts.
 
-Options override the config file, and KEY=VALUE texts override both.
+Options override the config file, and KEY=VALUE texts (values of --set) override both.
 """
 
 import json
@@ -119,11 +119,10 @@ def compose(
     others: Sequence[Assignment],
     sets: Sequence[Assignment],
 ) -> Body:
-    """Changes the request body `base` by the options of the command and then by the values of --set. Returns the new
-    body.
+    """Returns a copy of a job's request body `base`, changed by the command's options and then by the values of --set.
 
-    The options are `method`, `hyperparameters` and `others`; `sets` holds the values of --set. `default` is the method
-    if neither `base` nor an option names a method.
+    The options are `method`, `hyperparameters` and `others`; `sets` holds the values of --set. The training method is
+    `default` if neither `base` nor an option names one.
     """
     for _, whole in [each for each in sets if each[0] == ("method",)]:
         base = base | {"method": whole}
@@ -147,10 +146,10 @@ def compose(
 
 
 def _with_method(base: Body, method: str | None, default: str | None, sets: Sequence[Assignment]) -> Body:
-    """Returns a copy of `base` with the method that the user chose.
+    """Returns a copy of a job's request body `base` that names the training method to use.
 
-    This is the method in `sets`, else `method`, else that of `base`, else `default`. If it replaces the method of
-    `base`, the copy keeps only the hyperparameters that all methods have.
+    The method is the first one that is given: in `sets`, by `method`, in `base`, by `default`. If the method differs
+    from that of `base`, the copy keeps only those hyperparameters that every method has.
     """
     before = _part(base, "method")
     old = before.get("type")
@@ -190,7 +189,8 @@ def _assign(body: Body, path: tuple[str, ...], value: Any) -> None:
 
 
 def local_files(body: Body) -> dict[str, Path]:
-    """Returns the paths of the local data files that must be uploaded, by the fields of the body that name them.
+    """Returns the path of each local data file that must be uploaded, by the field of the request body that names the
+    file.
 
     Exits with an error if a field names neither a local file, nor an uploaded file, nor a URI.
     """
@@ -225,8 +225,11 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
 
 
 def _check_first_rows(path: Path, how: Body, kind: str) -> None:
-    """Exits with an error if the first rows show that the service would refuse the file, or that the method cannot use
-    it."""
+    """Reads the first rows of a local data file, and exits with an error if the file cannot be used for a job.
+
+    `how` holds the options for reading the rows, and `kind` is the job's training method. A file cannot be used if the
+    service would refuse the rows, or if the method cannot learn from this kind of data.
+    """
     from services.containers import json_lines
 
     with path.open("rb") as file:
@@ -242,7 +245,7 @@ def _check_first_rows(path: Path, how: Body, kind: str) -> None:
 
 
 def upload(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
-    """Uploads the local data files, and returns the body with their ids in place of their paths.
+    """Uploads the local data files, and returns the request body with the files' ids in place of their paths.
 
     The body's options for reading rows are sent with each file.
     """

@@ -54,7 +54,7 @@ def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuning
 
 
 def message_line(told: Mapping[str, Any]) -> Text:
-    """Returns an event of a job as a line to print, with its time and message.
+    """Returns the time and message of a job's event, as a line to print on a terminal.
 
     Text that the message quotes from a file is not read as markup and cannot control the terminal.
     """
@@ -63,15 +63,16 @@ def message_line(told: Mapping[str, Any]) -> Text:
 
 
 def metrics_line(metrics: Mapping[str, Any]) -> str:
-    """Returns some metrics of a step as text, such as `loss 0.5129 margin 0.482 accuracy 97%`. Missing ones are left
-    out."""
+    """Returns the main metrics of a training step as text, such as `loss 0.5129 margin 0.482 accuracy 97%`. A metric
+    without a value is left out."""
     return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if metrics.get(key) is not None)
 
 
 def follow(client: "OpenAI", job_id: str) -> Iterator[dict[str, Any]]:
     """Yields the events that the service streams about a job, until the job ends.
 
-    If the stream breaks off, for example because the service restarts, reconnects and continues after the last event.
+    If the connection breaks, for example because the service restarts, the function reconnects and continues after the
+    last event.
     """
     seen: dict[str, str] = {}
     while True:

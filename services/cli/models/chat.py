@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _question() -> str | None:
-    """Returns the next non-empty line of standard input, None at the end of the input."""
+    """Returns the next line of standard input that is not empty, or None at the end of the input."""
     while True:
         if sys.stdin.isatty():
             err.print("> ", end="", style="bold")

@@ -52,7 +52,7 @@ def change(
         ),
     ],
 ) -> None:
-    """Set how a model is served, and print the deployment as JSON. All other settings keep their values."""
+    """Set how a model is served, and print the deployment as JSON. Settings that are not given keep their values."""
     found: Any = client.get(path_of(model_id), cast_to=object)
     body = dict(found["chosen"])
     for text in values:
@@ -71,7 +71,7 @@ def path_of(model_id: str) -> str:
 
 
 def _assign(body: dict[str, Any], text: str) -> None:
-    """Sets a field of a request body from FIELD=VALUE text.
+    """Sets a field of the request body `body` from FIELD=VALUE text.
 
     `replicas.max=4` sets the field `max` in the field `replicas`. Exits with an error if the text has another form.
     """

@@ -122,7 +122,7 @@ def _judge(judge: str | None, criteria: str | None) -> dict[str, Any] | None:
 
 
 def _wait(client: "OpenAI", evaluation_id: str) -> Item:
-    """Waits until the evaluation has ended, and returns it. Shows on a terminal how far it is."""
+    """Waits until the evaluation has ended, and returns the evaluation. Meanwhile, a terminal shows the progress."""
     with Status("", console=err) as status:
         while True:
             found: Any = client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)
@@ -167,7 +167,7 @@ def show(client: "OpenAI", evaluation_id: EvaluationId, as_json: AsJson = False)
 
 @api_command(app)
 def cancel(client: "OpenAI", evaluation_id: EvaluationId) -> None:
-    """Cancel an evaluation that has not ended. What was found about its items stays."""
+    """Cancel an evaluation that has not ended. The answers, verdicts and scores so far are kept."""
     client.post(f"/x/evaluations/{evaluation_id}/cancel", cast_to=object)
     out.print(f"cancelled {evaluation_id}")
 
@@ -200,7 +200,10 @@ def _print(item: Item) -> None:
 
 
 def result_rows(results: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yields the name, the value and the interval of each result, as texts. Results that are null are left out."""
+    """Yields the name, the value and the 95% interval of each result of an evaluation, as texts.
+
+    The names begin with `where`. Results that are null are left out, and the interval is empty if there is none.
+    """
     for name, value in results.items():
         label = f"{where} {name}".strip().replace("_", " ")
         form = "{:.1%}" if name in SHARES else "{:.4g}"

@@ -1,6 +1,7 @@
-"""Compares rewards with the ratings in a file.
+"""Compares the rewards that a model gave completions with the ratings that the data file gives them.
 
-It counts how often both prefer the same completion, and by how much the better completions have the higher rewards.
+It counts how often rewards and ratings prefer the same completion, and by how much the better completions have the
+higher rewards.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,8 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """Counts the rows of a set, those on which rewards and ratings agree, and the sum of their margins.
+    """Counts rows, and the rows in which rewards and ratings prefer the same completions; adds up the margins of the
+    rows.
 
     A row's margin is the mean reward of its best-rated completions minus the mean reward of the others.
     """
@@ -26,7 +28,8 @@ class Tally:
 
     @property
     def accuracy(self) -> float:
-        """The share of rows in which every best-rated completion has a higher reward than every other completion."""
+        """The share of rows in which each best-rated completion has a higher reward than each completion with a lower
+        rating."""
         return self.num_correct / self.num_rows
 
     def line(self) -> str:
@@ -35,7 +38,7 @@ class Tally:
 
 @dataclass
 class Summary:
-    """Adds up the results of all rows, and of the rows of each subset that the file names.
+    """Sums up how rewards agree with ratings: over all rows, and over the rows of each subset that the file names.
 
     Rows whose completions all have the same rating are left out.
     """
@@ -44,7 +47,7 @@ class Summary:
     subsets: dict[str, Tally] = field(default_factory=dict)
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Adds the result of one row, as `raydpo rewards` writes it, to the sums."""
+        """Adds one row to the sums. `result` is a line of the results that `raydpo rewards` writes."""
         ratings, rewards = result["ratings"], [each["reward"] for each in result["completions"]]
         if ratings is None or len(set(ratings)) < 2:
             return

@@ -128,9 +128,9 @@ def _tasks(rows: BinaryIO, columns: Mapping[str, str]) -> Iterator[Task]:
 
 @contextmanager
 def _local(client: "OpenAI", file: str) -> Iterator[Path]:
-    """Yields the path of a file on this machine that has the content of `file`.
+    """Yields a local path with the content of `file`, which is a local path or the id of a file of the service.
 
-    If `file` is the id of a file of the service, it is downloaded, and the copy is deleted at the end of the block.
+    A file of the service is downloaded, and the copy is deleted at the end of the `with` block.
     """
     if Path(file).is_file() or not file.startswith("file-"):
         yield Path(file)
@@ -154,7 +154,7 @@ def _opened(out: Path | None) -> Iterator[BinaryIO]:
 
 
 def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tuple[int, int]:
-    """Reads the results that an earlier run of the command wrote to the file, and adds them to `found`.
+    """Reads the results that an earlier run of the command wrote to the file `results`, and adds them to `found`.
 
     Returns the position (line, number) of the last result, or (0, 0) if there is none. Removes an incomplete last line.
     Exits with an error if the results come from another model, reference model or beta.
@@ -183,9 +183,9 @@ def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tupl
 
 
 class _Voice:
-    """Shows the progress of the command.
+    """Shows the progress of `raydpo rewards`.
 
-    On a terminal, this is one line that changes; in a pipe, a new line every PLAIN_SECONDS.
+    On a terminal, the progress is one line that changes; in a pipe, it is a new line every PLAIN_SECONDS.
     """
 
     def __init__(self, status: Status) -> None:
@@ -200,7 +200,7 @@ class _Voice:
 
 
 def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -> Iterator[dict[str, Any]]:
-    """Has the service score the tasks in requests of several, and yields the result of each in the order of the tasks.
+    """Has the service score the tasks, several in each request, and yields the results in the order of the tasks.
 
     Shows the progress.
     """
@@ -232,7 +232,8 @@ def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
 def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _Voice) -> list[dict[str, Any]]:
     """Sends one request for the rewards of several tasks, and returns their results.
 
-    Divides a request that the service calls too large, and waits while the model loads. Exits with an error otherwise.
+    If the service calls the request too large, sends its halves one after the other. If the service asks for a later
+    try, for example because a model is loading, waits and sends the request again. Exits after any other error.
     """
     from openai import APIStatusError
 
@@ -264,7 +265,8 @@ def _message(error: "APIStatusError") -> str:
 
 
 def _at_line(error: "APIStatusError", chunk: Sequence[Task]) -> str:
-    """Returns an error's message for the user, with the row's line in the file and not its index in the request."""
+    """Returns the message of an error of the API. A row is named by its line in the file, not by its index in the
+    request."""
     message, rows = _message(error), (error.param or "").split(".")
     if len(rows) < 2 or rows[0] != "rows":
         return message

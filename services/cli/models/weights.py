@@ -64,8 +64,8 @@ class Download:
     def _try(self, step: Callable[[], Value]) -> Value:
         """Calls `step` until it succeeds, and returns its result.
 
-        It is called again if the service asks for a later try, or if the connection breaks. After MOST_TRIES tries in a
-        row without a new byte, the command ends with an error.
+        If the connection breaks, or the service asks the client to try again later, `step` is called again. After
+        MOST_TRIES tries in a row that received no byte, the command exits with an error.
         """
         tries, received, told = 0, self._received, ""
         while tries < MOST_TRIES:
@@ -87,7 +87,7 @@ class Download:
         """Downloads the rest of the model's tar file, appends it to the bytes received so far, and returns the file's
         path.
 
-        Starts again from the beginning if the tar in the service has changed, that is, has another ETag.
+        Starts from the beginning if the service now has another tar file, which the HTTP header ETag shows.
         """
         part, headers = self._part(), dict(self._key)
         if part and (size := part.stat().st_size):
@@ -108,9 +108,9 @@ class Download:
             return part
 
     def _part(self) -> Path | None:
-        """Returns the path of the file with the bytes received so far, or None if there is none.
+        """Returns the path of the file that holds the bytes received so far, or None if no download has begun.
 
-        The file's name contains the ETag of the tar.
+        The file's name contains the ETag of the tar file in the service.
         """
         name = re.compile(rf"\.{re.escape(self._folder.name)}\.[^.]+\.part")
         return next((path for path in self._folder.parent.glob(".*.part") if name.fullmatch(path.name)), None)
@@ -129,8 +129,7 @@ class Download:
             bar.remove_task(task)
 
     def _digest(self) -> str:
-        """Asks the service for the SHA-256 of the whole tar, and returns it in the form of the HTTP header
-        Repr-Digest."""
+        """Asks the service for the SHA-256 of the whole tar file. Returns the value of the HTTP header Repr-Digest."""
         asked = self._key | {"Want-Repr-Digest": "sha-256=1", "Range": "bytes=0-0"}
         answer = httpx.get(self._url, params=self._params, headers=asked, timeout=DIGEST_SECONDS)
         if answer.is_error:
@@ -147,8 +146,8 @@ class _TryLater(Exception):
 
 
 def _refusal(answer: httpx.Response) -> _TryLater:
-    """Returns the exception that asks for a later try of a refused request. Ends the command if another try would not
-    help."""
+    """Returns the exception for a refused request that may succeed later. Exits with the service's error message if
+    another try would not help."""
     try:
         error = answer.json()["error"]
     except (ValueError, LookupError, TypeError):
@@ -193,7 +192,10 @@ def _unpack(tar: Path, folder: Path) -> None:
 
 
 def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
-    """Uploads a folder to the Hugging Face hub with the user's own token. Returns the URL of the hub's commit."""
+    """Uploads a folder to the repository `target` on the Hugging Face hub, with the user's own token.
+
+    `summary` is the message of the commit. Returns the commit's URL.
+    """
     name = hub_name(target)
     try:
         from huggingface_hub import HfApi, get_token

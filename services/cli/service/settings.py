@@ -96,7 +96,7 @@ def _without_password(name: str, value: Any) -> Any:
 def misspelled() -> Iterator[str]:
     """Yields a warning for each environment variable that is probably a misspelled setting of the service.
 
-    Its name resembles that of a setting, but no setting has this name.
+    These are the variables that begin with RAYDPO_, name no setting, and resemble the name of a setting.
     """
     from services.control_plane.settings import Settings
 

@@ -96,9 +96,10 @@ async def _is_ready(client: httpx.AsyncClient) -> bool:
 
 
 def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Settings:
-    """Returns the settings of the service that is to run with this PostgreSQL and Ray.
+    """Returns the settings of the service, which is to run with the PostgreSQL server and the Ray cluster of `stack`.
 
-    Values that come from them override the environment and the settings file, which override the defaults.
+    The addresses in `stack` and the models in `sources` override the environment. The environment overrides the
+    settings file, which overrides the defaults.
     """
     given: dict[str, Any] = {
         "home": home,
@@ -124,7 +125,7 @@ def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Se
 
 
 def _configured(home: Path, name: str) -> str | None:
-    """Returns the value of one setting, given in the environment or in the settings file, or None if neither has it.
+    """Returns the value of the setting `name` from the environment or the settings file, or None if neither has it.
 
     Unlike `Settings`, this works while other settings still lack values.
     """

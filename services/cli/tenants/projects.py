@@ -53,7 +53,10 @@ Weight = Annotated[
 
 
 def _given(name: str | None, weight: float | None, *limits: str | None) -> dict[str, Any]:
-    """Returns a request body with the fields for the options that are given. The service checks the numbers."""
+    """Returns the body of a request that creates or changes a project, with a field for each option that the user gave.
+
+    The service, not the command, checks whether the numbers are allowed.
+    """
     said = {key: text for key, text in zip(LIMITS, limits, strict=True) if text is not None}
     values = {key: None if text == "none" else float(text) for key, text in said.items()}
     return values | {key: value for key, value in (("name", name), ("weight", weight)) if value is not None}
