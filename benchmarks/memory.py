@@ -14,7 +14,8 @@ WATCH_SECONDS = 0.5
 
 
 def peak(pid: int | None = None) -> int:
-    """Returns the peak memory of the process `pid`, or of this process; 0 if the process has ended."""
+    """Returns the peak memory in bytes of the process `pid`, or of this process if `pid` is None. Returns 0 if the
+    process has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -28,7 +29,10 @@ def forget_peak() -> None:
 
 
 def family_peak(pid: int | None = None) -> int:
-    """Returns the sum of the peak memory of a process and its descendants. Shared memory counts once per process."""
+    """Returns the sum of the peak memory of a process and its descendants, in bytes. `pid` None means this process.
+
+    Memory that several processes share counts once for each of them.
+    """
     with suppress(psutil.NoSuchProcess):
         return peak(pid) + sum(peak(child.pid) for child in psutil.Process(pid).children(recursive=True))
     return 0
@@ -43,10 +47,13 @@ def below(*titles: str) -> Iterator[int]:
 
 
 class _Sampler:
-    """Records the largest memory that `_sample` returns while the `with` block runs. A thread calls it repeatedly."""
+    """Measures memory again and again while a `with` block runs, and keeps the largest value.
+
+    A thread calls the method `_sample`, which subclasses define.
+    """
 
     def __init__(self, seconds: float) -> None:
-        """`seconds` is the time between two samples."""
+        """Takes the number of seconds between two measurements."""
         self._seconds = seconds
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -69,8 +76,11 @@ class _Sampler:
 
 
 class OwnMemory(_Sampler):
-    """Records the largest memory of this process without the pages of mapped files, which the kernel can drop at any
-    time and which processes share. It is read every millisecond, because Linux keeps no peak of it."""
+    """Records the largest memory of this process while a `with` block runs, without the pages of mapped files.
+
+    Processes share such pages, and the kernel can drop them at any time. The memory is read every millisecond, because
+    Linux records no peak without these pages.
+    """
 
     def __init__(self) -> None:
         super().__init__(0.001)
@@ -82,9 +92,10 @@ class OwnMemory(_Sampler):
 
 
 class Watch(_Sampler):
-    """Records the largest peak memory of a descendant of this process whose command line contains one of `titles`.
+    """Records the largest peak memory among descendants of this process, while a `with` block runs.
 
-    The peaks are read every WATCH_SECONDS, because the processes may end before the `with` block does.
+    Only descendants count whose command line contains one of `titles`. Their peaks are read every WATCH_SECONDS,
+    because a process may end before the block does.
     """
 
     def __init__(self, *titles: str) -> None:

@@ -15,8 +15,10 @@ IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # names of processes that ha
 
 @dataclass
 class Life:
-    """The start and end of a process, its CPU seconds and its peak memory. Times are Unix seconds, until `since` moves
-    their zero."""
+    """The start and end of a process, its CPU seconds and its peak memory.
+
+    Times are Unix seconds. The method `since` returns a copy whose times count from another moment.
+    """
 
     pid: int
     name: str
@@ -42,7 +44,7 @@ def machine_cpu_seconds() -> float:
 
 
 class Recorder:
-    """Records every process whose command line or environment names the folder."""
+    """Records every process whose command line or environment contains the path `folder`."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder.encode()

@@ -1,5 +1,8 @@
-"""Runs the stages of a job's data one after the other, from the check of the file to the batches, and measures each.
-`data_plane.py` names the stages."""
+"""Runs the stages of a job's data one after the other, from the check of the file to the batches, and measures each
+stage.
+
+`data_plane.py` explains the stages.
+"""
 
 import os
 import threading
@@ -66,8 +69,10 @@ def _survey(file: Path) -> Any:
 
 
 def _spec(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Returns what a job's first attempt would be told to do. Its objective needs no reference, so that no rows are
-    scored."""
+    """Returns the settings of a job's first attempt (run), as the control plane would give them to the driver.
+
+    The job's objective needs no reference model, so that no rows are scored.
+    """
     from dpo_core.options import Simpo
     from services.contract import AttemptSpec
 
@@ -91,7 +96,7 @@ def _config(**fields: Any) -> Any:
 
 
 def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Prepares a job's data in Ray tasks, as a driver does, and returns the encoded dataset.
+    """Prepares the data of the job `job` in Ray tasks, as a job's driver does, and returns the encoded dataset.
 
     A second job with the same file finds the dataset in the cache.
     """
@@ -101,7 +106,8 @@ def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 
 def _stream(file: Path, model: Path, folder: Path) -> Figures:
-    """Encodes a file and reads the first batch meanwhile. Returns the seconds until the first batch could be read."""
+    """Encodes a file and reads the first batch as soon as it is ready. Returns the seconds until the first batch was
+    read."""
     from services.training.data.row_order import global_batches
     from services.training.preparation import prepare
 
@@ -132,7 +138,10 @@ def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 
 def _train(dataset: Any) -> dict[str, Figures]:
-    """Reads the batches of an epoch as a trainer does, from the start and from the middle. Returns both figures."""
+    """Reads the batches of an epoch as a trainer does, but without training: once from the start, once from the middle.
+
+    Returns speed and memory of both.
+    """
     from services.training.data.row_order import global_batches, num_steps
 
     config = _config()

@@ -1,4 +1,5 @@
-"""Measures the speed of the tokenizer's own batch call. No program that calls the tokenizer can be faster."""
+"""Measures the speed of the tokenizer's own batch call, which is an upper limit for every program that calls the
+tokenizer."""
 
 import json
 import os

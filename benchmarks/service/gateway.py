@@ -3,10 +3,10 @@ the control plane, in turn.
 
     python -m benchmarks.service.gateway --streams 32 --per-second 50
 
-The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`, it is
-vLLM on the CPU with a small random model, in a service of its own; then both ways lead through Ray Serve's proxy. In
-each round, first one way and then the other, every stream's client asks a few times, each time as soon as the last
-answer is over. The clients begin one after the other, spread over the time of an answer.
+The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`, the
+engine is vLLM on the CPU with a small random model, in a complete service; then both ways lead through Ray Serve's
+proxy. In each round, first one way and then the other, every stream's client asks a few times, each time as soon as the
+last answer is over. The clients begin one after the other, spread over the time of an answer.
 """
 
 import argparse
@@ -61,7 +61,10 @@ def main() -> None:
 
 @contextmanager
 def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], psutil.Process]]:
-    """Starts an engine that is a stand-in, and a control plane. Yields the two ways and the control plane's process."""
+    """Starts a stand-in for the engine, and a control plane.
+
+    Yields the two ways to the engine (directly and through the control plane) by name, and the control plane's process.
+    """
     engine_port = free_port()
     with engine(engine_port, options), control_plane(engine_port) as (service, process):
         ways = {"direct": Way(f"127.0.0.1:{engine_port}", f"/any{CHAT}", KEY), "gateway": Way(service, CHAT, KEY)}
@@ -71,7 +74,10 @@ def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[st
 
 @contextmanager
 def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], psutil.Process]]:
-    """Starts `raydpo up` with a small model. Yields the two ways and the control plane's process."""
+    """Starts `raydpo up` with a small model.
+
+    Yields the two ways to the engine (directly and through the control plane) by name, and the control plane's process.
+    """
     with running_service(lambda folder: {"tiny": tiny_model(folder / "tiny")}) as service:
         assert service.process is not None
         gateway = Way(service.url.removeprefix("http://"), CHAT, service.key)
@@ -100,7 +106,8 @@ def engine(port: int, options: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def control_plane(engine_port: int) -> Iterator[tuple[str, psutil.Process]]:
-    """Starts a control plane whose Ray Serve is the engine. Yields the control plane's address and its process."""
+    """Starts a control plane that reaches the engine at `engine_port` in place of Ray Serve. Yields the control plane's
+    address and its process."""
     with tempfile.TemporaryDirectory(prefix="raydpo-gateway-") as folder, ExitStack() as stops:
         os.chmod(folder, 0o755)
         home = Path(folder).resolve()

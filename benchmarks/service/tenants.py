@@ -247,8 +247,8 @@ async def use(url: str, key: str, file: str, seen: Seen) -> None:
 def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str, attacks: Event) -> None:
     """Attacks the service with all kinds of requests at the same time, until this process is killed.
 
-    Sets `attacks` when the preparations are done. An attacker has cores of his own, so this process takes only what
-    the others leave of the cores here.
+    Sets `attacks` when the preparations are done. A real attacker has cores of its own. This process has the lowest
+    priority, so that it takes only CPU time that other processes leave.
     """
     os.nice(19)
     asyncio.run(Hostile(url, key, file, receiver_url).run(attacks))

@@ -126,7 +126,8 @@ def _times(seconds: list[float]) -> str:
 
 
 def _ask_all(url: str, folders: list[Path]) -> tuple[list[float], list[float]]:
-    """Asks each adapter once, and returns the seconds and the log-probability of each answer."""
+    """Asks the engine once with each adapter. Returns the seconds that each answer took, and the log-probability of its
+    token."""
     seconds, found = [], []
     for folder in folders:
         began = time.perf_counter()
@@ -136,7 +137,10 @@ def _ask_all(url: str, folders: list[Path]) -> tuple[list[float], list[float]]:
 
 
 def ask(url: str, folder: Path | None) -> float:
-    """Returns the log-probability of the likeliest next token of the adapter, or of the base."""
+    """Returns the log-probability of the likeliest next token after the prompt, as the engine computes it.
+
+    The engine computes with the adapter in `folder`, or with the base model alone if `folder` is None.
+    """
     name = f"ft:{folder.name}" if folder else APP
     headers = {ADAPTER_HEADER: quote(name), ADAPTER_SOURCE_HEADER: quote(folder.as_uri())} if folder else {}
     body = {"model": name, "prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "temperature": 0}
@@ -146,7 +150,7 @@ def ask(url: str, folder: Path | None) -> float:
 
 
 def _memory() -> int:
-    """Returns the bytes of the replica and of the processes that it started."""
+    """Returns the memory (PSS) in bytes of the replica and of the processes that the replica started."""
     replicas = [psutil.Process(pid) for pid in below("ServeReplica")]
     processes = {each.pid for replica in replicas for each in [replica, *replica.children(recursive=True)]}
     return sum(psutil.Process(pid).memory_full_info().pss for pid in processes)

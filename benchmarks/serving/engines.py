@@ -1,5 +1,5 @@
-"""Scores rows with raydpo's deployment or with vLLM. Each function uses one engine and returns its figures, a column in
-the table of `scoring.py`.
+"""Scores rows with raydpo's deployment or with vLLM. Each function uses one engine and returns the figures for one
+column in the table of `scoring.py`.
 
 All engines compute in the same dtype and have 1 GiB for keys and values.
 """

@@ -1,4 +1,4 @@
-"""Trains a model with raydpo or with TRL. Each function trains in one way and returns its figures, a column in the
+"""Trains a model with raydpo or with TRL. Each function trains in one way and returns the figures for one column in the
 table of `vs_trl.py`."""
 
 import json

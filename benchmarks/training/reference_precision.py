@@ -95,7 +95,8 @@ def _run(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, dict[st
 
 
 def _base(shop: Shop, folder: Path, seed: int) -> Path:
-    """Returns the folder of a model that has learned the shop's demonstrations."""
+    """Makes a base model in `folder` and trains it on the shop's demonstrations. Returns the folder of the trained
+    model."""
     rows = list(shop.demonstrations(6000))
     make_base_model(folder / "random", [f"{p} {a}" for p, a in rows], hidden_size=128, num_layers=3, seed=seed)
     tokenizer, policy = load_tokenizer(folder / "random"), load_policy(folder / "random")
@@ -128,7 +129,8 @@ def _batches(groups: Sequence[EncodedGroup], size: int) -> Iterator[list[Encoded
 
 
 def _logps(base: Path, groups: Sequence[EncodedGroup], dtype: torch.dtype) -> Logps:
-    """Returns the log-probabilities of a model whose weights and products are in `dtype`."""
+    """Returns the log-probability of each token of the groups, computed by the model in the folder `base` in the type
+    `dtype`."""
     model = load_policy(base).to(dtype)
     return reference_token_logps(model, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK)
 

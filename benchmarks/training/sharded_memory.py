@@ -57,7 +57,11 @@ def main() -> None:
 
 
 def measure(home: Path, ranks: int, how: str) -> dict[str, Any]:
-    """Returns the peak memory of `ranks` ranks in bytes, and the parts of which it consists."""
+    """Measures `ranks` processes that split a model's weights. Returns a row of the table: their peak memory in bytes,
+    and the sizes of which the peak consists.
+
+    `how` says what each process reads: its own part of the weights ("parts") or all weights ("whole").
+    """
     layer, outside, number = _sizes(home / "model")
     loading, with_file, training, _ = _in_its_own_process(home, ranks, how)
     share = 4.0 * number / ranks
@@ -78,7 +82,8 @@ def measure(home: Path, ranks: int, how: str) -> dict[str, Any]:
 
 
 def _sizes(folder: Path) -> tuple[int, int, int]:
-    """Returns three numbers of weights: in one layer, outside the layers, and in the whole model."""
+    """Returns the number of weights of the model in `folder`: in one layer, outside the layers, and in the whole
+    model."""
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -88,8 +93,12 @@ def _sizes(folder: Path) -> tuple[int, int, int]:
 
 
 def _in_its_own_process(home: Path, ranks: int, how: str) -> list[int]:
-    """Returns four peaks in bytes, each the largest of any rank: while it loads, without and with pages of mapped
-    files, then the same two while it trains."""
+    """Measures the memory of `ranks` processes in a new process. Returns four peaks in bytes, each the largest of any
+    rank.
+
+    The first two are from loading the weights, the other two from training. The first of each two is without pages of
+    mapped files, the second with them.
+    """
     # With these settings large blocks are returned to the system at once, so that what is free does not count.
     settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
     command = [sys.executable, "-W", "ignore", __file__, "--measure", str(home), str(ranks), how]

@@ -115,8 +115,10 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _weight_differences(model: Path, folder: Path, names: list[str]) -> Figures:
-    """Returns how far the weights that each way of training reached (a column of the table) are from raydpo's, relative
-    to how far raydpo moved them."""
+    """Returns how far the trained weights of each way of training (a column of the table) are from those of raydpo.
+
+    The distance is relative to how far raydpo's training moved the weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
