@@ -1,7 +1,8 @@
 """Decides which checkpoints of a run to keep, which one is the best, and when to stop early. Uses only the standard
 library.
 
-Every decision depends only on the evaluations so far, so all ranks, a resumed run and the service decide alike.
+Every decision depends only on the evaluations so far, so all ranks (processes of a run), a resumed run and the service
+decide alike.
 """
 
 import math
@@ -15,28 +16,29 @@ Keep = int | Literal["all"]
 
 
 class Evaluation(NamedTuple):
-    """The value of a run's best_metric (the metric that compares checkpoints) at the checkpoint of one step."""
+    """An evaluation of a checkpoint: the checkpoint's step, and the value of the metric by which the run compares
+    checkpoints (best_metric)."""
 
     step: int
     value: float
 
 
 def evaluations(checkpoints: Iterable[tuple[int, Mapping[str, float]]], metric: Metric) -> tuple[Evaluation, ...]:
-    """Returns an evaluation for each checkpoint whose metrics hold a finite number for `metric`. `checkpoints` gives
-    the step and the metrics of each checkpoint."""
+    """Returns the evaluations of `checkpoints`, which gives the step and the metrics of each checkpoint. A checkpoint
+    whose metrics have no finite number for `metric` is left out."""
     found = (Evaluation(step, metrics.get(metric, math.nan)) for step, metrics in checkpoints)
     return tuple(evaluation for evaluation in found if math.isfinite(evaluation.value))
 
 
 def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
-    """Returns the best evaluation, None if `found` is empty. `metric` decides whether higher or lower is better. Of
-    several equal ones the first is returned, so a later evaluation never replaces an equal one."""
+    """Returns the evaluation with the best value of `metric`; None if `found` is empty. The lowest loss is best, and
+    the highest value of any other metric. If several evaluations are equally good, the first of them is returned."""
     return max(found, key=lambda evaluation: _sign(metric) * evaluation.value, default=None)
 
 
 def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | None) -> bool:
-    """Whether the run should stop early: at least `early_stop.patience` evaluations have passed since the last gain.
-    Always false if `early_stop` is None.
+    """Whether the training run should stop early, because at least `early_stop.patience` evaluations have passed since
+    the last gain. Always false if `early_stop` is None.
 
     A gain is a value that is better than the value of the previous gain by at least `early_stop.min_gain`, and not
     equal to it.
@@ -55,7 +57,7 @@ def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | 
 
 def kept(steps: Iterable[int], found: Sequence[Evaluation], metric: Metric, keep: Keep) -> set[int]:
     """Returns the steps of the checkpoints to keep: the last `keep` of `steps`, and the step with the best value of
-    `metric`."""
+    `metric`. Returns all steps if `keep` is "all"."""
     if keep == "all":
         return set(steps)
     top = best(found, metric)

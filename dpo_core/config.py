@@ -1,7 +1,7 @@
 """Defines the options of a training run as frozen dataclasses that check their values. Uses only the standard library.
 
-The same classes are fields of a job and of a request's body: pydantic refuses unknown keys, and `__post_init__` refuses
-values out of range.
+The same classes are fields of a stored job and of the request that creates a job. pydantic refuses unknown keys of a
+request, and `__post_init__` refuses values out of range.
 """
 
 from dataclasses import field, replace
@@ -24,7 +24,7 @@ from dpo_core.options import (
 
 @options
 class Optim:
-    """The options of AdamW and of the schedule of its learning rate."""
+    """The options of the optimizer, AdamW, and of the schedule of its learning rate."""
 
     # None means the objective's default
     learning_rate: Annotated[
@@ -64,8 +64,8 @@ class Optim:
 
 @options
 class Lora:
-    """The options of low-rank adapters, arXiv 2106.09685. Training changes the adapters and leaves the model's own
-    weights frozen."""
+    """The options of a low-rank adapter (LoRA), arXiv 2106.09685. Training changes the adapter and leaves the model's
+    own weights frozen."""
 
     r: Annotated[
         int,
@@ -95,8 +95,8 @@ ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the object
 
 
 def default_learning_rate(objective: Objective, *, with_adapter: bool) -> float:
-    """Returns the learning rate of a run that does not choose one. Rounds it to six digits, to remove the error of a
-    product such as 10 * 1e-6 = 9.999999999999999e-06."""
+    """Returns the learning rate of a run whose user has not chosen one. Rounds it to six digits, because floating-point
+    numbers multiply with an error: 10 * 1e-6 = 9.999999999999999e-06."""
     rate = objective.traits.default_learning_rate
     return float(f"{rate * ADAPTERS_RATE:.6g}") if with_adapter else rate
 

@@ -1,5 +1,5 @@
-"""Describes the objectives that a job may name as its method, by reading their classes. Uses only the standard
-library."""
+"""Describes the objectives that a job may name as its method, such as dpo. Reads their names, options and defaults from
+their classes. Uses only the standard library."""
 
 import inspect
 import re
@@ -15,7 +15,8 @@ COMMON = ("n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier")
 
 
 def described(kind: str) -> dict[str, Any]:
-    """Returns the method `kind` as JSON: its description, its kinds of data, and its hyperparameters."""
+    """Returns a description of the method `kind`, such as dpo, as JSON: what it is, its kinds of data, and its
+    hyperparameters."""
     cls = OBJECTIVES[kind]
     objective = cls()
     words = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
@@ -42,16 +43,17 @@ def described(kind: str) -> dict[str, Any]:
 def described_options(defaults: Mapping[str, Any], *options: Any) -> dict[str, dict[str, Any]]:
     """Returns each option in `defaults` with its default, its allowed values and its description.
 
-    `options` are classes; the class that defines an option also describes it.
+    `options` are the classes that define these options.
     """
     defined = {option.name: option for cls in options for option in fields(cls)}
     return {name: {"default": default, **_described_option(defined[name])} for name, default in defaults.items()}
 
 
 def _described_option(option: "Field[Any]") -> dict[str, Any]:
-    """Returns the allowed values of an option in words, as a list if they are few, and the option's description.
+    """Returns the allowed values of an option in words, and the option's description. If the option has only a few
+    values, they are also returned as a list.
 
-    The words are empty for options without a range, such as the objectives and weights of `mpo`.
+    The words are empty for an option without a range of values, such as the objectives and weights of `mpo`.
     """
     kind, *metadata = get_args(option.type) if get_origin(option.type) is Annotated else [option.type]
     if kind is bool:

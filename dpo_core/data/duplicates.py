@@ -2,7 +2,7 @@
 Uses only the standard library.
 
 A temporary database on disk holds 64-bit hashes of the texts, so that a billion rows need little memory. The hashes are
-those of Python's `hash`, whose key is different in each process.
+those of Python's `hash`, so they can be compared only within one process.
 """
 
 import marshal
@@ -20,7 +20,8 @@ LINES_NAMED = 10
 
 @dataclass(frozen=True)
 class Named:
-    """The lines of a file that have some property: how many there are, and the line numbers of the first ten."""
+    """Some lines of a file, such as those that repeat earlier lines: how many there are, and the line numbers of the
+    first ten."""
 
     count: int
     lines: tuple[int, ...]
@@ -84,8 +85,8 @@ def _named(database: sqlite3.Connection, query: str) -> Named:
 
 
 def _row(group: Group) -> tuple[int, int, int, int, int]:
-    """Returns the database's row for a group: the group's line number, and hashes of its prompt, of its best
-    completion, of its worst completion, and of all completions with their ratings."""
+    """Returns the row for a group in the temporary database that finds duplicates: the group's line number, and hashes
+    of its prompt, of its best completion, of its worst completion, and of all its completions with their ratings."""
     completions = [_digest(text) for text in group.completions]
     best, worst = completions[0], completions[-1]
     if len(completions) == 1:  # a label: a good completion is better than none (0), a bad one worse

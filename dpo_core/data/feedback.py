@@ -1,8 +1,7 @@
-"""Reads a file of feedback (data on which completions are good or better) row by row, and turns the rows into groups.
-Uses only the standard library.
+"""Reads a file of preference data row by row, and turns the rows into groups. Uses only the standard library.
 
-A group is a prompt with its completions. A file is JSON Lines in UTF-8. The format of the first row is the format of
-the file; rows of other formats are refused.
+A group is a prompt with its completions. Preference data say which completions are good, or better than others. A file
+is JSON Lines in UTF-8. The format of the first row is the format of the file; rows of other formats are refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -39,7 +38,7 @@ def read_records(
     formats: Sequence[Format] = FORMATS,
 ) -> Iterator[Record]:
     """Yields the result of reading each row of a file, in order. `lines` may be a part of the file; `first_line` is the
-    number of the first one.
+    line number that the first of `lines` has in the file.
 
     `columns` is needed if the file's columns have names of their own: it gives the column for each standard name, such
     as {"prompt": "question"}. A row whose format is not one of `formats` gets an error.
@@ -63,17 +62,17 @@ def _read_each(
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether two neighbouring lines of a file belong to one group, because each of them rates one answer to the same
-    prompt. The file must not be cut between such lines."""
+    """Whether two neighbouring lines of a file belong to one group (a prompt with its completions): each line rates one
+    answer, and both answer the same prompt. A file must not be cut between such lines."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
 
 def _joined(records: Iterable[Record]) -> Iterator[Record]:
-    """Joins neighbouring rows that have the same prompt, in files whose rows each rate one answer. The record of the
-    first row gets one group with all answers; the records of the other rows get no group.
+    """Joins neighbouring rows that have the same prompt, in a file where each row rates one answer. The record of the
+    first of these rows gets one group (the prompt with all answers); the records of the others get no group.
 
-    If a prompt has only one row or more than MOST_JOINED rows, the records of these rows get an error instead.
+    If only one row has a prompt, or more than MOST_JOINED rows have it, the records of these rows get an error instead.
     """
     for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
         rows = list(islice(run, MOST_JOINED + 1))  # bounded, because all rows of a file may have the same prompt
@@ -140,8 +139,9 @@ def _read(
 
 
 def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
-    """Whether the row rates its rejected completion higher than its chosen one. The two scores are in columns that the
-    row's format does not read, `unread`. False unless the row is a pair with exactly two such scores."""
+    """Whether the row's own scores say that its rejected completion is better than its chosen one. The scores are in
+    `unread`, the columns that the row's format does not read. False unless the row is a pair with exactly two such
+    scores."""
     if form.kind != "pairs":
         return False
     rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]

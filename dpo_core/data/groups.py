@@ -1,5 +1,5 @@
-"""Defines a group (a prompt with its completions, as texts), and has functions with which readers make groups from
-rows. Uses only the standard library."""
+"""Defines a group (a prompt with its completions, as texts), and reads prompts and completions from rows. Uses only the
+standard library."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from dpo_core.data.values import refuse_empty, string_of
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its completions, the best first. One completion is a demonstration, two are a pair."""
+    """A group: a prompt and its completions, the best completion first. A group with one completion is a demonstration,
+    and one with two completions is a pair."""
 
     prompt: Text
     completions: tuple[Text, ...]
@@ -38,28 +39,28 @@ def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Seq
 
 
 def text_or_messages(row: Row, pointer: str, value: object) -> Text:
-    """Returns the prompt in `value`: messages if `value` is a list, otherwise a text. `pointer` says for errors where
-    the value is in the row."""
+    """Returns the prompt in `value`: messages if `value` is a list, otherwise a text. `pointer` is the JSON pointer of
+    `value` in the row, for error messages."""
     return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
 
 
 def completion_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """Returns the completion in `value`, in the same form as its prompt: messages or a text. Raises InvalidRow if the
-    completion is empty or has another form."""
+    """Returns the completion in `value`, in the same form as `prompt`: as messages or as a text. Raises InvalidRow if
+    the completion is empty or has another form."""
     return completion_of(row, pointer, value) if isinstance(prompt, list) else filled(row, pointer, value)
 
 
 def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """Returns the rejected completion in `value`, in the same form as its prompt: messages or a text. The completion
-    may be empty; the model then reads only the end-of-sequence token."""
+    """Returns the rejected completion in `value`, in the same form as `prompt`: as messages or as a text. The
+    completion may be empty; the model then reads only the end-of-sequence token."""
     if isinstance(prompt, list):
         return completion_of(row, pointer, value, may_be_empty=True)
     return string_of(row, pointer, value)
 
 
 def question(row: Row, column: str) -> list[Message]:
-    """Returns the prompt in a column of the row, as messages. The column holds a list of messages, one message, or the
-    user's text."""
+    """Returns the prompt in a column of the row, as messages. The column may hold a list of messages, one message, or
+    the text of a user's message."""
     value = row.value[column]
     if isinstance(value, dict):
         value = [value]
@@ -69,8 +70,8 @@ def question(row: Row, column: str) -> list[Message]:
 
 
 def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """Returns the completion in `value`, as messages. The value is a list of messages, one message, or the assistant's
-    text. Raises InvalidRow for an empty completion, unless `may_be_empty`."""
+    """Returns the completion in `value`, as messages. The value may be a list of messages, one message, or the text of
+    an assistant's message. Raises InvalidRow for an empty completion, unless `may_be_empty`."""
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
@@ -84,11 +85,11 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
 def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
-    """Splits two conversations into the prompt that they share and two completions. `columns` names the columns of the
-    conversations, for errors.
+    """Splits the two conversations in `sides` into the prompt with which both begin, and two completions. `columns`
+    names the conversations' columns in the row, for error messages.
 
-    Raises InvalidRow unless the first message in which the conversations differ is the assistant's. `may_be_empty` says
-    of each completion whether it may be empty.
+    The first message in which the conversations differ must be the assistant's; otherwise InvalidRow is raised.
+    `may_be_empty` says of each completion whether it may be empty.
     """
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)

@@ -33,8 +33,8 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line of a file: its line number, and its dictionary. `columns` gives the original name of each key
-    that `renamed` has renamed, because errors use the file's own names."""
+    """One parsed line of a file: its line number, and its dictionary. The method `renamed` gives columns other names.
+    `columns` then has the original names, because errors use the names in the file."""
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
@@ -99,8 +99,8 @@ def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | Inv
 
 @dataclass(frozen=True)
 class _Flaw:
-    """Marks, in a parsed value, a part of the JSON that must be refused. `_refuse_flaws` raises the error later,
-    because only then the part's JSON pointer is known."""
+    """Stands, in a parsed value, for a part of the JSON that must be refused. `_refuse_flaws` raises the error later,
+    because the JSON pointer of the part is known only then."""
 
     code: str
     what: str
@@ -137,8 +137,9 @@ def _parse(number: int, line: bytes) -> Row:
 
 
 def _parse_plain(line: bytes) -> dict[str, object] | None:
-    """Parses a line by the fast way, and returns its dictionary if nothing in the line can be wrong. This is so for
-    nearly every line. Returns None if something may be wrong.
+    """Parses a line of JSON quickly, and returns its dictionary if the line surely has none of the errors that
+    `read_rows` refuses. This is so for nearly every line. Returns None for any other line, which must be parsed
+    thoroughly.
 
     A NUL or half of a surrogate pair can only come from an escape, and a line with few brackets cannot nest deeply.
     """
@@ -155,8 +156,8 @@ _ESCAPED = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 def parse_within(row: Row, pointer: str, text: str) -> object:
-    """Returns the JSON value in a text of the row. The text is parsed by the same rules as rows. Raises InvalidRow with
-    `pointer`, whose keys must need no escapes, for JSON that cannot be used."""
+    """Returns the JSON value in a text of the row. The text is parsed by the same rules as rows. Raises InvalidRow for
+    JSON that cannot be used. `pointer` is the text's JSON pointer; its keys must need no escapes."""
     try:
         value = _loads(text)
     except RecursionError:
@@ -195,8 +196,9 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
 
 
 def _constant(name: str) -> "float | _Flaw":
-    """Returns the value for a constant that JSON does not have: nan for NaN, which tables write into empty cells, and a
-    `_Flaw` for any other constant. A reader that needs a number refuses nan later."""
+    """Returns the value for a constant that Python parses but JSON does not have. NaN becomes nan, because tables write
+    NaN into empty cells; readers that need a number refuse nan later. Any other constant becomes a `_Flaw`, an
+    error."""
     return (
         math.nan
         if name == "NaN"
@@ -219,8 +221,8 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_strict_object, parse_constant=_no_
 
 
 def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> None:
-    """Raises InvalidRow for the first part of the value that must be refused. Builds a JSON pointer only for this part,
-    because a line may hold millions of values."""
+    """Raises InvalidRow for the first part of the value that is marked as an error (a `_Flaw`). Builds a JSON pointer
+    only for this part, because a line may hold millions of values."""
     if len(path) >= MAX_DEPTH:
         raise row.invalid("", "too_deep", _TOO_DEEP)
     if isinstance(value, _Flaw):

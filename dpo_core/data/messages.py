@@ -1,8 +1,9 @@
-"""Reads the messages in a row, and refuses other values with their JSON pointer. Uses only the standard library.
+"""Reads the messages in a row. Refuses values that are no messages, with their JSON pointer. Uses only the standard
+library.
 
 The module reads OpenAI's chat format, and ShareGPT's messages with the keys `from` and `value`. It also reads thoughts
-(an assistant's reasoning before its answer) under the names that vLLM, Qwen and gpt-oss use. A key whose value is null
-or empty is ignored.
+(an assistant's reasoning before its answer) under the keys that vLLM, Qwen and gpt-oss use. If the value of a message's
+key is null or empty, the key is ignored.
 """
 
 import re
@@ -49,8 +50,8 @@ _TURNS = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """Returns the messages of a prompt. Raises InvalidRow if `value` is no list of messages, or if an answer of the
-    assistant cannot follow these messages."""
+    """Returns the messages of a prompt from `value`. Raises InvalidRow if `value` is no list of messages, or if the
+    assistant cannot answer after the last message."""
     messages = _list_of(row, pointer, value)
     last = f"{pointer}/{len(messages) - 1}"
     if messages[-1]["role"] == "assistant":
@@ -62,8 +63,8 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """Returns the messages of a completion. The assistant's messages come first and last; messages of tools or users
-    may be between them. Raises InvalidRow for any other value."""
+    """Returns the messages of a completion from `value`. The first and the last message must be the assistant's;
+    messages of tools or users may be between them. Raises InvalidRow for any other value."""
     messages = _list_of(row, pointer, value)
     if len(messages) > 1:
         _unanswered(row, pointer, messages)
@@ -108,8 +109,8 @@ def check_completion(
 
 
 def messages_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """Returns the messages of a conversation. Tool calls in the last message need no answers; all others do. Raises
-    InvalidRow for any other value."""
+    """Returns the messages of a conversation from `value`. Raises InvalidRow if `value` is no list of messages. Also
+    raises InvalidRow if a tool call lacks an answer, unless the call is in the last message."""
     messages = _list_of(row, pointer, value)
     _unanswered(row, pointer, messages)
     return messages
@@ -157,7 +158,8 @@ def _message(row: Row, pointer: str, value: object) -> Message:
 
 
 def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
-    """Returns the message for a turn of a ShareGPT conversation, which has the keys `from` and `value`."""
+    """Turns a message of a ShareGPT conversation, with the keys `from` and `value`, into a message with a role and
+    content."""
     speaker, weight = value["from"], value.get("weight")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         what = (
@@ -186,7 +188,7 @@ def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
 
 def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
     """Returns the thoughts of a message (the reasoning before an answer); None if it has none. Raises InvalidRow if two
-    keys hold different thoughts."""
+    keys of the message hold different thoughts."""
     keys = [key for key in THOUGHTS if not says_nothing(value.get(key))]
     for key in keys:
         string_of(row, f"{pointer}/{key}", value[key])
@@ -224,8 +226,8 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
 
 
 def _content(row: Row, pointer: str, value: object) -> str:
-    """Returns the text of a message's content. If the content is a list of parts, the texts of the parts are joined by
-    line feeds, as in vLLM."""
+    """Returns the text of a message's content. If the content is a list of parts, their texts are joined with a line
+    feed between them, as in vLLM."""
     if not isinstance(value, list):
         return string_of(row, pointer, value)
     texts = []
@@ -245,8 +247,8 @@ def _content(row: Row, pointer: str, value: object) -> str:
 
 
 def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[ToolCall]:
-    """Returns the last tool calls in the messages, without those that a tool message answers. Raises InvalidRow if a
-    message of another role comes before all answers."""
+    """Returns the calls of tools at the end of a conversation that no tool message has answered. Raises InvalidRow if
+    earlier calls have no answer before the next message of another role."""
     calls: list[ToolCall] = []
     for index, message in enumerate(messages):
         if message["role"] == "tool":
@@ -259,8 +261,8 @@ def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[Too
 
 
 def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall]) -> ToolCall:
-    """Returns the call that a tool message answers: the first one that has the message's id and, if the message has a
-    name, this name."""
+    """Returns the one of `calls` that a tool's message answers: the first call that has the message's id. If the
+    message names a tool, the call must also have this name."""
     for call in calls:
         if call.get("id") == message.get("tool_call_id") and message.get("name") in (None, call["function"]["name"]):
             return call
@@ -271,7 +273,8 @@ def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall
 
 
 def _needed(calls: Sequence[ToolCall]) -> str:
-    """Returns the end of an error message: that the tool of the first call must have answered, and how to mend this."""
+    """Returns the end of an error message: the tool of the first of `calls` has not answered its call, and the user
+    should add the answer."""
     return f"the tool {shown(calls[0]['function']['name'])} has answered its call; add its answer as a tool message."
 
 
@@ -283,8 +286,8 @@ _BROKEN_MESSAGES = re.compile(  # messages in Python's notation, or cut off at t
 
 
 def opened(row: Row, pointer: str, text: str) -> object:
-    """Parses messages, or one message, that are written as JSON into a text, as in many tables. Returns any other text
-    unchanged. Raises InvalidRow for messages in broken JSON."""
+    """Parses a text that holds messages, or one message, written as JSON, as in many tables. Returns any other text
+    unchanged. Raises InvalidRow for messages whose JSON is broken."""
     if not _LIKE_JSON.match(text):
         return text
     try:

@@ -1,5 +1,5 @@
-"""Lists the formats of rows that a model can score: the formats of training data, and two more that training does not
-read. Uses only the standard library."""
+"""Lists the formats of rows that a model can score: the formats of training data, and two more formats that training
+does not read. Uses only the standard library."""
 
 import json
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from dpo_core.data.jsonl import InvalidRow, Row
 
 
 def read_unranked(row: Row) -> Iterator[Group]:
-    """Reads a row with a prompt and its completions in any order. A completion may be empty; the model then reads only
-    the end-of-sequence token."""
+    """Reads a row with a prompt and completions that nobody has ranked. A completion may be empty; the model then reads
+    only the end-of-sequence token."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     values = completions_of(row, "completions")
     completions = (rejected_like(row, f"/completions/{i}", value, prompt) for i, value in enumerate(values))
@@ -71,8 +71,9 @@ def read_in_request(number: int, row: dict[str, object]) -> Group:
 
 
 def in_request(error: InvalidRow) -> tuple[str, str]:
-    """Turns an error about a row into an error about a request with several rows. Returns the path of the wrong value,
-    such as `rows.0.prompt.1.content`, and a sentence that begins with this path. The first row is `rows.0`."""
+    """Turns an error about one row into an error about the whole request, which has several rows. Returns the path of
+    the wrong value, such as `rows.0.prompt.1.content`, and a sentence that begins with this path. The first row is
+    `rows.0`."""
     path = f"rows.{error.line - 1}{error.pointer.replace('/', '.')}"
     subject = f"the field {error.pointer} " if error.pointer else "the row "
     what = error.message.removeprefix(f"Line {error.line}: ")

@@ -1,5 +1,5 @@
-"""Reports on a file of feedback (data on which completions are good or better): its format, its counts of rows and
-groups, and all its errors. Uses only the standard library."""
+"""Reports on a file of preference data: its format, its counts of rows and groups, and all its errors. Uses only the
+standard library."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +18,8 @@ KEYS_NAMED, KEY_SHOWN = 100, 100  # a hostile file may have other keys in every 
 
 @dataclass(frozen=True)
 class Problem:
-    """All rows of a file that cannot be used for the same reason. `pointer` and `message` describe the error in the
-    first of these rows."""
+    """A reason why rows of a file cannot be used, and all the rows to which it applies. `pointer` and `message`
+    describe the error in the first of these rows."""
 
     code: str
     pointer: str  # RFC 6901
@@ -29,8 +29,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class FeedbackReport:
-    """A report on a file of feedback: its format, its counts of rows and groups, and its problems. A group is a prompt
-    with its completions."""
+    """A report on a file of preference data: its format, its counts of rows and groups, and its problems. A group is a
+    prompt with its completions."""
 
     format: str | None  # None: no row of a known format was found
     kind: Kind | None
@@ -60,7 +60,7 @@ class FeedbackReport:
 
     def refusal_beyond(self, max_invalid_share: float) -> str | None:
         """Returns a sentence that says why the file cannot be used; None if it can be used without its invalid rows.
-        These may be at most the share `max_invalid_share` of all rows."""
+        Invalid rows may be at most the share `max_invalid_share` of all rows."""
         if not self.problems or (self.is_read_whole and self.num_invalid <= max_invalid_share * self.num_rows):
             return None
         first = self.problems[0].message
@@ -98,8 +98,8 @@ class _Counts:
     is_read_whole: bool = True
 
     def groups(self, records: Iterable[Record]) -> Iterator[Group]:
-        """Yields the groups (prompts with their completions) of the records, and counts the records and the groups as
-        they pass."""
+        """Yields the groups (prompts with their completions) of the records. Counts every record and group that it
+        yields."""
         try:
             for record in records:
                 self.rows += 1
@@ -158,7 +158,8 @@ def _with_line(rows: Named, line: int) -> Named:
 
 
 def _repeats(group: Group) -> bool:
-    """Whether the group's best and worst completion begin with the text of the last message of its prompt."""
+    """Whether the best and the worst completion of the group both repeat, at their beginning, the last message of the
+    prompt."""
     prompt = group.prompt
     question = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).rstrip()
     return bool(question) and all(_begins(group.completions[i], question) for i in (0, -1))
@@ -169,5 +170,6 @@ def _begins(text: Text, start: str) -> bool:
 
 
 def _length(text: Text) -> int:
-    """Returns the number of characters in a text, or in the contents of messages."""
+    """Returns the number of characters in a text, or in the contents of all messages if `text` is a list of
+    messages."""
     return len(text) if isinstance(text, str) else sum([len(message["content"]) for message in text])

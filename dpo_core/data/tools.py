@@ -31,8 +31,9 @@ class ToolCall(TypedDict):
 
 
 def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | None:
-    """Returns the tools under the key `tools` of the dictionary `holder`, which is at `pointer` in the row. Returns
-    None for no tools, also for an empty list, because some templates would write a heading for it."""
+    """Returns the tools that the dictionary `holder` has under the key `tools`; `pointer` is its place in the row.
+    Returns None if there are no tools. An empty list also gives None, because some templates would write a heading for
+    it."""
     if holder.get("functions") not in (None, []):
         remedy = 'is OpenAI\'s older form of tools; use tools instead, each {"type": "function", "function": …}.'
         raise row.invalid(f"{pointer}/functions", "unsupported", remedy)
@@ -69,8 +70,8 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
 
 
 def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) -> None:
-    """Raises InvalidRow if a call has a null argument that its tool does not have. Tables give all calls the same
-    arguments, and write null into the empty cells."""
+    """Raises InvalidRow if a call of a tool has an argument that the tool does not have and whose value is null. Tables
+    add such arguments: they give all calls the same arguments, and write null into empty cells."""
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         nulls = {key for key, value in arguments.items() if value is None}
@@ -120,8 +121,8 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
 
 
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
-    """Returns the function's name, and the dictionary that describes the function, from the tool or call `holder`.
-    Raises InvalidRow if `holder` is of another type. `keys` are the keys that the dictionary may have."""
+    """Returns the name of a function, and the dictionary that describes or calls it, from `holder`: a tool or a call of
+    a tool. `keys` are the keys that the dictionary may have. Raises InvalidRow unless the tool is a function."""
     if holder.get("type") not in (None, "function"):
         what = f'is {shown(holder.get("type"))}; it must be "function", because tools of other types are not supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)
@@ -150,5 +151,5 @@ def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[s
 
 def _parsed(row: Row, pointer: str, value: object) -> object:
     """Parses `value` as JSON if it is a text, and returns the result. Returns any other value unchanged. OpenAI writes
-    the arguments of calls as texts of JSON, and TRL writes tools so."""
+    the arguments of tool calls as texts of JSON, and TRL writes the tools themselves as such texts."""
     return parse_within(row, pointer, value) if isinstance(value, str) else value

@@ -1,5 +1,5 @@
-"""Reads texts and numbers from a row. A value of another kind raises an error with the value's JSON pointer. Uses only
-the standard library."""
+"""Reads texts and numbers from a row. Raises an error for a value of another type, with the value's JSON pointer. Uses
+only the standard library."""
 
 import json
 import math
@@ -11,7 +11,7 @@ LARGEST = 1e9  # the largest rating, rank, weight or margin
 
 
 def says_nothing(value: object) -> bool:
-    """Whether the value is null, NaN, or an empty text, list or dictionary."""
+    """Whether the value of a column or key is empty: null, NaN, or an empty text, list or dictionary."""
     return value in NOTHING or value != value
 
 

@@ -9,8 +9,8 @@ from types import FrameType
 
 @contextmanager
 def deadline(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises `error` in the `with` block once the process has used `seconds` of processor time there. In threads other
-    than the main one, the block has no limit."""
+    """Raises `error` in the `with` block once the block has used `seconds` of processor time. In threads other than the
+    main one, the block has no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

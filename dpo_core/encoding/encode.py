@@ -1,5 +1,5 @@
-"""Turns groups of texts into token ids, separately for prompt and completions. A group is a prompt with its
-completions. Each group is encoded once; all later steps read only the ids."""
+"""Turns groups of texts into token ids, separately for the prompt and each completion. A group is a prompt with its
+completions. Each group is encoded only once; everything after the encoding reads only the ids."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +24,8 @@ MOST_TAILS = 1024  # ends of prompts whose ids are cached; most rows of a file h
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group (a prompt with its completions) as token ids. The policy reads `prompt_ids + completion_ids[j]`; the best
-    completion comes first."""
+    """A group (a prompt with its completions) as token ids. The model reads `prompt_ids + completion_ids[j]` for
+    completion j. The best completion is the first."""
 
     prompt_ids: Sequence[int]
     completion_ids: tuple[Sequence[int], ...]
@@ -54,8 +54,8 @@ class EncodedGroup:
             )
 
     def learned(self, completion: int) -> Sequence[int]:
-        """Returns the positions of the tokens in completion number `completion` that count in the loss: all but those
-        of messages by a tool or a user."""
+        """Returns the positions of the tokens in completion number `completion` that count in the loss. Tokens of a
+        tool's or a user's messages within the completion do not count."""
         places = range(len(self.completion_ids[completion]))
         spans = self.others[completion] if self.others else ()
         return [i for i in places if not any(start <= i < stop for start, stop in spans)] if spans else places
@@ -71,19 +71,19 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The number of tokens in the loss of the shortest completion of this group (a prompt with its completions).
-        This many first tokens in the loss of a completion are called its head."""
+        """The number of tokens in the head of each completion of the group. A head is the first tokens of a completion
+        that count in the loss, as many as the shortest completion has."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
-        """Returns a rating for each completion. Without given ratings, the ratings fall by 1 from one completion to the
-        next, down to 0; a single completion gets 1."""
+        """Returns a rating for each completion. If the group has no ratings, the order of the completions decides: the
+        last completion gets 0, and each earlier one gets 1 more than the next. A single completion gets 1."""
         last = max(1, len(self.completion_ids) - 1)
         return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
 
     def rated(self) -> list[float]:
         """Returns the ratings of the completions that answer the group's own prompt. A completion that answers another
-        prompt has the rating nan and is left out."""
+        prompt is marked by the rating nan and left out."""
         return [rating for rating in self.ranked() if not math.isnan(rating)]
 
     @property
@@ -108,8 +108,8 @@ def encode_groups(
     """Yields for each group its token ids, or the error of a group that cannot be encoded. Raises UnusableTemplate if
     the tokenizer has no usable chat template.
 
-    `today` is the date that some templates write; None means the day on which this process first encoded. The template
-    and the tokenizer are called for many groups together, and the tokenizer reads each prompt once.
+    `today` is the date that some chat templates write; None means the day on which this process first encoded a group.
+    The template and the tokenizer are called for many groups together, and the tokenizer reads each prompt once.
     """
     groups = iter(groups)
     while members := list(islice(groups, AT_A_TIME)):
@@ -171,16 +171,16 @@ def _encoded(
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a prompt, as text and as ids. A completion gets the same ids after this end as after the whole prompt,
-    so the tokenizer need not read the whole prompt for each completion."""
+    """The end of a prompt, as text and as token ids. A completion has the same ids after this end as after the whole
+    prompt, so the tokenizer need not read the whole prompt for each completion."""
 
     text: str
     ids: Sequence[int]
 
 
 def _tail(prompt: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> _Tail:
-    """Returns the end of a prompt, from the prompt's last special token on: tokenizers first cut a text at special
-    tokens. Returns the whole prompt if it has no special token."""
+    """Returns the end of a prompt, which begins at the prompt's last special token, because tokenizers first cut a text
+    at special tokens. Returns the whole prompt if it has no special token."""
     markers = _markers(tokenizer)
     place = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] in markers), 0)
     if place:
@@ -204,11 +204,11 @@ def _few_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]
 def _behind(
     tail_ids: Sequence[int], continued_ids: Sequence[int], completion: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Sequence[int]:
-    """Returns the ids of a completion. `continued_ids` are the ids of a prompt's end followed by the completion;
-    `tail_ids` are the ids of the prompt's end alone.
+    """Returns the token ids of a completion that follows a prompt. `continued_ids` are the ids of the prompt's end and
+    the completion together; `tail_ids` are the ids of the prompt's end alone.
 
-    If a token crosses the border between the two, the completion is encoded by itself, because a served policy always
-    has the prompt's own ids before its answer.
+    If one token contains both the last characters of the prompt and the first of the completion, the completion is
+    encoded by itself: a served policy always has the prompt's own ids before its answer.
     """
     if continued_ids[: len(tail_ids)] == tail_ids:
         return continued_ids[len(tail_ids) :]
@@ -218,8 +218,8 @@ def _behind(
 def _tokens_of(
     span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int]:
-    """Returns the range of a completion's token `ids` that stands for `span`, a range of characters of its `text`. A
-    token that crosses a border of `span` counts as after the border."""
+    """Returns the range of token `ids` of a completion that stands for `span`, a range of characters in the
+    completion's `text`. A token with characters on both sides of a border counts as after the border."""
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
     start, stop = (len(commonprefix([list(part), list(ids)])) for part in starts)  # noqa: RUF071 (ids are meant)
@@ -241,8 +241,8 @@ def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[in
 
 @lru_cache(maxsize=8)
 def _calls_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a call of this tokenizer does no more than call the library `tokenizers`. The library can then be called
-    directly, which is faster because it need not report offsets."""
+    """Whether this tokenizer only calls the library `tokenizers`, and does nothing else with a text. The library can
+    then be called directly, which is faster because it need not report offsets."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     kind = type(tokenizer)

@@ -1,7 +1,7 @@
-"""Writes a group (a prompt with its completions) as the texts that the model reads, in the form that the chat template
-gives them.
+"""Writes a group (a prompt with its completions) as the texts that the model reads. The chat template gives these texts
+their form.
 
-If the template leaves out a part of a group, the group is refused, so that training never loses text unnoticed.
+A group of which the template leaves out a part is refused, because training would otherwise lose text unnoticed.
 """
 
 import json
@@ -105,8 +105,8 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
 
 
 def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dialogue: str) -> Spans:
-    """Returns the ranges of characters in `dialogue` that messages of a tool or a user take up between the assistant's
-    answers. `dialogue` is the text of the group's prompt and this completion.
+    """Returns the ranges of characters in `dialogue` that do not come from the assistant: messages of a tool or a user
+    between the assistant's answers. `dialogue` is the text of the group's prompt followed by this completion.
 
     The words with which the template asks for an answer belong to these ranges, because a served policy is given these
     words and does not write them. Raises InvalidRow for a template that writes a message differently once other
@@ -135,14 +135,15 @@ def _first_day() -> date:
 
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
-    """Returns the properties that groups (prompts with their completions) must have in common to be written in one call
-    of the template: whether they hold messages or texts, their tools, and their template arguments."""
+    """Returns what groups must have in common, so that one call of the chat template can write them together: whether
+    they hold messages or texts, their tools, and their template arguments. A group is a prompt with its completions."""
     return isinstance(group.prompt, list), group.tools, group.template_arguments
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """The texts of a group as the chat template writes them, before the prompt and the completions are separated."""
+    """The texts of a group (a prompt with its completions) as the chat template writes them, before the prompt and the
+    completions are separated."""
 
     prompt: str  # the prompt as a served policy is given it, with the words that ask for an answer
     dialogues: tuple[str, ...]  # for each completion, the prompt and it; in a group of texts, only the completion
@@ -160,8 +161,8 @@ def _apply(
     """Returns the text that the chat template writes for each dialogue (a list of messages). With `asks`, each text
     ends with the generation prompt, the words with which the template asks for an answer.
 
-    The template gets a message's thoughts under each name that templates use, and its content as a list of parts if the
-    template reads only parts.
+    The template gets a message's thoughts (its reasoning) under each key that any template reads. If the template reads
+    only lists of parts, it gets a message's content as such a list.
     """
     in_parts = _takes_parts(tokenizer)
     inputs = [[_template_message(message, in_parts=in_parts) for message in messages] for messages in dialogues]
@@ -175,8 +176,8 @@ def _apply(
 
 
 def _template_message(message: Message, *, in_parts: bool) -> Mapping[str, object]:
-    """Returns the message in the form that a template reads: its thoughts under each name that templates use and, with
-    `in_parts`, its content as a list of parts."""
+    """Returns the message in the form that a chat template reads. Its thoughts (its reasoning) stand under each key
+    that any template reads. With `in_parts`, its content is a list of parts."""
     if "reasoning_content" not in message and not in_parts:
         return message
     fields: dict[str, object] = {**message}
@@ -189,8 +190,8 @@ def _template_message(message: Message, *, in_parts: bool) -> Mapping[str, objec
 
 @lru_cache(maxsize=8)
 def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the words, such as `<think>`, that the template adds when it asks for an answer, but does not write
-    before an answer that it is given. Returns an empty text if there are none."""
+    """Returns the words, such as `<think>`, that the chat template writes when it asks for an answer, but not before an
+    answer that is already there. Returns an empty text if there are no such words."""
     question: list[Message] = [{"role": "user", "content": _PROBE}]
     try:
         apply = partial(_apply, tokenizer, {})
@@ -205,7 +206,7 @@ def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 @lru_cache(maxsize=8)
 def variables(template: str) -> frozenset[str]:
-    """Returns the names of all arguments that a chat template reads."""
+    """Returns the names of all variables that a chat template reads."""
     from jinja2 import Environment, meta
 
     parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
@@ -230,8 +231,8 @@ def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
-    """Yields for each completion of the group the messages of the prompt followed by those of the completion. Removes
-    an EOS at the end of the completion, because the template writes its own."""
+    """Yields for each completion of the group a list of messages: those of the prompt, then those of the completion.
+    Removes an EOS token at the end of the completion, because the chat template writes its own."""
     eos = tokenizer.eos_token
     for completion in group.completions:
         assert isinstance(group.prompt, list)
@@ -243,11 +244,11 @@ def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[l
 
 
 def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerBase") -> WrittenGroup | InvalidRow:
-    """Returns the texts of the group's prompt and completions, or the error of a group of which the template leaves out
-    something.
+    """Returns the texts of the group's prompt and completions, or an error if the chat template leaves out a part of
+    the group.
 
-    In a group of texts, each completion gets one EOS at its end, and the prompt a BOS at its start if the tokenizer
-    adds one. In a group of messages the template writes both.
+    If the group has texts and not messages, each completion gets one EOS at its end, and the prompt a BOS at its start
+    if the tokenizer adds one. In a group with messages the template writes both tokens.
     """
     if isinstance(group.prompt, str):
         eos = tokenizer.eos_token or ""
@@ -269,10 +270,11 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
 
 
 def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow:
-    """Cuts the texts that the template wrote for a group into the prompt and the completions. Returns an error if the
-    template changes the prompt once an answer follows.
+    """Cuts the texts that the chat template wrote for a group into the prompt and the completions. Returns an error if
+    the template writes the prompt differently when an answer follows.
 
-    The prompt ends with the words that ask for an answer, as far as these words precede all completions.
+    The prompt includes the words with which the template asks for an answer, as far as all completions begin with these
+    words.
     """
     prompt, dialogues = rendered.prompt, rendered.dialogues
     if rendered.bare_prompt is None:
@@ -296,8 +298,8 @@ def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow
 
 
 def _common(asked: str, dialogues: Sequence[str]) -> str:
-    """Returns the longest common beginning of `asked`, the text of a prompt, and all `dialogues`. If it would end
-    within a tag of the prompt, such as after the `<` of `<think>`, it ends before this tag."""
+    """Returns the longest common beginning of `asked`, the text of a prompt, and all `dialogues`. If this beginning
+    would end within a tag of the prompt, such as after the `<` of `<think>`, the whole tag is left out."""
     common = commonprefix([asked, *dialogues])  # noqa: RUF071 (characters are meant)
     half = next((tag for tag in _TAG.finditer(asked) if tag.start() < len(common) < tag.end()), None)
     return common[: half.start()] if half else common
@@ -307,7 +309,8 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
     """Returns an error for the first part of the group that the template leaves out; None if the template writes
     everything.
 
-    Answers in the prompt may lose their thoughts, as they do when the policy is served.
+    The template may leave out the thoughts (the reasoning) of answers in the prompt, as it also does when the policy is
+    served.
     """
     prompt = cast(list[Message], group.prompt)
     unread = group.tools and "tools" not in variables(tokenizer.get_chat_template(None, group.tools))
@@ -343,14 +346,15 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
 
 
 def _required_text(message: Message) -> str:
-    """Returns the text that the template must write for a message of the prompt: its content, without the thoughts
-    before an earlier answer of the assistant."""
+    """Returns the text that the chat template must write for a message of the prompt. For a message of the assistant
+    this is its content without thoughts (the reasoning before the answer), for any other message all its content."""
     content = message["content"]
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
 
 
 def _lacks_tool(function: Mapping[str, object], text: str) -> bool:
-    """Whether `text` lacks the name of the tool, a word of its description, or a word of its parameters' names."""
+    """Whether `text` lacks a part of the tool `function`: its name, a word of its description, or a word of its
+    parameters' names."""
     properties = cast(dict[str, object], function.get("parameters") or {}).get("properties")
     phrases = [str(function.get("description") or ""), *(properties if isinstance(properties, dict) else ())]
     lost = any(phrase not in text and _lacks_a_word(set(_words(phrase)), text) for phrase in phrases)
@@ -358,8 +362,8 @@ def _lacks_tool(function: Mapping[str, object], text: str) -> bool:
 
 
 def _lacks_calls(message: Message, text: str) -> bool:
-    """Whether `text` lacks a word of a tool call in the message: of the tool's name, of the arguments' names, or of the
-    words and numbers in the arguments."""
+    """Whether `text` lacks a part of the tool calls in the message: a word of a tool's name, of the name of an
+    argument, or of an argument's value. Numbers count as words."""
     return _lacks_a_word({word for call in message.get("tool_calls", ()) for word in _words(call["function"])}, text)
 
 
@@ -368,7 +372,8 @@ def _lacks_a_word(words: Set[str], text: str) -> bool:
 
 
 def _words(value: object) -> Iterator[str]:
-    """Yields the words and numbers in a JSON value, except the keys `name` and `arguments` of a function."""
+    """Yields the words and numbers in a JSON value, also in nested lists and dictionaries. Leaves out the keys `name`
+    and `arguments`, which every tool call has."""
     if isinstance(value, str):
         yield from _WORD.findall(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -388,9 +393,10 @@ def _drops(group: Group, what: str, where: str, lost: str) -> InvalidRow:
 
 def _first_lost(content: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Returns the first part of `content` that `text` lacks; None if it lacks nothing. The tags <think> and </think>
-    separate the parts.
+    separate `content` into parts.
 
-    Templates may change spaces around thoughts and at both ends, so such spaces are ignored.
+    Chat templates may change spaces around thoughts (the text between the tags) and at both ends, so such spaces are
+    ignored.
     """
     if content in text:
         return None

@@ -1,4 +1,5 @@
-"""Keeps groups within a limit of tokens: drops longer groups, or shortens them, as the option `truncation` says."""
+"""Keeps groups (prompts with their completions) within a limit of tokens: leaves out longer groups, or shortens them,
+as the option `truncation` says."""
 
 from dataclasses import replace
 
@@ -8,11 +9,12 @@ from dpo_core.encoding.encode import EncodedGroup
 
 def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
     """Returns the group shortened so that its prompt and any one completion together have at most `max_length` tokens;
-    None if the group is dropped.
+    None if the group must be left out.
 
-    `keep_start` cuts the ends of completions, which then end without EOS. `keep_end` cuts the start of the prompt,
-    after the tokenizer's BOS, by the same number of tokens for all its completions. A group is dropped if the cut would
-    leave no token of the prompt or of a completion.
+    `how` is the way of cutting. `drop` leaves out every longer group. `keep_start` cuts the ends of completions, which
+    then lack the end-of-sequence token. `keep_end` cuts the start of the prompt, behind the tokenizer's BOS, so that
+    the longest completion fits; all completions keep the same prompt. A group is also left out if the cut would leave
+    no token of the prompt or of a completion.
     """
     longest = max(map(len, group.completion_ids))
     if len(group.prompt_ids) + longest <= max_length:

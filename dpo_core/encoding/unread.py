@@ -1,5 +1,5 @@
-"""Finds values in a row that the chat template does not read, such as an argument that it does not know. The model is
-trained on such a row without these values."""
+"""Finds values in a row that the chat template ignores, such as an argument that the template does not know. The model
+is trained on such a row without these values."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,8 +18,9 @@ def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | 
     """Yields the names of the values in a group (a prompt with its completions) that the chat template does not read.
     The template must be able to write the group.
 
-    The names are `messages/name`, `messages/tool_call_id` and `chat_template_kwargs/` with a key. An unread
-    `tool_call_id` is named only if the order of the results does not show to which call each belongs.
+    The names are `messages/name`, `messages/tool_call_id`, and `chat_template_kwargs/` followed by a key.
+    `tool_call_id` says which call a tool's result answers. It is yielded only if the results come in another order than
+    the calls.
     """
     if isinstance(group.prompt, str):
         return

@@ -1,1 +1,1 @@
-"""Loads models from disk, puts adapters on models, and checks and saves models."""
+"""Loads models from disk, puts adapters (LoRA) on models, and checks and saves models."""

@@ -1,5 +1,5 @@
-"""Puts low-rank adapters on models, decides which layers get an adapter, and identifies the base of an adapter (the
-model under it)."""
+"""Puts low-rank adapters (LoRA) on models, decides which layers get an adapter, and identifies the base of an adapter:
+the model that is under it."""
 
 import hashlib
 import json
@@ -33,12 +33,12 @@ def attach(
     trained_whole: list[str] | None = None,
     like: PreTrainedModel | None = None,
 ) -> None:
-    """Puts a new adapter on the model. Freezes all other weights, except those of the modules that `trained_whole`
-    names.
+    """Puts a new adapter on the model. Freezes the model's own weights, except those of the modules that
+    `trained_whole` names.
 
-    A model that has no weights yet needs `like`: a model that has weights and the same kinds of layers. A trial on
-    `like` finds the layers to adapt. Raises InvalidOption for target modules that the model does not have, or whose
-    adapters would not learn.
+    A trial on a few tokens finds the layers that can have an adapter. If the model has no weights yet, the trial needs
+    `like`, another model with weights and the same kinds of layers. Raises InvalidOption for target modules that the
+    model does not have, or whose adapters would not learn.
     """
     from peft import LoraConfig
 
@@ -74,13 +74,13 @@ def attach(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns a digest that identifies a base model. The digest is the same with or without an adapter on the base, and
-    in any precision, also in NF4.
+    """Returns a digest that identifies a base model, the model under an adapter. The digest is the same with and
+    without an adapter on the model, and in any precision, also in NF4.
 
-    The digest covers some numbers of each frozen weight except those of the head: a reward model that continues to
-    train a policy's adapter has another head than this policy. The names of weights do not count, because releases of
-    transformers rename weights. For a sharded model all ranks must call this together; one weight at a time is
-    gathered.
+    The digest covers some numbers of each frozen weight except the weights of the head: a reward model that continues
+    to train a policy's adapter has another head than this policy. The names of weights do not count, because releases
+    of transformers rename weights. If the model is sharded, all ranks (processes of the run) must call this function
+    together; only one weight at a time is gathered from all ranks.
     """
     if before := getattr(model, BEFORE_NF4, None):
         return str(before)
@@ -95,8 +95,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Returns all numbers of the weight, detached from autograd. If the weight is sharded, all ranks must call this
-    together."""
+    """Returns the weight as one whole tensor, detached from autograd. If the weight is sharded, its shards are
+    gathered, so all ranks (processes of the run) must call this function together."""
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
 
 
@@ -107,22 +107,22 @@ def _head_weights(model: Any) -> list[nn.Parameter]:
 
 
 def base_file(base: str, model: nn.Module) -> bytes:
-    """Returns the contents of base_model.json, the file beside a saved adapter that identifies its base: the
-    fingerprint `base`, and whether the base of `model` is in NF4."""
+    """Returns the contents of base_model.json, a file beside a saved adapter that identifies the base: the model under
+    the adapter. The contents are the fingerprint `base` of the base, and whether the base of `model` is in NF4."""
     quantization = {"quantization": "nf4"} if hasattr(model, BEFORE_NF4) else {}
     return json.dumps({"sha256_of_samples": base, **quantization}).encode()
 
 
 def quantization_of(folder: Path) -> str | None:
     """Returns how the model under the adapter in `folder` was quantized during training, such as nf4; None if it was
-    not."""
+    not quantized."""
     file = folder / BASE
     return json.loads(file.read_bytes()).get("quantization") if file.is_file() else None
 
 
 def saved_base(folder: Path) -> str | None:
     """Returns the fingerprint of the model (the base) on which the adapter in `folder` was trained; None if the folder
-    does not hold one."""
+    holds no fingerprint."""
     file = folder / BASE
     return str(json.loads(file.read_bytes())["sha256_of_samples"]) if file.is_file() else None
 
@@ -139,7 +139,7 @@ def has_learned(folder: Path) -> bool:
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
     """Raises UnusableModel if the adapter in `folder` was trained on another model than `model`. Does nothing if the
-    folder does not identify the adapter's base, as folders that other programs have written."""
+    folder does not say on which model; folders that other programs have written do not."""
     saved = saved_base(folder)
     if saved and saved != fingerprint(model):
         what = f"The adapter in {folder} was trained on a base with other weights than {model.name_or_path} has now"
@@ -147,7 +147,7 @@ def check_base(folder: Path, model: PreTrainedModel) -> None:
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:
-    """Returns the dropout layers of the model's adapter whose rate is not 0."""
+    """Returns the dropout layers of the model's adapter whose dropout rate is not 0."""
     return [
         layer
         for name, layer in model.named_modules()
@@ -178,8 +178,9 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Loads the weights of the adapter saved in `folder` into the model's adapter. If a reward model continues a
-    policy's adapter, it keeps its own new head. Raises UnusableModel if the weights do not fit."""
+    """Loads the weights of the adapter saved in `folder` into the model's adapter. If a reward model gets an adapter
+    that was trained on a policy, it keeps its own new head. Raises UnusableModel if the saved weights do not fit the
+    model's adapter."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
@@ -202,14 +203,14 @@ def put_weights(model: Any, folder: Path) -> None:
 
 
 def _model_name(name: str) -> str:
-    """Returns the name that a saved weight has in a model of transformers, without the prefix that PEFT adds when it
-    saves."""
+    """Returns the name that the saved weight called `name` has in a model of transformers, without the prefix that PEFT
+    adds when it saves."""
     return name.removeprefix("base_model.model.")
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
-    """Raises InvalidOption if the model has an adapter on its head, or on a layer that is not among `linears`, the
-    layers that training on texts can change."""
+    """Raises InvalidOption if the model has an adapter on its head (`head`), or on a linear layer that is not in
+    `linears`. Training on texts cannot change layers outside `linears`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
@@ -227,7 +228,7 @@ def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | 
 
 
 def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> str:
-    """Returns an error message for the user that says why PEFT refused the target modules."""
+    """Returns an error message for the user that says why PEFT refused to put an adapter on the modules `targets`."""
     from peft.utils.error import NoMatchingPeftModuleError
 
     if isinstance(error, NoMatchingPeftModuleError):
@@ -238,11 +239,11 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
 
 def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
     """Returns the names of the model's linear layers whose output affects the loss of a text. A backward pass of `like`
-    on a few tokens finds them.
+    on a few tokens finds these layers.
 
-    The names do not include layers for images, layers that return more than a product, layers whose weights other code
-    reads directly, and layers that only choose, such as some routers. As a side effect the function freezes both
-    models.
+    Left out are layers for images, layers that return more than a product, layers whose weights other code reads
+    directly, and layers whose output only makes a choice, such as some routers. As a side effect the function freezes
+    both models.
     """
     learning: set[str] = set()
     names = linears_in(like)
@@ -270,13 +271,13 @@ def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
 
 
 def linears_in(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns all linear layers of the model, as the keys of a dictionary whose values are the layers' names."""
+    """Returns all linear layers of the model, each with its name."""
     return {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """Returns the names in `linears` of the layers that may get an adapter: not the head, not routers, and not layers
-    whose weights the kernels of Mamba read."""
+    """Returns the names from `linears` of the layers on which an adapter can be trained. Leaves out the head, routers,
+    and layers whose weights the kernels of Mamba read directly."""
     head = model.get_output_embeddings()
     return [
         name
@@ -286,7 +287,7 @@ def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
 
 
 def _experts(model: PreTrainedModel) -> list[str]:
-    """Returns the names that PEFT needs as target modules to adapt the experts of a mixture of experts, without its
+    """Returns the target modules with which PEFT puts an adapter on the experts of a mixture of experts, but not on its
     routers.
 
     The list is empty unless transformers keeps all experts of a layer in one three-dimensional weight.
@@ -313,8 +314,8 @@ def is_read_only(model: PreTrainedModel, name: str) -> bool:
 
 
 def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """Shortens the names of modules in `chosen` to their last parts, as target modules for PEFT. A name stays whole if
-    its last part is also that of a module that is not chosen."""
+    """Shortens the names of modules in `chosen` to their last parts, because PEFT finds its target modules by such
+    names. A name stays whole if a module that is not in `chosen` has the same last part."""
     suffixes = {name.rpartition(".")[2] for name in chosen}
     others = [name for name, _ in model.named_modules() if name not in set(chosen)]
     clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}

@@ -11,8 +11,9 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """Returns where the base of a saved adapter is: a storage URI, a folder or a hub id, from the adapter's config.
-    Raises ValueError if the config names no base, or a revision of the base other than main."""
+    """Returns where the base (the model under a saved adapter) is: a storage URI, a folder or a hub id. The adapter's
+    config in `folder` says this. Raises ValueError if the config names no base, or another revision of the base than
+    main."""
     config = json.loads((folder / CONFIG).read_text())
     source, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not source:

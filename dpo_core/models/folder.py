@@ -38,8 +38,8 @@ def save_model(
     files: dict[str, bytes],
     **options: Any,
 ) -> None:
-    """Writes the model, its tokenizer, and other `files` (contents by name) into `folder`. `options` are arguments of
-    transformers' `save_pretrained`.
+    """Writes the model, its tokenizer, and the further files in `files` (contents by name) into `folder`. `options` are
+    arguments of transformers' `save_pretrained`.
 
     The generation config is written unchanged, as it was loaded, because transformers refuses to save some configs that
     it loads.
@@ -59,8 +59,8 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a copy of the model's structure without weights. Another thread can save a model with this copy while the
     model itself is in use.
 
-    The model itself changes in every forward: some of PEFT's layers replace modules, and `dpo_core.policy.attention`
-    changes the config.
+    The model itself cannot be saved meanwhile, because it changes in every forward pass: some of PEFT's layers replace
+    modules, and `dpo_core.policy.attention` changes the config.
     """
     copies: dict[int, Any] = {}
 
@@ -89,8 +89,8 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
-    """Returns the files, by name, that say how the model turns images and sounds into inputs. They are read from the
-    model's folder or hub id. Returns an empty dictionary, with a warning, if neither can be found."""
+    """Returns the files, by name, that say how the model turns images and sounds into inputs. Reads the files from the
+    model's folder or hub id. If neither can be found, logs a warning and returns an empty dictionary."""
     if not model.name_or_path:
         return {}
     try:
@@ -104,7 +104,8 @@ def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
 
 
 def _find(model: PreTrainedModel, name: str) -> str | None:
-    """Returns the path of the file `name` in the model's folder or in the hub's local cache; None if there is none."""
+    """Returns the path of the file `name` in the model's folder or in the hub's local cache; None if there is no such
+    file."""
     path: str | None = cached_file(
         model.name_or_path,
         name,

@@ -1,5 +1,5 @@
-"""Loads models from folders or hub ids whose weights are exactly those that their config asks for. Refuses all
-others."""
+"""Loads models from folders or hub ids. Refuses a model whose weights are not exactly those that its config asks
+for."""
 
 import logging
 import re
@@ -41,10 +41,10 @@ class Found:
 
 
 def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> Found:
-    """Checks a model folder or hub id, and returns what is needed to load the model, without reading a weight. `kind`
-    is an auto class of transformers; `options` change the model's config.
+    """Checks a model folder or hub id without reading a weight, and returns what is needed to load the model. `kind` is
+    an auto class of transformers, such as AutoModelForCausalLM; `options` change the model's config.
 
-    Raises UnusableModel for a folder whose files show that it does not hold one model in full precision or in MXFP4.
+    Raises UnusableModel unless the folder holds one model, in full precision or in MXFP4.
     """
     if find_adapter_config_file(source) is not None:  # transformers would load the adapter's base and freeze it
         raise UnusableModel(
@@ -60,8 +60,8 @@ def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: 
 
 
 def read(found: Found) -> PreTrainedModel:
-    """Loads the model on the CPU and checks its weights. Raises UnusableModel if the weights do not match the config or
-    are not finite."""
+    """Loads the model that `find` has checked, on the CPU, and checks its weights. Raises UnusableModel if the weights
+    do not match the config or are not finite."""
     source = found.source
     try:
         model, report = found.kind.from_pretrained(
@@ -108,9 +108,9 @@ def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
     """Returns the option that makes transformers convert a model in MXFP4 to full precision; None for a model that is
-    not quantized. gpt-oss is published only in MXFP4.
+    not quantized. This is needed for gpt-oss, which is published only in MXFP4.
 
-    Raises UnusableModel for other kinds of quantized weights.
+    Raises UnusableModel for a model that is quantized in another way.
     """
     quantized = getattr(config, "quantization_config", None)
     if not quantized:
@@ -125,11 +125,11 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns the config with which to load a model for texts, and patterns that rename the weights in its folder
-    (None: no renaming).
+    """Returns the config with which to load a model for texts, and patterns that rename the weights of its folder; None
+    in place of patterns if nothing must be renamed.
 
-    If transformers cannot load a multimodal model for texts as it is, the config is that of the text model within it,
-    and the patterns give the weights the names that the text model expects.
+    transformers cannot load some multimodal models for texts. For such a model, the config is that of the text model
+    within it, and the patterns give the weights the names that the text model expects.
     """
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -155,8 +155,8 @@ _NAMES_OF_TEXTS = {
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
-    """Raises UnusableModel if transformers drew weights of the model at random because the folder lacks them, or
-    ignored weights of the folder. `report` is what transformers says about loading."""
+    """Raises UnusableModel unless the weights in the model's folder are exactly those of the model. transformers draws
+    missing weights at random and ignores unknown ones. `report` is what transformers says about loading."""
     wanted = f"the {type(model).__name__} that its config.json describes"
     remedy = "use weights and a config.json of the same model."
     for name, shape, expected in sorted(report["mismatched_keys"]):
@@ -186,11 +186,11 @@ _TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bi
 
 
 def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Returns the names in `names`, weights that transformers did not use, that belong to the model's layers or to a
-    reward model's head.
+    """Returns those of `names` that belong to the model's layers or to a reward model's head. `names` are weights of
+    the folder that transformers did not use.
 
-    The result leaves out image encoders, and layers after the last one that predict further tokens: training on texts
-    uses neither.
+    The result leaves out weights that training on texts does not use: image encoders, and layers after the last one
+    that predict further tokens.
     """
     config = model.config.get_text_config()
     first_further: int = getattr(config, "num_hidden_layers", 0)
@@ -208,8 +208,9 @@ def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
 
 
 def _correct_tying(model: PreTrainedModel) -> None:
-    """Corrects the entry tie_word_embeddings of the model's config, which vLLM reads, to whether the head and the
-    embeddings are one weight. transformers makes them two if they differ in the folder."""
+    """Sets tie_word_embeddings in the model's config, which vLLM reads, to whether the head and the embeddings really
+    are one weight. transformers loads two weights, although the config says one, if the folder holds two that
+    differ."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
         if head is not None and getattr(config, "tie_word_embeddings", False):

@@ -1,5 +1,5 @@
 """Merges a trained adapter into its base (the model under it) in float32, and measures how much the merge changes the
-outputs."""
+model's outputs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ NUM_TEXTS, TEXT_TOKENS = 4, 32
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest difference between the outputs of two models: the base with its adapter attached, and the merged
-    model."""
+    """The largest difference between the outputs of two models: a base model with an adapter on it, and the model into
+    which both were merged."""
 
     largest_difference: float
     difference_of: Literal["logprobs", "rewards"]  # logprobs: of every token of the vocabulary, after each token
@@ -26,8 +26,8 @@ class Comparison:
 
 
 def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Comparison:
-    """Writes a trained adapter and its base as one float32 model into a Hugging Face folder. Compares the outputs
-    before and after the merge, both in float32, and returns the largest difference.
+    """Merges a trained adapter into its base model, and writes the merged float32 model into a Hugging Face folder.
+    Compares the outputs before and after the merge, both in float32, and returns the largest difference.
 
     Raises ValueError if the adapter was not trained on this base, or if the merged model's outputs are not finite.
     """
@@ -44,8 +44,8 @@ def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Compa
 
 @torch.no_grad()
 def _outputs(model: Any, rewards: bool) -> Tensor:
-    """Returns a model's outputs on some random texts: a reward model's rewards, or a language model's log-probabilities
-    of all possible next tokens."""
+    """Returns a model's outputs on some random texts. These are rewards if `rewards` is true (a reward model),
+    otherwise the log-probabilities of all possible next tokens."""
     size = model.config.get_text_config().vocab_size
     texts = torch.randint(size, (NUM_TEXTS, TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
     logits = torch.cat([model(input_ids=text[None], use_cache=False).logits.float() for text in texts])

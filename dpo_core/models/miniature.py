@@ -1,4 +1,4 @@
-"""Builds a small float32 model with the architecture and options of a large one, for quick experiments.
+"""Builds a small float32 model with the architecture and options of a large model, for quick experiments.
 
 The attention windows and chunks of the small model are very short. A few tokens therefore show effects that the large
 model shows only in long texts.
@@ -52,11 +52,11 @@ _AT_MOST = {
 
 
 def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
-    """Returns a small copy of the model with random weights. It has one layer of each kind that the model has, and at
-    least two layers.
+    """Returns a small copy of the model with random weights. The copy has one layer of each kind that the model has,
+    and at least two layers.
 
-    With `narrow` the copy also has fewer heads. If the architecture does not accept so small a config, its error is
-    raised.
+    With `narrow` the copy also has fewer attention heads. If the architecture does not accept so small a config, the
+    error of the architecture's code is raised.
     """
     config = deepcopy(model.config)
     for part in _parts(config):
@@ -78,7 +78,7 @@ def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
 
 
 def _parts(config: PretrainedConfig) -> Iterator[Any]:
-    """Yields the config and the configs within it, such as those of image encoders."""
+    """Yields a model's config and the configs within it, such as that of an image encoder."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
@@ -86,7 +86,8 @@ def _parts(config: PretrainedConfig) -> Iterator[Any]:
 
 
 def _cut(config: Any) -> None:
-    """Lowers the sizes in the config to those of a miniature, except the number and width of its heads."""
+    """Lowers the sizes in a model's config to those of a miniature, except the number and the width of the attention
+    heads."""
     config.dtype = torch.float32
     for name, most in _AT_MOST.items():
         value = getattr(config, name, None)
@@ -101,8 +102,8 @@ def _cut(config: Any) -> None:
 
 
 def _narrow(config: Any) -> None:
-    """Lowers the config's number of key-value heads to at most two. Lowers the number of query heads and the hidden
-    size in the same proportion."""
+    """Lowers the number of key-value heads in a model's config to at most two. Lowers the number of query heads and the
+    hidden size in the same proportion."""
     heads: int = getattr(config, "num_attention_heads", None) or 1
     keys: int = getattr(config, "num_key_value_heads", None) or heads
     if heads % keys or config.hidden_size % heads:
@@ -115,14 +116,15 @@ def _narrow(config: Any) -> None:
 
 
 def ropes(config: Any) -> list[dict[str, Any]]:
-    """Returns the options of rotary positions in the config: those of all layers, then those of each kind of layer."""
+    """Returns the options of rotary positions in a model's config: first those for all layers, then those for each kind
+    of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
 def _cut_layers(config: Any) -> None:
-    """Keeps only the first layer of each kind in the config. Lists with one entry per layer keep the entries of these
-    layers."""
+    """Keeps only the first layer of each kind in a model's config. Lists in the config that have an entry for each
+    layer keep only the entries of these layers."""
     count = getattr(config, "num_hidden_layers", 0)
     lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
     kinds = list(zip(*(v for v in lists.values() if len(set(map(str, v))) <= MOST_KINDS), strict=True)) or [()] * count
@@ -136,8 +138,8 @@ def _cut_layers(config: Any) -> None:
 
 
 def _randomize(model: PreTrainedModel) -> None:
-    """Draws random weights for a model. All of them affect the model's answers: inner products are about 1, logits
-    vary, and no bias is 0."""
+    """Draws random weights for a model, such that every weight affects the model's answers: inner products are about 1,
+    logits vary, and no bias is 0."""
     spreads = {id(module.weight): 1.0 for module in model.modules() if isinstance(module, nn.Embedding)}
     if head := model.get_output_embeddings():
         spreads[id(head.weight)] = 4 * head.weight.shape[-1] ** -0.5

@@ -1,4 +1,5 @@
-"""Loads policies, with or without an adapter, reward models and tokenizers from Hugging Face folders.
+"""Loads models to train (policies, with or without an adapter, and reward models) and tokenizers from Hugging Face
+folders.
 
 Weights are read only from safetensors, and code that comes with a model is never run.
 """
@@ -48,20 +49,20 @@ def load_policy(
 ) -> PreTrainedModel:
     """Loads a causal language model from a Hugging Face folder or hub id, ready to train. Its dropout is off.
 
-    With an `adapter`, all weights but the adapter's are frozen. `adapter` is either the options of a new adapter, whose
-    first weights depend on `seed`, or the folder of a trained adapter that training continues. With `quantization`, the
-    frozen base (the model under the adapter) is in NF4 and its products are computed in `dtype`. A multimodal model for
-    which transformers has no class for texts is loaded as its text model. A model in MXFP4 is converted to full
-    precision.
+    With an `adapter`, all weights but the adapter's are frozen. `adapter` is either the options of a new adapter, or
+    the folder of a trained adapter that training continues. `seed` decides the first weights of a new adapter. With
+    `quantization`, the frozen base (the model under the adapter) is in NF4 and its products are computed in `dtype`. A
+    multimodal model for which transformers has no class for texts is loaded as its text model. A model in MXFP4 is
+    converted to full precision.
 
-    With `in_parts`, the model has no weights at first. `train` later divides the model over ranks, and then each rank
-    reads only its part. All ranks must be able to read `source`. A model that does not allow this is loaded whole, with
-    a warning.
+    With `in_parts`, the model has no weights at first. `train` later divides the model over ranks (the processes of the
+    run), and each rank then reads only its part. All ranks must be able to read `source`. A model that does not allow
+    this is loaded whole, with a warning.
 
-    Raises InvalidOption if the model has none of the adapter's target modules or their adapters would not learn, and
-    for a quantization without an adapter or of a model that cannot be quantized. Raises ValueError for float16, for
-    other quantized models, for a `source` that holds an adapter, and for a folder whose weights and config do not
-    match.
+    Raises InvalidOption for target modules that the model does not have or whose adapters would not learn, for a
+    quantization without an adapter, and for a quantization of a model that cannot be quantized. Raises ValueError for
+    float16, for other quantized models, for a `source` that holds an adapter, and for a folder whose weights and config
+    do not match.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization, in_parts)
@@ -78,13 +79,13 @@ def load_reward_model(
     seed: int = 0,
     in_parts: bool = False,
 ) -> PreTrainedModel:
-    """Loads a reward model: a language model with a linear head for rewards in place of the vocabulary's head. `seed`
-    draws the head's weights if `source` has none.
+    """Loads a reward model: a language model with a linear head for rewards in place of the vocabulary's head. If
+    `source` has no such head, the head's weights are drawn at random; `seed` decides them.
 
     The head has one output, the reward; for `reward_gaussian` it has two, the mean and the logarithm of the variance.
-    The config says regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs
-    unchanged and not as probabilities. A `source` that is the folder of an adapter is refused; merge the adapter first.
-    The other arguments are those of `load_policy`.
+    The config says regression, so vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs
+    unchanged and not as probabilities. A `source` that is the folder of an adapter is refused; merge the adapter into
+    its base first. The other arguments are those of `load_policy`.
     """
     check_dtype(dtype)
     return _load(
@@ -155,8 +156,8 @@ def _load(
 def _structure(
     found: Found, device: str | torch.device, adapter: Lora | Path | None, quantization: Quantization | None, seed: int
 ) -> PreTrainedModel | None:
-    """Builds the model without weights, which each rank reads in parts later. Returns None, with a warning, if the
-    model must be loaded whole."""
+    """Builds the model without weights; each rank (process of the run) later reads only its part of them. If the model
+    must be loaded whole, logs a warning and returns None."""
     try:
         if quantization:
             raise NeedsWeights(f"its layers are rounded to {quantization}")
@@ -173,8 +174,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Turns the adapter that is being trained off in the `with` block. Without its adapter the policy computes as its
-    reference, the model from which training started. A frozen adapter stays on."""
+    """Turns the adapter that is being trained off in the `with` block. The policy then computes as its reference, the
+    model from which training started. An adapter that is frozen stays on."""
     if not has_adapter(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
@@ -186,11 +187,12 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def merge_adapter(adapter: Path, folder: Path, *, base: str | Path | None = None, dtype: str = "auto") -> None:
-    """Writes a trained adapter and its base as one model into a Hugging Face folder.
+    """Merges a trained adapter into its base (the model under it), and writes the merged model into a Hugging Face
+    folder.
 
     If `base` is None, the adapter's `adapter_config.json` names the base. `dtype` is the dtype of the merged weights,
-    in transformers' spelling; auto means the base's own. Raises ValueError if the adapter was not trained on this base,
-    or if `folder` is the adapter's own.
+    in transformers' spelling; auto means the dtype of the base. Raises ValueError if the adapter was not trained on
+    this base, or if `folder` is the adapter's own folder.
     """
     if folder.resolve() == adapter.resolve():
         raise ValueError(f"{folder} is the adapter's own folder; name another folder for the merged model.")
@@ -205,8 +207,8 @@ def load_merged(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """Loads a trained adapter and its base as one model, ready to train. Raises ValueError if the adapter does not fit
-    the base."""
+    """Loads a trained adapter and its base (the model under it), merged into one model that is ready to train. Raises
+    ValueError if the adapter does not fit the base."""
     both = load_attached(adapter, base=base, dtype=dtype, device=device)
     return cast(PreTrainedModel, both.merge_and_unload()).requires_grad_(True).eval()
 
@@ -218,8 +220,9 @@ def load_attached(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> Any:
-    """Loads a trained adapter and its base as a PeftModel, without merging them. If the base was quantized in training,
-    its weights are rounded to the values of NF4, in `dtype`. Raises ValueError if the adapter does not fit the base."""
+    """Loads a trained adapter and its base (the model under it) as a PeftModel, without merging the two. If the base
+    was quantized in training, its weights are rounded to the values that NF4 has, and have the dtype `dtype`. Raises
+    ValueError if the adapter does not fit the base."""
     from peft.utils import load_peft_weights
 
     source = base_of(adapter) if base is None else base
@@ -238,15 +241,16 @@ def load_attached(
 
 
 def fingerprint_of(source: str | Path) -> str:
-    """Returns the fingerprint (see `fingerprint` in `adapter`) of the base model in a folder or of a hub id. The
-    weights stay in mapped files, unless transformers has to convert them. Raises ValueError for a model that cannot be
-    loaded."""
+    """Returns the fingerprint (a digest that identifies a base model) of the model in a folder or of a hub id. The
+    weights are read from mapped files and not copied into memory, unless transformers has to convert them. Raises
+    ValueError for a model that cannot be loaded."""
     return fingerprint(_load(AutoModelForCausalLM, source, "auto", "cpu", None, 0, None, False).requires_grad_(False))
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
     """Returns the base with the saved adapter on it, as a PeftModel. `names` are the names of the adapter's saved
-    weights. Raises ValueError for weights that do not fit, which PEFT would leave out or draw at random."""
+    weights. Raises ValueError for weights that do not fit the base; PEFT would leave them out, or draw them at
+    random."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -269,8 +273,8 @@ def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
 def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Returns the tokenizer to save with the model.
 
-    A policy's tokenizer is returned unchanged. For a reward model the result is a copy that pads with a token other
-    than EOS, and the function sets the model's pad_token_id to this token: transformers reads a row's reward at its
+    A policy's tokenizer is returned unchanged. For a reward model the result is a copy whose padding token is not EOS,
+    and the model's pad_token_id becomes this token. The reason is that transformers reads the reward of a text at the
     last token before padding.
     """
     if not is_reward_model(model):
@@ -288,8 +292,8 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_policy(model: nn.Module) -> None:
-    """Raises UnusableModel for a model that cannot be trained here: one that is wrapped (such as PEFT's), has several
-    adapters, or has an adapter on its head."""
+    """Raises UnusableModel for a model that this package cannot train: a model within a wrapper (such as a PeftModel),
+    with several adapters, or with an adapter on its head."""
     if not isinstance(model, PreTrainedModel):
         remedy = (
             "pass the transformers model itself, or load one with an adapter by load_policy(folder, adapter=Lora())"
@@ -314,8 +318,9 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
-    """Raises InvalidOption if the objective trains another kind of model than `model`. Raises UnusableModel if the
-    model is in float16 or all its weights are frozen."""
+    """Raises InvalidOption if the objective does not train a model of this kind (a language model, or a reward model
+    with the right number of outputs). Raises UnusableModel if the model is in float16, or if all its weights are
+    frozen."""
     for parameter in model.parameters():
         check_dtype(parameter.dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):

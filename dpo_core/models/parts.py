@@ -1,5 +1,5 @@
-"""Loads a model in two stages. First it gets its structure without weights; later each rank reads only the parts of the
-weights that it keeps."""
+"""Loads a model in two stages. First the model is built without weights; later each rank (process of the run) reads
+only the parts of the weights that it keeps."""
 
 import json
 import logging
@@ -33,14 +33,14 @@ _ALONE = DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1, ep_size=1)
 
 
 class NeedsWeights(Exception):
-    """Raised for a model that cannot be loaded in two stages, because its structure needs its weights. The text is the
-    reason."""
+    """Raised for a model that cannot be loaded in two stages, because its structure cannot be built without its
+    weights. The error's text is the reason."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Kept on a model that has no weights yet: where to read the weights, and the device on which the model will
-    compute."""
+    """What is needed to read the weights of a model that has none yet: where they are, and the device on which the
+    model will compute. It is an attribute of this model."""
 
     found: Found
     device: torch.device
@@ -48,11 +48,12 @@ class Unread:
 
 
 def load_structure(found: Found, device: str | torch.device, adapter: Lora | Path | None) -> PreTrainedModel:
-    """Returns a model without weights: its parameters are on the meta device until `read_parts`. The parameters of a
-    new adapter and of a reward model's new head are drawn from torch's generator on the CPU, as for a whole model.
+    """Returns a model without weights: its parameters are on the meta device until `read_parts` reads them. The
+    parameters of a new adapter and of a reward model's new head have values at once: they are drawn at random on the
+    CPU, as for a model that is loaded whole.
 
     `adapter` is either the options of a new adapter or the folder of a trained one. Raises NeedsWeights for a model
-    whose structure depends on its weights, or that transformers changes while loading.
+    whose structure depends on its weights, or whose weights transformers changes while it loads them.
     """
     if found.quantization:
         raise NeedsWeights("its weights are expanded from MXFP4")
@@ -74,26 +75,26 @@ def load_structure(found: Found, device: str | torch.device, adapter: Lora | Pat
 
 
 def _move_drawn(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Moves the parameters with values, which were drawn on the CPU, to the device. Ranks exchange weights there, and
-    NCCL takes no CPU tensors."""
+    """Moves the parameters that already have values, because they were drawn on the CPU, to the device. Ranks
+    (processes of the run) exchange weights on the device, and NCCL takes no CPU tensors."""
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def is_unread(model: nn.Module) -> bool:
-    """Whether the model has no weights yet, because `load_structure` made it."""
+    """Whether the model has no weights yet, because `load_structure` made it and `read_parts` has not read them."""
     return hasattr(model, UNREAD)
 
 
 @torch.no_grad()
 def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> Path | None:
-    """Reads the weights into a model that `load_structure` made. Of a sharded parameter, each rank reads only its own
-    shard. All ranks must call this together.
+    """Reads the weights into a model that `load_structure` made. Of a sharded parameter, each rank (process of the run)
+    reads only its own shard. All ranks must call this function together.
 
-    Returns the folder of the trained adapter that is on the model, if there is one. The caller then checks it with
-    `check_base`, once all ranks have their weights: the check gathers them.
+    Returns the folder of the trained adapter that is on the model; None if there is none. The caller must check this
+    adapter with `check_base` once all ranks have their weights, because the check gathers the weights.
 
-    The weights come from the folder or hub id for which the model was built, or from the folder of a saved model if
-    `checkpoint` names one. Raises UnusableModel if the weights do not match the model.
+    The weights come from `checkpoint`, the folder of a saved model. If it is None, they come from the folder or hub id
+    for which the model was built. Raises UnusableModel if the weights do not match the model.
     """
     unread: Unread = getattr(model, UNREAD)
     found = unread.found if checkpoint is None else replace(unread.found, source=checkpoint)
@@ -122,8 +123,8 @@ def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> Path |
 
 
 def _read_like(found: Found, kind: type[PreTrainedModel], wanted: dict[str, nn.Parameter]) -> PreTrainedModel:
-    """Loads a model of class `kind` from `found`, and returns it. Of each parameter in `wanted` that is sharded, this
-    rank reads only the shard that it has there."""
+    """Loads a model of class `kind` from `found`, and returns it. `wanted` are the parameters to read, by name. If a
+    parameter is sharded, this rank (process of the run) reads only its own shard."""
 
     def split(cls: Any, model: PreTrainedModel, *others: Any) -> PreTrainedModel:
         like: dict[int, nn.Parameter] = {}
@@ -143,8 +144,8 @@ def _read_like(found: Found, kind: type[PreTrainedModel], wanted: dict[str, nn.P
 
 
 def _check(model: PreTrainedModel, saved: set[str]) -> None:
-    """Raises NeedsWeights for a model that `read_parts` could not complete. `saved` are the names of the weights in the
-    model's folder."""
+    """Raises NeedsWeights if `read_parts` could not give the model all its weights later. `saved` are the names of the
+    weights in the model's folder."""
     if model._get_dtype_plan(model.dtype):
         raise NeedsWeights(f"some of its weights stay in float32 beside {model.dtype}")
     tied = model.all_tied_weights_keys
@@ -158,8 +159,8 @@ def _check(model: PreTrainedModel, saved: set[str]) -> None:
 
 
 def _attach(model: PreTrainedModel, adapter: Lora | Path, *, has_head: bool) -> None:
-    """Puts an adapter, whose weights are on the CPU, on a model that has no weights. `has_head` says whether a reward
-    model's head will be read from its folder."""
+    """Puts an adapter on a model that has no weights yet. The adapter's own weights are on the CPU. `has_head` says
+    whether a reward model's head will be read from its folder."""
     options = adapter if isinstance(adapter, Lora) else options_of(adapter)
     if options.use_dora:
         raise NeedsWeights("DoRA computes its first magnitudes from the weights")
@@ -179,8 +180,8 @@ def _attach(model: PreTrainedModel, adapter: Lora | Path, *, has_head: bool) -> 
 
 
 def _miniature(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a small model with random weights and the same kinds of layers as `model`. Raises NeedsWeights if there
-    can be none."""
+    """Returns a small model with random weights and the same kinds of layers as `model`. Raises NeedsWeights if no such
+    model can be made."""
     try:
         small = miniature(model, narrow=False)
     except Exception as error:  # architectures refuse such configs with errors of any kind
@@ -193,7 +194,7 @@ def _miniature(model: PreTrainedModel) -> PreTrainedModel:
 
 def _hollow(model: PreTrainedModel) -> dict[int, nn.Parameter]:
     """Replaces all parameters on the meta device by zeros on the CPU that take no memory, because PEFT puts an adapter
-    on the device of its base. Returns the new parameters, by the id of each."""
+    on the device of its base. Returns a dictionary from the id of each new parameter to the parameter."""
     hollow: dict[int, nn.Parameter] = {}
     for name, own in dict(model.named_parameters(remove_duplicate=False)).items():
         if own.is_meta:
@@ -204,9 +205,11 @@ def _hollow(model: PreTrainedModel) -> dict[int, nn.Parameter]:
 
 
 def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
-    """Returns an empty DTensor on the meta device that is sharded like `own`. transformers cannot read a weight of
-    several experts on a rank that has no part of it; such a rank is given a part along the last dimension, and drops it
-    later."""
+    """Returns an empty DTensor on the meta device that is sharded like `own`.
+
+    transformers cannot read a weight of several experts on a rank (process of the run) that has no part of it. Such a
+    rank gets a part along the last dimension instead, and drops this part later.
+    """
     empty = cast(DTensor, torch.empty_like(own, dtype=dtype, device="meta", requires_grad=False))
     if own.ndim < 3 or own.to_local().numel():
         return empty
@@ -217,8 +220,8 @@ def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
 
 
 def _as(own: Tensor, taken: Tensor, device: torch.device) -> Tensor:
-    """Returns a copy of `taken` on the device, with the dtype and the sharding of `own`. The copy has memory of its
-    own, because `taken` may be a part of a mapped file."""
+    """Returns a copy of the weight `taken` on the device, with the dtype and the sharding of the parameter `own`. The
+    copy has memory of its own, because `taken` may be a part of a file that is mapped into memory."""
     if not isinstance(own, DTensor):
         return taken.to(device=device, dtype=own.dtype, copy=True)
     mesh, placements = own.device_mesh, own.placements
@@ -237,12 +240,12 @@ def _set(model: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 def _plain(name: str) -> str:
-    """Returns the name of a weight without what PEFT adds to it on a model with an adapter."""
+    """Returns the name of a weight without the parts that PEFT adds to the name if the model has an adapter."""
     return _OF_PEFT.sub("", name)
 
 
 def _names_in(source: str | Path) -> set[str]:
-    """Returns the names of all weights in the safetensors of a folder or hub id."""
+    """Returns the names of all weights in the safetensors files of a folder or hub id."""
 
     def path(name: str) -> str | None:
         found: str | None = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)

@@ -1,5 +1,5 @@
-"""Quantizes the frozen base of an adapter to NF4, arXiv 2305.14314: each weight takes 4.1 bits, and products are
-computed in the model's dtype."""
+"""Quantizes the frozen base of an adapter (the model under it) to NF4, arXiv 2305.14314. Each weight takes 4.1 bits,
+and products are computed in the dtype that the model had before."""
 
 from collections.abc import Iterator
 from typing import cast
@@ -14,11 +14,11 @@ from dpo_core.options import InvalidOption
 
 
 def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """Moves the model to the device, and puts the linear layers of its decoder into NF4. Only one layer at a time is on
-    the device in full precision.
+    """Moves the model to the device, and converts the linear layers of its decoder to NF4. Only one layer at a time is
+    on the device in full precision.
 
-    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption if most weights of the decoder's
-    layers would keep theirs.
+    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption if this would leave most weights of
+    the decoder's layers unquantized.
     """
     names = _linears(model)
     _check_share(model, names)
@@ -33,8 +33,8 @@ def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMo
 
 @torch.no_grad()
 def round_to_nf4(model: PreTrainedModel) -> None:
-    """Rounds the weights that `quantize` would quantize to the values that NF4 has; the weights keep their dtype. An
-    adapter can then be merged into the same values as in training."""
+    """Rounds the weights that `quantize` would convert to the values that NF4 has; the weights keep their dtype. An
+    adapter that was trained on NF4 can then be merged into exactly the values on which it was trained."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for name in _linears(model):
@@ -54,15 +54,15 @@ def precision_of(model: PreTrainedModel) -> str:
 
 
 def scales_of(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the tensors that turn the bytes of weights in NF4 into numbers: the largest number of each block of 64
-    weights, which is itself stored in 8 bits, and the offset and scales of these largest numbers."""
+    """Yields, for each weight in NF4, the tensors that turn its bytes into numbers. These are: the largest number of
+    each block of 64 weights, which is itself stored in 8 bits, and the offset and scales of these largest numbers."""
     for weight in model.parameters():
         if state := getattr(weight, "quant_state", None):
             yield from (state.absmax, state.offset, state.state2.absmax)
 
 
 def shape_of(weight: Tensor) -> torch.Size:
-    """Returns the shape of the weight's matrix. A weight in NF4 is stored with another shape, because two of its
+    """Returns the shape of the weight as a matrix. A weight in NF4 is stored with another shape, because two of its
     numbers share a byte."""
     state = getattr(weight, "quant_state", None)
     return weight.shape if state is None else torch.Size(state.shape)

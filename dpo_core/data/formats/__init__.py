@@ -1,1 +1,2 @@
-"""The formats of preference data: which format a row has, and the readers that make groups of rows."""
+"""Recognizes the format of a row of preference data, and turns the row into groups. A group is a prompt with its
+completions."""

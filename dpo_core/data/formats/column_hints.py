@@ -54,8 +54,8 @@ _SCORE = "(avg|average|mean)?(score|rating|reward)s?"
 
 @lru_cache(maxsize=1024)
 def side_rated(key: str) -> str | None:
-    """Returns whose score a column holds, judging by the column's name: 'chosen' for `chosen_score`, 'rejected' for
-    `rating_rejected`, None if the name does not say.
+    """Returns which completion of a pair a column rates, guessed from the column's name: 'chosen' for `chosen_score`,
+    'rejected' for `rating_rejected`, None if the name does not say.
 
     `key` is the column's name. It must have at most LONGEST characters, because this function caches names.
     """
@@ -64,8 +64,8 @@ def side_rated(key: str) -> str | None:
 
 
 def says_something(key: str) -> bool:
-    """Whether the name of a column suggests contents to learn from, such as a prompt, an answer, a label, tools or
-    images. False for a name with more than LONGEST characters."""
+    """Whether the name of a column suggests contents that a model should learn from, such as a prompt, an answer, a
+    label, tools or images. False for a name with more than LONGEST characters."""
     return len(key) <= LONGEST and _says_something(key)
 
 
@@ -81,7 +81,8 @@ def is_media(key: str) -> bool:
 
 
 def holds_answer(key: str, name: str) -> bool:
-    """Whether a column may hold the text of an answer that the row elsewhere only names. `key` is the column's name.
+    """Whether a column may hold the text of the answer called `name`. Other columns of the row give only the answer's
+    name. `key` is the column's name.
 
     `response_a` may hold the answer named "A". `answer_1`, or a list `answers`, may hold the answer named "1".
     """

@@ -1,8 +1,8 @@
-"""Reads the optional columns that rows of most formats may have, and checks the columns that nothing reads. Uses only
-the standard library.
+"""Reads the optional columns that rows of most formats may have, and checks columns that no format reads. Uses only the
+standard library.
 
-The optional columns are a system prompt, arguments of the chat template, a weight and a margin. A column that nothing
-reads may repeat texts of the row's groups. A group is a prompt with its completions.
+The optional columns are a system prompt, arguments of the chat template, a weight and a margin. A column that no format
+reads is accepted if it only repeats texts of the row's groups. A group is a prompt with its completions.
 """
 
 import re
@@ -30,10 +30,11 @@ def system_prompt(row: Row) -> str | None:
 
 
 def with_system(row: Row, group: Group, system: str) -> Group:
-    """Returns the group with the system prompt as the first message of its prompt, which must be a list of messages.
+    """Returns the group (a prompt with its completions) with the system prompt `system` as the first message of its
+    prompt. The prompt must be a list of messages.
 
-    Returns the group unchanged if its prompt already begins with this message. Raises InvalidRow if the prompt begins
-    with another system message.
+    Returns the group unchanged if its prompt already begins with this system prompt. Raises InvalidRow if the prompt
+    begins with another system message.
     """
     assert isinstance(group.prompt, list)
     message: Message = {"role": "system", "content": system}
@@ -57,7 +58,7 @@ RESERVED_ARGUMENTS = frozenset(_TAKEN.split())
 
 def template_arguments(row: Row) -> dict[str, object] | None:
     """Returns the arguments for the chat template, such as enable_thinking, in the row's column `chat_template_kwargs`;
-    None if there are none. Raises InvalidRow for an argument that a row cannot set."""
+    None if there are none. Raises InvalidRow for an argument that a row must not set."""
     arguments = row.value.get("chat_template_kwargs")
     if arguments is None:
         return None
@@ -101,8 +102,8 @@ def positive_number(row: Row, name: str) -> float | None:
 
 
 def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterator[Group]]:
-    """Returns a reader that turns texts in the groups of `reader` into messages: a prompt into a message of the user, a
-    completion into a message of the assistant.
+    """Returns a reader that yields the groups of `reader` with messages in place of texts. A prompt becomes a message
+    of the user, and a completion becomes a message of the assistant.
 
     A reader is a function that yields the groups of a row. A group is a prompt with its completions.
     """
@@ -122,8 +123,8 @@ def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterato
 
 
 def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
-    """Raises InvalidRow if the group's completions are only the names of the real answers. The real answers are then in
-    columns that the row's format does not read, `unread`.
+    """Raises InvalidRow if the completions of `group` (a prompt with its completions) are only names of the real
+    answers. The real answers are then in `unread`, the columns that the row's format does not read.
 
     For example, the completions are "A" and "B", and the answers are in the columns `response_a` and `response_b`.
     """

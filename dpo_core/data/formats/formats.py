@@ -1,10 +1,10 @@
 """Lists the formats in which preference data are published, and finds the format of a row. Uses only the standard
 library.
 
-The keys of a row and the types of their values decide the row's format. A text matters only if it begins with
-`\\n\\nHuman:`, as a dialogue does, or with `[{`, as messages in JSON do. Columns that a format does not read are
-ignored, unless their names suggest contents to learn from. A row with such a column is refused, and the error names the
-column.
+The keys of a row and the types of their values decide the row's format. The text of a value matters only if it begins
+with `\\n\\nHuman:`, as a dialogue does, or with `[{`, as messages in JSON do. Columns that a format does not read are
+usually ignored. If the name of such a column suggests contents that a model should learn from, the row is refused, and
+the error names the column.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -101,8 +101,8 @@ class Format:
 
     @cached_property
     def _extras(self) -> frozenset[str]:
-        """The optional columns of this format, such as `weight`, `margin` and `tools`. `_read_all` reads these columns;
-        `reader` reads all others."""
+        """The optional columns, such as `weight`, `margin` and `tools`, that rows of this format may have. The method
+        `_read_all` reads these columns; the function `reader` reads all others."""
         return self.keys & (OPTIONAL_KEYS | {"weight", "margin"})
 
     @cached_property
@@ -118,8 +118,9 @@ class Format:
         return self.keys >= SYSTEM_KEYS
 
     def _refuse_unread(self, row: Row, unread: Sequence[str], groups: Sequence[Group]) -> None:
-        """Raises InvalidRow for the first column in `unread` with contents that the groups do not contain. Accepts
-        empty columns, and the value false in columns that are no labels."""
+        """Raises InvalidRow for the first column in `unread` (columns that this format does not read) with contents
+        that the groups do not contain. Accepts empty columns. Also accepts the value false, except in a column that
+        seems to be a label."""
         for key in unread:
             value = row.value[key]
             if says_nothing(value) or (value is False and role_of(key) != "label") or is_said(value, groups):
@@ -140,10 +141,11 @@ _JSON_STARTS = "[{ \n"  # the first character of messages as JSON
 
 
 def detect(row: Row, formats: Sequence[Format] | None = None) -> Format:
-    """Returns the first of `formats` that matches the row. None means the formats of training data. Raises InvalidRow
-    if no format matches.
+    """Returns the first of `formats` that matches the row. If `formats` is None, the formats of training data are
+    tried. Raises InvalidRow if no format matches.
 
-    The function also changes the row: messages that a column holds as a text of JSON become lists of messages.
+    The function also changes the row: if a column holds messages as a text of JSON, the text becomes a list of
+    messages.
     """
     for column in CONVERSATION_KEYS.intersection(row.value):
         if isinstance(text := row.value[column], str) and text[:1] in _JSON_STARTS:
@@ -158,10 +160,10 @@ def detect(row: Row, formats: Sequence[Format] | None = None) -> Format:
 
 
 def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
-    """Returns advice for the end of an error message: to give `columns`, a dictionary from standard names to the row's
-    own names, in the option `columns`.
+    """Returns advice for the end of an error message: the option `columns` should say which column of the row has which
+    standard name. The parameter `columns` maps standard names, such as `prompt`, to the row's own names.
 
-    Returns None if the row could not be read even then.
+    Returns None if the row could not be read even with this option.
     """
     if not columns or not ROLES.issuperset(columns):
         return None
@@ -203,7 +205,7 @@ Test = Callable[[dict[str, object]], bool]
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:
-    """Whether the values of `chosen` and `rejected` are dialogues, each in one text, as in HH-RLHF."""
+    """Whether `chosen` and `rejected` of a row are dialogues, each written in one text, as in the data set HH-RLHF."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     return (
         isinstance(chosen, str)
@@ -214,8 +216,8 @@ def _is_dialogues(row: dict[str, object]) -> bool:
 
 
 def _answers_a_prompt(row: dict[str, object]) -> bool:
-    """Whether the row has a prompt and a chosen answer, at least one of them as messages, and the chosen answer does
-    not begin with the prompt."""
+    """Whether the row has a prompt and a chosen answer, and at least one of the two is given as messages. False if the
+    chosen answer repeats the prompt at its beginning."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
     if isinstance(prompt, str) and isinstance(chosen, str):
         return False
@@ -235,8 +237,8 @@ def _is_openai(row: dict[str, object]) -> bool:
 
 
 def _has(*keys: str, **kinds: type) -> Test:
-    """Returns a test for rows. The test is true if the row has all `keys`, and a value of the given type for each name
-    in `kinds`."""
+    """Returns a test (a function of a row). The test is true if the row has all `keys`, and a value of the given type
+    for each name in `kinds`."""
     wanted = {*keys, *kinds}
     if not kinds:
         return wanted.issubset
@@ -244,20 +246,19 @@ def _has(*keys: str, **kinds: type) -> Test:
 
 
 def _any(*tests: Test) -> Test:
-    """Returns a test for rows. The test is true if at least one of `tests` is true."""
+    """Returns a test (a function of a row). The test is true if at least one of `tests` is true."""
     return lambda row: any(test(row) for test in tests)
 
 
 def _beside_messages(**kinds: type) -> Test:
-    """Returns a test for rows. The test is true if the row has a conversation in `messages` or `conversations`, and a
-    value of the given type for each name in `kinds`."""
+    """Returns a test (a function of a row). The test is true if the row has a conversation in `messages` or
+    `conversations`, and a value of the given type for each name in `kinds`."""
     return _any(_has(messages=list, **kinds), _has(conversations=list, **kinds))
 
 
 def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
-    """Returns the format of a public data set. Its rows have all of `columns` (names, with spaces between them), and
-    `reader` turns them into groups. They may also have columns for a system prompt, arguments of the chat template, and
-    a weight."""
+    """Returns the format of a public data set. Its rows must have all of `columns` (names, with spaces between them),
+    and may have a system prompt, arguments of the chat template, and a weight. `reader` turns the rows into groups."""
     keys = columns.split()
     row = ", ".join(f"`{key}`" for key in keys)
     return Format(name, row, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)
@@ -307,8 +308,8 @@ _TEXTS = (
 
 
 def with_system_prompt(form: Format) -> Format:
-    """Returns a format for rows that match `form` and also have a system prompt. The texts of such rows are read as
-    messages."""
+    """Returns a format for rows that match the format `form` and also have a system prompt. In these rows, texts of
+    prompts and answers are read as messages."""
 
     def matches(row: dict[str, object]) -> bool:
         return not SYSTEM_KEYS.isdisjoint(row) and form.matches(row)
@@ -486,7 +487,6 @@ FORMATS = (
 
 
 def table() -> str:
-    """Returns a Markdown table of all formats of training data. The order is that in which the formats are tried on a
-    row."""
+    """Returns a Markdown table of all formats of training data, in the order in which a row is compared with them."""
     lines = [f"| {form.name} | {form.row} | {form.kind} |" for form in FORMATS]
     return "\n".join(["| format | row | holds |", "|---|---|---|", *lines])

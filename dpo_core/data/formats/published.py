@@ -1,7 +1,7 @@
 """Reads public preference data sets that have column names of their own. Uses only the standard library.
 
-Each reader (a function of a row) yields groups. A group is a prompt with its completions; here all of them are
-messages.
+Each reader is a function that yields the groups of a row. A group is a prompt with its completions. In the groups of
+these readers, prompts and completions are messages.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ Reader = Callable[[Row], Iterator[Group]]
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Reader:
-    """Returns a reader for rows with a question, a better and a worse answer, in the columns that `prompt`, `chosen`
-    and `rejected` name."""
+    """Returns a reader for rows with a question, a better answer and a worse answer, in the columns that `prompt`,
+    `chosen` and `rejected` name."""
 
     def read(row: Row) -> Iterator[Group]:
         better = answer(row, f"/{chosen}", row.value[chosen])
@@ -27,8 +27,8 @@ def pair(prompt: str, chosen: str, rejected: str) -> Reader:
 
 
 def _question(row: Row, column: str) -> list[Message]:
-    """Returns the question in the row's column, as messages. In rows of Alpaca's form, the text of `input` is added to
-    the instruction."""
+    """Returns the question in the row's column, as messages. In rows of the form of the data set Alpaca, the question
+    is the instruction followed by the text of the column `input`."""
     messages = question(row, column)
     extra = row.value.get("input")
     if column == "instruction" and extra not in (None, ""):
@@ -58,20 +58,20 @@ def _ratings(lead: float) -> tuple[float, float]:
 
 
 def strength(column: str) -> Callable[[Row], float]:
-    """Returns a function that reads from `column` by how much the row's second answer is better. The number is negative
-    if the first answer is better, as in HelpSteer 2 and 3."""
+    """Returns a function that reads from `column` by how much a row's second answer is better than the first. The
+    number is negative if the first answer is better, as in the data sets HelpSteer 2 and 3."""
     return lambda row: number_of(row, f"/{column}", row.value[column])
 
 
 def scores(first: str, second: str) -> Callable[[Row], float]:
-    """Returns a function that computes by how much the row's second answer is better. The columns `first` and `second`
-    hold the scores of the two answers."""
+    """Returns a function that computes by how much the row's second answer is better than the first. The columns
+    `first` and `second` hold the scores of the first and the second answer."""
     return lambda row: number_of(row, f"/{second}", row.value[second]) - number_of(row, f"/{first}", row.value[first])
 
 
 def choice(column: str, first: object, second: object, *ties: object) -> Callable[[Row], float]:
-    """Returns a function that reads from `column` which answer of the row is better. It returns -1 if the value is
-    `first`, 1 if it is `second`, and 0 if it is one of `ties`."""
+    """Returns a function that reads from `column` which of a row's two answers is better. It returns -1 if the value in
+    the column is `first` (the first answer is better), 1 if it is `second`, and 0 if it is one of `ties`."""
     leads: dict[object, float] = {first: -1.0, second: 1.0, **dict.fromkeys(ties, 0.0)}
 
     def lead(row: Row) -> float:
@@ -85,7 +85,7 @@ def choice(column: str, first: object, second: object, *ties: object) -> Callabl
 
 
 def read_a_or_b(row: Row) -> Iterator[Group]:
-    """Reads rows with two answers, and a letter (A or B) for the better answer or the word `tie`."""
+    """Reads a row with two answers, and a verdict: the letter of the better answer (A or B) or the word `tie`."""
     return two("prompt", "response_a", "response_b", _letter)(row)
 
 
@@ -98,8 +98,8 @@ def _letter(row: Row) -> float:
 
 
 def read_arena(row: Row) -> Iterator[Group]:
-    """Reads rows of LMSYS's Chatbot Arena: two conversations with the same questions, and the name of the model that
-    won."""
+    """Reads a row of LMSYS's Chatbot Arena: two models' conversations with the same questions, and the name of the
+    model that won."""
     columns = ("conversation_a", "conversation_b")
     sides = [messages_of(row, f"/{column}", row.value[column]) for column in columns]
     prompt, answers = parted(row, columns, sides, may_be_empty=(True, True))
@@ -108,15 +108,15 @@ def read_arena(row: Row) -> Iterator[Group]:
 
 
 def read_rated(row: Row) -> Iterator[Group]:
-    """Reads rows of HelpSteer 1 and 2: one answer, and how helpful it is. The authors of these data rank answers by
-    this number."""
+    """Reads a row of HelpSteer 1 and 2: one answer with several ratings. The rating `helpfulness` counts, because the
+    authors of these data rank answers by it."""
     completion = answer(row, "/response", row.value["response"], may_be_empty=True)
     rating = number_of(row, "/helpfulness", row.value["helpfulness"])
     yield Group(_question(row, "prompt"), (completion,), row.line, (rating,))
 
 
 def read_summaries(row: Row) -> Iterator[Group]:
-    """Reads rows of OpenAI's comparisons of summaries (arXiv 2009.01325). The prompts are written as in TRL's data set
+    """Reads a row of OpenAI's comparisons of summaries (arXiv 2009.01325). The prompt is written as in TRL's data set
     tldr-preference."""
     info = row.value["info"]
     assert isinstance(info, dict)
@@ -142,8 +142,8 @@ def _to_summarize(row: Row, info: dict[str, object]) -> str:
 
 
 def read_ranked_completions(row: Row) -> Iterator[Group]:
-    """Reads rows of NeMo RL: a context, and completions with ranks, of which 0 is the best. A completion is a list of
-    messages."""
+    """Reads a row in the format of NeMo RL: a context (the prompt), and completions with ranks. The best completion has
+    rank 0. A completion is a list of messages."""
     completions, ranks = [], []
     for number, item in enumerate(items(row, "completions", "completion", "rank")):
         completions.append(answer(row, f"/completions/{number}/completion", item["completion"]))
@@ -152,8 +152,8 @@ def read_ranked_completions(row: Row) -> Iterator[Group]:
 
 
 def read_vertex(row: Row) -> Iterator[Group]:
-    """Reads rows of Google's Vertex AI: a prompt in `contents`, and completions with scores. Every message is a list of
-    parts."""
+    """Reads a row in the format of Google's Vertex AI: a prompt in `contents`, and completions with scores. Every
+    message is a list of parts."""
     prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
     if prompt[-1]["role"] != "user":
         raise row.invalid("/contents", "invalid_order", "must end with a message of the role 'user'.")
@@ -175,8 +175,8 @@ _VERTEX_ROLES = {"user": "user", "model": "assistant", "system": "system"}
 
 
 def _of_parts(row: Row, pointer: str, value: object) -> Message:
-    """Returns the message in a `content` object of Vertex AI. Raises InvalidRow if a part of the object is not a
-    text."""
+    """Returns the message in a `content` object of Vertex AI. The object holds a list of parts. Raises InvalidRow if a
+    part is not a text."""
     parts = value.get("parts") if isinstance(value, dict) else None
     role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
     if role is None or not isinstance(parts, list):

@@ -1,7 +1,7 @@
 """Reads the rows of common formats. Uses only the standard library.
 
-Each reader (a function of a row) yields the row's groups. A group is a prompt with its completions, the best first. A
-reader raises InvalidRow, with a JSON pointer, for a value that it cannot use.
+Each reader is a function that yields the groups of a row. A group is a prompt with its completions, the best completion
+first. A reader raises InvalidRow, with the value's JSON pointer, for a value that it cannot use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,8 +42,8 @@ LABELS = ("label", "kto_tag")
 
 
 def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
-    """Reads a conversation, and yields one group for each assistant message whose weight is not 0. The messages before
-    it are the prompt."""
+    """Reads a row with a conversation, and yields a group for each message of the assistant: the earlier messages are
+    its prompt. Skips messages of the assistant whose key `weight` is 0."""
     messages = messages_of(row, f"/{column}", row.value[column])
     weights = [message.pop("weight", 1) for message in messages]
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
@@ -90,7 +90,8 @@ def read_preference(row: Row) -> Iterator[Group]:
 
 
 def _either(row: Row, key: str, alias: str) -> str:
-    """Returns the key that the row has, `key` or `alias`. Raises InvalidRow if the row has both or neither."""
+    """Returns which of two column names the row has, `key` or `alias`. Raises InvalidRow if the row has both or
+    neither."""
     present = [name for name in (key, alias) if name in row.value]
     if len(present) == 1:
         return present[0]
@@ -114,13 +115,14 @@ def read_answers(row: Row) -> Iterator[Group]:
 
 
 def read_conversations(row: Row) -> Iterator[Group]:
-    """Reads a row with a chosen and a rejected conversation. The messages with which both begin are the prompt."""
+    """Reads a row with a chosen and a rejected conversation. The messages that both conversations have at their
+    beginning are the prompt."""
     yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in SIDES])
 
 
 def read_dialogues(row: Row) -> Iterator[Group]:
-    """Reads a row with a chosen and a rejected dialogue, each in one text, as in HH-RLHF. The turns with which both
-    begin are the prompt."""
+    """Reads a row with a chosen and a rejected dialogue, each written in one text, as in the data set HH-RLHF. The
+    turns that both dialogues have at their beginning are the prompt."""
     texts = (string_of(row, f"/{side}", row.value[side]) for side in SIDES)
     yield _split_conversations(
         row, [dialogue_of(row, f"/{side}", text) for side, text in zip(SIDES, texts, strict=True)]
@@ -137,8 +139,8 @@ def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
 
 
 def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
-    """Whether `value`, the contents of the row's column `prompt`, is the whole prompt, the text of one of the prompt's
-    messages, or null."""
+    """Whether `value`, the contents of the row's column `prompt`, adds nothing to `prompt`, a list of messages. This is
+    so if `value` is null, equals the whole prompt, or is the text of one of its messages."""
     if isinstance(value, list):
         return messages_of(row, "/prompt", value) == prompt
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
@@ -148,8 +150,8 @@ def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
 
 
 def read_implicit(row: Row) -> Iterator[Group]:
-    """Reads a row with a chosen and a rejected text. The prompt is their common beginning, without a space at its end,
-    as in TRL."""
+    """Reads a row with a chosen and a rejected text, and no prompt. The common beginning of both texts is the prompt,
+    without a space at its end, as in TRL."""
     texts = [string_of(row, f"/{side}", row.value[side]) for side in SIDES]
     prompt = commonprefix(texts).removesuffix(" ")  # noqa: RUF071 (characters are meant)
     if not prompt:
@@ -181,16 +183,16 @@ def _label(row: Row, column: str) -> float:
 
 
 def read_labelled_chat(row: Row) -> Iterator[Group]:
-    """Reads a row with a conversation and a label. The label says whether the last message, which is the assistant's,
-    is good."""
+    """Reads a row with a conversation and a label. The conversation ends with a message of the assistant, and the label
+    says whether this message is good."""
     prompt, completion = _ending_with_an_answer(row, _either_of(row, "messages", "conversations"))
     label = _either_of(row, *LABELS)
     yield Group(prompt, (completion,), row.line, (_label(row, label),))
 
 
 def _either_of(row: Row, key: str, alias: str) -> str:
-    """Returns one of the keys `key` and `alias`, which mean the same: the key whose value in the row is not empty. If
-    both values are empty, returns a key that the row has. Raises InvalidRow if both have values."""
+    """Returns one of the keys `key` and `alias`, two names of the same column: the one whose value in the row is not
+    empty. If both values are empty, returns the name that the row has. Raises InvalidRow if both have values."""
     used = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
     if len(used) == 2:
         raise row.invalid(f"/{alias}", "duplicate_key", f"and the field /{key} mean the same; send only one.")
@@ -198,7 +200,8 @@ def _either_of(row: Row, key: str, alias: str) -> str:
 
 
 def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[Message]]:
-    """Splits the conversation in the row's column into a prompt and its last message, which must be the assistant's."""
+    """Splits the conversation in the row's column into the prompt and the last message. The last message must be by the
+    assistant."""
     *prompt, last = messages_of(row, f"/{column}", row.value[column])
     pointer = f"/{column}/{len(prompt)}"
     if last["role"] != "assistant":
@@ -214,7 +217,8 @@ def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[M
 
 
 def read_rejected_response(row: Row) -> Iterator[Group]:
-    """Reads a row of ms-swift: a conversation that ends with the better answer, and the worse answer as a text."""
+    """Reads a row in the format of ms-swift: a conversation that ends with the better answer, and the worse answer as a
+    text."""
     prompt, chosen = _ending_with_an_answer(row, "messages")
     yield Group(prompt, (chosen, _worse(row, "rejected_response")), row.line)
 
@@ -224,14 +228,15 @@ def _worse(row: Row, column: str) -> list[Message]:
 
 
 def read_rejected_messages(row: Row) -> Iterator[Group]:
-    """Reads a row of ms-swift: two conversations that share the messages of the prompt."""
+    """Reads a row in the format of ms-swift: a chosen and a rejected conversation that begin with the same prompt."""
     columns = ("messages", "rejected_messages")
     prompt, completions = parted(row, columns, [messages_of(row, f"/{name}", row.value[name]) for name in columns])
     yield Group(prompt, completions, row.line)
 
 
 def read_answers_beside(row: Row) -> Iterator[Group]:
-    """Reads a row of LLaMA-Factory or axolotl: a conversation that ends with a question, and two answers."""
+    """Reads a row in the format of LLaMA-Factory or axolotl: a conversation that ends with a question, and two answers
+    to it."""
     column = _either_of(row, "messages", "conversations")
     prompt = prompt_of(row, f"/{column}", row.value[column])
     yield Group(prompt, (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line)
@@ -250,14 +255,14 @@ def read_ranked(row: Row) -> Iterator[Group]:
 
 
 def read_ultrafeedback(row: Row) -> Iterator[Group]:
-    """Reads a row of UltraFeedback: an instruction, and responses with overall scores."""
+    """Reads a row of the data set UltraFeedback: an instruction, and responses with overall scores."""
     instruction = string_of(row, "/instruction", row.value["instruction"])
     completions, scores = _answers(row, "completions", text="response", number="overall_score")
     yield best_first(row, [{"role": "user", "content": instruction}], completions, scores)
 
 
 def read_nectar(row: Row) -> Iterator[Group]:
-    """Reads a row of Nectar: a prompt as a dialogue in one text, and answers with ranks."""
+    """Reads a row of the data set Nectar: a prompt, written as a dialogue in one text, and answers with ranks."""
     prompt = dialogue_of(row, "/prompt", string_of(row, "/prompt", row.value["prompt"]))
     if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
         raise row.invalid(
