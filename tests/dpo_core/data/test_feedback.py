@@ -1,6 +1,5 @@
 import io
 import json
-import math
 import pickle
 import subprocess
 import sys
@@ -68,20 +67,6 @@ def test_every_assistant_message_of_a_chat_is_a_demonstration_for_the_messages_b
 def test_an_assistant_message_of_weight_0_is_only_read():
     silenced = {"messages": [USER, {**GOOD, "weight": 0}, USER, {**BAD, "weight": 1}]}
     assert groups(silenced) == [Group([USER, GOOD, USER], ([BAD],), 1)]
-
-
-def test_text_parts_are_joined_as_the_server_of_the_policy_joins_them():
-    parts = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]}
-    whole = {"role": "user", "content": "Hi\nyou"}
-    assert groups({**PREFERENCE, "input": {"messages": [parts]}}) == groups(
-        {**PREFERENCE, "input": {"messages": [whole]}}
-    )
-
-
-def test_a_developer_is_a_system_message_and_names_are_kept():
-    messages = [{"role": "developer", "content": "Be kind."}, {**USER, "name": "Ann"}]
-    (group,) = groups({**PREFERENCE, "input": {"messages": messages}})
-    assert group.prompt == [{"role": "system", "content": "Be kind."}, {**USER, "name": "Ann"}]
 
 
 def test_byte_order_mark_crlf_and_blank_lines_are_harmless():
@@ -291,138 +276,6 @@ def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     found = refusal(*lines(row))
     assert (found.line, found.pointer, found.code) == (1, pointer, code)
     assert str(found).startswith(f"Line 1: the field {pointer} " if pointer else "Line 1: ")
-
-
-def test_the_role_function_is_refused_with_the_role_that_replaced_it():
-    row = {**CONVERSATIONS, "prompt": [{**USER, "role": "function"}]}
-    with pytest.raises(InvalidRow, match="OpenAI's older form; use the role 'tool' and give the message a tool_call"):
-        list(read_groups(lines(row)))
-
-
-def called(**changes: object) -> dict[str, object]:
-    return {"role": "assistant", "tool_calls": [{**CALL, **changes}]}
-
-
-def arguments(given: object) -> dict[str, object]:
-    return called(function={"name": "look", "arguments": given})
-
-
-@pytest.mark.parametrize(
-    ("chosen", "pointer", "code"),
-    [
-        ({**CALLS, "tool_calls": {}}, "", "wrong_type"),
-        ({**CALLS, "tool_calls": ["look"]}, "/0", "wrong_type"),
-        ({**CALLS, "tool_calls": [CALL, CALL]}, "", "duplicate_id"),
-        ({**CALLS, "tool_calls": [CALL] * 129}, "", "too_many_calls"),
-        (called(id=3), "/0/id", "wrong_type"),
-        (called(position=0), "/0/position", "unknown_key"),
-        (called(type="custom"), "/0/type", "unsupported"),
-        (called(function="look"), "/0/function", "wrong_type"),
-        (called(function={"name": "look"}), "/0/function/arguments", "wrong_type"),
-        (called(function={"name": None, "arguments": "{}"}), "/0/function/name", "wrong_type"),
-        (called(function={"name": " ", "arguments": "{}"}), "/0/function/name", "empty_name"),
-        (called(function={"name": "look", "arguments": "{}", "a/b": 1}), "/0/function/a~1b", "unknown_key"),
-        (arguments(""), "/0/function/arguments", "invalid_json"),
-        (arguments('{"where": '), "/0/function/arguments", "invalid_json"),
-        (arguments('{"n": ' + "9" * 5000 + "}"), "/0/function/arguments", "invalid_json"),
-        (arguments("[1]"), "/0/function/arguments", "wrong_type"),
-        (arguments('"here"'), "/0/function/arguments", "wrong_type"),
-        (arguments([1]), "/0/function/arguments", "wrong_type"),
-        (arguments('{"where": [0, NaN]}'), "/0/function/arguments", "invalid_number"),
-        (arguments('{"where": {"x": 1e999}}'), "/0/function/arguments", "invalid_number"),
-        (arguments('{"where": [0, Infinity]}'), "/0/function/arguments/where/1", "invalid_number"),
-        (arguments('{"where": 1, "where": 2}'), "/0/function/arguments/where", "duplicate_key"),
-        (arguments('{"where": "a\\u0000b"}'), "/0/function/arguments/where", "invalid_text"),
-        (arguments("[" * 70 + "]" * 70), None, "too_deep"),
-        (arguments('{"a":' * 10**5 + "1" + "}" * 10**5), None, "too_deep"),
-    ],
-)
-def test_a_tool_call_that_cannot_be_used_is_refused_by_pointer(chosen, pointer, code):
-    found = refusal(*lines({**CONVERSATIONS, "chosen": [chosen]}))
-    assert found.code == code
-    assert pointer is None or found.pointer == f"/chosen/0/tool_calls{pointer}"
-    assert len(str(found)) < 300
-
-
-def described(**changes: object) -> list[object]:
-    return [TOOL, {"type": "function", "function": {**TOOL["function"], **changes}}]
-
-
-@pytest.mark.parametrize(
-    ("tools", "pointer", "code"),
-    [
-        (described(parameters={"properties": {"n": {"default": math.nan}}}), "/1/function", "invalid_number"),
-        (
-            described(parameters={"type": "object", "properties": {"at": {"type": "string"}, "what": None}}),
-            "/1/function/parameters/properties/what",
-            "null_property",
-        ),
-        ({"look": {}}, "", "wrong_type"),
-        ("look", "", "invalid_json"),
-        ('{"look": {}}', "", "wrong_type"),
-        ('[{"type": "function", "type": "function"}]', "/0/type", "duplicate_key"),
-        (["look"], "/0", "wrong_type"),
-        ([{"type": "web_search"}], "/0/type", "unsupported"),
-        ([{"name": "look", "parameters": {}}], "/0/name", "unknown_key"),
-        ([{"type": "function"}], "/0/function", "wrong_type"),
-        (described(name=None), "/1/function/name", "wrong_type"),
-        (described(name=""), "/1/function/name", "empty_name"),
-        (described(description=1), "/1/function/description", "wrong_type"),
-        (described(parameters="{}"), "/1/function/parameters", "wrong_type"),
-        (described(params={}), "/1/function/params", "unknown_key"),
-    ],
-)
-@pytest.mark.parametrize("row", [PREFERENCE, CHAT, CONVERSATIONS], ids=["preference", "chat", "conversations"])
-def test_a_tool_that_cannot_be_used_is_refused_by_pointer(row, tools, pointer, code):
-    where = "/input/tools" if "input" in row else "/tools"
-    given = {**row, "input": {**row["input"], "tools": tools}} if "input" in row else {**row, "tools": tools}
-    found = refusal(*lines(given))
-    assert (found.pointer, found.code) == (f"{where}{pointer}", code)
-
-
-@pytest.mark.parametrize(
-    ("messages", "pointer", "code"),
-    [
-        ([USER, CALLS, {**ANSWER, "tool_call_id": "b"}, GOOD], "/2/tool_call_id", "unknown_tool_call"),
-        ([USER, CALLS, {**ANSWER, "tool_call_id": None}, GOOD], "/2/tool_call_id", "unknown_tool_call"),
-        ([USER, CALLS, {**ANSWER, "name": "hear"}, GOOD], "/2/tool_call_id", "unknown_tool_call"),
-        ([USER, CALLS, {**ANSWER, "tool_call_id": 3}, GOOD], "/2/tool_call_id", "wrong_type"),
-        ([USER, CALLS, {**ANSWER, "content": None}, GOOD], "/2/content", "wrong_type"),
-        ([USER, CALLS, ANSWER, ANSWER, GOOD], "/3/tool_call_id", "unknown_tool_call"),
-        ([USER, CALLS, ANSWER, GOOD, ANSWER, GOOD], "/4/tool_call_id", "unknown_tool_call"),
-        ([USER, ANSWER, CALLS, GOOD], "/1/tool_call_id", "unknown_tool_call"),
-        ([USER, CALLS, USER, ANSWER, GOOD], "/2", "invalid_order"),
-        ([USER, CALLS, GOOD], "/2", "invalid_order"),
-        ([USER, {**CALLS, "tool_calls": [CALL, {**CALL, "id": "b"}]}, ANSWER, GOOD], "/3", "invalid_order"),
-        ([USER, {**CALLS, "tool_calls": []}], "/1/content", "wrong_type"),
-    ],
-)
-def test_a_conversation_of_calls_without_their_answers_is_refused_by_pointer(messages, pointer, code):
-    found = refusal(*lines({"messages": messages}))
-    assert (found.pointer, found.code) == (f"/messages{pointer}", code)
-
-
-def test_a_prompt_ends_only_when_all_its_calls_are_answered():
-    both = {**CALLS, "tool_calls": [CALL, {**CALL, "id": "b"}]}
-    found = refusal(*lines({**CONVERSATIONS, "prompt": [USER, both, ANSWER]}))
-    assert (found.pointer, found.code) == ("/prompt/2", "invalid_order")
-    assert "before the tool 'look' has answered its call" in str(found)
-
-
-def test_a_completion_may_hold_several_messages():
-    row = {**PREFERENCE, "input": {"messages": [USER]}, "preferred_output": [CALLS, ANSWER, GOOD]}
-    (group,) = read_groups(lines(row))
-    assert [message["role"] for message in group.completions[0]] == ["assistant", "tool", "assistant"]
-    assert group.completions[0][1]["content"] == ANSWER["content"]
-
-
-@pytest.mark.parametrize(
-    ("completion", "pointer", "code"),
-    [([ANSWER], "/0", "invalid_completion"), ([CALLS, GOOD], "/1", "invalid_order")],
-)
-def test_calls_in_a_completion_are_answered_within_it(completion, pointer, code):
-    found = refusal(*lines({**PREFERENCE, "input": {"messages": [USER]}, "preferred_output": completion}))
-    assert (found.pointer, found.code) == (f"/preferred_output{pointer}", code)
 
 
 def test_a_row_of_another_format_than_the_first_is_refused():

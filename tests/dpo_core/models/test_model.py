@@ -16,9 +16,7 @@ from transformers import (
     GPTJConfig,
     GptOssConfig,
     GraniteConfig,
-    Llama4TextConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     MambaConfig,
     Mistral3Config,
     MistralConfig,
@@ -35,11 +33,9 @@ from transformers import (
     ViTConfig,
 )
 
-from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import check_model, load_policy, load_reward_model, load_tokenizer
 from dpo_core.options import Dpo
-from dpo_core.policy.measures import Measures
-from dpo_core.policy.scorer import Scorer, score_reference
+from dpo_core.policy.scorer import Scorer
 from tests.dpo_core import conftest
 
 SIZES = conftest.SIZES | {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -113,29 +109,6 @@ def test_sharing_prompts_in_a_pack_changes_nothing(policy, make_groups, num_comp
     assert_same_as_plain(policy, groups, logps, plain_token_logps)
 
 
-@pytest.mark.parametrize("takes_batches", [True, False])
-def test_tokens_of_others_are_read_and_not_learned(policy, plain_token_logps, takes_batches):
-    groups = [
-        EncodedGroup([5, 6, 7], ([8, 9, 10, 11, 12], [13, 14]), None, 1, others=(((1, 3),), ())),
-        EncodedGroup([5], ([8], [9, 10, 11, 12]), None, 2, others=((), ((1, 2), (3, 4)))),
-        EncodedGroup([7, 8], ([9, 10], [11]), None, 3),
-    ]
-    scorer = Scorer(policy if takes_batches else Doubled(policy.config).eval())
-    assert scorer.takes_batches == takes_batches
-    batch = scorer.collate(groups)
-    assert batch.num_completion_tokens.tolist() == [3, 2, 1, 2, 2, 1]
-    plain = [logps for group in groups for logps in plain_token_logps(scorer.model, group)]
-    learned = [group.learned(j) for group in groups for j in range(len(group.completion_ids))]
-    expected = [logps[list(places)] for logps, places in zip(plain, learned, strict=True)]
-    torch.testing.assert_close(scorer.token_logps(batch)[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
-    found = scorer(batch)
-    torch.testing.assert_close(found[:, 0], torch.stack([e.sum() for e in expected]), rtol=1e-5, atol=1e-5)
-    shortest = [2, 2, 1, 1, 1, 1]
-    heads = torch.stack([e[:n].sum() for e, n in zip(expected, shortest, strict=True)])
-    torch.testing.assert_close(found[:, 1], heads, rtol=1e-5, atol=1e-5)
-    assert Measures(groups, found).all.lengths.tolist() == [3, 2, 1, 2, 2, 1]
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_other_architectures_share_or_run_in_batches_and_agree(name, pairs, plain_token_logps, caplog):
     config, shares = ARCHITECTURES[name]
@@ -148,56 +121,6 @@ def test_other_architectures_share_or_run_in_batches_and_agree(name, pairs, plai
     assert sum(record.name == "dpo_core.policy.scorer" for record in caplog.records) == (0 if shares else 1)
     logps, _ = scorer.token_logps(scorer.collate(pairs))
     assert_same_as_plain(policy, pairs, logps, plain_token_logps)
-
-
-class Doubled(LlamaForCausalLM):
-    """A Llama whose logits are twice what its head makes of the last hidden state."""
-
-    def forward(self, **inputs):
-        found = super().forward(**inputs)
-        found.logits = 2 * found.logits
-        return found
-
-
-def test_a_model_with_an_unknown_head_runs_by_its_own_forward_and_agrees(policy, pairs, plain_token_logps, caplog):
-    doubled = Doubled(policy.config).eval()
-    scorer = Scorer(doubled)
-    assert not scorer.takes_batches
-    assert "Doubled cannot compute a prompt once for several completions" in caplog.text
-    assert "one row at a time" in caplog.text
-    logps, _ = scorer.token_logps(scorer.collate(pairs))
-    assert_same_as_plain(doubled, pairs, logps, plain_token_logps)
-
-
-def test_order_within_a_pack_changes_nothing(policy, pairs):
-    scorer = Scorer(policy)
-    forwards, _ = scorer.token_logps(scorer.collate(pairs))
-    backwards, _ = scorer.token_logps(scorer.collate(pairs[::-1]))
-    sizes = [sum(map(len, group.completion_ids)) for group in pairs]
-    reordered = torch.cat(backwards.split(sizes[::-1])[::-1])
-    torch.testing.assert_close(forwards, reordered, rtol=1e-5, atol=1e-5)
-
-
-def test_a_target_that_is_the_likeliest_token_counts_as_correct(policy, demonstrations):
-    scorer = Scorer(policy)
-    group = demonstrations[1]
-    ids = torch.tensor([[*group.prompt_ids, *group.completion_ids[0]]])
-    likeliest = policy(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1].argmax(-1)
-    _, correct = scorer.token_logps(scorer.collate([group]))
-    assert correct.tolist() == (likeliest == torch.tensor(group.completion_ids[0])).tolist()
-
-
-@pytest.mark.parametrize("budget", [1, 60, 8192])
-def test_the_reference_gives_sums_and_those_of_heads_in_the_order_of_the_groups(
-    policy, make_groups, plain_token_logps, budget
-):
-    groups = make_groups(5, 3)
-    found = score_reference(policy, groups, max_tokens_per_pack=budget)
-    for group, scored in zip(groups, found, strict=True):
-        plain = plain_token_logps(policy, group)
-        assert scored.ref_logps == pytest.approx([logps.sum().item() for logps in plain], rel=1e-5, abs=1e-4)
-        heads = [logps[: group.head_length].sum().item() for logps in plain]
-        assert scored.ref_head_logps == pytest.approx(heads, rel=1e-5, abs=1e-4)
 
 
 def test_a_loaded_policy_is_float32_and_has_no_dropout(make_policy, tokenizer, tmp_path):
@@ -346,30 +269,3 @@ def test_a_frozen_model_is_refused(policy):
         ),
     ):
         check_model(policy, Dpo())
-
-
-def test_a_decoder_that_transformers_does_not_name_is_found(pairs, plain_token_logps):
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(
-        Llama4TextConfig(
-            **SIZES | {"num_hidden_layers": 4},
-            intermediate_size_mlp=64,
-            num_local_experts=2,
-            attention_chunk_size=8,
-            floor_scale=4,
-        )
-    ).eval()
-    scorer = Scorer(policy)
-    assert scorer.takes_batches
-    logps, _ = scorer.token_logps(scorer.collate(pairs))
-    assert_same_as_plain(policy, pairs, logps, plain_token_logps)
-
-
-def test_scales_of_positions_in_the_stream_are_not_shared(pairs, plain_token_logps):
-    torch.manual_seed(0)
-    full = ["full_attention"] * 2
-    config = Llama4TextConfig(
-        **SIZES, intermediate_size_mlp=64, num_local_experts=2, layer_types=full, floor_scale=8192
-    )
-    config.no_rope_layers = [1, 0]
-    assert not Scorer(AutoModelForCausalLM.from_config(config).eval()).shares_prompts

@@ -146,4 +146,6 @@ def trained(raydpo, database, job_id, tmp_path):
     result = raydpo("files", "upload", rows).stdout.strip()
     database.execute("UPDATE jobs SET result_file = %s WHERE id = %s", (result, job_id))
     database.commit()
-    return job_id, saved[3]
+    yield job_id, saved[3]
+    database.execute("UPDATE models SET deleted_at = now() WHERE id = %s", (saved[3],))
+    database.commit()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types.chat import ChatCompletionMessage
 
 from dpo_core.data.feedback import read_groups, read_records
 from dpo_core.data.formats.formats import table
@@ -127,11 +126,6 @@ def test_binarized_ultrafeedback_is_pairs_whose_conversations_hold_the_prompt():
     assert report.kind == "pairs"
     assert report.ignored_keys == ("messages", "prompt_id", "score_chosen", "score_rejected")
     assert list(read_groups(lines(ULTRAFEEDBACK_BINARIZED))) == [Group(FRUIT, (STRAWBERRY, BANANA), 1)]
-
-
-def test_a_prompt_and_completion_may_be_texts_with_a_label():
-    (group,) = read_groups(lines({"prompt": "The sky is", "completion": " blue.", "label": True}))
-    assert group == Group("The sky is", (" blue.",), 1, (1.0,))
 
 
 def test_weights_and_margins_of_rows_are_kept():
@@ -356,53 +350,6 @@ LONGER = (
 )
 
 
-@pytest.mark.parametrize("row", LONGER)
-def test_conversations_that_part_early_are_completions_of_several_messages(row):
-    (group,) = read_groups(lines(row))
-    assert group.prompt == PROMPT
-    assert group.completions == ([*PAIR[0], SURE, *PAIR[1]], [*PAIR[1], SURE, *PAIR[0]])
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_public_set_is_read_in_its_own_columns(name):
-    row, kind, ratings = PUBLISHED[name]
-    report = survey(lines(row))
-    assert (report.format, report.kind, report.refusal) == (name, kind, None)
-    assert list(read_groups(lines(row))) == [Group(PROMPT, PAIR, 1, ratings)]
-
-
-def test_labels_beside_messages_are_of_the_last_answer():
-    row = {"messages": [user("2 + 2?"), assistant("22.")], "label": False}
-    for given in (row, {"conversations": row["messages"], "kto_tag": False}):
-        assert survey(lines(given)).kind == "unpaired"
-        assert list(read_groups(lines(given))) == [Group([user("2 + 2?")], ([assistant("22.")],), 1, (0.0,))]
-
-
-def test_summaries_are_asked_for_as_their_models_were():
-    info = {"subreddit": "fruit", "title": "Red", "post": "A long one."}
-    row = {"info": info, "summaries": [{"text": BAD}, {"text": GOOD}], "choice": 1}
-    (group,) = read_groups(lines(row))
-    asked = "SUBREDDIT: r/fruit\n\nTITLE: Red\n\nPOST: A long one.\n\nTL;DR:"
-    assert group == Group([user(asked)], PAIR, 1, (1.0, 0.0))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {**PUBLISHED["HelpSteer2 preference"][0], "preference_strength": 0},
-        {**PUBLISHED["Chatbot Arena"][0], "winner": "tie (bothbad)"},
-    ],
-)
-def test_a_preference_for_neither_is_a_tie(row):
-    assert survey(lines(row)).num_tied == 1
-
-
-def test_an_input_is_written_below_its_instruction():
-    row = {"instruction": "Translate.", "input": "Kers", "chosen": "Cherry", "rejected": "Banana"}
-    (group,) = read_groups(lines(row))
-    assert group.prompt == [user("Translate.\nKers")]
-
-
 # --- what says something is read, or refused by name ---
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -564,38 +511,9 @@ def test_conversations_may_be_texts_of_json():
     assert list(read_groups(lines(text))) == [Group("[{", ('[{"a": 1}]', "[{no json"), 1)]
 
 
-def test_messages_may_be_from_somebody_and_think():
-    row = {
-        "messages": [
-            {"from": "system", "value": "Be brief."},
-            {"from": "human", "value": "2 + 2?"},
-            {"role": "assistant", "content": "4", "thinking": "Two and two.", "refusal": None, "annotations": []},
-        ]
-    }
-    (group,) = read_groups(lines(row))
-    assert group.prompt == [SYSTEM, user("2 + 2?")]
-    assert group.completions == ([{**assistant("4"), "reasoning_content": "Two and two."}],)
-
-
-def test_the_worse_answer_may_be_empty_and_the_better_may_not():
-    for row in (
-        {"prompt": ASK, "chosen": GOOD, "rejected": ""},
-        {"chosen": [*PROMPT, *PAIR[0]], "rejected": [*PROMPT, assistant("")]},
-    ):
-        assert survey(lines(row)).refusal is None
-        swapped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-        assert survey(lines(swapped)).problems[0].code == "empty_completion"
-
-
 def test_a_margin_of_zero_means_no_margin():
     (group,) = read_groups(lines({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": 0}))
     assert group.margin is None
-
-
-def test_a_text_prompt_may_be_any_message_before_the_answers():
-    turns = [user("Hello."), assistant("Hello!"), user(ASK)]
-    row = {"prompt": "Hello.", "chosen": [*turns, *PAIR[0]], "rejected": [*turns, *PAIR[1]]}
-    assert list(read_groups(lines(row))) == [Group(turns, PAIR, 1)]
 
 
 # --- tools, as OpenAI and TRL publish them ---
@@ -702,12 +620,6 @@ def test_calls_of_trl_rows_have_no_ids_and_are_answered_by_name():
     ]
 
 
-@pytest.mark.parametrize("row", [TRL, TRL_IMPLICIT, OPENAI_CHAT], ids=["TRL", "TRL implicit", "OpenAI chat"])
-def test_tools_as_json_text_are_the_same_tools(row):
-    assert list(read_groups(lines({**row, "tools": json.dumps(row["tools"])}))) == list(read_groups(lines(row)))
-    assert survey(lines(row)).ignored_keys == ()
-
-
 RANKED_CHATS = {"prompt": SCORED["prompt"], "completions": SCORED["completions"], "ranks": [2, 1]}
 
 
@@ -718,51 +630,10 @@ def test_unpaired_and_ranked_rows_have_tools_too(row):
     assert survey(lines({**row, "tools": [LIGHT]})).ignored_keys == ()
 
 
-@pytest.mark.parametrize("nothing", [None, [], "[]", "null"])
-def test_an_empty_list_of_tools_means_no_tools(nothing):
-    (group,) = read_groups(lines({**TRL, "tools": nothing, "functions": None, "parallel_tool_calls": None}))
-    assert group.tools is None
-
-
 def test_keys_that_columnar_files_fill_with_null_are_absent():
     nulls = {"name": None, "tool_calls": None, "tool_call_id": None, "function_call": None, "refusal": None}
     filled = {side: [nulls | message for message in TRL[side]] for side in ("prompt", "chosen", "rejected")}
     assert list(read_groups(lines({**TRL, **filled}))) == list(read_groups(lines(TRL)))
-
-
-@pytest.mark.parametrize("without", ["type", "id", "type and id"])
-def test_a_call_may_come_without_its_type_and_with_its_place_in_a_stream(without):
-    call = {key: value for key, value in weather_call("a", PARIS).items() if key not in without.split()}
-    found = read_groups(lines({"messages": [user("How warm is Paris?"), calling({"index": 0, **call})]}))
-    assert [group.completions for group in found] == [([calling({"type": "function", **call})],)]
-
-
-@pytest.mark.parametrize("key", ["thinking", "reasoning", "reasoning_content"])
-def test_an_answer_may_be_as_a_client_dumps_it(key):
-    dumped = ChatCompletionMessage(role="assistant", content="4").model_dump()
-    bad = ChatCompletionMessage(role="assistant", content="5").model_dump()
-    row = {
-        "input": {"messages": [user("2 + 2?")]},
-        "preferred_output": [{**dumped, key: "Two and two."}],
-        "non_preferred_output": [{**bad, key: None}],
-    }
-    (group,) = read_groups(lines(row))
-    assert group.completions == ([{**assistant("4"), "reasoning_content": "Two and two."}], [assistant("5")])
-
-
-@pytest.mark.parametrize("place", ["prompt", "chosen"])
-@pytest.mark.parametrize("tools", [[LIGHT], json.dumps([LIGHT])], ids=["tools", "tools as text"])
-def test_an_argument_that_a_table_filled_with_null_is_refused(place, tools):
-    def row(arguments):
-        call = calling({"type": "function", "function": {"name": "control_light", "arguments": arguments}})
-        prompt = [user("Turn on the lights."), *([call, TRL_PROMPT[3]] if place == "prompt" else [])]
-        chosen = call if place == "chosen" else assistant("Done!")
-        return {"prompt": prompt, "chosen": [chosen], "rejected": [assistant("No.")], "tools": tools}
-
-    assert survey(lines(row({"room": None}))).refusal is None  # it says so itself
-    with pytest.raises(InvalidRow, match="a call of the tool 'control_light' whose argument 'by' is null") as caught:
-        list(read_groups(lines(row({"room": "attic", "by": None}))))
-    assert caught.value.code == "null_argument"
 
 
 def test_a_message_with_calls_needs_no_text():
@@ -884,33 +755,11 @@ def test_a_pair_is_the_same_whether_its_parts_are_texts_or_messages(row):
     assert list(read_groups(lines(row))) == [Group(PROMPT, PAIR, 1)]
 
 
-def test_dialogues_whose_prompt_is_another_are_refused():
-    row = {"prompt": HUMAN.replace("red", "blue"), "chosen": f"{HUMAN} {GOOD}", "rejected": f"{HUMAN} {BAD}"}
-    assert survey(lines(row)).problems[0].code == "different_prompts"
-    assert survey(lines({**CHATS, "prompt": [user("Else?")]})).problems[0].code == "different_prompts"
-
-
 @pytest.mark.parametrize("speaker", ["gpt", "chatgpt", "bot", "model", "assistant"])
 def test_conversations_of_sharegpt_are_demonstrations(speaker):
     left_out = {"from": speaker, "value": BAD, "weight": 0}
     row = {"conversations": [SHAREGPT[0], left_out, SHAREGPT[0], {"from": speaker, "value": GOOD}]}
     assert list(read_groups(lines(row))) == [Group([*PROMPT, *PAIR[1], *PROMPT], (PAIR[0],), 1)]
-
-
-@pytest.mark.parametrize(
-    ("winner", "ratings"), [("A", (1.0, 0.0)), ("response_b", (1.0, 0.0)), ("model_a", (1.0, 0.0)), ("tie", (0.0, 0.0))]
-)
-def test_two_answers_have_a_winner(winner, ratings):
-    row = {"prompt": ASK, "response_a": GOOD, "response_b": BAD, "winner": winner}
-    (group,) = read_groups(lines(row))
-    best = BAD if winner == "response_b" else GOOD
-    assert (group.completions[0], group.ratings) == ([assistant(best)], ratings)
-    assert survey(lines({**row, "winner": "both"})).problems[0].code == "unknown_choice"
-
-
-def test_the_input_of_alpaca_farm_is_written_below_its_instruction():
-    row = {"instruction": "Translate.", "input": "Kers", "output_1": BAD, "output_2": GOOD, "preference": 2}
-    assert list(read_groups(lines(row))) == [Group([user("Translate.\nKers")], PAIR, 1, (1.0, 0.0))]
 
 
 @pytest.mark.parametrize("key", ["systemInstruction", "system_instruction"])
@@ -1018,15 +867,6 @@ def test_columns_that_would_not_help_are_not_suggested(row):
     assert "say with the option `columns` which column is the prompt" in survey(lines(row)).problems[0].message
 
 
-@pytest.mark.parametrize("column", ["prompt", "chosen"])
-@pytest.mark.parametrize(
-    "text", [str(PROMPT), str(PAIR[0][0]), json.dumps(PROMPT)[:-2], "[{'content': 'x'}\n {'role': 1}]"]
-)
-def test_texts_of_messages_that_are_no_json_are_refused(column, text):
-    (problem,) = survey(lines({**TEXTS_OF_ASK, column: text})).problems
-    assert (problem.code, problem.pointer) == ("invalid_json", f"/{column}")
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -1038,14 +878,6 @@ def test_texts_of_messages_that_are_no_json_are_refused(column, text):
 def test_an_answer_with_weight_0_is_refused_if_answers_are_compared(row):
     (problem,) = survey(lines(row)).problems
     assert problem.code == "invalid_weight"
-
-
-def test_a_text_part_that_holds_more_than_a_text_is_refused():
-    part = {"type": "text", "text": ASK, "image": None}
-    row = {"messages": [{"role": "user", "content": [part]}, *PAIR[0]]}
-    assert survey(lines(row)).refusal is None
-    part["image"] = "cat.png"
-    assert survey(lines(row)).problems[0].pointer == "/messages/0/content/0/image"
 
 
 @pytest.mark.parametrize(
@@ -1098,15 +930,3 @@ def test_a_weight_that_is_not_used_is_refused():
 def test_answers_in_json_are_texts(text):
     row = {**TEXTS_OF_ASK, "chosen": text}
     assert list(read_groups(lines(row))) == [Group(ASK, (text, BAD), 1)]
-
-
-def test_a_choice_that_a_table_made_a_float_of_is_the_same():
-    row = PUBLISHED["PKU-SafeRLHF"][0]
-    assert list(read_groups(lines({**row, "better_response_id": 1.0}))) == list(read_groups(lines(row)))
-
-
-def test_an_unanswered_question_in_a_dialogue_is_said_again():
-    asked = f"\n\nHuman: Hi.\n\nAssistant:{HUMAN}"
-    row = {"prompt": asked, "chosen": f"{asked} {GOOD}", "rejected": f"{asked} {BAD}"}
-    (group,) = read_groups(lines(row))
-    assert group.prompt == [user("Hi."), assistant(""), *PROMPT]
