@@ -20,6 +20,7 @@ from tests.services.control_plane.evaluations.conftest import (
     created,
     ended,
     results,
+    until,
 )
 from tests.services.control_plane.http.test_documented_answers import check
 
@@ -179,6 +180,6 @@ def test_its_tokens_count_as_those_of_its_key(api: httpx.Client, base_url: str, 
         results(own, **COMPARE)
     query = "SELECT model_id, num_requests, completion_tokens FROM usage WHERE key_id = %s"
     with psycopg.connect(settings.database_url, autocommit=True) as connection:
-        while len(rows := connection.execute(query, (key["id"],)).fetchall()) < 3:
-            pass
+        until(lambda: sum(row[1] for row in connection.execute(query, (key["id"],))) == 12)
+        rows = connection.execute(query, (key["id"],)).fetchall()
     assert {row[0]: row[1:] for row in rows} == {POLICY: (3, 9), "tiny": (3, 15), "fair": (6, 6)}
