@@ -396,10 +396,10 @@ def _config(deployment: Deployment, prefix: str, deleted_adapters: Collection[st
 
 
 def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
-    """Returns the configs of other services' applications as they were submitted.
+    """Returns the configs of other services' applications in Ray Serve, as they were submitted.
 
-    Leaves out the applications that `serve.run` has deployed, because a PUT leaves them alone. Raises httpx.HTTPError
-    if Ray Serve does not report a config.
+    The names of this service's own applications begin with `prefix`. Leaves out the applications that `serve.run` has
+    deployed, because a PUT leaves them alone. Raises httpx.HTTPError if Ray Serve does not report a config.
     """
     configs = []
     for name, app in applications.items():

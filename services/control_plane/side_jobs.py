@@ -207,7 +207,8 @@ async def _note_ends(session: AsyncSession, submission_ids: list[str]) -> None:
 
 
 async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
-    """Stops side jobs that have run for more than LONGEST_SECONDS. Returns the submission ids of these side jobs.
+    """Stops side jobs (short Ray jobs beside training) that have run for more than LONGEST_SECONDS. Returns their
+    submission ids.
 
     Also stores the ends of the side jobs that have ended.
     """

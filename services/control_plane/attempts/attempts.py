@@ -62,7 +62,8 @@ async def begin(
 
 
 async def give_token(session: AsyncSession, attempt: Attempt) -> str:
-    """Creates a token for the attempt's next launch, stores the token's digest, and returns the token.
+    """Creates a token for the next launch of the attempt (run of a job on Ray), stores the token's digest, and returns
+    the token.
 
     The token of the previous launch stays valid: Ray may have accepted that launch although Ray's answer was lost.
     """
@@ -74,7 +75,9 @@ async def give_token(session: AsyncSession, attempt: Attempt) -> str:
 
 
 async def want(session: AsyncSession, attempt: Attempt, loaded: NamedModel, app_name: str) -> None:
-    """Requests that the application `app_name` loads the model `loaded`, and keeps it loaded for the attempt."""
+    """Requests that the Ray Serve application `app_name` loads the model `loaded`, and keeps it for the attempt (run of
+    a job).
+    """
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     await session.execute(statement.values(reference=app_name))
     await deployments.use(session, loaded, app_name=app_name)
@@ -86,10 +89,9 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Marks the attempt as ended, for `reason`, so that its later reports are refused. Returns False if it had ended
-    before.
+    """Marks the attempt (run of a job on Ray) as ended, for `reason`. Returns False if it had ended before.
 
-    `failed` says whether the end counts as a failure of the attempt.
+    Later reports of the attempt are refused. `failed` says whether the end counts as a failure of the attempt.
     """
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
@@ -115,14 +117,16 @@ def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
 
 
 async def last_failure(session: AsyncSession, job_id: str) -> str | None:
-    """Returns why the newest failed attempt of the job ended. Returns None if no attempt failed."""
+    """Returns why the newest failed attempt (run on Ray) of the job ended. Returns None if no attempt failed."""
     newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
     return await session.scalar(newest.limit(1))
 
 
 async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> None:
-    """Stores `reason`, why the service stops the attempt, and adds an event to the job. Does nothing if a reason is
-    stored already."""
+    """Stores `reason`, why the service stops the attempt (run of a job on Ray), and adds an event to the job.
+
+    Does nothing if a reason is stored already.
+    """
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
@@ -136,7 +140,7 @@ async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> Non
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str, own_token: str | None = None) -> None:
-    """Raises Fenced if the attempt has ended, or if `token` is not one of the attempt's tokens.
+    """Raises Fenced if the attempt (run of a job on Ray) has ended, or if `token` is not one of the attempt's tokens.
 
     If `own_token` is given, it replaces `token` from now on. Ray's list of jobs shows the token of a launch, but only
     the training process knows `own_token`.
@@ -168,7 +172,8 @@ async def record(
     *,
     posted: bool,
 ) -> None:
-    """Records an attempt's reports in order, each once, even if the attempt sends a report several times.
+    """Records the reports of an attempt (run of a job on Ray) in order, each once, even if the attempt sends one
+    several times.
 
     If `posted`, the training process sent the reports itself, and even repeated reports show that it is alive.
     Otherwise the reports come from the attempt's spool (its files of reports in storage), and only new reports show
@@ -198,7 +203,9 @@ async def record(
 
 
 async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
-    """Records reports of the attempt. Skips a report that the database refuses, and adds an event that says so."""
+    """Records reports of the attempt (run of a job on Ray). Skips a report that the database refuses, and adds an event
+    about this.
+    """
     if not events:
         return
     try:
@@ -303,10 +310,11 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
 async def _add_checkpoint(
     session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
 ) -> None:
-    """Adds a checkpoint that the attempt reported, with its model and an event, and drops old checkpoints of the job.
+    """Adds a checkpoint that the attempt (run of a job) reported, with its model and an event. Drops old checkpoints of
+    the job.
 
-    A resumed attempt repeats steps, so the step may have a checkpoint already. Then only the metrics of the checkpoint
-    are updated, because their last digits may differ.
+    A resumed attempt repeats training steps, so the step may have a checkpoint already. Then only the metrics of the
+    checkpoint are updated, because their last digits may differ.
     """
     job = await session.get_one(Job, attempt.job_id)
     known = update(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == report.step)
@@ -330,7 +338,8 @@ async def _add_checkpoint(
 async def _hold(session: AsyncSession, job_id: str) -> None:
     """Locks the job's row until the transaction ends.
 
-    Every writer of events must lock the job first and the attempt second, to avoid deadlocks.
+    Every writer of events must lock the rows of the job first and of the attempt (run of the job) second, to avoid
+    deadlocks.
     """
     await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
 

@@ -54,8 +54,8 @@ def decide(job: Job, attempt: Attempt | None, status: AttemptStatus, past: Past,
     """Returns the next action for a job that has not ended.
 
     `attempt` is the job's open attempt (its current run on Ray), None if there is none. `status` is the status of this
-    attempt in Ray. `past` holds the other facts. `collected` says whether the attempt's last reports have been read
-    from storage.
+    attempt in Ray. `past` holds all other facts that the decision depends on. `collected` says whether the attempt's
+    last reports have been read from storage.
     """
     if attempt is None:
         return _without_attempt(job, past)

@@ -313,9 +313,10 @@ class Executor:
         await self._fail(job, error, attempt)
 
     async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
-        """Adds the trained model and the file of metrics, and marks the job as succeeded, in one transaction.
+        """Marks the job as succeeded, and adds its trained model and its file of metrics, in one transaction.
 
-        `model_uri` is the folder of the model in storage.
+        `model_uri` is the folder of the model in storage, and `trained_tokens` the number of tokens that the job
+        trained on.
         """
         name = jobs.fine_tuned_name(job, self._settings)
         async with self._store.begin() as session:

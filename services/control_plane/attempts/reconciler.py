@@ -120,8 +120,10 @@ class Reconciler:
             await store.release_lease(session, "reconciler", self._holder)
 
     async def tick(self) -> None:
-        """Handles every job that has not ended once, and has Ray Serve load and unload models. Does nothing without the
-        lease."""
+        """Looks once at every job that has not ended, acts on it, and has Ray Serve load and unload models.
+
+        Does nothing if another control plane holds the lease, the right to do this.
+        """
         self._slot_is_free = False
         async with self._store.begin() as session:
             self._leads = await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS)
@@ -223,7 +225,7 @@ class Reconciler:
     async def _look(self) -> ServeView | None:
         """Returns the state of Ray Serve. Returns None if Ray does not answer.
 
-        While Ray does not answer, no attempt is launched, because it could not be stopped.
+        While Ray does not answer, no attempt (run of a job on Ray) is launched, because it could not be stopped.
         """
         try:
             return await self._ray_api.look()
@@ -281,7 +283,8 @@ class Reconciler:
         self._slot_is_free |= decision in (Decision.FINISH, Decision.REST, Decision.LOSE)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
-        """Whether the attempt hangs: Ray says that it runs, but it has given no sign of life for HUNG_SECONDS.
+        """Whether the attempt (run of a job on Ray) hangs: Ray says that it runs, but it has given no sign of life for
+        HUNG_SECONDS.
 
         Silence counts only from the moment at which Ray first told this process that the attempt runs.
         """

@@ -122,8 +122,8 @@ class _Turns:
     def __iter__(self) -> Iterator[Job]:
         """Yields the waiting jobs of all projects in the order in which they may start.
 
-        A project's position in the heap is computed again after each of its jobs, because no other job changes the
-        position.
+        A project's position in this order is computed again only after one of its own jobs, because jobs of other
+        projects do not change it.
         """
         heap = [self._place(project_id, 0) for project_id in self._queues]
         heapq.heapify(heap)

@@ -121,9 +121,10 @@ async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
 
 
 async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
-    """Returns, by digest, the callers of those API keys that have one of these digests and are valid.
+    """Returns the callers (senders of requests) whose API keys have these digests, by digest.
 
-    Keys that have expired or were revoked, and keys of archived projects, are not valid.
+    A digest is the SHA-256 of a key's text. Leaves out keys that have expired or were revoked, and keys of archived
+    projects.
     """
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)

@@ -406,7 +406,9 @@ class WebhookEndpoint(Owned, Base):
 
 
 class Outbound(Base):
-    """A webhook message to one URL, sent or still to be sent. The transaction that ends the job writes the row."""
+    """A webhook message about a job to one URL, sent or still to be sent. The transaction that ends the job writes the
+    row.
+    """
 
     __tablename__ = "outbox"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)

@@ -189,8 +189,12 @@ def refuse_unusable(row: File, param: str) -> None:
 
 
 async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
-    """Returns the training file with this id, as `find_training` does. Raises InvalidRequest also if its rows are not
-    checked yet."""
+    """Returns the training file with this id, locked against deletion until the transaction ends. Its rows must have
+    been checked.
+
+    `param` is the request's field that names the file. Raises NotFound if there is no such file. Raises InvalidRequest
+    if the file is no training file, its rows are not checked yet, or the check refused them.
+    """
     row = await find_training(session, file_id, param=param)
     if row.report is None:
         where = await _check_in_words(session, row)
@@ -250,7 +254,7 @@ async def _find(session: AsyncSession, file_id: str, param: str, lock: str | Non
 async def remove(session: AsyncSession, file_id: str) -> File:
     """Marks the file as deleted, and returns its row. The caller must delete the file's bytes after the commit.
 
-    Raises NotFound, and InvalidRequest if a job that has not ended needs the file.
+    Raises NotFound if there is no such file, and InvalidRequest if a job that has not ended needs the file.
     """
     row = await _find(session, file_id, "file_id", lock="update")
     if job_id := (await needed_by(session, [file_id])).get(file_id):
@@ -298,7 +302,8 @@ def _lives(name: str) -> ColumnElement[bool]:
 
 
 async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:
-    """Raises OverQuota if the project may not store `num_bytes` more bytes. `param` is the request's field to blame.
+    """Raises OverQuota if the project may not store `num_bytes` more bytes. `param` is the request's field that the
+    error names.
 
     Locks the project's row until the transaction ends. So files that arrive at the same time are counted one after the
     other.

@@ -114,7 +114,8 @@ async def complete(
 
     The file has the parts in the order of `part_ids`; `md5` is the expected digest of the file, if the client sent one.
     Locks the upload until the transaction ends, so that a second call waits and returns the file of the first call.
-    Raises NotFound and InvalidRequest.
+    Raises NotFound if there is no such upload, and InvalidRequest if it was cancelled or has expired, or if the parts,
+    the digest or the rows are wrong.
     """
     row, state = await find(session, upload_id, lock=True)
     if state == "completed":

@@ -98,7 +98,7 @@ def _part(asked: re.Match[str], num_bytes: int) -> range:
 
 
 async def _digest(content: Content) -> bytes:
-    """Returns the SHA-256 of the whole content. Reads the content if the digest is not known yet."""
+    """Returns the SHA-256 of all bytes of a download. Reads the bytes if the digest is not known yet."""
     if found := content.sha256 or _digests.get(content.etag):
         return found
     try:
@@ -115,7 +115,7 @@ def _exhaust(chunks: Iterator[bytes]) -> None:
 
 
 def _noting_digest(content: Content) -> Iterator[bytes]:
-    """Yields the whole content. If it is read to its end, keeps its SHA-256 for later requests."""
+    """Yields all bytes of a download. If they are read to the end, keeps their SHA-256 for later requests."""
     digest = hashlib.sha256()
     for chunk in content.read(range(content.num_bytes)):
         digest.update(chunk)

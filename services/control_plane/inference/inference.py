@@ -268,8 +268,10 @@ class Inference:
                 await deployments.use(session, engine.loaded)
 
     async def _enters(self, engine: Engine, view: ServeView) -> bool:
-        """Counts one more request to the engine as in flight, and returns True, if the engine runs and accepts new
-        requests."""
+        """If the engine runs and accepts new requests, counts one more request to it as in flight, and returns True.
+
+        Otherwise returns False. `view` is the state of Ray Serve.
+        """
         app = view.applications.get(engine.app_name)
         return bool(app and app.state == "running" and view.base_url) and await self._enter(engine)
 

@@ -82,7 +82,7 @@ class Answer(asyncio.Protocol):
         """Connects to the host of `url`, sends the bytes of `request`, and waits for the status and headers of the
         answer.
 
-        Raises Broken.
+        Raises Broken if the host cannot be reached, or does not answer with valid HTTP in time.
         """
         place = urlsplit(url)
         secure = place.scheme == "https"
@@ -98,17 +98,19 @@ class Answer(asyncio.Protocol):
         await self._wait_for(lambda: self._begun)
 
     def close(self) -> None:
-        """Closes the connection, and gives it back to the client's limit of connections. Closing twice is harmless."""
+        """Closes the connection, which then no longer counts towards the limit on connections. Closing twice is
+        harmless.
+        """
         if self._transport:
             self._transport.abort()
         self._on_close()
         self._on_close = _nothing
 
     async def piece(self) -> bytes:
-        """Waits for bytes of the body, and returns all that have arrived since the last call. Returns b"" at the body's
-        end.
+        """Waits for bytes of the answer's body, and returns all that have arrived since the last call. Returns b"" at
+        the body's end.
 
-        Raises Broken.
+        Raises Broken if the connection ends before the body does, or the engine is silent for too long.
         """
         if self.headers.get("content-encoding", "identity") != "identity":
             raise Broken(f"its answer is encoded as {self.headers['content-encoding']}, which was not requested")
@@ -121,7 +123,9 @@ class Answer(asyncio.Protocol):
         return piece
 
     async def body(self) -> bytes:
-        """Reads and returns the rest of the body. Raises Broken."""
+        """Reads and returns the rest of the answer's body. Raises Broken if the engine stops sending before the body's
+        end.
+        """
         parts = []
         while piece := await self.piece():
             parts.append(piece)

@@ -47,9 +47,8 @@ class Combination:
         return self.spec.weights.quantization is not None
 
     def compares(self, name: str) -> bool:
-        """Whether the request sets the field `name` in vain, because the job has no validation data.
-
-        The fields in question compare checkpoints by their results on validation data.
+        """Whether the request sets the field `name`, which compares checkpoints on validation data, but the job has no
+        such data.
         """
         return name in self.asked.comparing and not self.spec.validates
 

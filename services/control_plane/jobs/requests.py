@@ -259,7 +259,7 @@ def is_local(file: str) -> bool:
 
 
 class ValidateJob(CreateJob):
-    """The JSON body of POST /v1/x/jobs/validate.
+    """The JSON body of POST /v1/x/jobs/validate, which checks a job without creating it.
 
     The fields for files may name files on the client's machine, which the client uploads once the body is valid.
     """

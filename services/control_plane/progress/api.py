@@ -78,7 +78,9 @@ async def read_logs(
     after: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> dict[str, Any]:
-    """Returns lines of a log, oldest first. For the next page, send the `next` of this response as `after`."""
+    """Returns lines of the log of one of the job's processes, oldest first. For the next page, send this response's
+    `next` as `after`.
+    """
     async with store.look() as session:
         await jobs.find(session, job_id)
     return await anyio.to_thread.run_sync(

@@ -1,4 +1,8 @@
-"""Sends groups (prompts with their completions) to the models that score them, and computes rewards from the scores."""
+"""Has models score groups (prompts with their completions), and computes the rewards of the completions from the
+scores.
+
+A policy and its reference model score a completion with its log-probability, a reward model with its outputs.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -31,9 +35,8 @@ class Judgement:
 class Scoring:
     """Computes the rewards of groups (prompts with their completions) with the models that score them.
 
-    Keeps a policy's scores until its reference model has scored as well. A request is repeated while the reference
-    model loads. Thanks to the scores, the repeated request does not need the policy again, which may have been unloaded
-    to make room.
+    If the request for a reward comes while the reference model still loads, the client repeats the request. Until then,
+    the policy's log-probabilities are kept. So the policy need not be loaded again if it was unloaded to make room.
     """
 
     def __init__(self, inference: Inference) -> None:
@@ -41,11 +44,12 @@ class Scoring:
         self._kept: TTLCache[tuple[str, bytes], bytes] = TTLCache(MOST_KEPT_BYTES, KEPT_SECONDS, getsizeof=len)
 
     async def judge(self, judge: Judge, groups: Sequence[Group], meter_of: Callable[[str], Meter]) -> Judgement:
-        """Returns the rewards of the groups by the models of `judge`. `meter_of` returns, for a model's id, the meter
-        that counts its tokens.
+        """Returns the rewards of the groups' completions by the models of `judge`.
 
-        The policy's engine encodes the texts, as in training, and scores them. The reference model scores the same
-        token ids. It is requested at the start, so that both models load at the same time if there is room for both.
+        A policy's engine encodes the texts, as in training, and computes their log-probabilities; the reference model
+        then gets the same token ids. The reference model is requested at the start, so that both models load at the
+        same time if there is room for both. `meter_of` returns, for a model's id, the meter that counts the model's
+        tokens.
         """
         if judge.reference is None or judge.beta is None:
             scored = await self.score_texts(judge.model, groups, meter_of, today=judge.today)
@@ -64,16 +68,23 @@ class Scoring:
     async def score_texts(
         self, model: NamedModel, groups: Sequence[Group], meter_of: Callable[[str], Meter], *, today: date | None
     ) -> Scored:
-        """Has the model encode and score the groups' completions.
+        """Has the model encode the completions of the groups, and returns its log-probabilities or, for a reward model,
+        its outputs.
 
-        `today` is for chat templates that write the date.
+        `today` is the date for chat templates that write the current date into the prompt. `meter_of` returns, for the
+        model's id, the meter that counts its tokens.
         """
         return _read(model, await self._ask(model, SCORE_TEXTS, _texts(groups, today), meter_of))
 
     async def score_tokens(
         self, model: NamedModel, groups: Sequence[TokenGroup], vocabulary: str, meter_of: Callable[[str], Meter]
     ) -> Scored:
-        """Has the model score token ids of the given vocabulary. Raises InvalidRequest if its own is another."""
+        """Has the model compute log-probabilities of completions that are encoded already, as token ids of
+        `vocabulary`.
+
+        Raises InvalidRequest if the model has another vocabulary. `meter_of` returns, for the model's id, the meter
+        that counts its tokens.
+        """
         tokens = TokensToScore(groups=list(groups), vocabulary=vocabulary).model_dump_json().encode()
         return _read(model, await self._ask(model, SCORE_TOKENS, tokens, meter_of))
 
@@ -86,7 +97,7 @@ def _count(scored: Scored) -> int:
 
 
 def explicit_rewards(scored: Scored) -> list[list[Judged]]:
-    """Returns the rewards by group and completion, from the outputs of a reward model."""
+    """Returns the reward of each completion of each group, from the outputs of a reward model."""
     return [
         [explicit(outputs, length) for outputs, length in zip(*row, strict=True)]
         for row in zip(scored.outputs, scored.num_tokens, strict=True)
@@ -94,7 +105,9 @@ def explicit_rewards(scored: Scored) -> list[list[Judged]]:
 
 
 def implicit_rewards(beta: float, policy: Scored, reference: Scored) -> list[list[Judged]]:
-    """Returns the rewards by group and completion, from the log-probabilities of a policy and its reference."""
+    """Returns the reward of each completion of each group, from the log-probabilities of a policy and its reference
+    model.
+    """
     return [
         [implicit(beta, logp, reference_logp, length) for (logp,), (reference_logp,), length in zip(*row, strict=True)]
         for row in zip(policy.outputs, reference.outputs, policy.num_tokens, strict=True)

@@ -43,8 +43,8 @@ async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) ->
 async def find_to_change(session: AsyncSession, caller: Caller, project_id: str) -> Project:
     """Returns the project with this id, locked until the transaction ends.
 
-    Raises Forbidden if the caller is not an admin of the default project, NotFound, and InvalidRequest if the project
-    is archived.
+    Raises Forbidden if the caller is not an admin of the default project, NotFound if there is no such project, and
+    InvalidRequest if the project is archived.
     """
     project = await find_to_use(session, caller, project_id)
     check_manages_all(caller)

@@ -89,7 +89,9 @@ class UsageRecorder:
                 await self.flush()
 
     async def flush(self) -> None:
-        """Writes the sums to the database as one batch. If this fails, the next call writes the same batch again."""
+        """Writes the sums of usage in memory to the database as one batch. If this fails, the next call writes the same
+        batch again.
+        """
         async with self._writing:
             if not self._unwritten:
                 self._unwritten, self._sums = self._sums, {}
@@ -105,7 +107,7 @@ class UsageRecorder:
 
 
 async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[Account, Used]) -> None:
-    """Adds a batch of sums to the table of usage, unless this batch was written before.
+    """Adds a batch of sums of usage to the table of usage, unless this batch was written before.
 
     `writer` is the id of this control plane, and `batch` the batch's number.
     """

@@ -82,7 +82,8 @@ async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, A
 
 
 async def rotate_secret(session: AsyncSession, endpoint_id: str, *, keep_old: bool) -> WebhookEndpoint:
-    """Gives the endpoint a new secret for signing, and returns the endpoint. Raises NotFound.
+    """Gives the endpoint a new secret for signing, and returns the endpoint. Raises NotFound if there is no such
+    endpoint.
 
     With `keep_old`, messages are signed with the old secret as well, for 24 hours.
     """

@@ -48,8 +48,11 @@ class RateLimits:
         return self._headers(key_id, limit)
 
     def look(self, key_id: str, limit: int) -> dict[str, str]:
-        """Returns the x-ratelimit headers of the response without counting anything. Raises RateLimited if the key has
-        reached its limit."""
+        """Returns the x-ratelimit headers for a response to a request with this key, without counting the request or
+        its tokens.
+
+        Raises RateLimited if the key has reached its limit.
+        """
         self._admit(key_id, limit, 0)
         return self._headers(key_id, limit)
 

@@ -110,7 +110,8 @@ def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None) -> Plan:
     """Returns the plan of the job: its need for memory compared with `room`, and changes of options that make the job
     fit.
 
-    With CPUs, a larger number of workers is not among the changes, because workers share a machine's memory.
+    `room` is the number of bytes that a worker has, None if unknown. With CPUs, a larger number of workers is not among
+    the changes, because workers share a machine's memory.
     """
     settable = [name for name in SETTABLE if name != "num_workers" or run.device == "cuda"]
     return plan(shapes, run, rows, room, settable)

@@ -15,7 +15,7 @@ TIMES = ("placed_at", "ready_at", "answered_at")
 
 
 def upgrade() -> None:
-    """Adds the columns. Their defaults serve the previous release, which does not write these columns."""
+    """Adds the columns. They have defaults, because the previous release still writes rows without these columns."""
     op.add_column(
         "deployments",
         sa.Column("asked_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),

@@ -356,8 +356,10 @@ async def _ask_for_pinned(session: AsyncSession, settings: Settings) -> None:
 
 
 async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
-    """Deletes the row from `deployments`, unless a request has used the model since the row was read. Returns whether
-    the row was deleted."""
+    """Deletes a model's row from `deployments`, unless a request has used the model since the row was read.
+
+    Returns whether the row was deleted.
+    """
     unused = and_(Deployment.answering == row.answering, Deployment.last_used_at == row.last_used_at)
     gone = delete(Deployment).where(Deployment.app_name == row.app_name, unused).returning(Deployment.app_name)
     return await session.scalar(gone.execution_options(synchronize_session=False)) is not None

@@ -1,6 +1,7 @@
 """Finds the engine (the server of a model on Ray Serve) that answers requests for a model.
 
-This is the model's own engine or, for many adapters, the engine of the base model, which attaches the adapter.
+This is the model's own engine or, for many adapters, the engine of the base model. An engine that attaches an adapter
+answers for the adapter, too.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from services.deployment_settings import DeploymentSettings, Mode
 
 @dataclass(frozen=True)
 class Engine:
-    """The engine that answers requests for a model, and how the engine knows the model."""
+    """The engine (the server of a model on Ray Serve) that answers requests for a model, which may be an adapter
+    attached to it.
+    """
 
     id: str  # of the model that the client named
     loaded: NamedModel  # the model that the engine loads: the named model, or its base
@@ -42,8 +45,11 @@ class Engine:
 
 
 async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel) -> Engine:
-    """Returns the engine that answers requests for the model: the engine of its base if that attaches the model, else
-    the model's own."""
+    """Returns the engine (the model server) that answers requests for the model.
+
+    For an adapter that the engine of its base model can attach, this is the base model's engine. For any other model,
+    it is the model's own engine.
+    """
     if model.adapter is None or model.base_source is None or model.num_outputs:
         return Engine(model.id, model)
     base = await base_of(session, settings, model)
@@ -78,10 +84,9 @@ async def hosts_of(session: AsyncSession, settings: Settings, model: NamedModel)
 async def why_merged_on(
     session: AsyncSession, settings: Settings, start: NamedModel, adapter: Lora, quantization: Quantization | None
 ) -> str | None:
-    """Returns the reason why the engine of a job's base model cannot attach the adapter that the job trains. Returns
-    None if it can.
+    """Returns the reason why the engine of a job's base model could not answer for the adapter that the job trains.
 
-    `start` is the model that the job starts from.
+    Returns None if it could. `start` is the model that the job starts from.
     """
     base = start.root if start.adapter else start.id
     own = (await deployment_settings.of(session, settings, {base}))[base]

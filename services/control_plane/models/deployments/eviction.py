@@ -169,7 +169,7 @@ class _Served:
         return model.is_reference or not _exceeds(pinned + model.gpus, self._room.most_gpus(beside_next_job=True))
 
     def _others(self) -> list[Model]:
-        """Returns the models to serve without reference models and without models that get no new requests."""
+        """Returns those of the models to serve that are neither reference models of jobs nor closed to new requests."""
         return [model for model in self.models if not model.is_reference and model.app_name not in self.leaving]
 
     def _gpus(self, *, leaving: bool = False) -> float:

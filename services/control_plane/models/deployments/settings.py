@@ -27,8 +27,8 @@ async def of(
 ) -> dict[str, DeploymentSettings]:
     """Returns the deployment settings of the models with these ids, by id.
 
-    With `without_choice`, ignores what clients chose for these models through the API. Choices for their base models
-    count.
+    With `without_choice`, ignores what clients chose for these models through the API. What they chose for the base
+    models still counts, because trained models inherit it.
     """
     models = Model.__table__.c  # models of all projects
     trained = select(models.id, models.root).where(models.id.in_(model_ids))
@@ -66,7 +66,7 @@ def _readable(values: Mapping[str, Any]) -> DeploymentSettings:
 
 @lru_cache(maxsize=1000)
 def _warn_once(message: str) -> None:
-    """Logs the warning the first time. Stored settings are read every second."""
+    """Logs the warning only the first time, because the stored settings that cause it are read every second."""
     log.warning(message)
 
 
