@@ -103,8 +103,8 @@ class PageRay(LivelyRay):
 
 
 class Service:
-    def __init__(self, plane: Plane, ray: PageRay, engine: Engine) -> None:
-        self.plane, self.ray, self.engine, self.url = plane, ray, engine, plane.url
+    def __init__(self, plane: Plane, ray: PageRay, engine: Engine, storage_url: str) -> None:
+        self.plane, self.ray, self.engine, self.url, self.storage_url = plane, ray, engine, plane.url, storage_url
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def service(browser: Browser, database_url: str) -> Iterator[Service]:
         plane = Plane(Path(folder) / "home", settings, f"http://127.0.0.1:{ray.server.server_port}")
         plane.start()
         plane.wait()
-        yield Service(plane, ray, engine)
+        yield Service(plane, ray, engine, settings["RAYDPO_STORAGE_URL"])
         plane.kill()
         ray.server.shutdown()
         ray.server.server_close()

@@ -9,6 +9,8 @@ import { Data } from "../views/data/data";
 import { File } from "../views/data/file";
 import { NewJob } from "../views/new-job/new-job";
 import { Ask } from "../views/ask/ask";
+import { Model } from "../views/models/model";
+import { Models } from "../views/models/models";
 
 interface View {
   name: string; // the first part of the path
@@ -20,6 +22,7 @@ const VIEWS: View[] = [
   { name: "jobs", title: "Jobs", show: ([id]) => showJobs(id) },
   { name: "data", title: "Data", show: ([id]) => (id ? <File key={id} id={id} /> : <Data />) },
   { name: "ask", title: "Ask", show: () => <Ask /> },
+  { name: "models", title: "Models", show: ([id]) => (id ? <Model key={id} id={id} /> : <Models />) },
 ];
 
 function showJobs(id?: string) {

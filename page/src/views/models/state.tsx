@@ -1,0 +1,82 @@
+import { useEffect, useState } from "preact/hooks";
+import { api, ask, Failure, type Deployment } from "../../api/client";
+import { FailureNote } from "../../parts/loading/loading";
+import { count, duration, figure } from "../../parts/words/words";
+
+const FRESH_MS = 3000;
+
+/** Loads again every few seconds while the page is looked at. */
+export function useFresh(again: () => void) {
+  useEffect(() => {
+    const timer = setInterval(() => document.hidden || again(), FRESH_MS);
+    return () => clearInterval(timer);
+  }, []);
+}
+
+/** Whether the model answers, what it waits for, and how busy it is. */
+export function State({ of }: { of?: Deployment }) {
+  if (!of) return <span class="status">not known</span>;
+  return (
+    <>
+      <span class={`status ${of.state}`}>{of.state}</span>
+      {of.attached_to && <small>on the engine of {of.attached_to}</small>}
+      {of.waits_for && <small>waits for {of.waits_for}</small>}
+      {of.error && <small class="bad">{of.error}</small>}
+      {of.state === "running" && <small>{loadOf(of)}</small>}
+    </>
+  );
+}
+
+function loadOf(of: Deployment): string {
+  const { replicas_ready, requests_in_flight, tokens_per_second, time_to_first_token } = of;
+  const parts = [count(replicas_ready, "replica")];
+  if (requests_in_flight !== null) parts.push(`${count(requests_in_flight, "request")} in flight`);
+  if (tokens_per_second !== null) parts.push(`${figure(tokens_per_second)} tokens/s`);
+  if (time_to_first_token !== null) parts.push(`first token after ${shortly(time_to_first_token)}`);
+  return parts.join(" · ");
+}
+
+const shortly = (seconds: number) => (seconds < 2 ? `${Math.round(seconds * 1000)} ms` : duration(seconds));
+
+const isLoaded = (of: Deployment) => of.state !== "unloaded" && of.state !== "failed";
+
+/** Loads and unloads a model. A load that was asked for is asked for again until the model runs, so it keeps its turn. */
+export function Acts({ of, onChange }: { of?: Deployment; onChange: () => void }) {
+  const [isWanted, setWanted] = useState(false);
+  const [failure, setFailure] = useState<Failure>();
+
+  async function wish(what: "warm" | "unload") {
+    setFailure(undefined);
+    setWanted(what === "warm");
+    try {
+      const params = { path: { model_id: of!.id } };
+      await ask(api.POST(`/v1/x/deployments/{model_id}/${what}`, { params }));
+      onChange();
+    } catch (error) {
+      setFailure(Failure.of(error));
+      setWanted(false);
+    }
+  }
+
+  useEffect(() => {
+    if (isWanted && of?.state === "waiting") void wish("warm");
+    if (of?.state === "running" || of?.state === "failed") setWanted(false);
+  }, [of]);
+  if (!of) return null;
+  return (
+    <>
+      {isLoaded(of) ? (
+        !of.attached_to && (
+          <button onClick={() => wish("unload")} aria-label={`Unload ${of.id}`}>
+            Unload
+          </button>
+        )
+      ) : (
+        <button onClick={() => wish("warm")} aria-label={`Load ${of.id}`}>
+          Load
+        </button>
+      )}
+      {failure && <FailureNote failure={failure} />}
+    </>
+  );
+}
