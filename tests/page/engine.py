@@ -24,6 +24,7 @@ class Engine(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.answers: dict[str, list[str]] = {}
         self.without_template: set[str] = set()
+        self.is_full = False
         self.bodies: list[dict[str, Any]] = []
         self.pause_seconds = 0.02
 
@@ -42,6 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append(body)
         is_chat = self.path.endswith("/chat/completions")
+        if self.server.is_full:
+            self._answer(503, json.dumps({"error": {"message": "its queue is full"}}))
+            return
         if is_chat and body["model"] in self.server.without_template:
             message = "you must provide a chat template if the tokenizer does not define one."
             self._answer(400, json.dumps({"error": {"message": message}}))

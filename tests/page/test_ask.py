@@ -21,7 +21,7 @@ MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 @pytest.fixture(autouse=True)
 def answers(service: Service) -> Iterator[None]:
     service.engine.answers = {"tiny": ["No ", "idea", "."], "polite": ["?Tools are in aisle four.", "Aisle ", "four."]}
-    service.engine.without_template = set()
+    service.engine.without_template, service.engine.is_full = set(), False
     yield
     service.engine.pause_seconds = 0.02
 
@@ -32,10 +32,12 @@ def open_ask(page: Page, service: Service, query: str = "?a=tiny&b=polite") -> N
     expect(page.get_by_role("heading", name="Ask two policies")).to_be_visible()
 
 
-def put(page: Page, prompt: str = PROMPT) -> None:
+def put(page: Page, service: Service, prompt: str = PROMPT) -> None:
+    before = len(service.engine.bodies)
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.keyboard.press("Control+Enter")
-    expect(page.get_by_role("button", name="They answer…")).to_be_visible()
+    while len(service.engine.bodies) < before + 2:  # until then, the page may still show the answers before
+        page.wait_for_timeout(20)
     expect(page.get_by_text("Both answers are there. Which")).to_be_visible()
 
 
@@ -62,7 +64,7 @@ def test_two_answers_are_written_side_by_side_and_judged_blindly(
     page.get_by_label("System prompt", exact=True).fill("Be brief.")
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("Most tokens").fill("64")
-    put(page)
+    put(page, service)
     assert {body["model"] for body in service.engine.bodies[-2:]} == {"tiny", "polite"}
     wanted = {"temperature": 0.5, "max_tokens": 64, "stream": True}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
@@ -94,7 +96,7 @@ def test_the_answers_are_shuffled(page: Page, service: Service) -> None:
     open_ask(page, service)
     firsts = set()
     for _ in range(60):
-        put(page)
+        put(page, service)
         firsts.add(answer(page, "A").inner_text())
         if len(firsts) == 2:
             return
@@ -106,7 +108,7 @@ def test_names_are_shown_at_once_and_in_order_if_the_reader_wants(page: Page, se
     page.get_by_label("Hide until the vote").uncheck()
     assert page.url.endswith("#/ask?a=tiny&b=polite&names=shown")
     for _ in range(3):
-        put(page)
+        put(page, service)
         expect(answer(page, "A").get_by_role("heading")).to_have_text("Answer A tiny")
         expect(answer(page, "B").get_by_role("heading")).to_have_text("Answer B polite")
 
@@ -115,17 +117,17 @@ def test_ties_bad_answers_and_improved_ones_are_votes_and_become_a_training_file
     page: Page, service: Service, api: httpx.Client
 ) -> None:
     open_ask(page, service, "?a=tiny&b=polite&names=shown")
-    put(page)
+    put(page, service)
     page.get_by_role("button", name="Tie", exact=True).click()
     expect(page.get_by_text("Your vote is stored: tie. A was tiny, B was polite.")).to_be_visible()
     assert newest(api)["row"]["scores"] == [1, 1]
-    put(page)
+    put(page, service)
     page.get_by_role("button", name="Both are bad").click()
     expect(page.get_by_text("Your vote is stored: both bad.")).to_be_visible()
     assert num_votes(api, "unpaired") == 2
     assert newest(api)["row"]["label"] is False
     for number in range(10):
-        put(page)
+        put(page, service)
         page.get_by_role("button", name="Improve A").click()
         improved = page.get_by_label("Answer A, improved")
         expect(improved).to_be_focused()
@@ -145,6 +147,9 @@ def test_ties_bad_answers_and_improved_ones_are_votes_and_become_a_training_file
     assert api.post("/x/jobs/validate", json=job).status_code == 200
     lines = api.get(f"/files/{file_id}/content").text.splitlines()
     assert [json.loads(line)["chosen"][0]["content"] for line in lines] == [f"Aisle {n}." for n in range(10)]
+    page.get_by_role("link", name="Train on it").click()
+    assert page.url.endswith(f"#/jobs/new?training_file={file_id}")
+    expect(page.get_by_role("heading", name="New job")).to_be_visible()
 
 
 def test_a_model_without_a_chat_template_continues_the_plain_text(
@@ -153,7 +158,7 @@ def test_a_model_without_a_chat_template_continues_the_plain_text(
     service.engine.without_template = {"tiny", "polite"}
     service.engine.answers["polite"] = ["Aisle four."]
     open_ask(page, service, "?a=tiny&b=polite&names=shown")
-    put(page)
+    put(page, service)
     assert all(body["prompt"] == PROMPT for body in service.engine.bodies[-2:])
     page.get_by_role("button", name="B is better").click()
     expect(page.get_by_text("Your vote is stored")).to_be_visible()
@@ -174,15 +179,13 @@ def test_a_long_answer_is_stopped(page: Page, service: Service) -> None:
 
 
 def test_what_fails_is_said_in_words(page: Page, service: Service) -> None:
-    service.ray.down = True
-    try:
-        open_ask(page, service, "?a=tiny&b=polite&names=shown")
-        page.get_by_label("Prompt", exact=True).fill(PROMPT)
-        page.get_by_role("button", name="Ask both").click()
-        expect(page.get_by_text("The model 'tiny' cannot be reached")).to_be_visible()
-        look_at(page, "ask-waiting")
-    finally:
-        service.ray.down = False
+    service.engine.is_full = True
+    open_ask(page, service, "?a=tiny&b=polite&names=shown")
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.get_by_text("The model 'tiny' cannot answer now: its queue is full.")).to_be_visible()
+    look_at(page, "ask-waiting")
+    service.engine.is_full = False
     expect(page.get_by_text("Both answers are there. Which")).to_be_visible()
     service.plane.kill()
     page.get_by_role("button", name="B is better").click()
@@ -197,7 +200,7 @@ def test_hostile_answers_are_text_and_nothing_else(page: Page, service: Service,
     service.engine.answers["tiny"] = [MARKUP[:9], MARKUP[9:], " \u202egnp.exe ", "w" * 500]
     page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
     open_ask(page, service)
-    put(page, MARKUP)
+    put(page, service, MARKUP)
     expect(page.get_by_text(MARKUP).last).to_be_visible()
     assert page.locator("main img").count() == 0
     look_at(page, "ask-hostile")

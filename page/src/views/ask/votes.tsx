@@ -1,6 +1,7 @@
 import { useState } from "preact/hooks";
 import { api, ask, Failure, type FeedbackCount, type TrainingFile } from "../../api/client";
 import { FailureNote, Show, type Loaded } from "../../parts/loading/loading";
+import { href } from "../../parts/route/route";
 import { count, whole } from "../../parts/words/words";
 
 const KINDS = {
@@ -61,8 +62,8 @@ function Count({ of: { kind, form, num_votes } }: { of: FeedbackCount }) {
       <div role="status" class="made">
         {made && (
           <>
-            <code>{made.id}</code> holds {whole(made.x_raydpo.report?.num_rows ?? num_votes)} votes. A job takes it as its
-            training file.
+            <code>{made.id}</code> holds {whole(made.x_raydpo.report?.num_rows ?? num_votes)} votes.{" "}
+            <a href={href(["jobs", "new"], { training_file: made.id })}>Train on it</a>
           </>
         )}
       </div>
