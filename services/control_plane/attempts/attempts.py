@@ -41,6 +41,7 @@ from services.control_plane.models import models
 from services.control_plane.models.deployments import deployments
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
+from services.control_plane.tenants import quotas
 
 
 async def begin(
@@ -100,6 +101,7 @@ async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: b
     if ended := (await session.execute(statement.values(**values))).first() is not None:
         how = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
         telemetry.ATTEMPTS_ENDED.labels(how).inc()
+        await quotas.count_hours(session, attempt)
         job = update(Job).where(Job.id == attempt.job_id).values(progress=None)
         _trace(attempt, how, await session.scalar(job.returning(Job.traceparent)))
     return ended

@@ -61,6 +61,7 @@ class Project(Base):
     max_queued_jobs: Mapped[int | None]
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # the most bytes of the project's files
     max_accelerator_hours: Mapped[float | None]
+    accelerator_hours: Mapped[float] = mapped_column(server_default="0")  # of the attempts that have ended
 
 
 class Owned:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import Select, func, or_, select
+from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import Forbidden, OverQuota
@@ -102,16 +102,16 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
 
     The value of each id is the text for the `waits_for` of the project's jobs.
     """
-    used = func.sum(Attempt.num_accelerators * HOURS)
-    query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
-    query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
-    rows = await session.execute(query.group_by(Project.id))
+    open_hours = _open_hours().group_by(Job.project_id).subquery()
+    used = Project.accelerator_hours + func.coalesce(open_hours.c.hours, 0)
+    query = select(Project.id, used, Project.max_accelerator_hours).where(Project.max_accelerator_hours.is_not(None))
+    rows = await session.execute(query.outerjoin(open_hours, open_hours.c.project_id == Project.id))
     return {
         project_id: (
             f"accelerator hours, because its project has used all {limit:g}; an admin can raise max_accelerator_hours"
         )
         for project_id, hours, limit in rows
-        if limit is not None and (hours or 0) >= limit
+        if limit is not None and hours >= limit
     }
 
 
@@ -123,6 +123,29 @@ async def num_bytes(session: AsyncSession, project_id: str) -> int:
     return sum([int(await session.scalar(query) or 0) for query in (files, uploads, votes)])
 
 
+async def count_hours(session: AsyncSession, attempt: Attempt) -> None:
+    """Adds the accelerator hours of an attempt that has just ended to those of its project.
+
+    The sum is kept in the project's row, so that no request and no regular look reads all attempts that ever ended.
+    """
+    if attempt.num_accelerators:
+        hours = select(Attempt.num_accelerators * HOURS)
+        hours = hours.where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+        project = select(Job.project_id).where(Job.id == attempt.job_id)
+        total = Project.accelerator_hours + hours.scalar_subquery()
+        await session.execute(
+            update(Project).where(Project.id == project.scalar_subquery()).values(accelerator_hours=total)
+        )
+
+
 async def _accelerator_hours(session: AsyncSession, project_id: str) -> float:
-    query: Select[float] = select(func.sum(Attempt.num_accelerators * HOURS)).join(Job, Job.id == Attempt.job_id)
-    return float(await session.scalar(query.where(Job.project_id == project_id)) or 0)
+    ended = await session.scalar(select(Project.accelerator_hours).where(Project.id == project_id)) or 0
+    row = (await session.execute(_open_hours().where(Job.project_id == project_id).group_by(Job.project_id))).first()
+    return ended + float(row.hours if row else 0)
+
+
+def _open_hours() -> Select[str, float]:
+    """Returns a query of projects' ids and of the accelerator hours of their attempts that have not ended. The caller
+    groups the rows by project."""
+    hours = func.sum(Attempt.num_accelerators * HOURS).label("hours")
+    return select(Job.project_id, hours).join(Attempt).where(Attempt.state != "ended")

@@ -687,6 +687,8 @@ def test_a_project_out_of_accelerator_hours_opens_no_attempt_and_keeps_its_job(
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
     ticks(on_gpus, 2)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    in_all = api.get("/x/projects/proj_default/usage").json()["limits"]["max_accelerator_hours"]["used"]
+    assert hours < in_all < 0.1
     api.post("/x/projects/proj_default", json={"max_accelerator_hours": None})
 
 

@@ -49,6 +49,29 @@ def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> Non
             connection.execute("DELETE FROM transitions")
 
 
+def test_accelerator_hours_of_earlier_releases_count(database_url: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(store.MIGRATIONS))
+    config.attributes["database_url"] = database_url.replace("postgresql://", "postgresql+psycopg://")
+    migrate(database_url)
+    command.downgrade(config, "0018")
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "INSERT INTO jobs (id, project_id, spec, model_source, model_root, priority, desired, observed, version)"
+            " VALUES ('ftjob-ran', 'proj_default', '{}', '/m', 'm', 0, 'run', 'queued', 1)"
+        )
+        connection.execute(
+            "INSERT INTO attempts (job_id, number, state, token, next_seq, num_accelerators, failed,"
+            " created_at, ended_at) VALUES ('ftjob-ran', 1, 'ended', '', 0, 2, false, now() - interval '3 hours', now()),"
+            " ('ftjob-ran', 2, 'running', '', 0, 2, false, now() - interval '3 hours', NULL)"
+        )
+    migrate(database_url)
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT accelerator_hours FROM projects").fetchall() == [(6.0,)]
+        connection.execute("DELETE FROM attempts WHERE job_id = 'ftjob-ran'")
+        connection.execute("DELETE FROM jobs WHERE id = 'ftjob-ran'")
+
+
 def schema(database_url: str) -> dict[tuple[str, str], tuple[str, bool]]:
     """Returns the type of each column, and whether a row may be inserted without it, by table and column."""
     query = (

@@ -1,5 +1,6 @@
 """Tests the limits of what a project may use."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,6 +9,9 @@ import httpx
 import psycopg
 import pytest
 
+from services.control_plane.attempts import attempts
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Attempt
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, new_project, pairs
 
@@ -103,12 +107,26 @@ def test_accelerator_hours_are_counted_and_no_job_is_taken_beyond_them(
     with psycopg.connect(settings.database_url) as connection:
         connection.execute(
             "INSERT INTO attempts (job_id, number, state, token, next_seq, num_accelerators, failed,"
-            " created_at, ended_at)"
-            " VALUES (%s, 1, 'ended', '', 0, 4, false, now() - interval '30 minutes', now())",
+            " created_at)"
+            " VALUES (%s, 1, 'running', '', 0, 4, false, now() - interval '30 minutes')",
             [job["id"]],
         )
-    usage = own.get(f"/x/projects/{project}/usage").json()
-    assert usage["limits"]["max_accelerator_hours"] == {"used": 2.0, "limit": 2.5}
+
+    async def end() -> None:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            attempt = await session.get_one(Attempt, (job["id"], 1))
+            assert [await attempts.end(session, attempt, "succeeded") for _ in range(2)] == [True, False]
+        await store.close()
+
+    def used() -> float:
+        counted = own.get(f"/x/projects/{project}/usage").json()["limits"]["max_accelerator_hours"]
+        assert counted["limit"] == 2.5
+        return round(float(counted["used"]), 2)
+
+    assert used() == 2
+    asyncio.run(end())
+    assert used() == 2  # counted once, also if its end is reported twice
     assert submit(own, file["id"]).status_code == 200
     api.post(f"/x/projects/{project}", json={"max_accelerator_hours": 2})
     refused = submit(own, file["id"])
