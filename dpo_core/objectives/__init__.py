@@ -1,1 +1,1 @@
-"""Computes the loss of each objective, and the metrics of each training step."""
+"""Computes the loss of each training objective (such as DPO), and the metrics of each training step."""

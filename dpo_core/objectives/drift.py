@@ -1,4 +1,5 @@
-"""Warns a user if chosen completions become much less likely than under the reference while the margins grow."""
+"""Warns the user of a training run if the chosen completions become much less likely than under the reference model
+while the margins (the leads of the chosen completions' rewards) grow."""
 
 from collections import deque
 from statistics import fmean
@@ -8,8 +9,8 @@ FALLEN = 1.0  # nats; 1.0 below the reference means at most 37 % as likely
 
 
 class Drift:
-    """Watches the metrics of a run, and warns once if chosen completions become unlikely. Never warns for an objective
-    without a reference."""
+    """Watches the metrics of a training run, and warns once if the chosen completions become much less likely than
+    under the reference model. Never warns for an objective without a reference."""
 
     def __init__(self) -> None:
         self._chosen: deque[float] = deque(maxlen=WINDOW)
@@ -17,8 +18,8 @@ class Drift:
         self._has_warned = False
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """Takes the metrics of the latest step, and returns a warning for the user or None. The decision rests on means
-        over the last WINDOW steps, because single batches differ."""
+        """Takes the metrics of the latest training step. Returns a warning for the user, or None if there is no reason
+        to warn. Means over the last WINDOW steps decide, because single batches differ."""
         if self._has_warned or not {"logratios/chosen", "rewards/margins"} <= metrics.keys():
             return None
         self._chosen.append(metrics["logratios/chosen"])

@@ -1,12 +1,12 @@
-"""Computes the loss of each objective: one function per objective, each with its paper's equation.
+"""Computes the loss of each objective. Each objective has one function, whose docstring has the equation of the paper.
 
-A function returns one loss per group (a prompt with its completions), [G]. The loss of a step is the mean of the
-groups' losses, each multiplied by the group's weight, over the global batch. The result does not depend on how the
-batch is cut into packs (groups that one forward pass computes together) or distributed over ranks. The loss of
-`supervised` is a mean over tokens.
+A function returns one loss per group (a prompt with its completions), [G] for G groups. The loss of a step is the mean
+of the groups' losses over the global batch, each multiplied by the group's weight. The result does not depend on how
+the batch is cut into packs (groups that one forward pass computes together) or distributed over ranks (processes). The
+loss of `supervised` is a mean over tokens.
 
-In the equations h is log pi(y|x) - log pi_ref(y|x), `w` the chosen completion, `l` the rejected one, and delta is h_w -
-h_l.
+In the equations h is a completion's log-ratio log pi(y|x) - log pi_ref(y|x), `w` the chosen completion, `l` the
+rejected one, and delta is h_w - h_l.
 """
 
 import math
@@ -29,28 +29,29 @@ Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
 def loss(function: Loss) -> Loss:
-    """Registers `function` as the loss of the objective that has the function's name as its `type`, and returns it."""
+    """Registers `function` as the loss of an objective, and returns it. The function must have the name of the
+    objective's `type`, such as `dpo`."""
     LOSSES[function.__name__] = function
     return function
 
 
 class Statistics:
-    """The mean of all rewards so far in a run, which some objectives need. Checkpoints keep it."""
+    """The mean of all rewards so far in a run, which some objectives need. It is saved in checkpoints."""
 
     def __init__(self, mean: float = 0.0, count: float = 0.0) -> None:
         self.mean = mean
         self.count = count
 
     def add(self, rewards: Tensor) -> float:
-        """Takes more rewards into the mean, and returns the new mean."""
+        """Adds rewards to the mean, and returns the new mean."""
         self.count += len(rewards)
         self.mean += (rewards.mean().item() - self.mean) * len(rewards) / self.count
         return self.mean
 
 
 def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]. Some objectives need the mean of all rewards
-    so far in the run; they also update `statistics`."""
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups. Some objectives need the mean
+    of all rewards so far in the run, which `statistics` holds; for them the function also updates `statistics`."""
     if isinstance(objective, o.Mpo):
         return mpo(objective, measures, statistics)
     if isinstance(objective, o.Bco):
@@ -64,11 +65,12 @@ def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -
 
 @loss
 def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G], arXiv 2305.18290, A.3.
+    """Returns DPO's loss of each group (a prompt with its completions), [G] for G groups; arXiv 2305.18290, appendix
+    A.3.
 
-    The loss is -sum_i log[e^{beta h_i} / (e^{beta h_i} + sum_{j worse than i} e^{beta h_j})], with the log-ratio h of
-    each completion. For a pair this is -log sigmoid(beta (h_w - h_l)), equation 7. Completions that tie are not
-    compared.
+    The loss is -sum_i log[e^{beta h_i} / (e^{beta h_i} + sum_{j worse than i} e^{beta h_j})], with the log-ratio h_i of
+    completion i. For a pair of a chosen (w) and a rejected (l) completion this is -log sigmoid(beta (h_w - h_l)),
+    equation 7. Completions with the same rating are not compared.
     """
     rewards = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     rivals = rewards[:, None, :].masked_fill(~measures.worse, NEVER).logsumexp(2) + measures.margins[:, None]
@@ -79,10 +81,11 @@ def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
 
 @loss
 def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G], arXiv 2402.01878.
+    """Returns LiPO's loss of each group (a prompt with its completions), [G] for G groups; arXiv 2402.01878.
 
-    The loss is the sum of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}) over all i better than j. s = beta h, h
-    the log-ratio of a completion; G = 2^psi - 1, psi the rating scaled to [0, 1] in the group; D = log(1 + rank by s).
+    The loss is the sum of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}) over all completions i and j of which i
+    is rated higher. s = beta h, with the log-ratio h of a completion. G = 2^psi - 1, with the rating psi scaled to [0,
+    1] in the group. D = log(1 + place), with the place of the completion by s, from 1 for the highest.
     """
     s = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     ratings = measures.by_group(measures.ratings, math.nan)
@@ -96,7 +99,8 @@ def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
 
 
 def differences(values: Tensor) -> Tensor:
-    """Returns values[:, i] - values[:, j] for all i and j, [G, k, k], from values [G, k]."""
+    """Returns values[:, i] - values[:, j] for all i and j: [G, k, k] from `values` [G, k], for G groups with k
+    completions each."""
     return values[:, :, None] - values[:, None, :]
 
 
@@ -104,30 +108,33 @@ def differences(values: Tensor) -> Tensor:
 
 
 def _deltas(measures: Measures) -> Tensor:
-    """Returns the chosen minus the rejected log-ratio of each pair, [G]."""
+    """Returns for each of G pairs the log-ratio of the chosen completion minus that of the rejected one, [G]."""
     return measures.chosen.logratios - measures.rejected.logratios
 
 
 @loss
 def cdpo(objective: o.Cdpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: (1 - eps) (-log sigmoid(beta delta)) + eps (-log sigmoid(-beta delta)).
+    """Returns the loss of each of G pairs, [G]: (1 - eps) (-log sigmoid(beta delta)) + eps (-log sigmoid(-beta delta)).
 
-    delta is the log-ratio of the chosen minus that of the rejected completion.
+    delta is the log-ratio of the chosen minus that of the rejected completion. eps is the objective's
+    `label_smoothing`.
     """
     return _smoothed(objective.beta * _deltas(measures), objective.label_smoothing)
 
 
 def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
-    """Returns (1 - smoothing) (-log sigmoid(logits)) + smoothing (-log sigmoid(-logits)): the loss if a pair is
-    labelled the wrong way round with probability `smoothing`."""
+    """Returns the loss if a pair is labelled the wrong way round with probability `smoothing`: (1 - smoothing) (-log
+    sigmoid(logits)) + smoothing (-log sigmoid(-logits))."""
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
 @loss
 def robust_dpo(objective: o.RobustDpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: [(1 - eps) l(delta) - eps l(-delta)] / (1 - 2 eps).
+    """Returns the loss of each of G pairs, [G]: [(1 - eps) l(delta) - eps l(-delta)] / (1 - 2 eps), where l(x) = -log
+    sigmoid(beta x).
 
-    l(x) = -log sigmoid(beta x); delta is the log-ratio of the chosen minus that of the rejected completion.
+    delta is the log-ratio of the chosen minus that of the rejected completion. eps is the objective's
+    `label_smoothing`.
     """
     eps, logits = objective.label_smoothing, objective.beta * _deltas(measures)
     return (eps * logsigmoid(-logits) - (1 - eps) * logsigmoid(logits)) / (1 - 2 * eps)
@@ -135,10 +142,10 @@ def robust_dpo(objective: o.RobustDpo, measures: Measures) -> Tensor:
 
 @loss
 def ipo(objective: o.Ipo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: (delta - 1 / (2 tau))^2, tau = beta.
+    """Returns the loss of each of G pairs, [G]: (delta - 1 / (2 beta))^2. The paper calls beta tau.
 
-    delta is the log-ratio of the chosen minus that of the rejected completion. With `length_average` a log-ratio is a
-    mean over tokens, otherwise a sum.
+    delta is the log-ratio of the chosen minus that of the rejected completion. With `length_average` a completion's
+    log-ratio is a mean over its tokens, otherwise a sum.
     """
     chosen, rejected = measures.chosen, measures.rejected
     delta = (
@@ -151,14 +158,14 @@ def ipo(objective: o.Ipo, measures: Measures) -> Tensor:
 
 @loss
 def hinge(objective: o.Hinge, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: max(0, 1 - beta delta). delta is the log-ratio of the chosen minus that of
-    the rejected completion."""
+    """Returns the loss of each of G pairs, [G]: max(0, 1 - beta delta). delta is the log-ratio of the chosen minus that
+    of the rejected completion."""
     return relu(1 - objective.beta * _deltas(measures))
 
 
 @loss
 def dpo_norm(objective: o.DpoNorm, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta (h_w / |w| - h_l / |l|)).
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (h_w / |w| - h_l / |l|)).
 
     h_w and h_l are the log-ratios of the chosen and the rejected completion. |w| and |l| are the numbers of tokens of
     the chosen and the rejected completion.
@@ -168,7 +175,7 @@ def dpo_norm(objective: o.DpoNorm, measures: Measures) -> Tensor:
 
 @loss
 def apo_zero(objective: o.ApoZero, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: 1 - sigmoid(beta h_w) + sigmoid(beta h_l).
+    """Returns the loss of each of G pairs, [G]: 1 - sigmoid(beta h_w) + sigmoid(beta h_l).
 
     h_w and h_l are the log-ratios of the chosen and the rejected completion.
     """
@@ -178,7 +185,7 @@ def apo_zero(objective: o.ApoZero, measures: Measures) -> Tensor:
 
 @loss
 def apo_down(objective: o.ApoDown, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: sigmoid(beta h_w) + 1 - sigmoid(beta (h_w - h_l)).
+    """Returns the loss of each of G pairs, [G]: sigmoid(beta h_w) + 1 - sigmoid(beta (h_w - h_l)).
 
     h_w and h_l are the log-ratios of the chosen and the rejected completion.
     """
@@ -187,9 +194,9 @@ def apo_down(objective: o.ApoDown, measures: Measures) -> Tensor:
 
 @loss
 def nca(objective: o.Nca, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
 
-    r_w = beta h_w and r_l = beta h_l, with the log-ratios h of the chosen and the rejected completion.
+    r_w = beta h_w and r_l = beta h_l, with the log-ratios h_w of the chosen and h_l of the rejected completion.
     """
     chosen, rejected = objective.beta * measures.chosen.logratios, objective.beta * measures.rejected.logratios
     return -logsigmoid(chosen) - logsigmoid(-chosen) / 2 - logsigmoid(-rejected) / 2
@@ -197,9 +204,10 @@ def nca(objective: o.Nca, measures: Measures) -> Tensor:
 
 @loss
 def exo(objective: o.Exo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: KL((sigmoid(beta delta), sigmoid(-beta delta)) || (1 - eps, eps)).
+    """Returns the loss of each of G pairs, [G]: KL((sigmoid(beta delta), sigmoid(-beta delta)) || (1 - eps, eps)).
 
-    delta is the log-ratio of the chosen minus that of the rejected completion.
+    delta is the log-ratio of the chosen minus that of the rejected completion. eps is the objective's
+    `label_smoothing`.
     """
     eps, logits = objective.label_smoothing, objective.beta * _deltas(measures)
     chosen = logits.sigmoid() * (logsigmoid(logits) - math.log1p(-eps))
@@ -208,7 +216,7 @@ def exo(objective: o.Exo, measures: Measures) -> Tensor:
 
 @loss
 def sppo(objective: o.Sppo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2.
+    """Returns the loss of each of G pairs, [G]: (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2.
 
     h_w and h_l are the log-ratios of the chosen and the rejected completion.
     """
@@ -218,11 +226,12 @@ def sppo(objective: o.Sppo, measures: Measures) -> Tensor:
 
 @loss
 def aot(objective: o.Aot, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta (u_(i) - v_(i))); u and v are sorted over the global batch.
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (u_(i) - v_(i))), where u and v are sorted over the
+    global batch, and (i) is the place in this order.
 
-    With `paired`, u is log pi(w) - log pi(l) of the policy and v the same of the reference; otherwise u is h_w and v is
-    h_l, the log-ratios of the chosen and the rejected completion. A group of weight 2 counts as two groups of weight 1:
-    quantiles are those of weighted values.
+    With `paired`, u is log pi(w) - log pi(l) of a pair under the policy, and v is the same under the reference.
+    Otherwise u is h_w and v is h_l, the log-ratios of the chosen completion w and the rejected completion l. A pair of
+    weight 2 counts as two pairs of weight 1, because quantiles of weighted values are compared.
     """
     chosen, rejected = measures.chosen, measures.rejected
     if objective.paired:
@@ -237,11 +246,11 @@ def aot(objective: o.Aot, measures: Measures) -> Tensor:
 
 
 def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs equal quantiles of u and v, which is optimal transport on a line. Element i of both belongs to group i and
-    has its weight, [G].
+    """Pairs equal quantiles of u and v, which is optimal transport on a line. u[i], v[i] and weights[i] belong to pair
+    i of G pairs.
 
-    Returns three tensors of [2G]: indices into u, indices into v, and the share of the weight at the index into u that
-    goes to the index into v.
+    Returns three tensors of [2G]: indices into u, indices into v, and shares. A share is the part of the weight at the
+    index into u that goes to the index into v.
     """
     weights = weights.double()
     u_order, v_order = u.argsort(), v.argsort()
@@ -255,7 +264,8 @@ def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Te
 
 @loss
 def discopop(objective: o.Discopop, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: (1 - m) (-log sigmoid(r)) + m e^{-r}, m = sigmoid(r / tau), r = beta delta.
+    """Returns the loss of each of G pairs, [G]: (1 - m) (-log sigmoid(r)) + m e^{-r}, m = sigmoid(r / tau) and r = beta
+    delta.
 
     delta is the log-ratio of the chosen minus that of the rejected completion.
     """
@@ -266,9 +276,9 @@ def discopop(objective: o.Discopop, measures: Measures) -> Tensor:
 
 @loss
 def dpop(objective: o.Dpop, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta (h_w - h_l - lambda max(0, -h_w))).
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (h_w - h_l - lambda max(0, -h_w))).
 
-    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    h_w and h_l are the log-ratios of the chosen and the rejected completion. lambda is the objective's `penalty`.
     """
     penalty = objective.penalty * relu(-measures.chosen.logratios)
     return -logsigmoid(objective.beta * (_deltas(measures) - penalty))
@@ -276,19 +286,20 @@ def dpop(objective: o.Dpop, measures: Measures) -> Tensor:
 
 @loss
 def rpo(objective: o.Rpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta delta) - alpha log pi(w) / |w|, w the chosen completion.
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta delta) - alpha log pi(w) / |w|.
 
-    delta is the log-ratio of the chosen minus that of the rejected completion.
+    w is the chosen completion and |w| the number of its tokens. delta is the log-ratio of the chosen minus that of the
+    rejected completion. alpha is the objective's `nll_weight`.
     """
     return -logsigmoid(objective.beta * _deltas(measures)) - objective.nll_weight * measures.chosen.mean_logps
 
 
 @loss
 def ld_dpo(objective: o.LdDpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta delta).
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta delta).
 
-    delta is the log-ratio of the chosen minus that of the rejected completion. In a log-ratio, tokens after the length
-    of the shorter completion have the weight alpha.
+    delta is the log-ratio of the chosen minus that of the rejected completion. In the log-ratio of the longer
+    completion, tokens beyond the length of the shorter one have the weight `tail_weight`.
     """
 
     def logratios(side: Completions) -> Tensor:
@@ -301,10 +312,10 @@ def ld_dpo(objective: o.LdDpo, measures: Measures) -> Tensor:
 
 @loss
 def r_dpo(objective: o.RDpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta delta + alpha (|w| - |l|)).
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta delta + alpha (|w| - |l|)).
 
     delta is the log-ratio of the chosen minus that of the rejected completion. |w| and |l| are the numbers of tokens of
-    the chosen and the rejected completion.
+    the chosen and the rejected completion. alpha is the objective's `length_weight`.
     """
     longer = measures.chosen.lengths - measures.rejected.lengths
     return -logsigmoid(objective.beta * _deltas(measures) + objective.length_weight * longer)
@@ -312,10 +323,10 @@ def r_dpo(objective: o.RDpo, measures: Measures) -> Tensor:
 
 @loss
 def f_dpo(objective: o.FDpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta (f'(e^{h_w}) - f'(e^{h_l}))).
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (f'(e^{h_w}) - f'(e^{h_l}))).
 
-    f is the divergence; constants of f' cancel. h_w and h_l are the log-ratios of the chosen and the rejected
-    completion.
+    f' is the derivative of the function f that defines the divergence; constants in f' cancel. h_w and h_l are the
+    log-ratios of the chosen and the rejected completion.
     """
 
     def slope(h: Tensor) -> Tensor:
@@ -332,17 +343,18 @@ def f_dpo(objective: o.FDpo, measures: Measures) -> Tensor:
 
 @loss
 def orpo(objective: o.Orpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log pi(w) / |w| - lambda log sigmoid(log odds(w) - log odds(l)).
+    """Returns the loss of each of G pairs, [G]: -log pi(w) / |w| - lambda log sigmoid(log odds(w) - log odds(l)).
 
-    odds(y) = p / (1 - p), log p = log pi(y) / |y|; w is the chosen and l the rejected completion.
+    w is the chosen and l the rejected completion. odds(y) = p / (1 - p), where log p = log pi(y) / |y|, and |y| is the
+    number of tokens of y. lambda is the objective's `odds_weight`.
     """
     chosen, rejected = measures.chosen.mean_logps, measures.rejected.mean_logps
     return -chosen - objective.odds_weight * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(logps: Tensor) -> Tensor:
-    """Returns log(p / (1 - p)) for log p. The result is exact and has a finite gradient even if p is close to 0 or
-    1."""
+    """Returns the logarithm of the odds, log(p / (1 - p)), from `logps`, the logarithms of probabilities p. The result
+    is exact and has a finite gradient, even if p is close to 0 or 1."""
     logps = logps.clamp(max=-1e-6)
     near_one = logps > -math.log(2)
     log_rest = torch.where(near_one, torch.log(-torch.expm1(logps)), torch.log1p(-logps.exp()))
@@ -351,10 +363,10 @@ def _log_odds(logps: Tensor) -> Tensor:
 
 @loss
 def cpo(objective: o.Cpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta (log pi(w) - log pi(l))) - alpha log pi(w).
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (log pi(w) - log pi(l))) - alpha log pi(w).
 
-    w is the chosen and l the rejected completion. With `length_average` the last term is divided by the number of
-    tokens of w.
+    w is the chosen and l the rejected completion. alpha is the objective's `nll_weight`. With `length_average` the last
+    term is divided by the number of tokens of w.
     """
     likelihood = measures.chosen.mean_logps if objective.length_average else measures.chosen.logps
     deltas = measures.chosen.logps - measures.rejected.logps
@@ -363,9 +375,9 @@ def cpo(objective: o.Cpo, measures: Measures) -> Tensor:
 
 @loss
 def simpo(objective: o.Simpo, measures: Measures) -> Tensor:
-    """Returns the loss of each pair, [G]: -log sigmoid(beta (log pi(w) / |w| - log pi(l) / |l|) - gamma).
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (log pi(w) / |w| - log pi(l) / |l|) - gamma).
 
-    gamma = beta * gamma_beta_ratio; w is the chosen and l the rejected completion.
+    gamma = beta * gamma_beta_ratio; w is the chosen and l the rejected completion. |y| is the number of tokens of y.
     """
     deltas = measures.chosen.mean_logps - measures.rejected.mean_logps
     return -logsigmoid(objective.beta * (deltas - objective.gamma_beta_ratio))
@@ -376,18 +388,19 @@ def simpo(objective: o.Simpo, measures: Measures) -> Tensor:
 
 @loss
 def supervised(objective: o.Supervised, measures: Measures) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]: -log pi(w), summed over the tokens of the
-    completion w."""
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups: -log pi(w), summed over the
+    tokens of its completion w."""
     return -measures.chosen.logps
 
 
 @loss
 def kto(objective: o.Kto, measures: Measures) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]: the mean of the losses of its completions,
-    arXiv 2402.01306.
+    """Returns KTO's loss of each group (a prompt with its completions), [G] for G groups: the mean of the losses of its
+    completions; arXiv 2402.01306.
 
-    A desirable completion has the loss lambda_D (1 - sigmoid(beta (h - z0))), an undesirable one has lambda_U (1 -
-    sigmoid(beta (z0 - h))). h is the log-ratio of the completion; `kl_estimate` computes z0.
+    A desirable completion has the loss lambda_D (1 - sigmoid(beta (h - z0))). An undesirable one has the loss lambda_U
+    (1 - sigmoid(beta (z0 - h))). h is the log-ratio of the completion; `kl_estimate` computes z0. lambda_D and lambda_U
+    are the objective's weights of desirable and undesirable completions.
     """
     h = measures.all.logratios
     z0 = kl_estimate(measures)
@@ -399,18 +412,21 @@ def kto(objective: o.Kto, measures: Measures) -> Tensor:
 
 
 def kl_estimate(measures: Measures) -> Tensor:
-    """Returns KTO's z0, an estimate of KL(policy || reference) without gradient: the mean log-ratio of the completions
-    in the global batch that answer another prompt, or 0 if this mean is negative."""
+    """Returns z0 of KTO, an estimate of KL(policy || reference) without a gradient. Some completions in the global
+    batch answer another prompt than their own. z0 is the mean log-ratio of these completions, or 0 if this mean is
+    negative."""
     is_of_other_prompt = measures.ratings.isnan()
     h = measures.all.logratios.detach()
     return ((h * is_of_other_prompt).sum() / is_of_other_prompt.sum().clamp(min=1)).clamp(min=0)
 
 
 def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]: the sum of the losses of its completions.
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups: the sum of the losses of its
+    completions.
 
     The loss of a good completion is -log sigmoid(beta h - d), that of a bad one -log sigmoid(-(beta h - d)). h is the
-    log-ratio of the completion; d is the mean of all rewards so far in the run, which `statistics` hold.
+    log-ratio of the completion; d is the mean of all rewards (beta h) so far in the run, which `statistics` holds and
+    the function updates.
     """
     rewards = objective.beta * measures.all.logratios
     rated = ~measures.ratings.isnan()
@@ -424,10 +440,11 @@ def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
 
 @loss
 def reward_bradley_terry(objective: o.RewardBradleyTerry, measures: Measures) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]: the mean of -log sigmoid(r_w - r_l - m).
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups: the mean of -log sigmoid(r_w -
+    r_l - m); arXiv 2410.01257.
 
-    The mean is over all pairs of a better and a worse completion. r_w and r_l are their rewards, m is the margin; arXiv
-    2410.01257.
+    The mean is over all pairs of a better (w) and a worse (l) completion of the group. r_w and r_l are the rewards of
+    these two completions, and m is the group's margin.
     """
     leads = differences(measures.by_group(measures.rewards, 0.0)) - measures.margins[:, None, None]
     return _mean_over_pairs(-logsigmoid(leads), measures)
@@ -435,20 +452,20 @@ def reward_bradley_terry(objective: o.RewardBradleyTerry, measures: Measures) ->
 
 @loss
 def reward_regression(objective: o.RewardRegression, measures: Measures) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]: the mean of (r - rating)^2 over its
-    completions; arXiv 2410.01257. r is the reward."""
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups: the mean of (r - rating)^2 over
+    its completions; arXiv 2410.01257. r is the reward of a completion."""
     errors = (measures.rewards - measures.ratings) ** 2
     return measures.group_sums(errors) / measures.group_sums(torch.ones_like(errors))
 
 
 @loss
 def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]: the mean of -log Phi((m_w - m_l) / sqrt(v_w
-    + v_l)).
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups: the mean of -log Phi((m_w -
+    m_l) / sqrt(v_w + v_l)).
 
-    The mean is over all pairs of a better (w) and a worse (l) completion; m and v are the means and variances of their
-    rewards. Phi(...) is the probability that one Gaussian reward exceeds the other. HPSv3's code instead samples
-    rewards and averages -log sigmoid(r_w - r_l).
+    The mean is over all pairs of a better (w) and a worse (l) completion of the group. m and v are the mean and the
+    variance that the model gives for a completion's reward. Phi(...) is the probability that the Gaussian reward of w
+    exceeds that of l. The code of HPSv3 instead draws rewards at random and averages -log sigmoid(r_w - r_l).
     """
     log_variances = measures.by_group(measures.log_variances, 0.0)
     log_sums = torch.logaddexp(log_variances[:, :, None], log_variances[:, None, :])
@@ -458,8 +475,8 @@ def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns a mean of `values` [G, k, k] for each group, [G]. It is over the pairs (i, j) of completions of which j
-    is rated lower than i."""
+    """Returns a mean of `values` [G, k, k] for each of G groups, [G]. The mean is over the pairs (i, j) of the group's
+    completions of which j is rated lower than i."""
     return (values * measures.worse).sum((1, 2)) / measures.worse.sum((1, 2))
 
 
@@ -467,8 +484,8 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G]: sum_i weight_i loss_i, over the objectives i
-    that `objective` combines."""
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups: the sum of weight_i loss_i over
+    the objectives i that `objective` combines."""
     total = torch.zeros(len(measures.groups), dtype=measures.table.dtype, device=measures.table.device)
     for weight, part in zip(objective.weights, objective.objectives, strict=True):
         is_supervised = isinstance(part, o.Supervised)  # in a sum its loss is a mean over the tokens of the completion
@@ -489,8 +506,8 @@ def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
 
 
 def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None:
-    """Raises ValueError if the objective cannot learn from one of the groups, or if it needs completions that answer
-    other prompts and the global batch has none."""
+    """Raises ValueError if the objective cannot learn from one of the groups. Some objectives need completions that
+    answer other prompts; raises ValueError if the global batch `groups` has none for such an objective."""
     for group in groups:
         if problem := _problem(objective, group):
             raise ValueError(f"Line {group.line} {problem}")
@@ -502,8 +519,9 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
 
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
-    """Returns why the objective cannot learn from the group (a prompt with its completions), as the end of a sentence
-    that begins with the group's line; None if it can."""
+    """Returns the reason why the objective cannot learn from the group (a prompt with its completions), such as "has 1
+    completions; dpo needs at least 2." A caller puts "Line" and the group's line number before it. Returns None if the
+    objective can learn from the group."""
     traits = objective.traits
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()

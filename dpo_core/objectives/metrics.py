@@ -1,7 +1,7 @@
-"""Computes the metrics of a training step: unweighted means of rewards, margins, accuracies and lengths over the global
-batch.
+"""Computes the metrics of a training step, such as rewards, margins, accuracies and lengths. The metrics are means over
+the global batch, in which all groups have the same weight.
 
-The metrics have the names that TRL logs.
+The metrics have the names under which TRL logs them.
 """
 
 import math
@@ -14,8 +14,9 @@ from dpo_core.policy.measures import Measures
 
 
 def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns the metrics of the measured groups (prompts with their completions) as scalars by name. In a ranking,
-    `chosen` is the best completion and `rejected` the mean of the others."""
+    """Returns the metrics of the groups in `measures` as scalars, by name. A group is a prompt with its completions. If
+    it has more than two, metrics of `chosen` are those of the best completion, and metrics of `rejected` are means over
+    the others."""
     if isinstance(objective, o.Supervised):
         return {"mean_token_accuracy": measures.num_correct.sum() / measures.all.lengths.sum()}
     if objective.traits.num_outputs:
@@ -39,8 +40,8 @@ def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Ten
 
 
 def _reward_model_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns the metrics of a reward model by name. Margin and accuracy are means over all pairs of completions of
-    which one is rated lower."""
+    """Returns the metrics of a reward model by name. Margin and accuracy are means over all pairs of completions with
+    different ratings."""
     rewards = measures.rewards
     metrics = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
     if objective.traits.num_outputs == 2:
@@ -56,14 +57,14 @@ def _has_ordered_pair(measures: Measures) -> bool:
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns the mean of `values` [G, k, k] over all groups and all pairs (i, j) of a group's completions of which j
-    is rated lower than i."""
+    """Returns the mean of `values` [G, k, k], for G groups with k completions each. It is over all groups and all pairs
+    (i, j) of a group's completions of which j is rated lower than i."""
     return (values * measures.worse).sum(dtype=measures.table.dtype) / measures.worse.sum()
 
 
 def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns which completions are chosen and which are rejected, as numbers of rows in the table of measures. A side
-    without completions is left out."""
+    """Returns the row numbers in the table of `measures` of the chosen completions (under `chosen`) and of the rejected
+    ones (under `rejected`). If there are no completions of one kind, its key is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
     completions = (completion for group in measures.groups for completion in enumerate(group.ranked()))
@@ -75,8 +76,9 @@ def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
 
 
 def _kl(objective: o.Objective, measures: Measures) -> Tensor:
-    """Returns an estimate of a KL divergence. For KTO it is z0, see `kl_estimate`; for others the mean of -h (h is a
-    log-ratio), which is KL(reference || policy) if the reference wrote the completions."""
+    """Returns an estimate of the KL divergence between policy and reference. For KTO the estimate is that of
+    `kl_estimate`. For other objectives it is the mean of -h, where h is a completion's log-ratio; this is KL(reference
+    || policy) if the reference wrote the completions."""
     if isinstance(objective, o.Kto):
         return kl_estimate(measures)
     rated = ~measures.ratings.isnan()
@@ -84,8 +86,9 @@ def _kl(objective: o.Objective, measures: Measures) -> Tensor:
 
 
 def _rewards(objective: o.Objective, measures: Measures) -> Tensor:
-    """Returns the reward of each completion, [K]: beta times the log-ratio, or what the objective has instead. For
-    `mpo`, returns the rewards of its first preference objective."""
+    """Returns the reward of each of K completions, [K]: beta times the log-ratio. Objectives without a reference have a
+    log-probability in place of the log-ratio, and ORPO has `odds_weight` in place of beta. For `mpo`, returns the
+    rewards of the first of its objectives that is not `supervised`."""
     if isinstance(objective, o.Mpo):
         return _rewards(next(part for part in objective.objectives if part.type != "supervised"), measures)
     assert not isinstance(objective, o.Supervised | o.RewardObjective)

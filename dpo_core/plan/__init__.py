@@ -1,2 +1,2 @@
-"""Computes whether a training run fits into memory. Needs only the shapes of a model's weights, and imports no
-torch."""
+"""Computes whether a training run fits into the memory of its devices. Needs only the shapes of a model's weights, and
+imports no torch."""

@@ -13,27 +13,27 @@ FLOAT32 = 4  # bytes of a gradient, of a master, and of one of AdamW's two momen
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a plan needs to know of a model: its config.json, and the shapes of its weights by their names in
-    safetensors."""
+    """What a memory plan needs to know of a model: its config.json, and the shape of each weight, by the weight's name
+    in the safetensors files."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Sequence[int]]
 
     @property
     def text(self) -> dict[str, Any]:
-        """The config of the text model: the values of the whole config, overridden by those in `text_config` if there
-        are any."""
+        """The config of the model that reads texts. A multimodal model's config has values for it under `text_config`;
+        these replace the values of the whole config."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
     @property
     def caps_attention(self) -> bool:
-        """Whether attention limits its scores, as in Gemma 2. Each completion is then computed behind its own copy of
-        the prompt, and attention keeps its probabilities."""
+        """Whether the model caps its attention scores, as Gemma 2 does. If so, completions cannot share a prompt in
+        memory: each is computed behind its own copy of the prompt, and autograd keeps the attention probabilities."""
         return bool(self.text.get("attn_logit_softcapping"))
 
     def number(self, *names: str) -> int:
         """Returns an integer of the text model's config: the value of the first of `names` that the config has. Raises
-        ValueError if it has none of them."""
+        ValueError if the config has none of these names."""
         value = next((self.text[name] for name in names if self.text.get(name) is not None), None)
         if value is None:
             raise ValueError(
@@ -54,8 +54,8 @@ class Shapes:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The size of the training data: the number of groups (prompts with their completions), and the mean lengths in
-    tokens of prompts and completions."""
+    """The size of the training data: the number of groups (prompts with their completions), the number of completions
+    in a group, and the mean lengths of prompts and completions in tokens."""
 
     groups: int
     prompt: int
@@ -66,20 +66,22 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in a group of mean lengths: its prompt, counted once, and all its completions."""
+        """The number of tokens in a group (a prompt with its completions) whose prompt and completions have the mean
+        lengths: the prompt, counted once, and all completions."""
         return self.prompt + self.completions * self.completion
 
     @property
     def computed(self) -> int:
-        """The number of tokens that a model computes for a group of mean lengths. The last token of each completion is
-        left out, because it predicts nothing."""
+        """The number of tokens that a model computes for a group (a prompt with its completions) whose prompt and
+        completions have the mean lengths. The last token of each completion is left out, because it predicts
+        nothing."""
         copied = (self.completions - 1) * self.prompt if self.copies else 0
         return max(1, self.tokens + copied - self.completions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The options of a job that affect memory. Options that a job also has keep the names of the job's fields."""
+    """The options of a job that affect memory. Most options have the names that they have as fields of a job."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     adapter: int | None = None  # the adapter's rank; None: all weights are trained

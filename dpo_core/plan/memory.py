@@ -1,8 +1,9 @@
 """Computes the bytes of memory that a training worker needs, from the shapes of a model's weights alone. Uses only the
 standard library.
 
-The formulas fit a Llama-like decoder; for other models the bytes of activations are an estimate. A pack is the groups
-that one forward pass computes together. A test compares the results with the memory of real processes.
+The formulas are made for a Llama-like decoder; for other models the bytes of activations are an estimate. A pack is
+several groups (prompts with their completions) that one forward pass computes together. A test compares the results
+with the memory that real processes use.
 """
 
 import re
@@ -15,8 +16,8 @@ from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The bytes of memory that a worker needs for each purpose, and the most bytes that it needs at any one time
-    (`total`)."""
+    """The bytes of memory that a training worker needs for each purpose, such as weights or activations, and the most
+    bytes that it needs at any one time (`total`)."""
 
     weights: int
     gradients: int
@@ -33,17 +34,16 @@ class Memory:
 
     @property
     def least(self) -> int:
-        """The bytes that a worker needs even if its packs (groups that one forward pass computes together) are very
-        small."""
+        """The bytes that a training worker needs even if it computes only very few tokens in one forward pass."""
         return max(self.loading, self.weights + self.gradients + self.masters + self.moments)
 
 
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
-    """Decides what training would decide: the size of packs (groups of one forward pass), whether backward recomputes
-    activations, and into how many shards weights are split.
+    """Decides in a plan what training would decide by itself. These are the number of tokens in a pack (the groups of
+    one forward pass), whether the backward pass recomputes activations, and into how many shards each weight is split.
 
-    Returns `run` with the first two decided, the number of shards of each weight, and the memory of a worker. `room` is
-    the memory of a device in bytes; None means that it is unknown.
+    Returns a copy of `run` with the first two decided, the number of shards, and the memory of a worker. `room` is the
+    memory of a worker's device in bytes; None means that it is unknown.
     """
     rows = replace(rows, copies=model.caps_attention)
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
@@ -67,8 +67,8 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
-    """Returns the number of tokens in a worker's largest pack (groups of one forward pass), and whether a step has
-    several packs. `limit` is the most tokens that a pack may have."""
+    """Returns the number of tokens in a worker's largest pack (groups of one forward pass), and whether the worker
+    computes several packs in one optimizer step. `limit` is the most tokens that a pack may have."""
     groups = ceil(run.batch_size / run.num_workers)
     if rows.longest > rows.computed:  # groups of different lengths fill packs up to the limit
         return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit
@@ -77,8 +77,8 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
-    """Returns the memory of a worker. `tokens` is the size of its largest pack (groups of one forward pass); `several`
-    says whether a step has more than one pack."""
+    """Returns the memory that a training worker needs. `tokens` is the number of tokens in its largest pack (groups of
+    one forward pass); `several` says whether the worker computes more than one pack in an optimizer step."""
     size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
     completions = tokens * rows.completions / rows.computed
     learned = int(completions * (1 if run.rewards else rows.completion))  # tokens for which the head computes logits
@@ -118,11 +118,11 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
 
 
 def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
-    """Returns the bytes that a worker keeps from one optimizer step to the next, by purpose: weights, gradients and the
-    optimizer's state.
+    """Returns the bytes that a training worker keeps from one optimizer step to the next, by purpose: weights,
+    gradients and the optimizer's state.
 
-    With several shards, the worker also holds some whole weights while it computes: the weights outside the layers, and
-    the weights of two layers, because the next layer is fetched ahead.
+    If weights are split into several shards, the worker also holds some whole weights while it computes. These are the
+    weights outside the layers, and those of two layers, because the next layer is fetched ahead.
     """
     size, trained, frozen = run.itemsize, count_trained(model, run), _frozen_bytes(model, run) if run.adapter else 0
     gathered = model.outside + 2 * (model.numbers - model.outside) // model.number("num_hidden_layers")
@@ -160,7 +160,7 @@ def _adapted(model: Shapes, run: Run) -> list[str]:
 
 
 def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
-    """Returns the bytes that autograd keeps for one token in one layer."""
+    """Returns the bytes that autograd keeps for the backward pass, for one token in one layer of the model."""
     hidden, heads, size = model.number("hidden_size"), model.number("num_attention_heads"), run.itemsize
     layers = model.number("num_hidden_layers")
     width = int(model.text.get("head_dim") or hidden // heads)
@@ -195,8 +195,8 @@ def _routed(model: Shapes) -> int:
 
 
 def _intermediate(model: Shapes) -> int:
-    """Returns the inner width of the MLP or, in a model with experts, the summed width of the experts that compute a
-    token."""
+    """Returns the inner width of the model's MLP (feed-forward part). In a model with experts, this is the sum of the
+    widths of those experts that compute a token."""
     if routed := _routed(model):
         return routed * model.number("moe_intermediate_size", "intermediate_size")
     return model.number("intermediate_size")

@@ -1,5 +1,5 @@
-"""Computes whether a training run fits into memory. If it does not fit, finds the changes of its options that make it
-fit."""
+"""Computes whether a training run fits into the memory of its devices. If it does not fit, finds changes of the run's
+options that make it fit."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -23,8 +23,8 @@ CHANGES: dict[str, Sequence[Any]] = {  # options that may make a run fit, in the
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one option of a job that helps the run to fit: the job's field, its new value, and a sentence for the
-    user."""
+    """A change of one option of a job that helps the training run to fit into memory: the field, its new value, and a
+    sentence that advises the user to set it."""
 
     field: str
     value: Any
@@ -33,7 +33,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory, disk space and steps that a run needs, whether the run fits, and the changes that make it fit."""
+    """The memory, disk space and optimizer steps that a training run needs, whether the run fits into memory, and the
+    changes of options that make it fit."""
 
     run: Run  # the run, with the size of its packs decided
     shards: int
@@ -48,8 +49,9 @@ class Plan:
 def plan(
     model: Shapes, run: Run, rows: Rows, room: int | None = None, settable: Collection[str] = tuple(CHANGES)
 ) -> Plan:
-    """Returns the plan of a run: its memory, disk space and steps, whether it fits, and what would make it fit. `room`
-    is the bytes of a worker's device, None if unknown; `settable` names the fields that `changes` may set."""
+    """Returns the plan of a training run: its memory, disk space and steps, whether it fits into memory, and what would
+    make it fit. `room` is the memory of a worker's device in bytes, None if unknown. `settable` names the options that
+    the plan may propose to change."""
     settled, shards, held = settle(model, run, rows, room)
     saved = count_trained(model, run) * (run.itemsize + FLOAT32 * (2 if run.itemsize == FLOAT32 else 3))
     steps = run.n_epochs * ceil(rows.groups / run.batch_size)
@@ -59,10 +61,11 @@ def plan(
 
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
-    """Returns changes of the run's options, from CHANGES, that make the run fit: one change if one is enough, otherwise
-    the first ones that are enough together.
+    """Returns changes of the run's options, taken from CHANGES, that make the run fit into `room` bytes per worker. If
+    one change is enough, returns the first such change. Otherwise returns several changes that are enough together.
 
-    Changes without which the run also fits are left out. Returns nothing if even all changes together are not enough.
+    None of the several changes is superfluous. Returns nothing if even all changes together are not enough. `settable`
+    names the options that may change.
     """
 
     def total(values: Mapping[str, Any]) -> int:

@@ -1,5 +1,5 @@
-"""Reads from a model's config how many tokens of one text the model has positions for, and refuses a longer
-`max_length`. Uses only the standard library."""
+"""Reads from a model's config the number of its positions, that is, the most tokens that one text can have. Refuses a
+`max_length` above this number. Uses only the standard library."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,8 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     """Returns the number of positions (the most tokens of one text) of the model with this config.json; None if the
     config states no limit.
 
-    If rotary positions are scaled by a factor, the result includes this factor, even where the config's own number does
-    not.
+    Some models stretch their rotary positions by a factor. The result includes this factor, even if the number in the
+    config does not.
     """
     text = {**config, **(config.get("text_config") or {})}
     stated = text.get("max_position_embeddings") or text.get("n_positions")
@@ -30,21 +30,24 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 
 
 def positions_in(config: object) -> int | None:
-    """Returns the number of positions of a text model, as `positions_of` does, from its config in transformers."""
+    """Returns the number of positions (the most tokens of one text) of a model, from its config as a transformers
+    object; None if the config states no limit."""
     return positions_of({name: getattr(config, name, None) for name in FIELDS})
 
 
 def check_max_length(max_length: int, positions: int | None, what: str = "the model") -> None:
-    """Raises InvalidOption if `max_length` is more than the positions of a model, which the error calls `what`. The
-    default of `max_length` is never refused: for a model with fewer positions, it means this smaller number."""
+    """Raises InvalidOption if the option `max_length` is more than `positions`, the most tokens that one text of the
+    model can have. `what` names the model in the error. The default of `max_length` is never refused; it then means
+    `positions`."""
     if positions is not None and max_length > positions and max_length != MAX_LENGTH:
         problem = f"max_length is {max_length}, but {what} has only {positions} positions"
         raise InvalidOption("max_length", f"{problem}; set it to {positions} or less, or leave it out.")
 
 
 def _reach(rope: Mapping[str, Any], stated: int) -> int:
-    """Returns the number of positions that a scaling of rotary positions gives the model; 0 if there is no scaling, or
-    if `stated` counts its factor."""
+    """Returns the number of positions of a model that stretches its rotary positions by a factor, as its config entry
+    `rope` says. Returns 0 if there is no factor, or if `stated`, the number in the config, includes the factor
+    already."""
     if (rope.get("rope_type") or rope.get("type") or "default") in COUNTED:
         return 0
     return int((rope.get("original_max_position_embeddings") or stated) * (rope.get("factor") or 1))

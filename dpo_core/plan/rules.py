@@ -1,5 +1,5 @@
-"""Holds the rules by which training, and a plan of training, split weights over ranks and choose the size of packs
-(groups that one forward pass computes together). Uses only the standard library."""
+"""Holds rules that training and a plan of training share: into how many shards weights are split, and how many tokens a
+pack has. A pack is the groups that one forward pass computes together. Uses only the standard library."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -13,13 +13,14 @@ PACK_SHARE = 0.6  # share of free memory for tensors that backward needs; the re
 
 
 def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: float) -> int:
-    """Returns the first number of shards in `choices` at which the bytes `state(shards)` of weights, gradients and
-    optimizer fit on a GPU of `room` bytes. Returns the last number if they never fit.
+    """Returns the first number of shards in `choices` at which a GPU of `room` bytes holds weights, gradients and the
+    optimizer's state. `state` computes their bytes from the number of shards. Returns the last number if none is
+    enough.
 
-    This is the rule of sharding `auto`. The caller lists as choices the numbers of shards from few to many. A policy
-    without an adapter is always split within a node, where splitting costs little. A policy with an adapter is copied,
-    with its base. Both are split over more ranks only if they do not fit. Models on CPUs, and models that are computed
-    one completion at a time, are always copied.
+    This is the rule of the option sharding `auto`. The caller orders `choices` from few shards to many. For a policy
+    without an adapter, the first choice splits weights over the GPUs of a node, because this costs little. For a policy
+    with an adapter, the first choice is one shard: every rank (process of the run) has a copy. Models on CPUs, and
+    models that are computed one completion at a time, are always copied.
     """
     return next((shards for shards in choices if state(shards) <= STATE_SHARE * room), choices[-1])
 
@@ -27,13 +28,13 @@ def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: flo
 def choose_pack(
     budget: int | None, kept: int, borders: int, *, given: int | None, wanted: str, least: int, most: int
 ) -> tuple[int, Literal["on", "off"], int]:
-    """Returns the number of tokens in a pack (groups that one forward pass computes together), whether backward
-    recomputes layers, and the number of tokens that fit into memory.
+    """Returns three decisions about packs (the groups that one forward pass computes together): the number of tokens in
+    a pack, whether the backward pass recomputes layers, and the number of tokens that fit into memory.
 
     `budget` is the memory in bytes that a pack may take; None means that it is unknown. Autograd keeps `kept` bytes for
-    each token, or `borders` bytes if layers are recomputed. `given` and `wanted` are the user's choices; `least` and
-    `most` bound the tokens. The number of tokens is a power of two, so that a little more or less free memory does not
-    change it.
+    each token, or `borders` bytes if layers are recomputed. `given` is the user's number of tokens, and `wanted` the
+    user's option (on, off or auto) to recompute. Otherwise the number is a power of two from `least` to `most`, so that
+    a little more or less free memory does not change it.
     """
     recompute = budget is not None and budget // kept < (given or least)
     choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and recompute) else "off"

@@ -1,5 +1,5 @@
-"""Plans the memory of runs of Llama-like models of several sizes on GPUs of 80 GB. `python -m dpo_core.plan.sizes`
-prints the plans as a table."""
+"""Plans how much memory training needs for Llama-like models of several sizes on GPUs of 80 GB. `python -m
+dpo_core.plan.sizes` prints the plans as a table."""
 
 import json
 import sys
@@ -29,7 +29,8 @@ PAIRS = Rows(groups=10_000, prompt=512, completion=256, longest=2048)
 
 
 def llama(config: Mapping[str, int]) -> Shapes:
-    """Returns the config and the shapes of the weights of a Llama-like model. `config` has the keys in NAMES."""
+    """Returns the config and the shapes of the weights of a Llama-like model. `config` must have the keys that NAMES
+    lists."""
     return Shapes({"model_type": "llama", **config}, dict(_weights(config)))
 
 
@@ -51,8 +52,8 @@ def _weights(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]
 
 
 def table() -> str:
-    """Returns a Markdown table: for each model and number of GPUs, the most memory that a worker needs, whether the run
-    fits, and the changes that make it fit."""
+    """Returns a Markdown table: for each model and number of GPUs, the most memory that a training worker needs,
+    whether this fits on a GPU of 80 GB, and the changes of options that make it fit."""
     lines = ["| model | trained | 1 GPU | 4 GPUs | 8 GPUs |", "|---|---|---|---|---|"]
     for size, values in SIZES.items():
         shapes = llama(dict(zip(NAMES, values, strict=True)))

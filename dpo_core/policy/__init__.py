@@ -1,2 +1,2 @@
-"""Computes the log-probabilities of completions with a model: forms packs (groups that one forward pass computes
-together), and computes attention and logits for them."""
+"""Computes the log-probabilities of completions with a model. Forms packs (groups of completions that one forward pass
+computes together), and computes attention and logits for each pack."""

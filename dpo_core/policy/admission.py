@@ -1,5 +1,5 @@
-"""Checks groups before anything is computed. Refuses groups that a model cannot read or that training cannot compute
-with; the error names the group's line. A group is a prompt with its completions."""
+"""Checks groups before training computes with them. Refuses a group that the model cannot read or that training cannot
+compute with; the error names the group's line in its file. A group is a prompt with its completions."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,9 @@ LARGEST = 3.4e38  # about the largest finite number in float32
 
 
 def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length: int | None = None) -> None:
-    """Raises ValueError for the first group (a prompt with its completions) that cannot be used: it has ids outside the
-    vocabulary, more tokens than `max_length` or the model's positions, or numbers that are not finite."""
+    """Raises ValueError for the first group (a prompt with its completions) that cannot be used. A group cannot be used
+    if it has ids outside the vocabulary, more tokens than `max_length` or than the model has positions, or numbers that
+    are not finite."""
     config, positions = model.config.get_text_config(), last_position(model)
     for group in groups:
         problem = (
@@ -29,8 +30,8 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
 
 
 def last_position(model: PreTrainedModel) -> int | None:
-    """Returns the largest number of tokens in one text for which the model has positions; None if its config states no
-    limit."""
+    """Returns the most tokens that one text may have, because the model has positions for no more; None if the model's
+    config states no limit."""
     return positions_in(model.config.get_text_config())
 
 

@@ -1,9 +1,8 @@
-"""Computes attention for prompts and completions that lie end to end in one row of tokens (a stream). A completion sees
-only its prompt and itself, so that several completions can share one prompt.
+"""Computes attention for prompts and completions that lie end to end in one row of tokens (the stream). A completion
+sees only its prompt and itself, so several completions can share one prompt.
 
-The module registers this attention with transformers under a name of its own. Every architecture that calls attention
-through `ALL_ATTENTION_FUNCTIONS` can therefore use this attention. transformers does not know the name, and so builds
-no mask for it.
+The module registers this attention with transformers under a new name. Every architecture that calls attention through
+`ALL_ATTENTION_FUNCTIONS` can use it. transformers builds no mask for an attention with an unknown name.
 """
 
 from collections.abc import Iterator
@@ -24,8 +23,9 @@ Segments = tuple[tuple[int, int, int, int], ...]  # start and stop of the prefix
 
 @contextmanager
 def shared_prompts(policy: PreTrainedModel) -> Iterator[None]:
-    """Replaces the policy's attention by `segment_attention` in the `with` block. The policy's forward then takes the
-    argument `segments`. Raises ValueError if the policy's attention cannot be replaced."""
+    """Replaces the policy's attention by `segment_attention` in the `with` block. There, the policy's forward takes the
+    argument `segments`, which says which completion sees which prompt. Raises ValueError if the policy's attention
+    cannot be replaced."""
     before = policy.config._attn_implementation
     policy.set_attn_implementation(NAME)
     if policy.config._attn_implementation != NAME:
@@ -49,12 +49,12 @@ def segment_attention(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Computes the attention of each segment's queries to the segment's prompt and to the segment itself. Returns [1,
-    T, heads, width], and None in place of attention weights.
+    """Computes the attention of each segment's queries to the segment's prompt and to the segment itself. Returns the
+    results for T tokens, [1, T, heads, width], and None in place of attention weights.
 
     A segment is a range of the T tokens: a prompt with its first completion, or a further completion of this prompt.
-    One call computes all segments if flash attention suits the tensors; otherwise each segment needs a call. Raises
-    ValueError for arguments that this attention cannot take into account, such as a mask.
+    One call computes all segments if flash attention suits the tensors; otherwise each segment needs a call of its own.
+    Raises ValueError for arguments that this function ignores, such as a mask.
     """
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
@@ -72,8 +72,8 @@ _CHANGES_NOTHING = {"position_ids", "cache_position", "use_cache", "output_atten
 
 
 def _suits_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention can compute these tensors. No other kernel takes segments of different lengths in one
-    call."""
+    """Whether flash attention can compute these tensors. No other kernel computes segments (ranges of tokens) of
+    different lengths in one call."""
     width = query.shape[-1]
     return (
         query.device.type == "cuda"
@@ -108,11 +108,11 @@ def _at_once(
 
 @lru_cache(maxsize=1)  # all layers of a forward call this with the same arguments
 def _lay_out(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Returns the arguments that one call of flash attention needs for the S segments.
+    """Returns the arguments that one call of flash attention needs for S segments (ranges of tokens).
 
     The arguments are: the positions, in the row of tokens, of the keys that each segment sees; the borders between the
-    segments' queries and between their keys, [S + 1] int32 each; and the largest number of queries and of keys in a
-    segment.
+    queries of the segments, [S + 1] int32; the borders between their keys, [S + 1] int32; the largest number of queries
+    in a segment; and the largest number of keys.
     """
     ranges = [torch.arange(*ends) for segment in segments for ends in (segment[:2], segment[2:])]
     num_queries = [stop - start for _, _, start, stop in segments]
@@ -155,10 +155,11 @@ def _one_by_one(
 def _masks(
     segments: Segments, sliding_window: int | None, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor | None]:
-    """Returns for each segment the mask to add to its attention scores; None for a segment that is only causal, which
-    needs no mask.
+    """Returns for each segment (range of tokens) the mask to add to its attention scores. Returns None for a segment
+    that needs no mask, because causal attention is enough.
 
-    The masks are numbers, which all layers share in backward; SDPA would keep a copy of a boolean mask for each layer.
+    A mask has numbers and not booleans: all layers share such a mask in the backward pass, but SDPA would keep a copy
+    of a boolean mask for each layer.
     """
     masks: list[Tensor | None] = []
     for prefix_start, prefix_stop, start, stop in segments:
@@ -174,8 +175,8 @@ def _masks(
 
 
 def _mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns whether a query sees a key, [length - prefix, length]: rows are the queries from position `prefix` on,
-    columns are the keys from position 0 on."""
+    """Returns which query sees which key, as booleans [length - prefix, length]. Rows are the queries from position
+    `prefix` on, columns are the keys from position 0 on."""
     queries = torch.arange(prefix, length, device=device)[:, None]
     keys = torch.arange(length, device=device)
     seen = keys <= queries

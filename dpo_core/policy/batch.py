@@ -1,7 +1,8 @@
 """Forms packs from groups. A group is a prompt with its completions; a pack is several groups that one forward pass
 computes together, laid end to end in one row of tokens (the stream).
 
-A pack has a limited number of tokens and no padding. It holds each prompt once if the model allows this.
+A pack has a limited number of tokens and no padding. If the model allows it, the completions of a group share one copy
+of their prompt.
 """
 
 from bisect import bisect_left
@@ -18,12 +19,13 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
-    """Distributes groups over ranks and packs (a pack is the groups of one forward pass). `[rank][pack]` of the result
-    is a list of indices into `lengths`, the groups' numbers of tokens.
+    """Distributes groups (prompts with their completions) over ranks (processes) and packs. A pack is the groups that
+    one forward pass computes. `[rank][pack]` of the result is a list of indices into `lengths`, the groups' numbers of
+    tokens.
 
     Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A group
-    longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so all ranks
-    compute the same one.
+    longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so every rank
+    computes the same result.
     """
     costs = [min(length, max_tokens_per_pack) for length in lengths]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -45,8 +47,8 @@ def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) ->
 
 
 def _first(fits: Callable[[int], bool], least: int) -> int:
-    """Returns the smallest number, at least `least`, for which `fits` is true; `fits` must be true for all larger
-    numbers too. Doubles the stride until a number fits, then bisects."""
+    """Returns the smallest number from `least` on for which `fits` is true. `fits` must also be true for all larger
+    numbers. Doubles the stride until a number fits, then bisects."""
     start, candidate, stride = least, least, 1
     while not fits(candidate):
         start, candidate, stride = candidate + 1, candidate + stride, 2 * stride
@@ -54,9 +56,9 @@ def _first(fits: Callable[[int], bool], least: int) -> int:
 
 
 def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
-    """Distributes groups over `num_packs` packs: the longest first, each into the pack with the least tokens so far.
-    Returns the packs as lists of indices into `costs`, the groups' tokens, or None if a pack would have more than
-    `most`."""
+    """Distributes groups over `num_packs` packs (a pack is the groups of one forward pass): the longest group first,
+    each into the pack that has the fewest tokens so far. Returns the packs as lists of indices into `costs`, the tokens
+    of each group. Returns None if a pack would have more than `most` tokens."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     loads = [(0, number) for number in range(num_packs)]
     for i in longest_first:
@@ -69,8 +71,8 @@ def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int,
 
 
 def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[list[int]]:
-    """Sorts sequences into batches of similar lengths, and returns each batch as indices into `lengths`. When a batch
-    is padded to its longest sequence, at least the share `least_fill` of its tokens is no padding."""
+    """Sorts sequences into batches of similar lengths, and returns each batch as indices into `lengths`. A batch is
+    padded to its longest sequence; at least the share `least_fill` of its tokens is then no padding."""
     batches: list[list[int]] = []
     longest = total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -83,11 +85,11 @@ def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[l
 
 
 class Segment(NamedTuple):
-    """A range [start, stop) of a pack's row of tokens. Its tokens attend causally to each other and to a prompt that
-    several segments may share.
+    """A range [start, stop) in the row of tokens that one forward pass computes. Its tokens attend to earlier tokens of
+    the range, and to a prompt that several segments may share.
 
-    The prompt is the range [prefix_start, prefix_stop), which lies before the first completion of the group. If this
-    range is empty, the segment holds its own prompt.
+    The prompt is the range [prefix_start, prefix_stop), which lies before the prompt's first completion. If this range
+    is empty, the segment itself begins with its prompt.
     """
 
     prefix_start: int
@@ -98,8 +100,8 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one pack (groups that one forward pass computes together): T tokens in one row, the stream, of
-    which the loss takes R; K completions.
+    """The tensors of one pack (groups that one forward pass computes together). T tokens lie in one row, the stream; R
+    of the predicted tokens count in the loss; there are K completions.
 
     The last token of a completion predicts nothing, so the stream leaves it out. A batch made `with_ends` includes it,
     because a reward model's reward is read there.
@@ -126,8 +128,9 @@ class Batch:
 
 
 def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_ends: bool = False) -> Batch:
-    """Lays the groups end to end, and returns the tensors for one forward pass. Without `share_prompts`, each
-    completion has its own copy of the prompt. `with_ends` also keeps the last token of each completion."""
+    """Lays groups (prompts with their completions) end to end in one row of tokens, and returns the tensors for one
+    forward pass. Without `share_prompts`, each completion has its own copy of the prompt. With `with_ends`, the row
+    also has the last token of each completion."""
     ids: list[Sequence[int]] = []
     positions: list[range] = []
     segments: list[Segment] = []

@@ -12,12 +12,12 @@ from dpo_core.policy.batch import Batch
 
 
 class Flops:
-    """Counts the operations of the matrix products in a forward and backward pass of a model (arXiv 2204.02311,
-    appendix B).
+    """Counts the floating-point operations of the matrix products in a forward and backward pass of a model (arXiv
+    2204.02311, appendix B).
 
-    A multiplication and an addition count as two operations. Attention counts as causal. The logits and the attention
-    scores count twice, because backward computes them again. Frozen weights need no gradient. With `recomputed`
-    activations, the forward of the layers counts twice.
+    A multiplication and an addition count as two operations. Attention counts as causal. The forward computation of
+    logits and attention scores counts twice, because the backward pass repeats it. Frozen weights need no gradient.
+    With `recomputed` activations, the forward pass of the layers counts twice.
     """
 
     def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:
@@ -33,7 +33,7 @@ class Flops:
         self.per_seen_token: int = (14 + 4 * recomputed) * width * config.num_hidden_layers
 
     def count(self, batch: Batch) -> int:
-        """Returns the number of operations of a forward and backward pass of the batch."""
+        """Returns the number of floating-point operations in a forward and backward pass of the batch."""
         seen = sum(
             (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
             for prefix_start, prefix_stop, start, stop in batch.segments
@@ -43,8 +43,9 @@ class Flops:
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:
-    """Returns the number of operations for one input row of a product with `weight`: those of the product (two products
-    if `twice`), of the input's gradient and, if the weight is trained, of its own gradient."""
+    """Returns the number of floating-point operations for one input row of a product with `weight`: one product, or two
+    products if `twice`, and one for the gradient of the input. A weight that is trained has one more product, for its
+    own gradient."""
     return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 
@@ -53,10 +54,10 @@ SLOW = 5e9  # FLOP/s; a CPU without instructions for bfloat16 is slower
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measures the FLOP/s of a large matrix product, and returns the best of five tries. A process measures each dtype
-    and device once.
+    """Measures the floating-point operations per second of a large matrix product, and returns the best of five tries.
+    Each process measures only once for a dtype and device.
 
-    On a CPU that is very slow in this dtype the product is smaller, because the large one would take a minute.
+    On a CPU that is very slow in this dtype the product is smaller, because the large product would take a minute.
     """
     if device.type != "cpu":
         return _product_rate(8192, dtype, device)

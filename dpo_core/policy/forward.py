@@ -1,5 +1,5 @@
-"""Runs a model on a batch of prompts and completions. There are three ways: all in one row of tokens, in padded
-batches, or one completion at a time by the model's own forward."""
+"""Runs a model on a batch of prompts and completions. There are three ways: all completions in one row of tokens, all
+in padded batches, or one at a time by the model's own forward."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ LEAST_FILL = 0.75  # the least share of tokens, not padding, in a padded batch
 
 @dataclass(frozen=True)
 class Logits:
-    """How a model turns its head's outputs into logits: it multiplies them by `scale`, then limits them to `cap` with
-    tanh."""
+    """How a model turns its head's outputs into logits: it multiplies the outputs by `scale`, then limits them to the
+    range from -`cap` to `cap` with tanh."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -36,10 +36,11 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def readings(config: PretrainedConfig) -> list[Logits]:
-    """Returns all meanings that the factors and caps of logits in a model's config may have, the likeliest first.
+    """Returns all ways in which a model may turn its head's outputs into logits, judging by the factors and caps in the
+    model's config. The likeliest way is first.
 
-    HyperCLOVA X multiplies by a factor that other architectures divide by, and some model classes ignore these values
-    of their config.
+    The config alone does not decide: HyperCLOVA X multiplies by a factor by which other architectures divide, and some
+    model classes ignore factors and caps in their config.
     """
     factor, divisor = (math.prod(_numbers(config, names)) for names in (_MULTIPLIES, _DIVIDES))
     caps = [*_numbers(config, _CAPS), None]
@@ -47,23 +48,24 @@ def readings(config: PretrainedConfig) -> list[Logits]:
 
 
 def _numbers(config: PretrainedConfig, names: Sequence[str]) -> list[float]:
-    """Returns the config's values under `names` that are numbers other than 0. Values of other types are skipped; MPT's
-    config, for example, has a word there."""
+    """Returns the config's values under `names` that are numbers other than 0. Values of other types are skipped; for
+    example, MPT's config has a word where others have a number."""
     values = [getattr(config, name, None) for name in names]
     return [float(value) for value in values if isinstance(value, int | float) and value]
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """Returns the submodule of the model that computes the hidden states which the head reads."""
+    """Returns the submodule of the model that computes the hidden states. The model's head reads these states."""
     inner: nn.Module = model.base_model  # the model itself, if transformers has no name for its decoder
     return inner if inner is not model else getattr(model, "model", model)
 
 
 def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """Returns the log-probability of each target (a token in the loss), [R], and whether the target was the likeliest
-    token, [R].
+    """Returns, for each of R targets (tokens that count in the loss), its log-probability, [R], and whether it was the
+    likeliest token, [R].
 
-    One forward pass computes the whole batch if its completions share prompts (`shared`); otherwise padded batches do.
+    If completions share prompts (`shared`), one forward pass computes the whole batch. Otherwise it is computed in
+    padded batches.
     """
     hidden = _hidden(model, batch, shared=shared)
     head = cast(Any, model).get_output_embeddings()
@@ -78,10 +80,11 @@ def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared
 
 
 def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """Returns a reward model's outputs at the last token of each completion, [K, outputs]. transformers and vLLM read
-    rewards at the same token.
+    """Returns a reward model's outputs at the last token of each of K completions, [K, outputs]. transformers and vLLM
+    read rewards at the same token.
 
-    One forward pass computes the whole batch if its completions share prompts (`shared`); otherwise padded batches do.
+    If completions share prompts (`shared`), one forward pass computes the whole batch. Otherwise it is computed in
+    padded batches.
     """
     hidden = _hidden(model, batch, shared=shared)
     outputs: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))
@@ -89,8 +92,8 @@ def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Ten
 
 
 def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """Returns the hidden states after the model's last layer, [T, H]. `shared` says whether completions share their
-    prompts."""
+    """Returns the hidden states after the model's last layer, [T, H], for the T tokens of the batch. `shared` says
+    whether the completions of a prompt share one copy of it."""
     if not shared:
         return _hidden_apart(model, batch)
     with shared_prompts(model):
@@ -104,8 +107,8 @@ def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
 
 
 def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns the hidden states after the last layer, [T, H], of a batch in which each segment (range of tokens) holds
-    its own prompt. Segments of similar lengths are padded and computed together.
+    """Returns the hidden states after the model's last layer, [T, H], for the T tokens of a batch in which each segment
+    (range of tokens) holds its own prompt. Segments of similar lengths are padded and computed together.
 
     In a causal model, padding after a segment does not change the segment's hidden states.
     """
@@ -120,8 +123,8 @@ def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns a reward model's outputs at the last token of each completion, [K, outputs]. One completion after another
-    is computed."""
+    """Returns a reward model's outputs at the last token of each of K completions, [K, outputs]. The completions are
+    computed one after the other."""
     streams = (batch.input_ids[None, segment.start : segment.stop] for segment in batch.segments)
     states = [decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1] for ids in streams]
     outputs: Tensor = cast(Any, model).score(torch.stack(states))
@@ -129,8 +132,8 @@ def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the log-probability of each target (a token in the loss), [R], and whether the target was the likeliest
-    token, [R]. The model's own forward computes one completion after another."""
+    """Returns, for each of R targets (tokens that count in the loss), its log-probability, [R], and whether it was the
+    likeliest token, [R]. The model's own forward computes the completions one after the other."""
     logps, correct = [], []
     rows, targets = batch.rows, batch.targets
     sizes = batch.num_completion_tokens.tolist()

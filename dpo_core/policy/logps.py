@@ -1,5 +1,5 @@
-"""Computes log-probabilities of tokens from hidden states. It holds only a tile of the logits at a time: some rows, and
-a part of the vocabulary."""
+"""Computes log-probabilities of tokens from hidden states. Only a tile of the logits is in memory at a time: some rows
+(tokens), and a part of the vocabulary."""
 
 from itertools import product
 from typing import Any
@@ -13,8 +13,9 @@ PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes of a full tile, the part of the logits that is held at a time. The tile has the logits in
-    float32 (three copies if they are `capped`) and, for a model in half precision, a copy in its dtype."""
+    """Returns the bytes of a full tile, the part of the logits that is in memory at a time. The logits are in float32.
+    If they are `capped`, there are three copies of them; for a model in half precision, also a copy in the model's
+    dtype."""
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
     return numbers * widths
@@ -30,12 +31,13 @@ def token_logps(
     tile_rows: int | None = None,
     tile_columns: int = TILE_COLUMNS,
 ) -> tuple[Tensor, Tensor]:
-    """Returns log softmax(hidden @ weight.T + bias)[targets], and whether the target has the largest logit.
+    """Returns for each row of `hidden` the log-probability of its target, log softmax(hidden @ weight.T +
+    bias)[targets], and whether the target has the largest logit.
 
-    R rows, H width, V vocabulary: hidden [R, H], weight [V, H], bias [V] or None, targets [R]. Both results are [R];
-    the first is in float32 or wider, the second has no gradient. With a `soft_cap`, logits become `soft_cap *
-    tanh(logits / soft_cap)` before the softmax, as in Gemma. At most `tile_rows` x `tile_columns` logits are held at a
-    time.
+    Shapes, for R rows, width H and a vocabulary of V tokens: hidden [R, H], weight [V, H], bias [V] or None, targets
+    [R]. Both results are [R]; the first is in float32 or wider, the second has no gradient. With a `soft_cap`, logits
+    become `soft_cap * tanh(logits / soft_cap)` before the softmax, as in Gemma. At most `tile_rows` x `tile_columns`
+    logits are held at a time.
     """
     tile = (tile_rows or TILE_ROWS.get(hidden.device.type, 1024), tile_columns)
     logps_and_correct: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
@@ -43,9 +45,10 @@ def token_logps(
 
 
 class _TiledLogps(torch.autograd.Function):
-    """Computes log-probabilities while it holds the logits of only one tile, some rows x some of the vocabulary.
+    """Computes log-probabilities while only one tile of the logits is in memory: some rows (tokens) times a part of the
+    vocabulary.
 
-    Backward computes the logits of each tile again and turns them into their gradient in place: d logp / d logits =
+    Backward computes the logits of each tile again and overwrites them with the gradient: d logp / d logits =
     onehot(target) - softmax(logits).
     """
 
@@ -117,7 +120,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _keeps_float32(factor: Tensor) -> bool:
-    """Whether `_product` with this left factor returns float32 although the factors are in half precision. Only cuBLAS,
+    """Whether the product of half-precision factors is returned in float32, if `factor` is the left one. Only cuBLAS,
     on CUDA, can return the sums unrounded."""
     return factor.device.type == "cuda" and factor.dtype in (torch.bfloat16, torch.float16)
 
@@ -128,7 +131,8 @@ def _cuts(length: int, size: int) -> list[slice]:
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, columns: slice) -> Tensor:
-    """Returns the logits of a tile, in float32 or wider, in a new tensor that the caller may overwrite."""
+    """Returns the logits of a tile (of `rows` and the part `columns` of the vocabulary), in float32 or wider. The
+    tensor is new, so the caller may overwrite it."""
     tile_bias = None if bias is None else bias[columns]
     if _keeps_float32(rows):
         logits = _product(rows, weight[columns].T)
@@ -140,8 +144,8 @@ def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float |
 
 
 def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for each row of a tile the log-sum-exp of its logits, the logit of its target (-inf if the target is in
-    another tile), and its largest logit. Overwrites `logits`."""
+    """Returns for each row of a tile (a part of the vocabulary) the log-sum-exp of the row's logits, the logit of its
+    target token, and its largest logit. If the target is in another tile, its logit is -inf. Overwrites `logits`."""
     place, here = _place(targets, logits)
     at_target = logits.gather(1, place)[:, 0].masked_fill(~here, -torch.inf)
     largest = logits.amax(1)
@@ -149,7 +153,7 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
-    """Turns a tile of `logits` into the loss's gradient with respect to them, in place, and returns this gradient.
+    """Overwrites a tile of `logits` with the gradient of the loss with respect to these logits, and returns it.
     `normalizer` is the log-sum-exp of each row's logits; `grad` is the loss's gradient with respect to the
     log-probabilities."""
     cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
@@ -160,7 +164,7 @@ def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, so
 
 
 def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the column of each row's target in this tile of the vocabulary, [rows, 1], and whether the target is in
-    this tile, [rows]. For a target in another tile, the column is any valid one."""
+    """Returns, for each row, the column of its target token in a tile (a part of the vocabulary), [rows, 1], and
+    whether the target is in this tile, [rows]. For a target in another tile, the column is an arbitrary valid one."""
     last = logits.shape[1] - 1
     return targets.clamp(0, last)[:, None], (targets >= 0) & (targets <= last)

@@ -1,5 +1,5 @@
-"""Holds what a model says of the completions of some groups: their log-probabilities or rewards. Objectives and metrics
-read these numbers. A group is a prompt with its completions."""
+"""Holds the numbers that a model gives the completions of some groups: log-probabilities, or rewards of a reward model.
+Objectives and metrics are computed from these numbers. A group is a prompt with its completions."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ NUM_MEASURES = 3
 
 @dataclass(frozen=True)
 class Completions:
-    """The log-probabilities and lengths of n completions, such as the best completion of each group (a prompt with its
-    completions), by policy and reference."""
+    """The log-probabilities, under the policy and under the reference, and the lengths of n completions. These may be
+    the best completion of each group (a prompt with its completions), for example."""
 
     logps: Tensor  # [n] summed over the completion, in nats
     head_logps: Tensor  # [n] summed over as many first tokens as the group's shortest completion has
@@ -52,7 +52,7 @@ class Measures:
     """The log-probabilities or rewards that a model gives the K completions of G groups (prompts with their
     completions). The completions are listed group by group, the best first.
 
-    `table` is [K, NUM_MEASURES]. The constants of this module name its columns.
+    `table` is [K, NUM_MEASURES]: a row for each completion. Constants of this module name its columns.
     """
 
     def __init__(self, groups: Sequence[EncodedGroup], table: Tensor) -> None:
@@ -62,14 +62,15 @@ class Measures:
 
     @cached_property
     def all(self) -> Completions:
-        """The log-probabilities and lengths of all K completions."""
+        """The log-probabilities and lengths of all completions, whatever their group and rating."""
         logps, head_logps = self.table[:, LOGPS], self.table[:, HEAD_LOGPS]
         lengths = self._tensor([length for group in self.groups for length in group.num_learned])
         return Completions(logps, head_logps, lengths, self._of_groups("ref_logps"), self._of_groups("ref_head_logps"))
 
     @cached_property
     def starts(self) -> Tensor:
-        """The row of each group's first completion, which is its best, in the table, [G]."""
+        """The number of the row in `table` that holds the best completion of each of G groups, [G]. It is the group's
+        first row."""
         return self.places([0, *accumulate(self.sizes[:-1])])
 
     @cached_property
@@ -79,50 +80,55 @@ class Measures:
 
     @cached_property
     def rejected(self) -> Completions:
-        """The log-probabilities and lengths of the second completion of each group (a prompt with its completions). All
-        groups must be pairs."""
+        """The log-probabilities and lengths of the second completion of each group (a prompt with its completions).
+        Every group must have exactly two completions."""
         return self.all[self.starts + 1]
 
     @cached_property
     def ratings(self) -> Tensor:
-        """The rating of each completion, [K]. Higher is better; nan marks a completion that answers another prompt."""
+        """The rating of each of K completions, [K]. Higher is better; nan marks a completion that answers another
+        prompt than its group's."""
         return self._tensor([rating for group in self.groups for rating in group.ranked()])
 
     @cached_property
     def worse(self) -> Tensor:
-        """Whether completion j of a group is rated lower than its completion i, [G, k, k] with the index i before j."""
+        """Whether completion j of a group is rated lower than completion i of the same group. The result is [group, i,
+        j]."""
         ratings = self.by_group(self.ratings, math.nan)
         return ratings[:, :, None] > ratings[:, None, :]
 
     @cached_property
     def margins(self) -> Tensor:
-        """The lead in reward that each group's chosen completion should have, [G]; 0 for a group without a margin."""
+        """The margin of each of G groups, [G]: by how much the reward of the chosen completion should exceed that of
+        the rejected one. 0 for a group without a margin."""
         return self._tensor([group.margin or 0.0 for group in self.groups])
 
     @cached_property
     def weights(self) -> Tensor:
-        """The weight of each group's loss, [G]. A group is a prompt with its completions."""
+        """The weight of each of G groups in the loss, [G]. A group is a prompt with its completions."""
         return self._tensor([group.weight for group in self.groups])
 
     @property
     def rewards(self) -> Tensor:
-        """The reward that a reward model gives each completion, [K]. A model with two outputs gives a mean and a
-        variance; this is the mean."""
+        """The reward that a reward model gives each of K completions, [K]. If the model gives a mean and a variance,
+        the reward is the mean."""
         return self.table[:, REWARD]
 
     @property
     def log_variances(self) -> Tensor:
-        """The logarithm of the variance of each completion's reward, [K], by a reward model with two outputs."""
+        """The logarithm of the variance of the reward of each of K completions, [K]. Only a reward model with two
+        outputs gives it."""
         return self.table[:, LOG_VARIANCE]
 
     @cached_property
     def num_correct(self) -> Tensor:
-        """The number of tokens of each completion that were the policy's likeliest token, [K]."""
+        """For each of K completions, [K], the number of its tokens that the policy found the likeliest of all
+        tokens."""
         return self.table[:, NUM_CORRECT]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:
-        """Returns `values` [K] as a matrix with a row for each group, [G, k], where k is the most completions of a
-        group. Rows of smaller groups end with `fill`."""
+        """Returns `values`, one for each completion, as a matrix with a row for each group, [G, k]. k is the size of
+        the largest group; the rows of smaller groups end with `fill`."""
         num_groups, most = len(self.sizes), max(self.sizes)
         if len(values) == num_groups * most:
             return values.view(num_groups, most)
@@ -130,22 +136,24 @@ class Measures:
         return padded.index_copy(0, self._places_by_group, values).view(num_groups, most)
 
     def group_sums(self, values: Tensor) -> Tensor:
-        """Returns the sum of `values` [K] over the completions of each group, [G]."""
+        """Returns for each of G groups the sum of `values` over its completions, [G]. `values` has one value for each
+        completion."""
         return self.by_group(values, 0.0).sum(1)
 
     def places(self, places: Sequence[int]) -> Tensor:
-        """Turns a list of row numbers of the table into an index tensor on the table's device."""
+        """Turns a list of row numbers of `table` into an index tensor on the device of `table`."""
         return torch.tensor(places).to(self.table.device, non_blocking=True)
 
     @cached_property
     def _places_by_group(self) -> Tensor:
-        """The position of each completion, [K], in a list in which all groups are padded to the size of the largest."""
+        """The position of each of K completions, [K], in a list that has equally many places for every group: as many
+        as the largest group has completions."""
         most = max(self.sizes)
         return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 
     def _of_groups(self, name: str) -> Tensor | None:
-        """Returns the attribute `name` of the groups, which has a number for each completion, [K]; None if a group
-        lacks it."""
+        """Returns the attribute `name` of all groups, which is a list with a number for each completion, as one tensor
+        [K]. Returns None if a group has no such list."""
         values = [getattr(group, name) for group in self.groups]
         return None if None in values else self._tensor([number for numbers in values for number in numbers])
 

@@ -1,5 +1,5 @@
-"""Finds out, on a small example, how a model can be computed: whether completions can share a prompt, and whether
-several can be computed in one batch."""
+"""Finds out, on a small example, in which way a model's outputs can be computed: whether completions can share one copy
+of their prompt, and whether several completions can be computed in one batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,9 +36,10 @@ class Manner:
 def probe(model: PreTrainedModel) -> Manner:
     """Returns the fastest way of computing the model's outputs that agrees with the model's own forward.
 
-    The function compares outputs of a miniature of the model. If the model has no miniature, it compares outputs of the
-    model itself on a few tokens. These show too little to allow shared prompts and, in half precision, too little to
-    allow batches. Raises UnusableModel if the model is not causal.
+    The function compares outputs of a miniature, a small model of the same architecture. If none can be made, it
+    compares outputs of the model itself on a few tokens. A few tokens show too little to allow shared prompts; in half
+    precision they also show too little to allow batches. Raises UnusableModel if outputs of the model depend on later
+    tokens.
     """
     config = model.config.get_text_config()
     stretched = _depends_on_length(config)
@@ -60,8 +61,8 @@ def probe(model: PreTrainedModel) -> Manner:
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """Returns the model on which `probe` compares outputs. This is a miniature of `model`, with an empty text; if there
-    can be no miniature, it is `model` itself, with the reason."""
+    """Returns the model on which `probe` compares outputs, and a text. The model is a miniature of `model`, and the
+    text is empty. If no miniature can be made, the model is `model` itself, and the text is the reason."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)
@@ -74,7 +75,8 @@ def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the model's outputs at some tokens depend on later tokens."""
+    """Raises UnusableModel if the model is not causal, that is, if its outputs at some tokens depend on later
+    tokens."""
     ids, half = _ids(model), NUM_TOKENS // 2
     first, second = (_answer(model, ids[:half] + rest)[:half] for rest in (ids[half:], ids[:half][::-1]))
     if _difference(first, second) > _tolerated(model, first):
@@ -86,8 +88,8 @@ def _check_causal(model: PreTrainedModel) -> None:
 
 
 def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Returns what the model's own forward computes for the tokens: log-probabilities [T, V], or the hidden states [T,
-    H] of a reward model."""
+    """Returns what the model's own forward computes for the tokens `ids`: log-probabilities [T, V], or the hidden
+    states [T, H] of a reward model."""
     inputs = torch.tensor([list(ids)], device=model.device)
     if is_reward_model(model):
         return cast(Tensor, decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state[0])
@@ -95,11 +97,11 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """Compares two ways of computing a small example: all completions together, and one after another by the model's
-    own forward. Returns how the results differ, an empty text if they agree.
+    """Computes a small example in two ways: all completions together, and one after the other by the model's own
+    forward. Returns in words how the results differ; an empty text if they agree.
 
-    The second result is an index into `readings(config)`: the meaning of the config's factors with which the results
-    agree.
+    The second result is an index into `readings(config)`, the ways in which the model may turn its head's outputs into
+    logits: it is the way with which the results agree.
     """
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
@@ -120,8 +122,8 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
-    """Returns a batch with two groups: a pair that is longer than the attention windows of a miniature, and a
-    demonstration (one completion)."""
+    """Returns a batch with two groups: a prompt with two completions that is longer than the attention windows of a
+    miniature, and a prompt with one completion."""
     ids = _ids(model)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)
@@ -144,7 +146,7 @@ def _tolerated(model: PreTrainedModel, answer: Tensor) -> float:
 
 def _has_a_state(config: PretrainedConfig) -> str:
     """Returns the names of the model's kinds of layers that are not attention; empty if there are none. Such layers may
-    carry a state from one segment to the next, an effect that a small example may not show."""
+    carry a state from one completion to the next, an effect that a small example may not show."""
     names = ("layer_types", "layers_block_type", "block_types")
     kinds = {kind for name in names for kind in getattr(config, name, None) or ()}
     return ", ".join(sorted(kinds - ATTENTION))

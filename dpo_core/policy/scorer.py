@@ -1,5 +1,5 @@
-"""Computes, for groups, a model's log-probabilities of completions, or a reward model's rewards. A group is a prompt
-with its completions."""
+"""Computes what a model gives the completions of some groups: log-probabilities or, for a reward model, rewards. A
+group is a prompt with its completions."""
 
 import logging
 from collections.abc import Sequence
@@ -27,8 +27,9 @@ class Scorer(nn.Module):
     model gives them.
 
     If the architecture allows it, the scorer computes each prompt once for all its completions. The constructor tests
-    this on a few tokens against the model's own forward. If the test fails, every completion follows its own copy of
-    the prompt, in padded batches of similar lengths or one completion at a time.
+    this: it compares the results on a few tokens with those of the model's own forward. If they differ, every
+    completion follows its own copy of the prompt. Completions are then computed in padded batches of similar lengths,
+    or one at a time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -48,20 +49,21 @@ class Scorer(nn.Module):
             logger.warning(sentence, type(model).__name__, no_sharing, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:
-        """Returns the number of the group's tokens that the model computes. The prompt counts once, or once for each
-        completion if completions cannot share it."""
+        """Returns the number of tokens of the group that the model computes. The prompt counts once. If completions
+        cannot share their prompt, it counts once for each completion."""
         copies = 1 if self.shares_prompts else len(group.completion_ids)
         return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
 
     def count_shared_tokens(self, group: EncodedGroup) -> int:
-        """Returns the number of tokens that need not be computed because the group's completions share their prompt."""
+        """Returns the number of tokens of the group that the model need not compute, because the completions share one
+        copy of the prompt."""
         return (len(group.completion_ids) - 1) * len(group.prompt_ids) if self.shares_prompts else 0
 
     def plan(
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
-        """Distributes the groups over ranks and packs (a pack is the groups of one forward pass), by the number of
-        tokens that the model computes for each group. `[rank][pack]` of the result is a list of indices into
+        """Distributes the groups over ranks (processes) and packs (a pack is the groups of one forward pass), such that
+        all ranks compute about the same number of tokens. `[rank][pack]` of the result is a list of indices into
         `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
@@ -74,12 +76,12 @@ class Scorer(nn.Module):
         return collate(groups, share_prompts=self.shares_prompts, with_ends=self.rewards).to(self.model.device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Measures each completion of the batch, and returns [K, NUM_MEASURES] float32, a row for each of the K
-        completions.
+        """Computes the log-probabilities or rewards of the completions in the batch. Returns [K, NUM_MEASURES] float32:
+        a row for each of K completions.
 
         The columns are the log-probability of the completion, the log-probability of its head (as many first tokens as
-        the group's shortest completion has), and the number of its tokens that were the likeliest. For a reward model
-        the columns are the outputs of its head, and zeros.
+        the group's shortest completion has), and the number of its tokens that the model found the likeliest of all
+        tokens. For a reward model the columns are the outputs of its head, and zeros.
         """
         if self.rewards:
             outputs = self._outputs(batch)
@@ -94,8 +96,8 @@ class Scorer(nn.Module):
         return packed_rewards(self.model, batch, shared=self.shares_prompts)
 
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the log-probability of each target (a token in the loss) of the batch, [R], and whether the target
-        was the likeliest token, [R]."""
+        """Returns, for each of the batch's R targets (tokens that count in the loss), its log-probability, [R], and
+        whether it was the likeliest token, [R]."""
         if not self.takes_batches:
             return plain_logps(self.model, batch)
         return packed_logps(self.model, batch, self.manner.logits, shared=self.shares_prompts)
@@ -106,7 +108,8 @@ def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
     """Returns copies of the groups (prompts with their completions) with the reference's log-probabilities of their
-    completions. If the reference has an adapter that is being trained, this adapter is off meanwhile."""
+    completions. The reference may be the policy itself with an adapter that is being trained; this adapter is then off
+    meanwhile."""
     admit(groups, reference)
     scorer = Scorer(reference)
     scored = list(groups)
@@ -123,8 +126,9 @@ def score_reference(
 def reference_token_logps(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[list[list[float]]]:
-    """Returns the reference's log-probabilities by group (a prompt with its completions), completion and token, in
-    nats. If the reference has an adapter that is being trained, this adapter is off meanwhile."""
+    """Returns the reference's log-probability of each token that counts in the loss, in nats, as lists by group (a
+    prompt with its completions), completion and token. The reference may be the policy itself with an adapter that is
+    being trained; this adapter is then off meanwhile."""
     admit(groups, reference)
     scorer = Scorer(reference)
     logps_by_group: list[list[list[float]]] = [[] for _ in groups]

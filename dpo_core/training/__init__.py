@@ -1,1 +1,2 @@
-"""Trains a policy: gradients, optimizer steps, communication between ranks, and checkpoints."""
+"""Trains a model (the policy): computes gradients, takes optimizer steps, exchanges data between processes, and writes
+checkpoints."""

@@ -1,5 +1,5 @@
-"""Reads checkpoints. A checkpoint is a folder with these files. Its manifest is written last, with the size and sha256
-of each other file.
+"""Reads checkpoints of training runs. A checkpoint is a folder with the files below. Its manifest is written last, with
+the size and sha256 of each other file.
 
     manifest.json                           step, counters, metrics, evaluations, config, files
     model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
@@ -9,10 +9,10 @@ of each other file.
 
 An older checkpoint may be kept without the optimizer's files; its manifest then names none of them.
 
-No file is a pickle. The only random numbers of a step are an adapter's dropout, which the step's number seeds, and the
-learning rate is a function of the step. A resumed run therefore needs only weights, moments and the step to repeat a
-run. The results are equal bit by bit on CPUs; on GPUs some sums of the backward pass have no fixed order. A run may
-resume on another number of ranks.
+No file is a pickle. To repeat a run, a resumed run needs only the weights, AdamW's moments and the number of the step.
+This number decides the learning rate, and seeds an adapter's dropout, the only random numbers of a step. The results
+are equal bit by bit on CPUs; on GPUs some sums of the backward pass have no fixed order. A run may resume on another
+number of ranks (processes).
 """
 
 import hashlib
@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
-    """Raised if a file of a checkpoint is missing, or is not what the manifest says of it. `file` is the file's path
-    within the checkpoint."""
+    """Raised if a file of a checkpoint is missing, or does not have the size or digest that the checkpoint's manifest
+    names. `file` is the file's path within the checkpoint."""
 
     def __init__(self, file: str, message: str) -> None:
         super().__init__(file, message)
@@ -56,7 +56,7 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class FileDigest:
-    """The size and the sha256 of a file of a checkpoint, by which the file is verified."""
+    """The size and the sha256 of a file of a checkpoint. A reader of the checkpoint verifies the file by them."""
 
     size: int  # bytes
     sha256: str  # hexadecimal
@@ -64,7 +64,8 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The state of a run at a checkpoint, and the sizes and digests of the checkpoint's files."""
+    """The state of a training run at a checkpoint, such as its step and metrics, and the sizes and digests of the
+    checkpoint's files."""
 
     step: int
     total_steps: int
@@ -80,13 +81,13 @@ class Manifest:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether the checkpoint has the optimizer's state, so that a run can continue from it. Without this state it
-        is only a model."""
+        """Whether the checkpoint has the optimizer's state, so that a run can continue from it. A checkpoint without
+        this state is only a model."""
         return any(is_optimizer(name) for name in self.files)
 
     def without_optimizer(self) -> "Manifest":
-        """Returns a copy of the manifest without the optimizer's files, for a checkpoint whose optimizer's files are
-        deleted."""
+        """Returns a copy of the manifest that does not list the optimizer's files. It is for a checkpoint from which
+        these files are deleted."""
         return replace(self, files={name: digest for name, digest in self.files.items() if not is_optimizer(name)})
 
     def to_json(self) -> bytes:
@@ -125,8 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(written: bytes, where: str) -> Manifest:
-    """Returns the manifest in `written`, the bytes of its file. Raises DamagedCheckpoint, with `where` as the file's
-    name, if the bytes are unreadable."""
+    """Returns the manifest of a checkpoint from `written`, the bytes of the manifest's file. Raises DamagedCheckpoint
+    if the bytes are unreadable; `where` names the file in the error."""
     try:
         fields = json.loads(written)
         fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
@@ -139,8 +140,8 @@ def parse_manifest(written: bytes, where: str) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Returns the manifest of the checkpoint in `folder` if all files have the sizes and digests in the manifest.
-    Raises DamagedCheckpoint for the first file that differs or is missing."""
+    """Returns the manifest of the checkpoint in `folder` if all its files have the sizes and digests that the manifest
+    names. Raises DamagedCheckpoint for the first file that differs or is missing."""
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         path = folder / name
@@ -157,12 +158,12 @@ def verify(folder: Path) -> Manifest:
 
 
 def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
-    """Checks that a run can continue from the checkpoint in `folder`, and returns the checkpoint's manifest and the
-    run's config.
+    """Checks that a training run can continue from the checkpoint in `folder`. Returns the checkpoint's manifest, and
+    the config for the run.
 
-    This config is `config`, with the pack size and the recomputation of activations that the checkpoint's run chose
-    where `config` leaves them open. Raises DamagedCheckpoint for a damaged checkpoint, and ValueError if a run with
-    this config cannot continue from it.
+    The returned config is `config` with two more options decided, unless the user has set them: the pack size and the
+    recomputation of activations, as the checkpoint's run chose them. Raises DamagedCheckpoint for a damaged checkpoint,
+    and ValueError if a run with this config, number of steps and precision cannot continue from it.
     """
     manifest = verify(folder)
     if not manifest.has_optimizer:
@@ -201,9 +202,9 @@ def load(
     optimizer: torch.optim.AdamW,
     has_weights: bool = False,
 ) -> None:
-    """Loads AdamW's state from a checkpoint into the optimizer and, unless `has_weights`, the checkpoint's weights into
-    the policy. `has_weights` says that the policy has been read from this checkpoint. Raises ValueError if the
-    checkpoint does not fit the policy."""
+    """Loads the state of the optimizer (AdamW) from a checkpoint, and the checkpoint's weights into the policy. With
+    `has_weights`, the policy has been read from this checkpoint already, and only the optimizer's state is loaded.
+    Raises ValueError if the checkpoint does not fit the policy."""
     saved = _Saved(folder)
     saved.check(weights)
     if manifest.dtype is None:
@@ -226,7 +227,8 @@ def load(
 
 
 class _Saved:
-    """Reads the tensors in the optimizer's files of a checkpoint. Each file holds some rows of every tensor."""
+    """Reads the tensors in the optimizer's files of a checkpoint. Each file holds one shard (some rows) of every
+    tensor."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -241,15 +243,17 @@ class _Saved:
         return tensor
 
     def like(self, parameter: Tensor, name: str, kind: str) -> Tensor:
-        """Returns a saved tensor of the parameter called `name`, on the device of `parameter` and sharded in the same
-        way. `kind` says which of the parameter's tensors, such as `exp_avg`."""
+        """Returns a tensor that the checkpoint holds for the parameter called `name`. It is on the device of
+        `parameter` and sharded in the same way. `kind` says which of the parameter's tensors it is, such as
+        `exp_avg`."""
         whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in self._parts]).to(parameter.device)
         if not isinstance(parameter, DTensor):
             return whole
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def check(self, weights: Weights) -> None:
-        """Raises ValueError if the files hold the state of other weights than this run trains."""
+        """Raises ValueError unless the checkpoint's optimizer state belongs to exactly the weights that this run
+        trains."""
         remedy = "resume with the same model and adapter"
         if {name.rpartition(".")[0] for name in self._names} != weights.stepped.keys():
             raise ValueError(
@@ -264,8 +268,8 @@ class _Saved:
                 raise ValueError(f"{what}; {remedy}.")
 
     def check_precision(self, weights: Weights) -> None:
-        """Raises ValueError if the checkpoint's weights were in half precision and this run's are not, or the other way
-        round."""
+        """Raises ValueError if only one of two runs trains weights in half precision: the run of the checkpoint or this
+        run."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
         if halves != weights.in_float32.keys():
             what = f"The checkpoint {self._folder} has float32 copies of {len(halves)} weights"
@@ -278,8 +282,8 @@ class _Saved:
 
 
 def _check_adapter(folder: Path, policy: Any) -> None:
-    """Raises ValueError if the options of the saved adapter differ from those of the policy's adapter. With other
-    options the same weights would have another effect."""
+    """Raises ValueError if the adapter in the checkpoint `folder` has other options than the policy's adapter. With
+    other options the same weights would have another effect."""
     from peft import PeftConfig
 
     (current,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
@@ -298,8 +302,8 @@ _IRRELEVANT = re.compile(
 
 
 def _check_config(folder: Path, policy: PreTrainedModel) -> None:
-    """Raises ValueError if the config of the saved model differs from the policy's config in a value that changes what
-    the model computes."""
+    """Raises ValueError if the model in the checkpoint `folder` has another config than the policy. Entries that do not
+    affect what the model computes may differ."""
     before, current = (
         _computed(config.to_dict()) for config in (AutoConfig.from_pretrained(folder / "model"), policy.config)
     )

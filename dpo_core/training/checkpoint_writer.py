@@ -34,10 +34,10 @@ class Writer:
     all.
 
     A save waits until the previous checkpoint is written. If writing fails in the background, the next call raises the
-    error. Every rank that holds a part of the optimizer's state writes this part. `folder` may be shared by the ranks,
-    or each rank may have its own. Each of these ranks then calls `publish` with the step and the checkpoint's folder;
-    rank 0 calls it last, after it has written the manifest. The end of a `with` block waits until the last checkpoint
-    is written.
+    error. Every rank (process of the run) that holds a part of the optimizer's state writes this part. `folder` may be
+    shared by the ranks, or each rank may have its own. Each rank that has written files then calls `publish` with the
+    step and the checkpoint's folder. Rank 0 calls it last, after it has written the manifest. The end of a `with` block
+    waits until the last checkpoint is written.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Writer:
 
     def save(self, manifest: Manifest, optimizer: torch.optim.AdamW) -> None:
         """Copies the weights and the optimizer's state to the CPU, and starts to write them as a checkpoint in the
-        background. `manifest.files` must be empty; the writer fills it."""
+        background. `manifest.files` must be empty; the writer adds the files that it writes."""
         self.wait()
         model = _model_state(self._policy, self._weights)
         if self._shard is not None or self._others:
@@ -68,7 +68,8 @@ class Writer:
             self._pending = self._pool.submit(self._write, manifest, model, state)
 
     def check(self) -> None:
-        """Raises the error of the last checkpoint if writing it has already failed. Does not wait."""
+        """Raises an error if writing the last checkpoint has already failed. Does not wait for a checkpoint that is
+        still being written."""
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
@@ -110,8 +111,8 @@ class Writer:
     def _write_part(
         self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
     ) -> dict[str, FileDigest]:
-        """Writes this rank's files into the folder `partial`, and returns their digests by path. Ranks other than rank
-        0 also publish their files here."""
+        """Writes the files of this rank (process of the run) into the folder `partial`, and returns their digests by
+        path. Ranks other than rank 0 then publish their files at once; rank 0 does so later."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
         if self._shard is not None:
@@ -130,8 +131,8 @@ class Writer:
         return digests
 
     def _gather(self, write: Callable[[], dict[str, FileDigest]]) -> dict[str, FileDigest]:
-        """Calls `write` on all ranks. Returns the digests of all ranks' files on rank 0, and an empty dictionary on the
-        other ranks."""
+        """Calls `write`, which writes a rank's files, on all ranks (processes of the run). Returns the digests of all
+        ranks' files on rank 0, and an empty dictionary on the other ranks."""
         if self._others is None:
             return write()
         files = together(write, torch.device("cpu"), self._others)
@@ -141,9 +142,10 @@ class Writer:
 
 
 def _shard_index(weights: Weights) -> tuple[int | None, int]:
-    """Returns which shard of the optimizer's state this rank writes, counted from 0, and the number of shards.
+    """Returns which shard of the optimizer's state this rank (process of the run) writes, counted from 0, and the
+    number of shards.
 
-    The first result is None if another rank writes the same shard.
+    The first result is None if this rank writes no shard, because another rank holds the same shard and writes it.
     """
     first = next(iter(weights.stepped.values()))
     if not isinstance(first, DTensor):
@@ -156,8 +158,8 @@ def _shard_index(weights: Weights) -> tuple[int | None, int]:
 
 
 def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
-    """Returns copies of the policy's weights on the CPU, unsharded and in the policy's own dtypes; an empty dictionary
-    on ranks other than 0.
+    """Returns copies of the policy's weights on the CPU, as whole tensors in the policy's own dtypes. Returns an empty
+    dictionary on ranks (processes of the run) other than rank 0.
 
     Tied weights are included once. If the policy has an adapter, only the adapter's weights are included. One weight at
     a time is gathered and converted, so that a model in half precision is never held in float32.
@@ -173,8 +175,8 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
 
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Returns copies on the CPU of this rank's part of AdamW's state, and of the float32 masters of weights in half
-    precision.
+    """Returns copies, on the CPU, of the part of AdamW's state that this rank (process of the run) holds. For weights
+    in half precision, also returns copies of their float32 masters.
 
     A parameter that never had a gradient has step 0 and no moments.
     """
@@ -191,7 +193,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _errno_of(error: SafetensorError) -> int:
-    """Returns the errno that ends the error's text, as in "No space left on device (os error 28)", or EIO if there is
-    none. A caller that waits while storage is full reads this errno."""
+    """Returns the errno that ends the error's text, as in "No space left on device (os error 28)", or EIO if the text
+    has none. Callers need it to see that storage is full and to wait."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else errno.EIO

@@ -1,5 +1,5 @@
-"""Computes the policy's loss and metrics on held-out groups. A group is a prompt with its completions; the policy is
-not trained on held-out ones."""
+"""Computes the policy's loss and metrics on held-out groups. A group is a prompt with its completions. The policy is
+not trained on held-out groups."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,12 +24,13 @@ Batches = Iterable[Sequence[EncodedGroup]]
 def evaluate(
     objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
 ) -> dict[str, float]:
-    """Returns the loss and metrics of all groups in `batches`, as if they were one global batch. The names begin with
-    `eval/`.
+    """Returns the loss and metrics of all groups in `batches`, as if they were one global batch. The names of the
+    metrics begin with `eval/`.
 
     The results do not depend on how the groups are cut into batches and packs (groups that one forward pass computes
-    together) and distributed over ranks. Values that an objective computes over a global batch are computed over all
-    groups. `statistics` are read and not changed. Raises ValueError if there are no groups.
+    together) and distributed over ranks (processes). If an objective computes a value over a global batch, the value is
+    computed over all groups. `statistics`, the mean of all rewards so far, is read and not changed. Raises ValueError
+    if there are no groups.
     """
     seen: list[EncodedGroup] = []
     tables: list[Tensor] = []
@@ -57,14 +58,15 @@ def evaluate(
 
 
 class _Frozen(Statistics):
-    """Statistics for an evaluation. `add` leaves them unchanged, because held-out groups must not affect training."""
+    """Statistics (the mean of all rewards so far in a run) for an evaluation. `add` leaves the mean unchanged, because
+    held-out groups must not affect training."""
 
     def add(self, rewards: Tensor) -> float:
         return self.mean
 
 
 def _outline(group: EncodedGroup) -> EncodedGroup:
-    """Returns a copy of the group (a prompt with its completions) with ranges in place of its token ids, which take
-    less memory. Evaluation keeps many groups, and needs only the numbers of their tokens."""
+    """Returns a copy of the group (a prompt with its completions) in which ranges of the same lengths replace the token
+    ids. The copy takes less memory. Evaluation keeps many groups, and needs only the numbers of their tokens."""
     completions = tuple(range(len(ids)) for ids in group.completion_ids)
     return replace(group, prompt_ids=range(len(group.prompt_ids)), completion_ids=completions)

@@ -1,5 +1,5 @@
-"""Computes the gradient of a step's loss, one pack at a time. A pack is the groups (prompts with their completions)
-that one forward pass computes together."""
+"""Computes the gradient of the loss for one optimizer step, one pack at a time. A pack is the groups (prompts with
+their completions) that one forward pass computes together."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +25,11 @@ from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memo
 
 @dataclass(frozen=True)
 class Pack:
-    """Some of a step's groups (prompts with their completions), which one forward and one backward pass compute
-    together.
+    """Some groups (prompts with their completions) of an optimizer step, which one forward and one backward pass
+    compute together.
 
-    If the model is sharded, all ranks must run every forward together. A rank without groups for a pack then runs a
-    group of another pack and drops the result.
+    If the model is sharded, all ranks (processes of the run) must run every forward pass together. A rank without
+    groups for a pack then runs a group of another pack and drops the result.
     """
 
     groups: Sequence[EncodedGroup]  # empty for a pack that only takes part in the forwards of other ranks
@@ -41,8 +41,9 @@ class Pack:
 def make_packs(
     scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
 ) -> list[Pack]:
-    """Returns the packs that this rank computes (a pack is the groups of one forward pass). If the model is sharded,
-    every rank gets the same number of packs, and some may be empty."""
+    """Distributes the groups (prompts with their completions) of an optimizer step over ranks (processes) and packs,
+    and returns the packs of this rank. A pack is the groups of one forward pass. If the model is sharded, every rank
+    gets the same number of packs, and some may be empty."""
     runs_together = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
@@ -57,7 +58,8 @@ def make_packs(
 
 
 def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> int | None:
-    """Returns half the number of tokens of the largest pack on any rank; None if every pack has only one group."""
+    """Returns half the number of tokens of the largest pack (the groups of one forward pass) on any rank, as a limit
+    for smaller packs. Returns None if packs cannot be smaller, because each has only one group."""
     ranks = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)
     packs = [pack for packs in ranks for pack in packs]
     if max(map(len, packs)) < 2:
@@ -68,11 +70,11 @@ def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per
 def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
 ) -> tuple[Measures, Tensor]:
-    """Adds this rank's share of the loss's gradient to the gradients of the weights. Returns the log-probabilities or
-    rewards of all completions of all ranks, and the loss of the global batch.
+    """Computes the gradient of the loss for the packs (groups of one forward pass) of this rank (process of the run),
+    and adds it to the gradients of the weights. Returns the log-probabilities or rewards of all completions of all
+    ranks, and the loss of the global batch.
 
-    Raises MemoryRanOut on all ranks if a pack did not fit into the memory of one; gradients and `statistics` are then
-    incomplete.
+    Raises MemoryRanOut on all ranks if memory ran out on one rank; gradients and `statistics` are then incomplete.
     """
     table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
     run = _backward_of_whole_batch if objective.traits.needs_whole_batch else _backward_by_pack
@@ -82,8 +84,8 @@ def backward(
 
 @contextmanager
 def _dropout(model: nn.Module) -> Iterator[None]:
-    """Turns the adapter's dropout on in the `with` block, also for activations that backward recomputes. The base's
-    dropout stays off."""
+    """Turns the adapter's dropout on in the `with` block, also for activations that the backward pass recomputes.
+    Dropout in the base (the model under the adapter) stays off."""
     layers, device = dropouts(model), next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for layer in layers:
@@ -96,8 +98,8 @@ def _dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _measure(scorer: Scorer, pack: Pack) -> Any:
-    """Runs the forward pass of a pack (groups of one forward pass). Returns the log-probabilities or rewards of its
-    completions, a row for each. Every call returns the same values, because the pack's seed decides the dropout."""
+    """Runs the forward pass of a pack of groups. Returns the log-probabilities or rewards of its completions, a row for
+    each. Every call with the same pack returns the same values, because the pack's seed decides the dropout."""
     torch.manual_seed(pack.seed)
     return scorer(pack.batch)
 
@@ -110,11 +112,11 @@ def _backward_by_pack(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Computes the gradient pack by pack: the forward, then the backward pass of each. Suits an objective whose loss of
-    a group depends on this group alone. A pack is the groups of one forward pass.
+    """Computes the gradient of the loss pack by pack: first the forward, then the backward pass of each pack. Works for
+    an objective whose loss of a group depends on this group alone. A pack is the groups of one forward pass.
 
-    Adds to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of all
-    completions, and returns these measures and the loss of the global batch.
+    Adds the gradient to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of
+    all completions, and returns these measures and the loss of the global batch.
     """
 
     def compute() -> None:
@@ -140,12 +142,12 @@ def _backward_of_whole_batch(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Computes the gradient with the forward passes of all packs before the first backward pass. Suits an objective
-    that compares completions of different packs. A pack is the groups of one forward pass.
+    """Computes the gradient of the loss: first the forward passes of all packs, then the backward passes. Works also
+    for an objective that compares completions of different packs. A pack is the groups of one forward pass.
 
-    The forward of each pack runs a second time for its backward, unless there is only one pack. Adds to the gradients
-    of the weights, fills `table` with the measures (log-probabilities or rewards) of all completions, and returns these
-    measures and the loss of the global batch.
+    The forward pass of each pack is repeated before its backward pass, unless there is only one pack. Adds the gradient
+    to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of all completions,
+    and returns these measures and the loss of the global batch.
     """
     has_one_pack = len(packs) == 1
     first_results = []
@@ -173,10 +175,10 @@ def _backward_of_whole_batch(
 
 
 def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
-    """Calls `compute`. If memory runs out on one rank, raises MemoryRanOut on all ranks.
+    """Calls `compute`. If memory runs out on one rank (process of the run), raises MemoryRanOut on all ranks.
 
-    The ranks of a sharded model exchange weights within `compute`, so a rank whose memory runs out cannot tell the
-    others; its error ends the run.
+    This does not work for a sharded model: its ranks exchange weights within `compute`, so a rank whose memory runs out
+    cannot tell the others. Its error then ends the run.
     """
     if is_sharded(scorer.model):
         compute()
@@ -187,7 +189,7 @@ def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
 def _differentiate(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
-    """Returns what the measured groups contribute to the loss of the global batch, and the gradient of this
+    """Returns what the groups in `measures` contribute to the loss of the global batch, and the gradient of this
     contribution with respect to the measures (log-probabilities or rewards) of their completions."""
     leaf = measures.table.clone().requires_grad_()
     loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
@@ -198,15 +200,17 @@ def _differentiate(
 def share_of_loss(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> Tensor:
-    """Returns what the measured groups (prompts with their completions) contribute to the loss of the global batch:
-    their summed, weighted losses, divided by the batch's `denominator`."""
+    """Returns what the groups in `measures` contribute to the loss of the global batch. This is the sum of their
+    weighted losses, divided by the number of groups (or, for `supervised`, of tokens) in the batch. A group is a prompt
+    with its completions."""
     loss_per_group = losses(objective, measures, statistics) * measures.weights
     return loss_per_group.sum() / denominator(objective, global_batch)
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:
-    """Raises RuntimeError if the ranks were given different groups (prompts with their completions). Without this check
-    such ranks would wait for each other forever. `what` names the groups in the error."""
+    """Raises RuntimeError if the ranks (processes of the run) were given different groups (prompts with their
+    completions). Without this check, the ranks would wait for each other forever. `what` names the groups in the
+    error."""
     if num_ranks() > 1:
         extremes = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)

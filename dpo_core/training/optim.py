@@ -1,4 +1,4 @@
-"""Creates the optimizer, and computes the learning rate of each step."""
+"""Creates the optimizer, AdamW, and computes the learning rate of each step."""
 
 import math
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from dpo_core.config import Optim
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """Returns an AdamW optimizer for the parameters. Only matrices have weight decay, not biases and the weights of
-    norms."""
+    """Returns an AdamW optimizer for the parameters. Weight decay applies only to matrices, not to biases and the
+    weights of norms."""
     stepped = list(parameters)
     groups = [
         {"params": [p for p in stepped if p.ndim >= 2], "weight_decay": optim.weight_decay},

@@ -1,5 +1,5 @@
-"""Decides how many tokens one forward pass computes (`max_tokens_per_pack`), and whether backward recomputes
-activations. The number is as large as memory allows, up to where the device is no faster."""
+"""Decides how many tokens one forward pass computes (`max_tokens_per_pack`), and whether the backward pass recomputes
+activations. The number of tokens is as large as memory allows, unless a larger number is no faster on the device."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -32,11 +32,13 @@ EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the largest example on which mem
 
 
 def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
-    """Chooses how many tokens one forward pass computes (`max_tokens_per_pack`) and whether backward recomputes
-    activations, by the memory that is free. Returns `config` with both set, except what the user has set already.
+    """Chooses, by the memory that is free, how many tokens one forward pass computes (`max_tokens_per_pack`) and
+    whether the backward pass recomputes activations. Returns `config` with both options set. An option that the user
+    has set stays as it is.
 
-    All ranks get the same values. Logs a warning if a row of `max_length` may not fit into memory. `groups` are
-    examples of the training data: a token takes more memory if many short completions share a long prompt.
+    All ranks (processes of the run) get the same values. Logs a warning if a row of `max_length` may not fit into
+    memory. `groups` are examples of the training data, because the memory of a token depends on them: it is larger if
+    many short completions share a long prompt.
     """
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
@@ -64,7 +66,7 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
 
 def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
     """Makes the backward pass recompute each layer from the layer's input, so that autograd keeps only the inputs.
-    Returns a function that reverts this."""
+    Returns a function that ends the recomputation."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), shared_prompts(scorer.model) if scorer.shares_prompts else nullcontext()
@@ -87,7 +89,8 @@ def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
     """Returns the bytes of memory that the tokens of one forward pass may take beside weights, gradients, the
     optimizer's state and a tile (the logits held at a time).
 
-    All ranks get the smallest number of any rank. Returns None if the system does not report its memory.
+    All ranks (processes of the run) get the same result, the smallest number of any rank. Returns None if the system
+    does not report its memory.
     """
     model = scorer.model
     free = _free_bytes(model.device)
@@ -101,8 +104,8 @@ def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Returns the free bytes of the GPU, or this rank's share of the free memory of its machine or container. Returns
-    None if the system does not report them."""
+    """Returns the bytes of free memory of a GPU. For a CPU, returns this process's share of the free memory of its
+    machine or container. Returns None if the system does not report its memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by PyTorch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -119,18 +122,19 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _number(file: Path, name: str) -> int:
-    """Returns the number on the line of `file` that begins with `name`. Each line of the file must hold a name and a
-    number."""
+    """Returns the number behind `name` in a system file such as /proc/meminfo. Each line of the file must hold a name
+    and a number."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {name: int(number) for name, number, *_ in lines}[name]
 
 
 def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> EncodedGroup:
     """Returns a small group (a prompt with its completions) to measure memory on. Its lengths have the proportions of
-    the group in `groups` that takes the most memory per token. Without `groups`, it is a pair.
+    the group in `groups` that takes the most memory per token. If `groups` is empty, the example is a prompt with two
+    completions.
 
-    The most memory per token is taken where the product of the number of completions and the prompt's length is
-    largest, relative to all tokens: autograd keeps a prompt's keys once for each completion.
+    A group takes the most memory per token if its number of completions times the length of its prompt is large
+    relative to all its tokens. The reason is that autograd keeps a prompt's keys once for each completion.
     """
 
     def looks_back(group: EncodedGroup) -> float:
@@ -146,14 +150,15 @@ def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> Encode
 
 
 def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int:
-    """Returns the bytes that autograd keeps for each token of a forward pass, measured on a small example."""
+    """Returns the bytes that autograd keeps until the backward pass for each token of a forward pass, measured on a
+    small example."""
     example = _example(groups, scorer.model.config.get_text_config())
     return -(-_kept_bytes(scorer, example) // scorer.count_tokens(example))
 
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
     """Runs a forward pass of the group (a prompt with its completions), and returns the bytes that autograd keeps for
-    its backward pass, without the weights."""
+    the backward pass; weights do not count."""
     unchanging = None if is_sharded(scorer.model) else _storages(scorer.model)
     kept_storages: dict[int, int] = {}
 
@@ -174,5 +179,6 @@ def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
 
 
 def _storages(model: PreTrainedModel) -> set[int]:
-    """Returns the addresses of the weights that this rank has in memory now."""
+    """Returns the memory addresses of the model's weights, as far as this rank (process of the run) has them in memory
+    now."""
     return {local_part(weight).untyped_storage().data_ptr() for weight in model.parameters()}

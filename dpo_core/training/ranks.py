@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 
 class MemoryRanOut(RuntimeError):
-    """Raised on all ranks if one of them had too little memory for its packs (the rows of one forward pass each)."""
+    """Raised on all ranks (processes of the run) if memory ran out on one of them. A smaller number of tokens in a
+    forward pass may help."""
 
 
 def rank() -> int:
@@ -26,13 +27,14 @@ def num_ranks() -> int:
 
 
 def num_local_ranks() -> int:
-    """Returns the number of ranks on this node, from the environment variable LOCAL_WORLD_SIZE. If it is not set, all
-    ranks count as on this node."""
+    """Returns the number of ranks (processes of the run) on this node, from the environment variable LOCAL_WORLD_SIZE.
+    If the variable is not set, all ranks are taken to be on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
 
 
 def all_reduce_sum(*tensors: Tensor) -> None:
-    """Sums each tensor over all ranks, in place. All tensors of the same dtype are sent in one message."""
+    """Sums each tensor over all ranks (processes of the run), in place. All tensors of the same dtype are sent in one
+    message."""
     if num_ranks() == 1:
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # the same order on all ranks
@@ -44,7 +46,7 @@ def all_reduce_sum(*tensors: Tensor) -> None:
 
 
 def all_reduce_min(value: int, device: torch.device) -> int:
-    """Returns the smallest `value` of all ranks."""
+    """Returns the smallest `value` that any rank (process of the run) has passed; all ranks get the same result."""
     smallest = torch.tensor(value, device=device)
     if num_ranks() > 1:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -52,8 +54,8 @@ def all_reduce_min(value: int, device: torch.device) -> int:
 
 
 def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Compares a list of flags over all ranks. Returns, for each position of the list, whether the flag there is true
-    on at least one rank; all ranks get the same result."""
+    """Compares a list of flags, `values`, over all ranks (processes of the run). Returns, for each position of the
+    list, whether the flag there is true on at least one rank; all ranks get the same result."""
     if num_ranks() == 1:
         return list(values)
     flags = torch.tensor(values, dtype=torch.uint8, device=device)
@@ -62,8 +64,9 @@ def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.Proces
 
 
 def within_memory(work: Callable[[], T], device: torch.device) -> T:
-    """Calls `work`, which must not communicate, on every rank and returns the result of this rank. If memory runs out
-    on one rank, every rank raises MemoryRanOut, so that no rank waits for another."""
+    """Calls `work`, which must not exchange data with other processes, on every rank (process of the run) and returns
+    the result of this rank. If memory runs out on one rank, every rank raises MemoryRanOut, so that no rank waits for
+    another."""
     result, ran_out = None, False
     try:
         result = work()
@@ -78,14 +81,14 @@ def within_memory(work: Callable[[], T], device: torch.device) -> T:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error means that the device, or on a CPU the system, gave no more memory."""
+    """Whether the error means that memory ran out: that of the GPU or, for a CPU, that of the system."""
     on_cpu = re.search(r"can't allocate memory|not enough memory|bad_alloc", str(error))  # plain RuntimeErrors
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or on_cpu is not None
 
 
 def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None) -> T:
-    """Calls `work` on every rank and returns the result of this rank. If `work` fails on one rank, every rank raises an
-    error, so that no rank waits for another."""
+    """Calls `work` on every rank (process of the run) and returns the result of this rank. If `work` fails on one rank,
+    every rank raises an error, so that no rank waits for another."""
     try:
         result = work()
     except Exception:

@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step, the same on all ranks. Metrics whose names begin with `eval/` measure the
-    policy after the step; all other metrics measure the policy before it."""
+    """The result of one optimizer step, the same on all ranks (processes of the run). Metrics whose names begin with
+    `eval/` measure the policy after the step; all other metrics measure the policy before it."""
 
     step: int  # from 1
     total_steps: int
@@ -72,20 +72,20 @@ def train(
     """Trains `policy` in place and yields the result of each step. Trains all weights, or only the adapter if the
     policy has one; dropout outside the adapter is off.
 
-    `config` must be resolved, see `TrainConfig.resolved`. `global_batches` is a list with one batch for each step of
-    the run, or a function that takes a step number and returns the batches of all later steps; the number is 0, or the
-    step of the checkpoint `resume`. Every rank must be given the same batches, and computes its share of them. The loss
-    is a mean over the groups (prompts with their completions) of a batch. Therefore a list is refused if one of its
-    batches has more than `batch_size` groups, or if the list does not have `total_steps` batches. A batch may have
-    fewer groups. The batches of a function are not checked. A group longer than `max_length` is refused, and so is a
-    `max_length` for which the model has no positions. `n_epochs` and `truncation` only record how the batches were
-    made; so does `seed`, which also draws an adapter's dropout.
+    `config` must have no undecided options, see `TrainConfig.resolved`. `global_batches` is a list with one batch for
+    each step of the run, or a function that takes a step number and returns the batches of all later steps. The number
+    is 0 or, if the run continues from the checkpoint `resume`, this checkpoint's step. Every rank (process of the run)
+    must be given the same batches, and computes its share of them. The loss is a mean over the groups (prompts with
+    their completions) of a batch. A list must have `total_steps` batches, each with `batch_size` groups or fewer;
+    otherwise it is refused. The batches of a function are not checked. A group longer than `max_length` is refused. A
+    `max_length` beyond the model's positions is refused, too. The options `n_epochs` and `truncation` only record how
+    the batches were made. The option `seed` records this, too, and decides an adapter's dropout.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
-    while training continues. `publish` is then called with the step and the folder. All checkpoints are written when
-    the iterator ends. A step whose loss or gradient is not finite changes no weight; its result is yielded without a
-    checkpoint, and then FloatingPointError ends the run. A step without groups changes no weight and has no metrics;
-    its checkpoint has the metrics of the previous step.
+    while training continues. When it is written, `publish` is called with the step and the folder. All checkpoints are
+    written when the iterator ends. A step whose loss or gradient is not finite changes no weight; its result is yielded
+    without a checkpoint, and then FloatingPointError ends the run. A step without groups changes no weight and has no
+    metrics; its checkpoint has the metrics of the previous step.
 
     `validation` returns held-out groups in batches of any size. The trainer calls `validation` whenever a checkpoint is
     due, and adds the policy's metrics on these groups, such as `eval/loss`, to the metrics of the step. Held-out groups
@@ -135,7 +135,8 @@ def train(
 
 
 def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
-    """Raises TypeError or ValueError if `batches` is neither a function nor a list that fits the run."""
+    """Raises an error unless `batches` is a function, or a list that fits the run: it must have `total_steps` batches,
+    each with at most `batch_size` groups. The error is a TypeError or a ValueError."""
     if callable(batches):
         return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint
@@ -160,8 +161,8 @@ def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]
 class _Run:
     """The state of a training run: the policy, the optimizer, and the counters that change with each step.
 
-    The callbacks in `undo` restore the policy at the end of the run: they revert everything but the training of its
-    weights.
+    The callbacks in `undo` restore the policy at the end of the run: they revert all changes to the policy except the
+    trained weights.
     """
 
     def __init__(
@@ -228,8 +229,8 @@ class _Run:
             self.statistics = Statistics(**manifest.statistics)
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
-        """Takes one optimizer step on `groups`, a global batch, and returns the metrics of the step. Without groups,
-        changes no weight and returns the metrics of the previous step."""
+        """Takes one optimizer step on `groups`, a global batch, and returns the metrics of the step. If `groups` is
+        empty, changes no weight and returns the metrics of the previous step."""
         started, self.shortage = time.perf_counter(), None
         self.step += 1
         if not groups:
@@ -261,11 +262,12 @@ class _Run:
         return dict(self.metrics)
 
     def _backward(self, groups: Sequence[EncodedGroup]) -> tuple[list[Pack], Measures, Tensor]:
-        """Computes the gradients of the step's loss. Returns this rank's packs (groups of one forward pass each), the
-        log-probabilities or rewards of all completions of all ranks, and the loss.
+        """Computes the gradients of the loss for one optimizer step. Returns the packs (groups of one forward pass
+        each) of this rank (process of the run), the log-probabilities or rewards of all completions of all ranks, and
+        the loss.
 
-        If memory runs out, begins again with packs of half the size, and at last also recomputes activations; the run
-        keeps both. The results are the same.
+        If memory runs out, begins again with packs of half the size. If packs cannot be smaller, the backward pass
+        recomputes activations. Later steps keep both changes. They do not change the results.
         """
         statistics, seed = vars(self.statistics).copy(), self.config.seed * 2**32 + self.step
         while True:
@@ -280,8 +282,9 @@ class _Run:
                 torch.cuda.empty_cache()  # what is left in pieces would not hold larger tensors
 
     def _take_less(self, groups: Sequence[EncodedGroup]) -> None:
-        """Halves the packs or, if each already has one group, makes the backward pass recompute activations. Raises
-        MemoryRanOut if both are done already."""
+        """Makes training need less memory. Halves the packs (groups of one forward pass); if each pack has only one
+        group, makes the backward pass recompute activations. Raises MemoryRanOut if activations are recomputed
+        already."""
         smaller = smaller_packs(self.scorer, groups, self.pack_size)
         if smaller is not None:
             self.pack_size = smaller
@@ -303,7 +306,7 @@ class _Run:
 
     @property
     def remedy(self) -> str:
-        """Advice for a user whose loss or gradient is not finite."""
+        """Advice for the user of a training run whose loss or gradient is not finite."""
         if self.num_updates > 1:
             return "lower the learning rate"
         return "no weight was changed yet, so look for NaN or infinity in the policy and in the reference's scores"
@@ -337,7 +340,7 @@ class _Run:
 
 
 def _not_finite(metrics: dict[str, float]) -> str:
-    """Returns the loss, the gradient norm and the evaluation's loss that are not finite, as a text such as "loss nan,
-    grad_norm inf". The text is empty if all are finite."""
+    """Returns those of loss, gradient norm and evaluation's loss that are not finite, as a text such as "loss nan,
+    grad_norm inf". The text is empty if all three are finite."""
     values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
     return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))

@@ -1,5 +1,5 @@
 """Holds the trained parameters of a policy: their gradients, their float32 copies if they are in half precision, and
-their division over ranks."""
+their division over ranks (processes)."""
 
 from collections.abc import Mapping
 from itertools import chain, compress
@@ -27,9 +27,9 @@ class Weights:
     """The trained parameters of a policy by name, and the tensors that the optimizer updates.
 
     For a parameter in half precision the optimizer updates a float32 copy, the parameter's master. Gradients are
-    float32 or wider. If the policy is not sharded, each rank has all parameters and sums its gradients with those of
-    the other ranks. `dtypes` are the parameters' dtypes before sharding, which makes shards float32; checkpoints save
-    the model in these dtypes.
+    float32 or wider. If the policy is not sharded, each rank (process of the run) has all parameters and sums its
+    gradients with those of the other ranks. `dtypes` are the dtypes of the parameters before sharding, because shards
+    are always float32. Checkpoints save the model in these dtypes.
     """
 
     def __init__(self, policy: PreTrainedModel, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -44,17 +44,17 @@ class Weights:
 
     @property
     def in_float32(self) -> dict[str, nn.Parameter]:
-        """The float32 tensors, by name, that the optimizer updates for parameters that the saved model holds in half
-        precision."""
+        """The parameters that the saved model holds in half precision, by name. The value is the float32 tensor that
+        the optimizer updates in place of the parameter."""
         return {name: p for name, p in self.stepped.items() if _is_half(self.dtypes[name])}
 
     @torch.no_grad()
     def collect_gradients(self, max_norm: float) -> Tensor:
-        """Sums the gradients of all ranks, scales them down so that their norm is at most `max_norm`, and returns the
-        norm before scaling.
+        """Sums the gradients of all ranks (processes of the run), scales them down so that their norm is at most
+        `max_norm`, and returns the norm before scaling.
 
-        The gradients are moved to the tensors that the optimizer updates. A parameter without a gradient on any rank
-        gets none and does not change.
+        The gradients are moved to the tensors that the optimizer updates. If no rank has a gradient for a parameter,
+        the parameter does not change.
         """
         reached = [parameter.grad is not None for parameter in self.trained.values()]
         if not self.is_sharded:
@@ -84,8 +84,8 @@ class Weights:
             parameter.grad = None
 
     def release(self) -> None:
-        """Removes the gradients and gradient dtypes that training added to the policy's parameters. The caller may then
-        train the policy in another way."""
+        """Removes what training has added to the policy's parameters: gradients, and the dtypes of gradients. The
+        caller may then train the policy in another way."""
         self.drop_gradients()
         for name in self.masters:
             self.trained[name].grad_dtype = self.trained[name].dtype
@@ -100,8 +100,8 @@ def _is_half(dtype: torch.dtype) -> bool:
 
 
 def agree_on_weights(policy: nn.Module) -> None:
-    """Copies the policy's weights from rank 0 to all other ranks. Leaves out weights that are sharded or not read
-    yet."""
+    """Copies the policy's weights from rank 0 to all other ranks (processes of the run), so that all begin with the
+    same weights. Leaves out weights that are sharded or not read yet."""
     if num_ranks() > 1:
         for tensor in chain(policy.parameters(), policy.buffers(), scales_of(policy)):
             if not (isinstance(tensor, DTensor) or tensor.is_meta):
@@ -109,8 +109,8 @@ def agree_on_weights(policy: nn.Module) -> None:
 
 
 def shard(scorer: Scorer, sharding: Sharding) -> None:
-    """Splits the policy's weights, gradients and optimizer state over ranks with FSDP2, which gathers each layer when
-    it is computed.
+    """Splits the policy's weights, gradients and optimizer state over ranks (processes of the run). FSDP2 does this; it
+    gathers each layer from all ranks when the layer is computed.
 
     A policy in half precision computes in half precision, while the shards of its trained weights are float32. Raises
     InvalidOption for a policy that cannot be split.
@@ -138,7 +138,8 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
 
 
 def num_shards(scorer: Scorer, sharding: Sharding) -> int:
-    """Returns the number of parts into which `shard` splits each weight. All ranks get the same number."""
+    """Returns the number of shards into which the option `sharding` splits each weight of the policy. All ranks
+    (processes of the run) get the same number."""
     policy, ranks, local_ranks = scorer.model, num_ranks(), num_local_ranks()
     if sharding != "auto":
         return {"replicated": 1, "hybrid": local_ranks, "full": ranks}[sharding]
@@ -150,11 +151,12 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
 
 
 def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None = None) -> int:
-    """Returns the bytes on one rank of the policy's weights, their gradients, and AdamW's moments, if each weight is
-    split into `shards`. `dtype` is the dtype in which the policy computes; None means the dtype of its weights.
+    """Returns the bytes that the policy's weights, their gradients and AdamW's moments take on one rank (process of the
+    run). Each weight is split into `shards` parts. `dtype` is the dtype in which the policy computes; None means the
+    dtype of its weights.
 
-    With several shards, a rank also holds some whole weights while it computes, and the gradients of the trained ones:
-    the weights outside the layers, and the weights of two layers, because the next layer is fetched ahead.
+    With several shards, a rank also holds some whole weights while it computes, and whole gradients of those that are
+    trained. These are the weights outside the layers, and those of two layers, because the next layer is fetched ahead.
     """
     num_bytes: int = 0
     for parameter in policy.parameters():
@@ -174,7 +176,8 @@ def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None 
 
 
 def _with_gradients(module: nn.Module) -> int:
-    """Returns the number of parameters in a module, where those that have gradients count twice."""
+    """Returns the number of parameters in a module and of their gradients: a parameter that is trained counts twice,
+    because it has a gradient."""
     numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
     return numbers
 
