@@ -62,7 +62,8 @@ def test_accelerator_hours_of_earlier_releases_count(database_url: str) -> None:
         )
         connection.execute(
             "INSERT INTO attempts (job_id, number, state, token, next_seq, num_accelerators, failed,"
-            " created_at, ended_at) VALUES ('ftjob-ran', 1, 'ended', '', 0, 2, false, now() - interval '3 hours', now()),"
+            " created_at, ended_at)"
+            " VALUES ('ftjob-ran', 1, 'ended', '', 0, 2, false, now() - interval '3 hours', now()),"
             " ('ftjob-ran', 2, 'running', '', 0, 2, false, now() - interval '3 hours', NULL)"
         )
     migrate(database_url)
