@@ -513,7 +513,7 @@ class EvaluationItem(Base):
     __tablename__ = "evaluation_items"
     evaluation_id: Mapped[str] = mapped_column(ForeignKey("evaluations.id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)  # from 0
-    row: Mapped[dict[str, Any]]  # evaluations.rows.EvaluationRow
+    row: Mapped[dict[str, Any]]  # written by evaluations.rows.to_json
     stage: Mapped[int] = mapped_column(default=0)  # how many stages are finished
     found: Mapped[dict[str, Any]] = mapped_column(server_default="{}")  # what these stages found
     num_tries: Mapped[int] = mapped_column(default=0)  # failed tries of the next stage

@@ -74,7 +74,7 @@ class Sampling(BaseModel):
     )
 
 
-class Row(BaseModel):
+class EvaluationRow(BaseModel):
     """A prompt, and completions to it. Pydantic does not check their values, because `dpo_core.data` does."""
 
     model_config = ConfigDict(extra="forbid")
@@ -133,7 +133,7 @@ class Spec(BaseModel):
 class CreateEvaluation(Spec):
     """The JSON body of POST /v1/x/evaluations."""
 
-    rows: Annotated[list[Row], Field(min_length=1, max_length=MOST_INLINE)] | None = Field(
+    rows: Annotated[list[EvaluationRow], Field(min_length=1, max_length=MOST_INLINE)] | None = Field(
         default=None, description="Prompts, instead of a file."
     )
 

@@ -13,13 +13,13 @@ from services import storage
 from services.containers import json_lines
 from services.contract import Reading
 from services.control_plane.core.errors import InvalidRequest
-from services.control_plane.evaluations.requests import Row
+from services.control_plane.evaluations.requests import EvaluationRow
 
 MOST_BYTES = 16 * 2**20  # of all rows of an evaluation, as JSON
 SHOWN = ("prompt", "completions", "ratings", "tools", "template_arguments", "line")
 
 
-def read_request(rows: Sequence[Row]) -> list[Group]:
+def read_request(rows: Sequence[EvaluationRow]) -> list[Group]:
     """Returns the rows of a request as groups (prompts with completions, of which there may be none).
 
     Raises InvalidRequest, with the path of the value, for a row that cannot be read.
@@ -31,7 +31,7 @@ def read_request(rows: Sequence[Row]) -> list[Group]:
         raise InvalidRequest(message, param=path) from None
 
 
-def _read(number: int, row: Row) -> Group:
+def _read(number: int, row: EvaluationRow) -> Group:
     given = row.model_dump(exclude_none=True)
     if "completions" in given:
         return read_in_request(number, given)

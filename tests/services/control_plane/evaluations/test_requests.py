@@ -7,10 +7,29 @@ from pydantic import ValidationError
 
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.evaluations.requests import OF_KIND, CreateEvaluation, Judge, Spec
+from tests.services.control_plane.http.test_documented_answers import DOCUMENT
 
 LENGTH = {"type": "length"}
+DOCUMENTED = (
+    "CreateEvaluation",
+    "Judge",
+    "Sampling",
+    "EvaluationRow",
+    "EvaluationDocument",
+    "EvaluationError",
+    "EvaluationItemDocument",
+    "ItemError",
+)
 FIELDS: dict[str, Any] = {"baseline": "b", "judge": LENGTH, "sampling": {"seed": 1}, "reference": "r", "beta": 1.0}
 ROWS = [{"prompt": "Why?"}]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_openapi_document_describes_every_field(name: str) -> None:
+    schemas = DOCUMENT["components"]["schemas"]
+    for field, schema in schemas[name]["properties"].items():
+        described = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        assert described.get("description"), field
 
 
 @pytest.mark.parametrize("kind", OF_KIND)

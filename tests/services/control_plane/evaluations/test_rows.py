@@ -6,7 +6,7 @@ import pytest
 
 from dpo_core.data.groups import Group
 from services.control_plane.evaluations import rows
-from services.control_plane.evaluations.requests import Row
+from services.control_plane.evaluations.requests import EvaluationRow
 
 ASKED = [{"role": "user", "content": "Where?"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"what": "saw"}'}}
@@ -25,7 +25,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments":
 def test_a_row_of_a_request_has_a_prompt_and_may_have_completions(
     row: dict[str, Any], prompt: object, completions: tuple[str, ...]
 ) -> None:
-    (group,) = rows.read_request([Row(**row)])
+    (group,) = rows.read_request([EvaluationRow(**row)])
     assert (group.prompt, group.completions) == (prompt, completions)
 
 
