@@ -46,12 +46,6 @@ def vote(api: httpx.Client, **body: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def refusal(api: httpx.Client, **body: Any) -> tuple[str | None, str]:
-    answer = api.post("/x/feedback", json={"prompt": CHAT, "completions": [GOOD, BAD], **body})
-    assert answer.status_code == 400, answer.text
-    return answer.json()["error"]["param"], answer.json()["error"]["message"]
-
-
 @pytest.fixture
 def project(api: httpx.Client, base_url: str, request: pytest.FixtureRequest) -> Any:
     """A project without votes."""
@@ -91,16 +85,6 @@ def test_a_file_of_votes_is_checked_and_taken_by_a_job(project: httpx.Client, na
     assert project.post("/x/jobs/validate", json=job).status_code == 200
 
 
-def test_many_votes_are_written_in_their_order_without_the_deleted_ones(project: httpx.Client) -> None:
-    ids = [vote(project, completions=[GOOD], thumb="up")["id"] for _ in range(120)]
-    for gone in ids[::40]:
-        assert project.delete(f"/x/feedback/{gone}").json() == {"id": gone, "object": "feedback", "deleted": True}
-    file = project.post("/x/feedback/files", json={"kind": "unpaired"}).json()
-    lines = project.get(f"/files/{file['id']}/content").text.splitlines()
-    left = [name for name in ids if name not in ids[::40]]
-    assert [json.loads(line)["feedback"]["id"] for line in lines] == left
-
-
 def test_votes_are_listed_newest_first_and_counted_by_kind_and_form(project: httpx.Client) -> None:
     made = [vote(project, **VOTES[name][0])["id"] for name in ("choice", "edit", "thumb")]
     made.append(vote(project, **VOTES["choice"][0], prompt="Hello?")["id"])
@@ -115,59 +99,6 @@ def test_votes_are_listed_newest_first_and_counted_by_kind_and_form(project: htt
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == ([made[0]], False)
     texts = project.get("/x/feedback", params={"kind": "pairs", "form": "text"}).json()
     assert [each["id"] for each in texts["data"]] == [made[3]]
-
-
-def test_tools_and_arguments_of_the_template_stay_in_the_row(api: httpx.Client) -> None:
-    tool = {"type": "function", "function": {"name": "stock", "parameters": {"type": "object", "properties": {}}}}
-    call = {"id": "1", "type": "function", "function": {"name": "stock", "arguments": "{}"}}
-    calling = {"completion": [{"role": "assistant", "content": None, "tool_calls": [call]}], "model": "tiny"}
-    more = {"tools": [tool], "chat_template_kwargs": {"enable_thinking": False}}
-    row = vote(api, completions=[calling, BAD], choice=0, **more)["row"]
-    assert {name: row[name] for name in more} == more
-    assert row["chosen"] == calling["completion"]
-
-
-def test_a_request_has_exactly_one_vote_for_the_right_number_of_completions(api: httpx.Client) -> None:
-    assert refusal(api) == (None, "The request has no vote; send exactly one of choice, thumb, ratings, edit.")
-    assert refusal(api, choice=0, ratings=[1, 2])[0] == "ratings"
-    assert refusal(api, thumb="up") == (
-        "completions",
-        "The request has 2 completions, but the vote 'thumb' needs 1; change the completions.",
-    )
-    assert refusal(api, edit="Aisle four.")[0] == "completions"
-    assert refusal(api, completions=[GOOD], choice=0)[0] == "completions"
-    assert refusal(api, ratings=[1])[0] == "ratings"
-    assert refusal(api, choice=2)[0] == "choice"
-    assert refusal(api, thumb="sideways")[0] == "thumb"
-    assert refusal(api, completions=[GOOD] * 17, ratings=[1] * 17)[0] == "completions"
-
-
-def test_a_wrong_value_is_named_by_its_field_of_the_request(api: httpx.Client) -> None:
-    empty = {"completion": "", "model": "tiny"}
-    assert refusal(api, completions=[GOOD, empty], choice=1) == (
-        "completions.1.completion",
-        "completions.1.completion is an empty completion; write text into the field, or remove the row.",
-    )
-    robot = {"completion": [{"role": "robot", "content": "Hi"}]}
-    assert refusal(api, completions=[robot, GOOD], ratings=[1, 2])[0] == "completions.0.completion.0.role"
-    assert refusal(api, completions=[GOOD], edit="")[0] == "edit"
-    assert refusal(api, prompt=[], choice=0)[0] == "prompt"
-    assert refusal(api, prompt=[{"role": "user", "content": 7}], choice=0)[0] == "prompt.0.content"
-    assert refusal(api, tools=[7], choice=0)[0] == "tools.0"
-    assert refusal(api, prompt="Hi", completions=[{"completion": SAID["No idea."]}, GOOD], choice=0)[0] == "prompt"
-    assert refusal(api, completions=[GOOD, {"completion": "x" * 2**20}], choice=0)[0] == "completions"
-    assert refusal(api, completions=[GOOD, {"completion": "\0"}], choice=0)[0] == "completions.1.completion"
-
-
-def test_votes_count_as_bytes_of_the_project(api: httpx.Client, base_url: str) -> None:
-    project_id = new_project(api, "few bytes", max_bytes=500)
-    with api_of(base_url, new_key(api, project_id=project_id)["value"]) as own:
-        vote(own, completions=[GOOD], thumb="up")
-        used = api.get(f"/x/projects/{project_id}/usage").json()["limits"]["max_bytes"]["used"]
-        assert 100 < used < 400
-        answer = own.post("/x/feedback", json={"prompt": CHAT, "completions": [GOOD], "thumb": "up"})
-        answer = own.post("/x/feedback", json={"prompt": CHAT, "completions": [GOOD], "thumb": "up"})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "exceeded_quota")
 
 
 def test_a_file_of_no_votes_is_refused(project: httpx.Client) -> None:

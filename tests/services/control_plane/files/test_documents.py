@@ -1,12 +1,9 @@
 """Tests that the JSON of files, uploads and checks is what the OpenAPI document describes."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
 
 from services.contract import Reading
 from services.control_plane.core.tables import File, Upload, UploadPart
@@ -14,6 +11,7 @@ from services.control_plane.files.check_program import check_rows
 from services.control_plane.files.documents import CheckDocument, FileDocument, PartDocument, UploadDocument
 from services.control_plane.files.responses import check_object, file_object, part_object, upload_object
 from tests.services.control_plane.conftest import pairs
+from tests.services.control_plane.documented import check
 
 AT = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -26,11 +24,6 @@ def row(tmp_path: Path) -> File:
     return File(
         id="file-1", created_at=AT, filename="a.jsonl", purpose="fine-tune", num_bytes=5, sha256="ab", report=report
     )
-
-
-def check(kind: Any, told: dict[str, Any]) -> None:
-    """Fails unless the object has all fields of the type, with values of their types, and no others."""
-    assert TypeAdapter(kind).validate_json(json.dumps(told), strict=True, extra="forbid")
 
 
 def test_files_are_as_described(row: File) -> None:

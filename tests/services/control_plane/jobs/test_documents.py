@@ -1,10 +1,5 @@
 """Tests that the JSON of jobs and their parts is what the OpenAPI document describes."""
 
-import json
-from typing import Any
-
-from pydantic import TypeAdapter
-
 from dpo_core.methods import METHODS, described
 from services.control_plane.core.tables import Checkpoint, Event
 from services.control_plane.jobs.documents import (
@@ -16,12 +11,8 @@ from services.control_plane.jobs.documents import (
 )
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
 from services.control_plane.settings import Settings
+from tests.services.control_plane.documented import check
 from tests.services.control_plane.jobs.test_responses import AT, job, progress
-
-
-def check(kind: Any, told: dict[str, Any]) -> None:
-    """Fails unless the object has all fields of the type, with values of their types, and no others."""
-    assert TypeAdapter(kind).validate_json(json.dumps(told), strict=True, extra="forbid")
 
 
 def test_a_job_is_as_described_in_each_of_its_states(offline: Settings) -> None:
