@@ -1,1 +1,2 @@
-"""Trains models in Ray jobs. A job's main program, the driver, prepares the data and starts Ray Train's workers."""
+"""Trains models in Ray jobs. The main program of such a job, the driver, prepares the data and starts Ray Train's
+workers."""

@@ -1,4 +1,5 @@
-"""Checks how a data file would be encoded as token ids: `python -m services.training.check_program <request uri>`.
+"""Checks, for a user, how a data file would be encoded as token ids: `python -m services.training.check_program
+<request uri>`.
 
 The program runs as a Ray job and writes its result to storage. The command `raydpo data check` makes the same check
 without a cluster.
@@ -29,24 +30,24 @@ Result = TypeVar("Result", bound=Contract)
 
 
 class Tokens(EncodingReport):
-    """Reports on a checked file in tokens: the counts from encoding its rows, and the token limit and truncation
-    used."""
+    """Describes a checked data file in tokens: counts of what happened to its rows during encoding, and the limit of
+    tokens and the truncation that were used."""
 
     limit: int  # most tokens of a group: max_length, or the model's positions if they are fewer
     truncation: Truncation
 
 
 class Check(Contract):
-    """Holds the result of checking a training file: the report in tokens, and some rows as the model would see them."""
+    """Holds the result of checking a training file: counts in tokens, and some rows as the model would see them."""
 
     tokens: Tokens
     preview: tuple[Preview, ...]  # some rows, spread over the file
 
 
 class CallEach(Protocol):
-    """A function that calls `work` on each item and yields the results.
+    """The type of a function that calls `work` on each item and yields the results.
 
-    It may make the calls in other processes, and yield the results in another order.
+    The function may make the calls in other processes, and may yield the results in another order than the items.
     """
 
     def __call__(
@@ -60,11 +61,12 @@ def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[
 
 
 def check(recipe: Recipe, folder_uri: str, each: CallEach) -> Check:
-    """Encodes a training file without storing the token ids, and returns the counts and some rows.
+    """Encodes a training file without storing the token ids, and returns counts of its rows and tokens, and some rows
+    as the model would see them.
 
-    The recipe names the file and all settings of the encoding. If the file is compressed, its unpacked lines are kept
-    in `folder_uri` until the end. `each` makes the calls that encode the file. Raises JobFailed for a file or model
-    that cannot be used.
+    `recipe` names the file and all settings of the encoding. If the file is compressed, its unpacked lines are kept in
+    the folder `folder_uri` until the check ends. `each` calls the functions that encode parts of the file. Raises
+    JobFailed for a file or model that cannot be used.
     """
     uri = unpacked(recipe.training_uri, storage.join(folder_uri, "training.jsonl"))
     try:
@@ -107,9 +109,9 @@ def main(request_uri: str) -> None:
 
 
 def answer(request: CheckRequest, each: CallEach) -> SideJobResult:
-    """Makes the requested check, and returns its result.
+    """Checks the data file that `request` names, and returns the result.
 
-    If the file or the model cannot be used, the result is an error and no report.
+    If the file or the model cannot be used, the result has an error in place of the report.
     """
     try:
         report = check(request.recipe, request.folder_uri, each).model_dump(mode="json")

@@ -104,9 +104,9 @@ def main(spec_uri: str) -> int:
 
 
 def read_spec(written: bytes) -> AttemptSpec:
-    """Parses the settings of an attempt from JSON.
+    """Parses the settings of an attempt (one run of a job) from JSON.
 
-    Raises JobFailed if a control plane of another release wrote them and this release cannot read them.
+    Raises JobFailed if this release cannot read the settings, because a control plane of another release wrote them.
     """
     wire = AttemptAddress.model_validate_json(written).wire
     try:
@@ -123,7 +123,8 @@ def read_spec(written: bytes) -> AttemptSpec:
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Reports to the control plane why this driver does not run the attempt. Returns the driver's exit status."""
+    """Reports to the control plane why this driver (a job's main program) does not run the attempt. Returns the
+    driver's exit status."""
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)
@@ -132,7 +133,8 @@ def refuse(address: AttemptAddress, report: Failed) -> int:
 
 
 def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Prepares the data, trains, and exports the trained model. Returns the attempt's last report.
+    """Runs an attempt of a job: prepares the data, trains, and exports the trained model. Returns the attempt's last
+    report.
 
     A failure that only the user can fix is returned as Failed and not raised.
     """
@@ -144,10 +146,11 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Prepares the data, trains, and exports the trained model. Returns the attempt's last report.
+    """Runs an attempt of a job: prepares the data, trains, and exports the trained model. Returns the attempt's last
+    report.
 
-    Training begins when all data are prepared or, if they can be streamed, when their first rows are. Raises JobFailed
-    for a failure that only the user can fix.
+    Training begins when all data are prepared. If the data can be streamed, it begins earlier, when the first rows are
+    prepared. Raises JobFailed for a failure that only the user can fix.
     """
 
     def report(report: Report) -> None:
@@ -172,9 +175,9 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
-    """Prepares the job's data, waits while storage is full, and returns where the data are.
+    """Prepares the job's data, and returns where the data are. If storage is full, waits until there is room.
 
-    If training can begin before all data are prepared, sets the future `stream` to a stream of the data.
+    If training can begin before all data are prepared, the function sets the future `stream` to a stream of the data.
     """
 
     def try_once() -> Prepared:
@@ -204,10 +207,10 @@ def _train(spec: AttemptSpec, source: Prepared | Stream, reporter: Any) -> Succe
 def train(
     spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
 ) -> Succeeded | Failed | Paused:
-    """Runs the training workers with Ray Train, and returns the attempt's last report.
+    """Runs the training workers with Ray Train until training ends. Returns the attempt's last report.
 
-    On success, the report has the URI of the trained model. Workers publish checkpoints themselves, so the folder in
-    which Ray Train stores files is temporary.
+    On success, the report has the URI of the trained model. Workers store checkpoints themselves, so the folder in
+    which Ray Train stores its files is only temporary.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
@@ -237,10 +240,10 @@ def train(
 
 
 def export(spec: AttemptSpec, trained: Succeeded, report: Callable[[Report], None]) -> Succeeded:
-    """Copies the trained model from its checkpoint to the job's folder `export`, and returns the report with the new
-    URI. Warns the user of an adapter that changes nothing.
+    """Copies the trained model from its checkpoint to the job's folder `export`, and returns the report `trained` with
+    the new URI. Warns the user if the model is an adapter that has learned nothing.
 
-    Raises JobFailed for an adapter with numbers that are not finite, which could not answer.
+    Raises JobFailed for an adapter with numbers that are not finite, because such a model could not answer.
     """
     uri = storage.join(spec.run_uri, "export")
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
@@ -280,9 +283,9 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
 
 def _hide_environment_from_workers() -> None:
-    """Hides the driver's environment variables from workers.
+    """Hides the environment variables of the driver (the job's main program) from training workers.
 
-    The variables hold the attempt's token, and would slow the start of workers.
+    The variables hold the secret token of the attempt, and would slow the start of workers.
     """
     if config := os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR):
         without_environment = {key: value for key, value in json.loads(config).items() if key != "runtime_env"}
@@ -292,7 +295,7 @@ def _hide_environment_from_workers() -> None:
 def _runtime_env() -> dict[str, Any] | None:
     """Returns Ray's runtime environment for every process that this attempt starts.
 
-    It is None on a node with a fork server, because forks of that server inherit its environment.
+    Returns None on a node with a fork server, because processes there inherit the environment of that server.
     """
     if forkserver.VARIABLE in os.environ:
         return None

@@ -1,4 +1,5 @@
-"""Merges a LoRA adapter into its base model, for download: `python -m services.training.merge_program <request uri>`.
+"""Merges a LoRA adapter into its base model, so that a user can download one model: `python -m
+services.training.merge_program <request uri>`.
 
 The program runs as a Ray job and writes its result to storage.
 """
@@ -29,7 +30,8 @@ def main(request_uri: str) -> None:
 
 
 def answer(request: MergeRequest) -> SideJobResult:
-    """Merges the adapter, and returns the result. If the adapter cannot be merged, the result is an error."""
+    """Merges the LoRA adapter that `request` names into its base model, and returns the result. If the adapter cannot
+    be merged, the result has an error in place of the report."""
     try:
         return SideJobResult(finished_at=time.time(), report=merge(request).model_dump(mode="json"))
     except (ValueError, FileNotFoundError) as error:
@@ -40,7 +42,8 @@ def answer(request: MergeRequest) -> SideJobResult:
 
 
 def merge(request: MergeRequest) -> MergeReport:
-    """Merges the adapter into its base model, writes the merged model to storage, and compares the outputs of both.
+    """Merges a LoRA adapter into its base model, and writes the merged model to storage. Also compares its outputs with
+    those before the merge.
 
     Raises ValueError if adapter and base do not fit each other.
     """

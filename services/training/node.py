@@ -1,4 +1,4 @@
-"""Starts Ray actors on the node of the calling process."""
+"""Starts Ray actors on the node on which the calling process runs."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def local_actor(kind: type, **options: Any) -> Any:
-    """Returns the class `kind` as a Ray actor class. Its actors run on this process's node and reserve no CPU.
+    """Returns the class `kind` as a Ray actor class. Actors of this class run on the node of this process and reserve
+    no CPU.
 
     `options` are passed to `ray.remote`.
     """

@@ -1,6 +1,6 @@
 """Loads the model that a job trains (the policy), and the frozen model that it is compared with (the reference).
 
-A model that cannot be used fails the job with a message for the user.
+If a model cannot be used, the job fails with a message for the user.
 """
 
 import functools
@@ -31,9 +31,9 @@ REFERENCE = "The reference model cannot be used"
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
     """Loads the model that the job starts from, ready to train.
 
-    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If the weights
-    are to be split over the workers, the returned model has no weights until `train` has split it. Raises JobFailed for
-    a model that transformers does not know or that cannot be trained.
+    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If the workers
+    share one copy of the weights, each having a part, the returned model has no weights until `train` has split it.
+    Raises JobFailed for a model that transformers does not know or that cannot be trained.
     """
     # The imports of models are in functions, because they take eight CPU seconds and the driver works without them.
     from dpo_core.models.model import load_merged
@@ -49,7 +49,8 @@ def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
 
 
 def load_reference(source: str, weights: Weights, device: "torch.device") -> "PreTrainedModel":
-    """Loads the reference model of a job, with all weights frozen. It is a full model, or an adapter on its base model.
+    """Loads the reference model, with which a job compares the trained model. All its weights are frozen. It is a full
+    model, or an adapter on its base model.
 
     `source` says where the model is, and `weights` how the job trains: the precision, and the quantization if any.
     Raises JobFailed for a model that cannot be used.
@@ -73,10 +74,10 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
 
 
 def fetch(source: str) -> tuple[Path, Path | None]:
-    """Returns the local folder of a model and, if the model is an adapter, the local folder of its base model, else
-    None.
+    """Returns the local folder of a model, and the local folder of its base model. The second is None if the model is
+    not an adapter.
 
-    A hub id is returned unchanged, as a path.
+    If a model is named by a hub id, this id is returned in place of its folder.
     """
     folder = storage.fetch(source)
     base = _base_in(folder)
@@ -84,7 +85,7 @@ def fetch(source: str) -> tuple[Path, Path | None]:
 
 
 def base_of(source: str) -> str:
-    """Returns where the base model of an adapter is, or `source` itself for any other model.
+    """Returns where the base model of an adapter is. If `source` is not an adapter, returns `source` itself.
 
     A source is a storage URI, a local folder or a hub id.
     """
@@ -99,7 +100,8 @@ def _base_in(folder: Path) -> str | None:
 def unusable_models_fail_the_job(
     what: str = "The model cannot be trained", *, also: Sequence[type[Exception]] = ()
 ) -> Iterator[None]:
-    """Turns errors about a model in the block into JobFailed, whose message the user reads after the words `what`.
+    """Turns errors about a model, raised in the `with` block, into JobFailed. The user reads the words `what`, followed
+    by the error's message.
 
     The errors are UnusableModel, InvalidOption, and the types in `also`. They may occur while a model is loaded, in its
     first forward pass, and while its weights are divided among workers.
@@ -137,9 +139,9 @@ def _may_split(spec: AttemptSpec, device: "torch.device") -> bool:
 
 
 def _named(policy: "PreTrainedModel", source: str) -> "PreTrainedModel":
-    """Sets the name of the base model in the adapter's config to `source`, and returns the model.
+    """Sets the name of the base model in the config of the policy's adapter to `source`, and returns the policy.
 
-    Otherwise the name would be the path of this node's copy, which other nodes do not have.
+    Otherwise the name would be the path of this node's copy of the base model, which does not exist on other nodes.
     """
     for config in getattr(policy, "peft_config", {}).values():
         config.base_model_name_or_path = source

@@ -1,7 +1,9 @@
-"""Prepares a job's data: encodes the training file as token ids, and has the reference model score the rows if needed.
+"""Prepares a job's data: encodes the training file as token ids and, if the job's objective needs it, has the reference
+model score the rows.
 
-A score is the log-probability of a completion under the reference model. It is computed by the model's deployment in
-vLLM, or by the trainer's own forward pass. Jobs with the same file and settings share each result through a cache.
+A score is the log-probability of a completion under the reference model. Either the model's deployment in vLLM or the
+trainer's own forward pass computes it. A cache stores the results, so that jobs with the same file and settings share
+them.
 """
 
 import time
@@ -57,14 +59,15 @@ SCORES_FOUND = "The reference model's scores of these rows are known from an ear
 
 
 class Prepared(Contract):
-    """Describes the prepared data of a job, which the workers read."""
+    """Says where the prepared data of a job are, for the workers that read them."""
 
     training: Dataset
     validation: Dataset | None
 
 
 class Scored(Contract):
-    """Describes the encoded data of a file with the reference model's scores, as the cache stores them."""
+    """Says where the encoded data of a file and the reference model's scores of them are. The cache stores this
+    description."""
 
     training: Dataset
     held_out: Dataset
@@ -73,10 +76,11 @@ class Scored(Contract):
 def prepare(
     spec: AttemptSpec, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> Prepared:
-    """Returns the job's prepared data: from an earlier attempt, from the cache, or newly made.
+    """Prepares the data of a job, and returns where they are. Data that an earlier attempt or the cache has are used
+    again.
 
-    If the objective needs no reference, `begin` may be called with a stream of the data when enough rows are encoded
-    for training to begin.
+    If the objective needs no reference, training can begin before all rows are encoded. `begin` is then called, with a
+    stream of the data, when enough rows are encoded.
     """
     uri = storage.join(spec.run_uri, "prepared")
     if earlier := cache.find(uri, Prepared, _check, report):
@@ -92,9 +96,9 @@ def prepare(
 
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
-    """Prepares the validation file at `uri` like a training file without held-out rows, and returns its data.
+    """Prepares the validation file at `uri` like a training file without held-out rows, and returns the prepared data.
 
-    Raises JobFailed with `validation_file` as the wrong field if the file cannot be used.
+    If the file cannot be used, raises JobFailed, which names `validation_file` as the wrong field.
     """
     alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **dict(spec.validation_reading)}
     try:
@@ -109,9 +113,10 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
 def _prepare_file(
     spec: AttemptSpec, purpose: str, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Encodes the training file of `spec`, and scores the rows if the objective needs a reference model.
+    """Encodes the training file of `spec`. If the objective needs a reference model, also has it score the rows.
 
-    Returns the data to train on and the held-out data. `purpose` names the file in messages.
+    Returns the data to train on, and the data held out for validation. `purpose` names the file in messages, such as
+    Training.
     """
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
@@ -186,19 +191,22 @@ def _encode(
 
 
 class _Disagrees(Exception):
-    """Raised if the reference's deployment computes other log-probabilities than the trainer's own forward pass."""
+    """Raised if the reference model's deployment in vLLM computes other log-probabilities than the trainer's own
+    forward pass."""
 
 
 class _Slower(Exception):
-    """Raised if the reference's deployment, now loaded and measured, would finish scoring later than the trainer."""
+    """Raised if the reference model's deployment in vLLM would finish scoring later than the trainer. This is known
+    once the deployment is loaded and its speed measured."""
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """Has the reference model score the encoded data, and returns them with the scores.
+    """Has the reference model score the encoded data, and returns the data with the scores.
 
-    The model's deployment scores if it finishes sooner than the trainer's own forward pass and both agree. Otherwise
-    the trainer scores. Raises JobFailed if the user chose the deployment, and the two disagree or the deployment cannot
-    attach the adapter that is the reference.
+    The model's deployment in vLLM scores if it finishes sooner than the trainer's own forward pass and computes the
+    same log-probabilities. Otherwise the trainer scores. If the user chose the deployment and it cannot be used, raises
+    JobFailed. It cannot be used if its log-probabilities differ, or if it cannot attach the adapter that is the
+    reference.
     """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_reference).options(num_cpus=1).remote(spec, encoding.limit))
@@ -241,15 +249,16 @@ def _precision_of(spec: AttemptSpec) -> str:
 
 
 def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
-    """Returns the URI at which the measured speed of a served model is stored. `weights` is the digest of its
-    weights."""
+    """Returns the URI at which the measured speed of a model in vLLM is stored. `weights` is the digest of the model's
+    weights, and `dtype` the dtype in which vLLM computes."""
     return storage.join(cache_uri, "rates", f"{cache.key(weights=weights, dtype=dtype)}.json")
 
 
 def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:
-    """Whether the reference's deployment, and not the trainer, should score. If not, tells the user the reason.
+    """Whether the reference model's deployment in vLLM should score the rows, and not the trainer. If the trainer
+    should, tells the user the reason.
 
-    `engine` is the deployment's measured speed, or None if the deployment was never measured.
+    `engine` is the deployment's measured speed, or None if it was never measured.
     """
     if spec.reference_source == "serve":
         return True
@@ -299,10 +308,11 @@ def _score_once(
 def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
-    """Waits for the reference's deployment, compares it with the trainer, and returns a function that scores with it.
+    """Waits for the reference model's deployment in vLLM, compares it with the trainer, and returns a function that
+    scores data with the deployment.
 
-    The comparison is of the log-probabilities of a sample, and of the speed. Raises _Disagrees with the differences, or
-    _Slower.
+    Raises _Disagrees if the two compute different log-probabilities for a sample of the data. Raises _Slower if the
+    deployment would finish scoring later than the trainer.
     """
 
     def connect() -> Reference:
@@ -343,9 +353,10 @@ def _by_deployment(
 
 
 def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
-    """Starts a Ray task that computes log-probabilities with the trainer's own forward pass. Returns the task's future.
+    """Starts a Ray task that computes the reference model's log-probabilities of the groups' tokens with the trainer's
+    own forward pass. Returns the task's future.
 
-    The task runs on a CPU if no GPU is free, because the deployment may have the only GPU.
+    The task runs on a CPU if no GPU is free, because the reference model's deployment in vLLM may have the only GPU.
     """
     free = ray.available_resources().get("GPU", 0) >= spec.num_gpus_per_worker
     here = spec if free else spec.model_copy(update={"num_gpus_per_worker": 0})

@@ -1,7 +1,7 @@
-"""Stores data that a job has prepared, so that later jobs with the same file, model and settings use them.
+"""Stores data that a job has prepared, so that later jobs with the same file, model and settings use the same data.
 
-An entry of this cache is a folder in storage, which is named by a digest of all that its content depends on. Its
-manifest is written last. Entries may be deleted at any time: a job that needs a deleted entry makes the entry again.
+An entry of this cache is a folder in storage. Its name is a digest of everything on which its content depends. Its
+manifest is written last. Entries may be deleted at any time: a job that needs a deleted entry makes it again.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ Entry = TypeVar("Entry", bound=Contract)
 
 
 def key(**made_from: Any) -> str:
-    """Returns the name of the cache entry that is made from the given values: a digest of the values."""
+    """Returns the name of a cache entry: a digest of `made_from`, all the values on which the entry's content
+    depends."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -38,11 +39,11 @@ def digest(uri: str) -> str:
 
 
 def model_digest(source: str, *, weights: bool) -> str:
-    """Returns a digest of the files of a model that prepared data depend on.
+    """Returns a digest of a model's files, so that prepared data are used again only with the same model.
 
-    With `weights`, these are the weights and the model's config, on which log-probabilities depend. Without, they are
-    the tokenizer, chat template and config, on which token ids depend. For an adapter, the digest includes its base
-    model.
+    With `weights`, the digest covers the weights and the model's config, because log-probabilities depend on these
+    files. Without, it covers the tokenizer, chat template and config, because token ids depend on these. For an
+    adapter, the digest also covers the base model (the model under the adapter).
     """
     folder = _folder(source)
     base = policies.base_of(source)
@@ -59,7 +60,8 @@ def writes_the_date(source: str) -> bool:
 
 
 def _folder(source: str) -> Path:
-    """Returns the local folder of a model. A model of the Hugging Face hub is downloaded to a local folder."""
+    """Returns the local folder of a model. If `source` names a model of the Hugging Face hub, the model is downloaded
+    first."""
     folder = storage.fetch(source)
     if folder.is_dir():
         return folder
@@ -77,8 +79,8 @@ def find_or_make(
 ) -> tuple[Entry, bool]:
     """Returns the cache entry at `uri`, and whether the entry existed before.
 
-    A missing entry is made by `make`. If several jobs need it at the same time, one of them makes it and the others
-    wait. `check` must raise DamagedPart for a damaged entry, which is then made again.
+    If the entry is missing, `make` makes it. If several jobs need the same entry at the same time, one of them makes it
+    and the others wait. `check` must raise DamagedPart for a damaged entry, which is then made again.
     """
     waiting = False
     while True:
@@ -109,8 +111,8 @@ def find(
 ) -> Entry | None:
     """Returns the cache entry at `uri`, or None if the entry is missing, incomplete or damaged.
 
-    `entry` is the type of its manifest. `check` must raise DamagedPart for a damaged entry, which is reported to the
-    user.
+    `entry` is the type of the entry's manifest. `check` must raise DamagedPart for a damaged entry. `report` tells the
+    user about a damaged entry.
     """
     manifest = storage.join(uri, storage.MANIFEST)
     if not storage.exists(manifest):
@@ -137,17 +139,17 @@ def save(uri: str, entry: Contract) -> None:
 
 
 class _Claim:
-    """A Ray actor without methods, whose name is a claim to make one cache entry. Only one living actor can have a
-    name.
+    """A Ray actor that means, by its name, that one driver is making a certain cache entry. It has no methods. Only one
+    living actor can have this name, so only one driver can make the entry.
 
     The actor ends with the driver that started it.
     """
 
 
 def _claim(uri: str) -> Any:
-    """Claims the right to make the cache entry at `uri`.
+    """Claims the right to make the cache entry at `uri`, so that no other job makes it at the same time.
 
-    Returns the actor that holds the claim, or None if another driver of the cluster has claimed the entry.
+    Returns the actor that holds the claim, or None if another driver of the cluster has claimed the entry already.
     """
     name = f"prepare {key(uri=uri)}"
     try:

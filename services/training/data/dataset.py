@@ -1,4 +1,4 @@
-"""Reads and writes prepared data: groups of token ids in Parquet files, with their scores from the reference model.
+"""Reads and writes prepared data: groups of token ids in Parquet files, with the scores of their completions.
 
 A group is a prompt with its completions. A score is the reference model's log-probability of a completion. The training
 file is encoded in pieces, each a range of its lines. A part is the Parquet file with the groups of one piece. A
@@ -36,7 +36,7 @@ DIGEST = ".sha256"
 
 
 class DamagedPart(ValueError):
-    """Raised if a file of prepared data is missing, or does not have the sha256 that its manifest names."""
+    """Raised if a file of prepared data is missing, or does not have the sha256 that the data's manifest names."""
 
 
 class Part(Contract):
@@ -55,9 +55,9 @@ class Part(Contract):
 
 
 class Data(Protocol):
-    """Prepared data that workers read piece by piece (a piece is a range of lines of the training file).
+    """Prepared training data that workers read piece by piece. A piece is a range of lines of the training file.
 
-    This is a Dataset, or a Stream if rows are still being encoded.
+    The object is a Dataset, or a Stream if rows are still being encoded.
     """
 
     @property
@@ -70,8 +70,8 @@ class Data(Protocol):
 
 
 class Dataset(Contract):
-    """Lists the Parquet files of a data file's encoded groups, in one folder, and of their scores, in another
-    folder."""
+    """Lists the Parquet files of an encoded data file. Its groups (prompts with their completions) are in one folder,
+    and the reference model's scores of the completions are in another folder."""
 
     uri: str
     parts: tuple[Part, ...]  # of a training file: one part for every piece, in the order of the file
@@ -94,8 +94,8 @@ class Dataset(Contract):
 
 
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows: int | None = None) -> Part:
-    """Writes groups (prompts with completions) to the Parquet file `name` in the folder `uri`, and returns its
-    description.
+    """Writes groups (prompts with completions) to the Parquet file `name` in the folder `uri`, and returns a
+    description of the file.
 
     `num_rows` is the number of rows of the data file that the groups were made from; None means one row for each group.
     """
@@ -107,11 +107,11 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
-    """Writes the reference model's log-probabilities for a part's groups to a file in the folder `uri`.
+    """Writes the reference model's scores (log-probabilities) for the groups of `part` to a file in the folder `uri`.
 
-    Returns the part with the sha256 of this file. The sha256 is also written to a file of its own, because the manifest
+    Returns `part` with the sha256 of this file. The sha256 is also written to a file of its own, because the manifest
     is written much later. With `heads`, the log-probability of each completion's head is written, too. A head is the
-    first tokens in the loss, as many as the group's shortest completion has.
+    first tokens of a completion that count in the loss, as many as the group's shortest completion has.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -123,8 +123,8 @@ def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads:
 
 
 def find_scores(uri: str, part: Part) -> Part | None:
-    """Returns the part with the sha256 of its file of scores, or None if the folder `uri` has no undamaged file for the
-    part."""
+    """Looks in the folder `uri` for the file with the reference model's scores of a part (a file of groups). Returns
+    the part with the sha256 of the scores' file, or None if the folder has no such file or a damaged one."""
     try:
         sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
         _read_bytes(storage.join(uri, part.name), sha256)
@@ -141,7 +141,8 @@ def check(dataset: Dataset) -> None:
 
 
 def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
-    """Yields all groups of the dataset in order. Raises DamagedPart if a file is missing or was changed."""
+    """Yields all groups (prompts with their completions) of the dataset in order. Raises DamagedPart if a file is
+    missing or was changed."""
     for part in dataset.parts:
         yield from read_part(dataset, part)
 
@@ -151,7 +152,8 @@ def read_part(dataset: Dataset, part: Part) -> Iterator[EncodedGroup]:
 
 
 def read_numbered(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[EncodedGroup]:
-    """Yields the groups in `parts` that have the given numbers. Groups are numbered in order through all parts, from 0.
+    """Yields the groups (prompts with their completions) in `parts` that have the given numbers. The groups of all
+    parts together are numbered in order, from 0.
 
     Raises DamagedPart if a file is missing or was changed.
     """
@@ -170,7 +172,8 @@ def _write(uri: str, table: Any) -> str:
 
 
 def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
-    """Yields the URI and sha256 of the part's file of groups and, if the groups are scored, of its file of scores."""
+    """Yields the URI and sha256 of each file of a part: of the file with its groups and, if the groups have scores, of
+    the file with the scores."""
     yield storage.join(data.uri, part.name), part.sha256
     if data.scores_uri is not None and part.scores_sha256 is not None:
         yield storage.join(data.scores_uri, part.name), part.scores_sha256
@@ -197,9 +200,9 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
 
 
 class _Groups:
-    """Reads groups (prompts with completions) from a table, by the number of their row.
+    """Reads groups (prompts with completions) from a table, by the number of their row in the table.
 
-    Columns are sliced as a whole, because asking Arrow for each list is 30 times slower.
+    It slices whole columns, because asking Arrow for the lists one by one is 30 times slower.
     """
 
     def __init__(self, table: Any) -> None:
@@ -229,7 +232,7 @@ class _Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def places(self, row: int) -> range:
-        """Returns the positions in `values` at which the list of the given row is."""
+        """Returns the range of the long array at which the list of the given row is."""
         return range(self._offsets[row], self._offsets[row + 1])
 
     def ids(self, row: int) -> list[int]:

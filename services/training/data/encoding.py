@@ -1,6 +1,6 @@
-"""Encodes a training file as groups of token ids. A group is a prompt with its completions.
+"""Encodes a training file as groups of token ids, in parallel. A group is a prompt with its completions.
 
-The file is divided into pieces, each a range of lines, which are encoded in Ray tasks. The tasks read the pieces
+The file is divided into pieces, each a range of lines. Ray tasks encode the pieces. The tasks read the pieces
 themselves, so the job's driver never holds the text of the file.
 """
 
@@ -59,7 +59,7 @@ MOST_PIECES = 20_000  # about the most pieces of a file; larger files have large
 
 
 class Piece(Contract):
-    """Describes a range of whole lines of a file. `num_rows`, at least 1, counts the lines that are not blank."""
+    """Describes a range of whole lines of a file. `num_rows` is the number of lines that are not blank, at least 1."""
 
     number: int
     first_line: int  # from 1
@@ -69,8 +69,8 @@ class Piece(Contract):
 
 
 class Encoded(Contract):
-    """Holds the result of encoding one piece, a range of lines of a file: the files written, and counts for the
-    user."""
+    """Holds the result of encoding one piece, a range of lines of a file: the files that were written, and counts of
+    rows and tokens for the user."""
 
     piece: int
     report: EncodingReport
@@ -81,8 +81,8 @@ class Encoded(Contract):
 
 
 class Encoding(Contract):
-    """Holds the result of encoding a whole file: the groups to train on, the held-out groups, and counts for the
-    user."""
+    """Holds the result of encoding a whole file: the groups to train on, the groups held out for validation, and counts
+    of rows and tokens for the user."""
 
     training: Dataset
     held_out: Dataset
@@ -114,8 +114,8 @@ def encode(
 ) -> Encoding:
     """Encodes the training file of `spec` as groups of token ids, and writes them to the folder `folder_uri`.
 
-    `encode_pieces` must call `encode_piece` on each piece, a range of the file's lines, in any process and order.
-    Raises JobFailed for a file that cannot be used.
+    `encode_pieces` must call the function `encode_piece` on each piece (a range of the file's lines), in any process
+    and order. Raises JobFailed if the file cannot be used.
     """
     format, kind = _look_at_first_row(spec)
     _check_kind(spec, kind, format)
@@ -149,10 +149,11 @@ def _refuse_many_invalid(recipe: Recipe, file_report: EncodingReport) -> None:
 
 
 def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Yields the results of encoded pieces (ranges of lines), and raises JobFailed if a piece was refused.
+    """Yields the results of encoded pieces (ranges of lines of a file) that could be used, and raises JobFailed if
+    another piece could not.
 
     If the model cannot be used, JobFailed is raised immediately. If lines cannot be used, it is raised after the last
-    result, for the first such line in the file.
+    result, and names the first such line of the file.
     """
     refusals: list[tuple[int, Failed]] = []
     for result in results:
@@ -167,7 +168,8 @@ def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
 
 
 def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
-    """Reports to the user the contents of a file, and the rows that were left out, cut or held out."""
+    """Reports to the user the contents of an encoded file, and its rows that were left out, cut to the limit of tokens,
+    or held out for validation."""
     contents, config = encoding.report, spec.config
     report(Message(message=f"{purpose} file has {contents.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(contents, encoding.limit, config.truncation)))
@@ -180,10 +182,11 @@ def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report:
 
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
-    """Returns the name of the file's format, and the kind of feedback in its rows, such as pairs.
+    """Returns the name of the training file's format, and the kind of feedback in its rows, such as pairs. Both are
+    those of the first row that can be used.
 
-    Raises JobFailed if the first row cannot be used, or, if such rows may be left out, none of the first NUM_FIRST
-    rows.
+    Raises JobFailed if the first row cannot be used. If the job may leave such rows out, raises JobFailed only if none
+    of the first NUM_FIRST rows can be used.
     """
     drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
@@ -210,7 +213,8 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
 
 
 def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
-    """Raises JobFailed if the objective cannot learn from the encoded file, or if no group is left to train on."""
+    """Raises JobFailed if the objective cannot learn from the encoded file, or if no group (a prompt with its
+    completions) is left to train on."""
     contents, kind, limit = encoding.report, encoding.kind, encoding.limit
     _check_kind(spec, kind, encoding.format)
     _refuse_margins(spec, contents, kind)
@@ -245,10 +249,11 @@ def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
 
 
 def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """Divides a file into pieces, each a range of whole lines, and yields the pieces.
+    """Divides the file at `uri` into pieces, each a range of whole lines, and yields the pieces.
 
     Rows of one group (a prompt with its completions) are always in one piece. Files above 160 GB have larger pieces,
-    not more pieces. `columns` has the same meaning as in `read_records`.
+    not more pieces. `columns` maps standard names, such as prompt, to the file's own column names, as in
+    `read_records`.
     """
     with storage.open_input(uri) as file:
         scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
@@ -271,8 +276,8 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
     """Encodes the rows of one piece (a range of lines of the file), and returns counts and the files it has written.
 
-    The groups of token ids are written to the folder `folder_uri`, or nowhere if `folder_uri` is None. If a line or the
-    model cannot be used, the result names the reason and has no files.
+    The groups of token ids are written to the folder `folder_uri`; if it is None, they are not written. If the model or
+    a line cannot be used, the result names the reason, and no files are written.
     """
     model = load(recipe.model_source)
     limit = min(recipe.max_length, model.positions)
@@ -314,8 +319,8 @@ def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
 def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
     """Yields the groups (prompts with completions) of the usable rows in a piece, a range of lines of the file.
 
-    If the recipe refuses rows that cannot be used, such a row raises InvalidRow. Otherwise it is counted in `tally` and
-    left out.
+    What happens to a row that cannot be used depends on `recipe`: either it raises InvalidRow, or it is left out and
+    counted in `tally`.
     """
     for record in read_piece(recipe, piece):
         if record.problem and recipe.invalid_rows.how == "refuse":
@@ -336,10 +341,11 @@ def _without_ties(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
 def _encode(
     groups: Sequence[Group], model: "Model", recipe: Recipe, limit: int, tally: Tally
 ) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
-    """Encodes groups as token ids, and cuts each to `limit` tokens or leaves it out.
+    """Encodes groups (prompts with their completions) as token ids. A group with more than `limit` tokens is cut or
+    left out, as `recipe` says.
 
-    Returns the groups to train on and the groups that are held out for validation. Counts what happened to each in
-    `tally`.
+    Returns the groups to train on, and the groups that are held out for validation. Counts in `tally` what happened to
+    each group.
     """
     tokenizer = model.tokenizer
     training: list[EncodedGroup] = []
@@ -380,11 +386,11 @@ def _encode(
 
 
 def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
-    """Adds to each group the best completion of another prompt, cut to `limit` tokens.
+    """Adds to each group (a prompt with its completions) an answer to another prompt, cut to `limit` tokens.
 
-    It is taken from the next group that has another prompt. Its rating is nan, which marks it as an answer to another
-    prompt. From these added answers, KTO estimates how far the policy is from its reference (arXiv 2402.01306, section
-    4.1).
+    The answer is the best completion of the next group with another prompt. Its rating is nan, which marks it as an
+    answer to another prompt. From these added answers, KTO estimates how far the policy is from its reference (arXiv
+    2402.01306, section 4.1).
     """
     reversed_groups: list[EncodedGroup] = []
     other = next((group for group in groups if _prompt(group) != _prompt(groups[-1])), None)
@@ -424,7 +430,7 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Returns the texts that the user wrote in the group: the prompt, the tools and the completions.
 
-    A BOS token at the start of the prompt, and an EOS token at the end of a completion, are removed.
+    A BOS token at the start of the prompt is removed, and so is an EOS token at the end of a completion.
     """
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
@@ -437,9 +443,9 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 @functools.cache
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer can encode the character, so that its ids decode to the same character.
+    """Whether the tokenizer can encode the character, so that decoding gives exactly this character again.
 
-    The unknown token, a small letter for a capital one, and a space for a line feed are not the same.
+    It cannot if decoding gives the unknown token, a small letter for a capital one, or a space for a line feed.
     """
     ids = tokenizer(f"a{character}b", add_special_tokens=False).input_ids
     if character.isspace() and character not in "\n\t":
@@ -449,13 +455,15 @@ def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the group's prompt ends with the text (such as <think>) with which the chat template begins answers."""
+    """Whether the prompt of the group ends with the words with which the chat template begins an answer, such as
+    <think>."""
     words = prefill(tokenizer).strip()
     return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
 
 
 def _is_ended(ids: Sequence[int], model: "Model") -> bool:
-    """Whether the completion ends with an end token of the model, with at most white space after the token."""
+    """Whether the completion with the token `ids` ends with an end token of the model. White space may follow the end
+    token."""
     last = ids[-NUM_LAST:]
     behind = next((i for i, number in enumerate(reversed(last)) if number in model.ends), None)
     return behind is not None and _is_blank(tuple(last[len(last) - behind :]), model.tokenizer)
@@ -473,7 +481,7 @@ def _words(text: Text) -> str:
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
-    """Whether the group with this prompt is held out for validation.
+    """Whether groups with this prompt are held out for validation, as about the share `share` of all groups is.
 
     The prompt alone decides, so that no prompt is in both the training and the validation data.
     """
@@ -485,7 +493,8 @@ def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """Holds what encoding needs of a model: its tokenizer, its limit of tokens, and its end tokens."""
+    """Holds what encoding needs to know of a model: its tokenizer, the most tokens that it can read, and its end
+    tokens."""
 
     tokenizer: "PreTrainedTokenizerBase"
     positions: int  # the most tokens that the model takes
@@ -494,7 +503,7 @@ class Model:
 
 @functools.cache
 def load(model_source: str) -> Model:
-    """Returns the tokenizer, the limit of tokens and the end tokens of a model. They are loaded once per process."""
+    """Returns the tokenizer, the limit of tokens and the end tokens of a model. Each process loads them only once."""
     # The import is here, because it takes eight CPU seconds and the driver does not need it.
     from transformers import AutoConfig
 

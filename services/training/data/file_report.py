@@ -1,4 +1,5 @@
-"""Counts what happens to the rows of a data file while they are encoded, and describes the counts to the user.
+"""Counts what happens to the rows of a data file while they are encoded, and puts the counts into sentences for the
+user.
 
 The file is encoded in pieces, each a range of lines. The counts of all pieces are added up.
 """
@@ -16,7 +17,7 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """Counts the groups or rows of a file to which something applies, with the line numbers of the first ten."""
+    """Counts the groups or rows of a file that have one property in common, and names the lines of the first ten."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -26,13 +27,15 @@ class Lines(Contract):
 
 
 class Reason(Lines):
-    """Counts the groups or rows that were left out for one reason, with a sentence about the first of them."""
+    """Counts the groups or rows of a data file that were left out for one reason, with a sentence about the first of
+    them."""
 
     sentence: str = ""
 
 
 class Lengths(Contract):
-    """Counts tokens of one side of all groups: of their prompts, of their chosen, or of their rejected completions."""
+    """Counts the tokens of one part of all groups in a data file: of their prompts, of their chosen completions, or of
+    their rejected completions."""
 
     total: int = 0
     longest: int = 0
@@ -43,8 +46,8 @@ class Lengths(Contract):
 class EncodingReport(Contract):
     """Counts what happened to the rows of a file, or of a piece (a range of lines) of a file, while they were encoded.
 
-    A group is a prompt with its completions. Its sides are the prompt, the chosen (best) completion and the rejected
-    (worst) completion.
+    A group is a prompt with its completions. Lengths are counted for prompts, for chosen (best) completions and for
+    rejected (worst) completions.
     """
 
     num_rows: int = 0
@@ -67,7 +70,7 @@ class EncodingReport(Contract):
 
 
 def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
-    """Adds up the counts of several pieces (ranges of lines) of a file. The memory of the sum does not grow with the
+    """Adds up the counts of several pieces (ranges of lines) of a file. The result takes no more memory for a larger
     file."""
     total = EncodingReport()
     for report in reports:
@@ -111,8 +114,8 @@ def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
 
 
 class Tally:
-    """Counts what happens to the groups (prompts with completions) of one piece, a range of a file's lines, in
-    encoding."""
+    """Counts what happens to the groups (prompts with completions) of one piece, a range of a file's lines, while they
+    are encoded."""
 
     def __init__(self, num_rows: int) -> None:
         self._counts = Counter(num_rows=num_rows)
@@ -134,11 +137,13 @@ class Tally:
         self._invalid.setdefault(row.code, []).append(row)
 
     def mark_special(self, line: int) -> None:
-        """Counts a group whose own text contains special tokens of the tokenizer."""
+        """Counts a group (a prompt with its completions) in which the user's own text contains special tokens of the
+        tokenizer."""
         self._special_tokens.append(line)
 
     def mark_unasked(self, line: int) -> None:
-        """Counts a group whose prompt lacks the text (such as <think>) with which the chat template begins answers."""
+        """Counts a group whose prompt does not end with the words with which the chat template begins an answer, such
+        as <think>."""
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
@@ -154,8 +159,8 @@ class Tally:
         self._unread.setdefault(what, []).append(line)
 
     def see(self, group: EncodedGroup) -> None:
-        """Counts the lengths of a newly encoded group. Call this method before the group is cut to the limit of
-        tokens."""
+        """Counts the lengths of a newly encoded group. The method must be called before the group is cut to the limit
+        of tokens."""
         sides = _sides(group)
         for side, length in sides.items():
             self._lengths[side].append(length)
@@ -164,7 +169,7 @@ class Tally:
             self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
 
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
-        """Counts a group that is kept.
+        """Counts a group (a prompt with its completions) that is kept, for training or for validation (`held_out`).
 
         `before` and `after` are the group before and after it was cut to the limit of tokens.
         """
@@ -180,7 +185,8 @@ class Tally:
                 self._truncated.setdefault(side, []).append(before.line)
 
     def drop(self, code: str, line: int, sentence: str = "", *, tokens: int | None = None) -> None:
-        """Counts a group that is left out. `tokens` is the length of a group that is too long, else None."""
+        """Counts a group (a prompt with its completions) that is left out. `code` and `sentence` give the reason.
+        `tokens` is the length of a group that is too long, and None for other reasons."""
         self._sentences.setdefault(code, sentence)
         self._counts["num_groups"] += 1
         self._dropped.setdefault(code, []).append(line)
@@ -248,7 +254,8 @@ _REASONS = {
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
     """Returns sentences for the user about rows and groups that were left out or cut.
 
-    `kind` names the groups, such as pairs. `limit` is the limit of tokens, and `remedy` the advice for groups above it.
+    `kind` is the word for a group, such as pairs. `limit` is the most tokens of a group, and `remedy` the advice if
+    groups are longer.
     """
     sentences = [
         f"Left out {reason.count} of {report.num_rows} rows, which cannot be used: {code} ({reason}). {reason.sentence}"
@@ -265,13 +272,13 @@ def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list
 
 
 def num_invalid(report: EncodingReport) -> int:
-    """Returns the number of rows in the report that cannot be used."""
+    """Returns the number of rows of a data file that cannot be used, from the report on the file."""
     return sum(reason.count for reason in report.invalid.values())
 
 
 def marked(report: EncodingReport, kind: str) -> list[str]:
-    """Returns warnings for the user about groups that are used but may be wrong. `kind` names the groups, such as
-    pairs."""
+    """Returns warnings for the user about groups that are used but may be wrong. `kind` is the word for a group, such
+    as pairs."""
     marks = (
         (
             report.special_tokens,
@@ -306,9 +313,10 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
 
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
-    """Returns sentences for the user about the lengths of prompts and completions, before the cuts.
+    """Returns sentences for the user about the lengths of prompts and completions, before they were cut to the limit of
+    tokens.
 
-    They also say how often the chosen answer is longer than the rejected one.
+    The sentences also say how often the chosen answer is longer than the rejected one.
     """
     sides = [
         f"{side} {lengths.total / sum(lengths.histogram.values()):.0f} (at most {lengths.longest})"

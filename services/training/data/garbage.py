@@ -1,4 +1,5 @@
-"""Keeps Python's garbage collector from searching large data again and again, if these data have no cycles."""
+"""Keeps Python's garbage collector from searching the same large data again and again. For data without reference
+cycles this search is useless."""
 
 import gc
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_full_collections() -> Iterator[None]:
-    """Makes Python's garbage collector search only new objects while the block runs.
+    """Makes Python's garbage collector search only new objects while the `with` block runs.
 
     Full searches would find nothing, and would take a tenth of the time in which rows are encoded.
     """

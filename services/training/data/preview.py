@@ -1,4 +1,5 @@
-"""Shows some rows of a data file as the model will see them: as text of the chat template, cut to the token limit."""
+"""Shows some rows of a data file as the model will see them: in the form of the chat template, and cut to the limit of
+tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,10 +20,10 @@ MOST_CHARACTERS = 2000  # most characters of a prompt or completion; a longer te
 
 
 class Preview(Contract):
-    """Holds the first group (a prompt with its completions) of a row as text that the model sees, or why it is left
-    out.
+    """Shows the first group (a prompt with its completions) of a row as the text that the model sees. If the group is
+    left out, it holds the reason instead.
 
-    In training, the tokens of the completions count in the loss.
+    In training, only the tokens of the completions count in the loss.
     """
 
     line: int
@@ -33,9 +34,10 @@ class Preview(Contract):
 
 
 def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """Chooses `count` rows, spread evenly over the `num_rows` rows of a file, and yields where they are in the file.
+    """Chooses `count` rows, spread evenly over the `num_rows` rows of a file, and yields where these rows are in the
+    file.
 
-    Each is yielded as a piece (a range of lines), which also has the other rows of the same group.
+    Each row is yielded as a piece (a range of lines). If several rows form one group, the piece has all of them.
     """
     wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
     place = start = 0
@@ -59,7 +61,8 @@ def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | Non
 
 
 def preview(recipe: Recipe, row: Piece) -> Preview:
-    """Returns the first group (a prompt with its completions) of a row as text, or the reason why it is left out.
+    """Returns the first group (a prompt with its completions) of a row as text, or the reason why the group is left
+    out.
 
     The group is encoded and cut as in training, and then decoded. Raises UnusableTemplate if the chat template cannot
     be used.

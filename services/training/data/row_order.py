@@ -1,14 +1,15 @@
 """Decides which groups (prompts with their completions) each training step has.
 
-The order depends only on the seed and the number of rows of each piece (a range of lines of the file). An epoch
-shuffles the pieces, and then the groups of eight pieces at a time: a window. Therefore the first window is known before
-any piece is encoded, and workers train on the first window while later pieces are encoded. Every worker reads the whole
-order, so that global batches do not depend on the number of workers. A resumed job starts in it at a later step.
+The order depends only on the seed and on the number of rows in each piece (a range of lines of the file). An epoch
+shuffles the pieces, and then shuffles the groups within each window (eight pieces). The first window is therefore known
+before any piece is encoded, and workers can train on it while later pieces are encoded. Every worker reads all groups
+in this order, so global batches do not depend on the number of workers. A resumed job continues the same order at a
+later step.
 
 The number of steps must be known at the first step, but the number of groups is known only when all rows are encoded.
-Therefore the groups per row in the first window are used to estimate the groups in all rows. The estimate is the number
-of places in an epoch. A window gets the share of places that it has of the rows, and its groups are spread evenly over
-them. A step has the groups on its `batch_size` places. If there is a single window, every place has one group.
+So it is estimated from the groups per row in the first window. The estimate is the number of places in an epoch. Each
+window gets places in proportion to its rows, and its groups are spread evenly over its places. A step has the groups on
+its `batch_size` places. If the file has only one window, every place has one group.
 """
 
 import random
@@ -23,10 +24,11 @@ PIECES_PER_WINDOW = 8  # a window's ids are in memory: with common text, 15 mill
 
 
 def num_places(data: Data, seed: int) -> int:
-    """Returns the number of places in an epoch, each a position for one group (a prompt with its completions).
+    """Returns the number of places in an epoch. A place is a position for about one group (a prompt with its
+    completions).
 
-    It is estimated from the first window (eight ranges of lines of the file) that has groups. With a single window it
-    is exactly the number of groups. Waits until this window is encoded.
+    The number is estimated from the first windows, until one has groups; a window is eight ranges of lines of the file.
+    If the file has only one window, the number is exactly that of its groups. Waits until these windows are encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
@@ -38,16 +40,18 @@ def num_places(data: Data, seed: int) -> int:
 
 
 def num_steps(num_places: int, config: TrainConfig) -> int:
-    """Returns the number of optimizer steps in all epochs. The last batch of an epoch may be smaller."""
+    """Returns the number of optimizer steps in all epochs. `num_places` is the number of positions for groups in an
+    epoch. The last batch of an epoch may be smaller than the others."""
     n_epochs, batch_size = _decided(config)
     return n_epochs * -(-num_places // batch_size)
 
 
 def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
-    """Yields the groups (prompts with completions) of each optimizer step, beginning with the step after `after_step`.
+    """Yields one batch of groups (prompts with completions) for each optimizer step, beginning with the step after
+    `after_step`.
 
-    If the data have several windows (of eight ranges of lines each), a batch may have a few more groups than
-    `batch_size`, or fewer, or none.
+    If the file has more than eight pieces (ranges of lines), a batch may have a few more groups than `batch_size`, or
+    fewer, or none.
     """
     n_epochs, batch_size = _decided(config)
     places = num_places(data, config.seed)
@@ -60,7 +64,7 @@ def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Itera
 
 
 def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[EncodedGroup]]:
-    """Yields lists of `batch_size` groups. The last list may be shorter."""
+    """Collects groups into lists of `batch_size` groups, and yields the lists. The last list may be shorter."""
     while batch := list(islice(groups, batch_size)):
         yield batch
 
@@ -68,8 +72,8 @@ def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[En
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
     """Shuffles the pieces (ranges of lines) of a file for an epoch, and yields them in windows of eight.
 
-    For each window, yields the number of rows in all windows before, and the numbers of its pieces. `num_rows` has the
-    number of rows of each piece.
+    For each window, yields the number of rows in all earlier windows, and the numbers of the window's pieces.
+    `num_rows` has the number of rows of each piece.
     """
     pieces = list(range(len(num_rows)))
     random.Random(f"{seed} {epoch}").shuffle(pieces)  # a seed that is a text gives the same order on every machine
@@ -87,9 +91,11 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 
 
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Yields each group of an epoch with its place (its position in the epoch), from the place `first` on.
+    """Yields each group (a prompt with its completions) of an epoch with its place, that is, its position in the epoch.
+    Begins at the place `first`; the epoch has `places` places.
 
-    After each window (eight ranges of lines of the file), yields the first place of the next window together with None.
+    After the groups of each window (eight ranges of lines of the file), yields the first place of the next window
+    together with None.
     """
     num_rows = data.num_rows
     all_rows = sum(num_rows)
@@ -110,9 +116,10 @@ def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterat
 def _batches(
     groups: Iterator[tuple[int, EncodedGroup | None]], batch_size: int, steps: range
 ) -> Iterator[list[EncodedGroup]]:
-    """Collects the groups of each step, and yields them step by step.
+    """Yields for each of `steps` the list of its groups (prompts with completions).
 
-    `groups` has each group with its place, its position in the epoch. Step n has the places from n · `batch_size` on.
+    `groups` has each group with its place, that is, its position in the epoch. The places of step n begin at n ·
+    `batch_size`.
     """
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:

@@ -1,8 +1,9 @@
-"""Lets workers train on the first rows of a file while the job's driver still has the other rows encoded.
+"""Lets workers train on the first rows of a file while the other rows are still being encoded.
 
-The file is encoded in pieces (ranges of lines); a part is the file of groups that a piece becomes. The driver tells an
-actor on its node about each finished part; the actor ends with the driver. Workers read eight pieces, a window, at a
-time. They ask the actor for the parts of their next window, and wait until all these are encoded.
+The file is encoded in pieces (ranges of lines). A part is the file of groups that comes from one piece. The job's
+driver (its main program) tells an actor on its node about each finished part; the actor ends with the driver. Workers
+read eight pieces, a window, at a time. They ask the actor for the parts of their next window, and wait until all of
+these are encoded.
 """
 
 import asyncio
@@ -24,9 +25,10 @@ MOST_WAITING = 10_000  # most waiting calls: one of every worker, and those of w
 @dataclass(frozen=True)
 class Stream:
     """Describes training data that are still being encoded, and the actor that knows the finished parts (files of
-    groups).
+    encoded groups).
 
-    Workers read a Stream like a Dataset. They get the groups that are held out for validation only when all is encoded.
+    Workers read a Stream like a Dataset. They can read the groups that are held out for validation only when all rows
+    are encoded.
     """
 
     uri: str
@@ -35,8 +37,8 @@ class Stream:
     scores_uri: str | None = None  # data that need scores are not streamed
 
     def take(self, pieces: Sequence[int]) -> list[Part]:
-        """Returns the parts (files of groups) of the given pieces, ranges of lines of the file. Waits until they are
-        encoded."""
+        """Returns the parts (files of groups) of the given pieces (ranges of lines of the file). Waits until all these
+        pieces are encoded."""
         parts: list[Part] = ray.get(self.arrivals.take.remote(pieces))
         return parts
 
@@ -51,13 +53,13 @@ class Stream:
 
 
 class EncodePieces(Protocol):
-    """A function that encodes pieces (ranges of lines) of a file and yields the results, in any order."""
+    """The type of a function that encodes pieces (ranges of lines) of a file and yields the results, in any order."""
 
     def __call__(self, pieces: Sequence[Piece], *, beside: int = 0) -> Iterable[Encoded]:
-        """Encodes pieces (ranges of lines of a file) and yields the results. `beside` is the number of workers that
-        train now.
+        """Encodes pieces (ranges of lines of a file) and yields the results. `beside` is the number of training workers
+        that run at the same time.
 
-        If workers train, the encoding of pieces begins in the order of `pieces`.
+        If there are such workers, the encoding of pieces begins in the order of `pieces`.
         """
 
 
@@ -70,8 +72,8 @@ def stream_encoder(
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
     """Returns a function that encodes a file's pieces (ranges of lines) in training order and yields the results.
 
-    After the first window (eight pieces), the function calls `begin` with a stream of the data, if further windows
-    follow. From then on, a line that cannot be used raises JobFailed immediately.
+    When the first window (eight pieces) is encoded and further windows follow, the function calls `begin` with a stream
+    of the data, so that training can begin. From then on, a line that cannot be used raises JobFailed immediately.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:
@@ -106,7 +108,8 @@ def stream_encoder(
 
 
 class Arrivals:
-    """A Ray actor that knows the parts (files of groups) that are encoded. Its callers can wait for other parts."""
+    """A Ray actor that knows which parts (files of encoded groups) are finished. Its callers can wait until further
+    parts are finished."""
 
     def __init__(self, parts: dict[int, Part]) -> None:
         self._parts = parts

@@ -1,6 +1,6 @@
 """Runs a function on many items, such as the pieces of a data file, in parallel on a Ray cluster.
 
-A single item is worked on in a plain Ray task, several items with Ray Data.
+A single item is given to a plain Ray task, several items to Ray Data.
 """
 
 import os
@@ -28,8 +28,8 @@ def in_tasks(
 ) -> Iterator[Result]:
     """Calls `work` on each item in Ray, and yields each result as soon as it is done.
 
-    `beside` is the number of workers that train meanwhile and wait for the results. If workers train, that many cores
-    are left to them, and the work on the items begins in the order of `items`.
+    `beside` is the number of training workers that run at the same time and wait for the results. If there are such
+    workers, one core is left to each of them, and the work on the items begins in the order of `items`.
     """
     if not items:
         return
@@ -61,9 +61,9 @@ def in_tasks(
 def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int) -> int:
     """Returns how many processes work on items at the same time: one per core of every node that gives Ray a CPU.
 
-    All nodes count as having `cores` cores. `beside` is the number of workers that train at the same time. If workers
-    train, the result is at most MOST_BESIDE, because the processes then reserve no CPUs of Ray, which would limit their
-    number.
+    All nodes count as having `cores` cores. `beside` is the number of training workers that run at the same time. If
+    there are such workers, the result is at most MOST_BESIDE. The processes then reserve no CPUs of Ray, so Ray would
+    not limit their number.
     """
     lent = (node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
     usable = sum(cores for each in lent if each) or cores
@@ -76,10 +76,10 @@ def _in_one_core(work: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _beside_training() -> dict[str, Any]:
-    """Returns the options of Ray tasks that run while workers train.
+    """Returns the options for Ray tasks that run while training workers run.
 
-    The tasks reserve none of Ray's CPUs, because workers may hold the last CPU and wait for the tasks. If there are
-    other nodes, the tasks avoid nodes that give Ray no CPU, as a head often does not.
+    The tasks reserve none of Ray's CPUs, because workers may hold the last CPU and wait for the tasks. If possible, the
+    tasks avoid nodes that give Ray no CPU; the head node often gives none.
     """
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if not nodes:

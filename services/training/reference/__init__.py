@@ -1,4 +1,5 @@
-"""Computes the log-probabilities of the reference, the frozen model that training compares with.
+"""Computes the log-probabilities of the reference, the frozen model with which the trained model is compared.
 
-They come from the model's deployment in vLLM or from the trainer's own forward pass; a sample of both is compared.
+Either the reference's deployment in vLLM or the trainer's own forward pass computes them. Before the deployment is
+used, both compute a sample, and the results are compared.
 """

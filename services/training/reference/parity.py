@@ -1,7 +1,8 @@
-"""Compares the log-probabilities of the reference's deployment in vLLM with those of the trainer's own forward pass.
+"""Compares the log-probabilities that the reference model's deployment in vLLM computes with those of the trainer's own
+forward pass.
 
-A difference between the two would count as reward in every row, from the first step on: beta times the difference of a
-pair's margins. The comparison uses a sample of groups (prompts with their completions).
+In training, a difference between the two would count as reward from the first step on: beta times the difference
+between the two margins of a pair. The comparison uses a sample of groups (prompts with their completions).
 """
 
 import math
@@ -35,7 +36,7 @@ class Differences(Contract):
 
 
 class Parity(Contract):
-    """Holds the differences between log-probabilities from two sources, per token, per pair of completions, and in
+    """Holds the differences between log-probabilities from two sources: per token, per pair of completions, and as
     rewards."""
 
     num_groups: int
@@ -61,7 +62,8 @@ class Parity(Contract):
 
 
 def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]:
-    """Returns `num_groups` groups that are spread evenly over the dataset, or all groups if there are fewer."""
+    """Returns `num_groups` groups (prompts with their completions) that are spread evenly over the dataset. Returns all
+    groups if there are fewer."""
     total = dataset.num_groups
     count = min(num_groups, total)
     places = [i * total // count for i in range(count)]
@@ -74,10 +76,11 @@ def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]
 
 
 def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False) -> Parity:
-    """Compares token log-probabilities of the deployment with those of the trainer, and returns their differences.
+    """Compares log-probabilities of tokens by the reference model's deployment (`served`) with those by the trainer,
+    and returns the differences.
 
-    `served` and `trainer` must have the same groups in the same order. `beta` turns a log-ratio into a reward, and
-    `rounds` says whether one side computes in bfloat16.
+    Both must have the same groups in the same order. `beta` turns a log-ratio into a reward, and `rounds` says whether
+    one side computes in bfloat16.
     """
     both = [list(zip(*sides, strict=True)) for sides in zip(served, trainer, strict=True)]
     tokens = [abs(a - b) for group in both for completion in group for a, b in zip(*completion, strict=True)]
@@ -93,7 +96,8 @@ def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False)
 
 
 def _margin(group: Sequence[Sequence[float]]) -> float:
-    """Returns the log-probability of the group's best completion minus that of the worst one.
+    """Returns the margin of a group: the log-probability of its best completion minus that of its worst one. `group`
+    has the log-probabilities of the tokens of each completion.
 
     For a group with one completion, returns this completion's log-probability.
     """

@@ -1,7 +1,7 @@
-"""Decides whether vLLM or the trainer's own forward pass would finish scoring rows with the reference model sooner.
+"""Decides which would score rows with the reference model sooner: vLLM, or the trainer's own forward pass.
 
-A vLLM engine may have to be loaded first, and the loading counts. Speeds that one job measured are stored beside the
-prepared data for later jobs.
+If vLLM has to load the model first, the time of loading counts. Speeds that one job measured are stored beside the
+prepared data, for later jobs.
 """
 
 from pydantic import ValidationError
@@ -13,16 +13,16 @@ UNKNOWN_LOADING_SECONDS = 60.0  # assumed for an engine that was never loaded he
 
 
 class Rate(Contract):
-    """The measured speed of a vLLM engine, or of the trainer, with one model.
+    """The measured speed, in tokens per second, with which vLLM or the trainer scores rows with one model.
 
-    The tokens of a row are those of its prompt, counted once, and of its completions.
+    The tokens of a row are those of its prompt, counted once, and those of its completions.
     """
 
     tokens_per_second: float
     loading_seconds: float = 0.0
 
     def seconds(self, num_tokens: int) -> float:
-        """Returns the time for loading the model and scoring `num_tokens` tokens."""
+        """Returns the seconds for loading the model and scoring `num_tokens` tokens."""
         return self.loading_seconds + num_tokens / self.tokens_per_second
 
 
@@ -39,7 +39,8 @@ def write(uri: str, rate: Rate) -> None:
 
 
 def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
-    """Returns the estimated times of the trainer and of the engine for `num_tokens` tokens, as a part of a sentence."""
+    """Returns, as a part of a sentence, the estimated times in which the trainer and the vLLM engine would score
+    `num_tokens` tokens."""
     forward = f"they need about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
         return f"{forward}, and loading vLLM is only worth it above {UNKNOWN_LOADING_SECONDS:.0f} s"
@@ -48,9 +49,9 @@ def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
 
 
 def pays(trainer: Rate, engine: Rate | None, num_tokens: int) -> bool:
-    """Whether the engine would score `num_tokens` tokens sooner than the trainer's own forward pass.
+    """Whether the vLLM engine would score `num_tokens` tokens sooner than the trainer's own forward pass.
 
-    For an engine that was never measured (None), the answer is whether the trainer would need longer than
+    If the engine's speed was never measured (None), the function returns whether the trainer would need longer than
     UNKNOWN_LOADING_SECONDS.
     """
     if engine is None:

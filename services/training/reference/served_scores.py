@@ -1,8 +1,9 @@
 """Has the reference model score a dataset. A score is the log-probability of a completion, in nats.
 
-The dataset consists of parts, each a file of encoded groups (prompts with completions). The scores of a part become one
-file; a part that has this file already is not scored again. The functions in the second half score with the reference's
-deployment in Ray Serve, with many calls at the same time.
+The dataset consists of parts, each a file of encoded groups (prompts with completions). The scores of each part are
+written to one file. A part whose file of scores exists is not scored again. The first half of the module does this with
+any function that scores. The second half has functions that score with the reference's deployment in Ray Serve, with
+many calls at the same time.
 """
 
 import logging
@@ -32,13 +33,13 @@ REPORT_SECONDS = 5.0
 
 
 class Answer(Protocol):
-    """The future result of a call to the reference's deployment."""
+    """The result of a call to the reference model's deployment, which may not have arrived yet."""
 
     def result(self) -> Any: ...
 
 
 class Ask(Protocol):
-    """A function that sends rows (a prompt and a completion each) to the reference's deployment.
+    """The type of a function that sends rows (a prompt and a completion each) to the reference model's deployment.
 
     The answer has one element for each row, in the order of the rows.
     """
@@ -46,13 +47,13 @@ class Ask(Protocol):
     def __call__(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> Answer:
-        """Sends rows to the deployment. `others` has, for each completion, the ranges of its tokens that do not count
-        in the loss."""
+        """Sends rows (a prompt and a completion each) to the reference model's deployment. `others` has, for each
+        completion, the ranges of its tokens that do not count in the loss."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Holds the two functions that call the reference's deployment, which is ready."""
+    """Holds the two functions that call the reference model's deployment, once it is ready."""
 
     score: Ask  # answers with a Score for each row
     token_logps: Ask  # answers with a list of log-probs for each row
@@ -64,10 +65,11 @@ ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Ite
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
-    """Scores the groups of a dataset with `score_parts`, and returns the dataset with the files of the scores.
+    """Has the groups of a dataset scored by the function `score_parts`, and returns the dataset with the files of the
+    scores.
 
-    The files are in the folder `uri`. Parts (files of groups) that have scores there are not scored again. `report` is
-    told the progress.
+    The files are written to the folder `uri`. Parts (files of groups) whose scores are there already are not scored
+    again. The progress is reported with `report`.
     """
     if not encoded.parts:
         return encoded
@@ -89,10 +91,10 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 
 def await_reference(app_name: str, report: Callable[[Report], None], adapter: Adapter | None = None) -> Reference:
-    """Waits until the reference's deployment is ready, and returns the functions that call it.
+    """Waits until the reference model's deployment is ready, and returns the functions that call it.
 
-    The functions score with `adapter`, if one is given. Raises RuntimeError if the deployment cannot be loaded, or not
-    within LOADING_SECONDS.
+    The functions score with `adapter`, if one is given. Raises RuntimeError if the deployment cannot be loaded, or if
+    loading takes longer than LOADING_SECONDS.
     """
     from ray import serve  # importing Serve takes more than a second, and most jobs do not need Serve
 
@@ -121,11 +123,12 @@ def await_reference(app_name: str, report: Callable[[Report], None], adapter: Ad
 
 
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
-    """Returns a function that has the reference's deployment score parts (files of groups).
+    """Returns a function that has the reference model's deployment score parts (files of groups).
 
-    `connect` gives access to the deployment; it is called again if a replica dies during a call, and the call is
-    repeated. With `heads`, each completion also gets the log-probability of its head: its first tokens in the loss, as
-    many as the group's shortest completion has. Without `heads`, the replica returns only one sum for each completion.
+    `connect` returns the functions that call the deployment. If a replica dies during a call, `connect` is called again
+    and the call is repeated. With `heads`, each completion also gets the log-probability of its head: its first tokens
+    that count in the loss, as many as the group's shortest completion has. Without `heads`, the deployment returns only
+    the log-probability of the whole completion.
     """
     score_groups = _scored_with_heads if heads else _scored
 
@@ -155,15 +158,16 @@ def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iter
 
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
-    """Asks the deployment for the log-probability, in nats, of each token in the loss. Returns them by group and
-    completion."""
+    """Asks the reference model's deployment for the log-probability, in nats, of each token that counts in the loss.
+    Returns lists by group (a prompt with its completions), completion and token."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 
 def _ask_all(
     groups: Iterator[EncodedGroup], connect: Connect, call_of: Callable[[Reference], Ask]
 ) -> Iterator[tuple[EncodedGroup, list[Any]]]:
-    """Sends all groups to the deployment, with several calls in flight, and yields each group with its answers.
+    """Sends all groups (prompts with their completions) to the reference model's deployment, with several calls at the
+    same time. Yields each group with its answers.
 
     A group has one answer for each of its completions.
     """

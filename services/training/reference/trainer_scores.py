@@ -1,4 +1,5 @@
-"""Computes the reference model's log-probabilities with the trainer's own forward pass, in Ray tasks."""
+"""Computes the reference model's log-probabilities with the trainer's own forward pass, in place of a deployment. The
+functions run in Ray tasks."""
 
 import functools
 import os
@@ -20,9 +21,11 @@ LEAST_TOKENS_PER_PACK = 4096
 
 
 def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Part:
-    """Scores the groups of one part (a file of prompts with completions), and returns the part with its file of scores.
+    """Scores the groups (prompts with completions) of one part, a file of the dataset. Returns the part with the digest
+    of its new file of scores.
 
-    The file is written to the folder `uri`. A score is the log-probability of a completion under the reference model.
+    The file of scores is written to the folder `uri`. A score is the log-probability of a completion under the
+    reference model.
     """
     from dpo_core.policy.scorer import score_reference
 
@@ -34,8 +37,8 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
 
 
 def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-    """Computes the reference's log-probability, in nats, of each token in the loss. Returns them by group and
-    completion."""
+    """Computes the reference model's log-probability, in nats, of each token that counts in the loss. Returns lists by
+    group (a prompt with its completions), completion and token."""
     from dpo_core.policy.scorer import reference_token_logps
 
     with policies.unusable_models_fail_the_job(policies.REFERENCE):
@@ -43,8 +46,8 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
 
 
 def check_reference(spec: AttemptSpec, limit: int) -> None:
-    """Raises JobFailed if the reference's tokenizer differs from that of the model that the job starts from, or if the
-    reference takes fewer tokens than `limit`, the most that a group of the job may have."""
+    """Raises JobFailed if the job cannot use its reference model: if the tokenizer differs from that of the model from
+    which the job starts, or if the reference cannot read `limit` tokens, the most that a group of the job may have."""
     start, reference = load(spec.model_source), load(spec.reference_model)
     differing = len(start.tokenizer.get_vocab().items() ^ reference.tokenizer.get_vocab().items())
     if differing:
@@ -75,9 +78,10 @@ def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> floa
 
 
 def _use_cores(*, alone: bool) -> None:
-    """Lets torch use all cores if this task scores alone (`alone`), and one core if other tasks score at the same time.
+    """Sets how many CPU cores torch uses in this task: all cores if no other task scores at the same time (`alone`),
+    otherwise one core.
 
-    Ray would always set one core, because each task reserves one CPU.
+    Without this, Ray would always set one core, because each task reserves one CPU.
     """
     import torch
 
@@ -91,8 +95,8 @@ def _reference(spec: AttemptSpec) -> "PreTrainedModel":
 
 @functools.cache
 def _load(source: str, weights: str, device: str) -> "PreTrainedModel":
-    """Returns the reference model, which is loaded once per process. `weights` is a `Weights` as JSON, which can be a
-    key."""
+    """Returns the reference model. Each process loads it only once. `weights` is a `Weights` object, written as JSON so
+    that it can be a key of the function's cache."""
     import torch
 
     reference = policies.load_reference(source, Weights.model_validate_json(weights), torch.device(device))

@@ -3,7 +3,8 @@
 Ray writes the output of the driver and the workers to files on their node, which are lost with the node. This program
 follows such files and copies whole lines, without secrets, to files `<folder uri>/<number of first byte>.log`, called
 segments. It writes the last segment again until the segment is full. The program ends when the process `pid` has ended,
-even if that was killed, and copies the last lines. Of a very long log, the beginning and the end are kept.
+even if that process was killed. Before it ends, it copies the last lines. Of a very long log, only the beginning and
+the end are kept.
 """
 
 import logging
@@ -42,7 +43,8 @@ LEFT_OUT = (b":job_id:", b":actor_name:", b":task_name:", b"(ServeReplica:")
 
 
 def keep_logs(run_uri: str, attempt: int, source: str) -> None:
-    """Starts a process that copies all output of this process to storage. `source` names the log, such as `driver`."""
+    """Starts a process that copies all output of this process to storage. `source` is the name of the log, such as
+    `driver`."""
     links = [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)]
     files = [link for link in dict.fromkeys(links) if Path(link).is_file()]
     if not files:
@@ -78,9 +80,10 @@ def main(folder_uri: str, pid: int, files: Sequence[str]) -> None:
 
 
 def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes], bytes]]:
-    """Returns patterns of secrets in a log, each with its replacement.
+    """Returns patterns that find secrets in a log, each with the text that replaces the secret.
 
-    They match the values of environment variables with secret names, and text that looks like a secret.
+    The patterns match the values of environment variables whose names suggest a secret, and text that looks like a
+    secret.
     """
     values = {value for name, value in environment.items() if SECRET_NAMES.search(name)}
     secrets = [value.encode() for value in sorted(values, key=len, reverse=True) if len(value) >= SHORTEST_SECRET]
@@ -102,7 +105,8 @@ class Tail:
         self._file, self._rest = file, b""
 
     def catch_up(self) -> int:
-        """Skips all unread bytes of the file except the last LAST_BYTES, because the log would drop the skipped bytes.
+        """Skips all unread bytes of the file except the last LAST_BYTES, because the stored log would not keep the
+        skipped bytes anyway.
 
         Returns the number of skipped bytes.
         """
@@ -129,9 +133,9 @@ class Tail:
 
 
 class Log:
-    """Writes lines to storage, in files `<number of first byte>.log` of one folder, called segments.
+    """Writes the lines of a log to storage, in files `<number of first byte>.log` of one folder, called segments.
 
-    If bytes are skipped, the numbers have a gap.
+    If bytes of the log are skipped, the numbers in the names have a gap.
     """
 
     def __init__(self, folder_uri: str) -> None:
@@ -153,7 +157,7 @@ class Log:
     def store(self) -> None:
         """Writes the last segment (the newest file of the log) to storage, if it has changed.
 
-        A failure is logged, and the next call writes the segment again, if the segment is still the last one.
+        A failure is only logged. The next call then tries again, if the segment is still the last one.
         """
         if self._size == self._stored:
             return
@@ -176,7 +180,8 @@ class Log:
 
 
 def _end_of(folder_uri: str) -> int:
-    """Returns the number of the first byte after the log that is stored in the folder, or 0 if there is no log.
+    """Returns the length in bytes of the log that is stored in the folder, including bytes that were not kept. Returns
+    0 if there is no log.
 
     A worker that Ray has restarted has a log already.
     """

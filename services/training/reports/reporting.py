@@ -1,9 +1,9 @@
 """Sends the reports of an attempt (one run of a job): numbers them, stores them, and posts them to the control plane.
 
-A report is a message such as metrics or a saved checkpoint. The reports in storage, called the spool, are complete.
-Posts only make reports arrive sooner, so training never waits for the control plane. Each answer to a post has the
-state that the user wants for the job (run, pause or cancel). If there is nothing to post, an empty post every few
-seconds asks for this state.
+A report is a message such as metrics or a saved checkpoint. All reports are stored; the reports in storage are called
+the spool. Posts only make reports arrive sooner, so training never waits for the control plane. Each answer of the
+control plane to a post has the state that the user wants for the job (run, pause or cancel). If there is nothing to
+post, an empty post every few seconds asks for this state.
 """
 
 import logging
@@ -72,11 +72,12 @@ def invalid_file(message: str) -> Failed:
 
 
 def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
-    """Returns a function that reports the progress of a stage. Its argument is how many of `total` items are done.
+    """Returns a function that reports the progress of a stage. The argument of this function is how many of `total`
+    items are done.
 
-    About one report a second is sent, and one when all items are done. The first report is sent immediately, with the
-    `start` items that were done before. Once a minute, a message to the user estimates the remaining time from the
-    speed so far.
+    The function sends at most one report a second, and one when all items are done. The first report is sent
+    immediately, with `start`, the number of items that were done before. Once a minute, a message to the user estimates
+    the remaining time from the speed so far.
     """
     began = last_message = time.monotonic()
     last = float("-inf")
@@ -98,8 +99,8 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 
 
 class Reporter:
-    """Numbers, stores and posts the reports of one attempt (one run of a job). It runs as the attempt's only Ray actor
-    of this kind."""
+    """Numbers, stores and posts the reports of one attempt (one run of a job). Each attempt has one Reporter, which
+    runs as a Ray actor."""
 
     def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
@@ -143,22 +144,23 @@ class Reporter:
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def command(self) -> Command:
-        """Returns the command for the workers, such as run or pause. Records that a worker asks for commands."""
+        """Returns the current command for the training workers, such as run or pause. Also records that a worker has
+        asked."""
         self._worker_at = time.monotonic()
         return self._command_now()
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def beat(self) -> tuple[Command, bool]:
-        """Records a heartbeat of the driver.
+        """Records that the driver (the job's main program) is alive.
 
-        Returns the command for the driver, and whether workers ask for commands, too.
+        Returns the current command for the driver, and whether training workers have asked for commands lately, too.
         """
         now = self._driver_at = time.monotonic()
         return self._command_now(), now - self._worker_at < WORKER_SECONDS
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def pause(self) -> None:
-        """Sets the command to "pause" from now on, even if the control plane answers "run"."""
+        """Makes the command "pause" from now on, even if the control plane answers "run"."""
         self._pausing = True
 
     def _command_now(self) -> Command:
@@ -229,7 +231,7 @@ class Reporter:
     def _next_unposted(self) -> str | None:
         """Waits up to HEARTBEAT_SECONDS for a file of reports in storage that is not posted yet, and returns its URI.
 
-        Returns None if there is none.
+        Returns None if no such file has come in this time.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._unposted or self._closing.is_set(), HEARTBEAT_SECONDS)
@@ -238,8 +240,8 @@ class Reporter:
     def _post(self, client: httpx.Client, uri: str | None) -> bool:
         """Posts the file of reports at `uri` to the control plane, or a heartbeat if `uri` is None.
 
-        Returns False if the post must be tried again. A file may be posted twice, because the control plane recognizes
-        reports by their numbers. The answer becomes the attempt's command.
+        Returns False if the post must be tried again. Posting a file twice does no harm, because the control plane
+        recognizes reports by their numbers. The command in the control plane's answer becomes the attempt's command.
         """
         try:
             answer = self._send(client, spool.read_body(uri) if uri else HEARTBEAT)
@@ -270,9 +272,10 @@ class Reporter:
     def _send(self, client: httpx.Client, body: bytes) -> httpx.Response:
         """Posts `body` to the control plane and returns the response.
 
-        The token of the attempt's launch registers a new token, which only this attempt knows. Each post offers the new
-        token until the control plane refuses the offer. The refusal means that it has the new token, even if its answer
-        was lost. From then on, posts use the new token.
+        The attempt was launched with a token that others can see. With it, the attempt registers a new token that only
+        it knows. Each post offers the new token until the control plane refuses the offer. The refusal means that the
+        control plane has the new token already, even if an earlier answer was lost. From then on, posts use the new
+        token.
         """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)
@@ -282,8 +285,8 @@ class Reporter:
         return client.post(self._events_url, content=body, headers=self._headers)
 
     def _beat_in_spool(self) -> None:
-        """Writes a heartbeat to storage if posts had no answer for UNHEARD_SECONDS. The control plane finds the
-        heartbeat there."""
+        """If posts had no answer for UNHEARD_SECONDS, writes a heartbeat (a sign that the attempt is alive) to storage,
+        where the control plane finds it."""
         if time.monotonic() - self._answered_at > UNHEARD_SECONDS:
             self._answered_at = time.monotonic()
             self.report(Alive())

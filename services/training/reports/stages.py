@@ -1,7 +1,7 @@
 """Records the stages of an attempt (one run of a job), such as encoding and training, as spans of an OpenTelemetry
 trace.
 
-Training gets one span per hundred steps or per minute.
+A stage has one span; only training has several, one per hundred steps or per minute.
 """
 
 from services import tracing
@@ -12,7 +12,8 @@ SECONDS = 60.0
 
 
 class StageSpans:
-    """Turns the reports of an attempt into spans of its trace, one for each stage or part of training."""
+    """Turns the reports of an attempt (one run of a job) into spans of an OpenTelemetry trace. Each stage has one span;
+    training has one for each of its parts."""
 
     def __init__(self, traceparent: str | None) -> None:
         self._parent = traceparent
@@ -21,7 +22,8 @@ class StageSpans:
         self._first = self._last = 0  # first and last number of the span's steps, rows or bytes
 
     def add(self, report: Report, at: float) -> None:
-        """Takes the attempt's next report, and writes a span if the report ends a stage or a part of training.
+        """Takes the attempt's next report, and writes a span of the trace if this report ends a stage or a part of
+        training.
 
         `at` is the report's time in Unix seconds.
         """
@@ -41,7 +43,7 @@ class StageSpans:
             self._name, self._began, self._first = name, at, done + 1
 
     def end(self) -> None:
-        """Ends the current span, if there is one, and writes it."""
+        """Ends the current span of the trace, and writes it. Does nothing if there is none."""
         if self._name and self._last >= self._first:
             tracing.record(
                 self._name,

@@ -1,1 +1,1 @@
-"""Runs the training workers of a job, and handles commands to stop, deaths of workers, and full storage."""
+"""Runs the training workers of a job. Also handles commands to pause or stop, deaths of workers, and full storage."""

@@ -33,8 +33,8 @@ DEFAULT_GRACE_SECONDS = 3.0  # Ray's default
 def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells a training worker whether it should pause.
 
-    The function never waits, because a thread asks the reporter (the actor that knows the command) every
-    PERIOD_SECONDS.
+    The function never waits. Every PERIOD_SECONDS a thread asks `reporter`, the actor that knows the command, and the
+    function returns the latest answer.
     """
     command, done = "run", threading.Event()
 
@@ -56,10 +56,11 @@ def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
 
 
 class Commands:
-    """Ends the attempt early if a command demands this, and tells the reporter every second that the driver lives.
+    """Ends the attempt early if a command such as cancel demands this, and tells the reporter every second that the
+    driver is alive.
 
-    `reporter` is the actor that sends the attempt's reports, and `followers` are those that send metrics to other
-    services. The object lives in the driver, the attempt's main program.
+    `reporter` is the actor that sends the attempt's reports, and `followers` are the actors that send metrics to other
+    services. The object exists in the driver, the attempt's main program.
     """
 
     def __init__(self, reporter: Any, followers: Sequence[Any]) -> None:
@@ -101,8 +102,8 @@ class Commands:
         threading.Thread(target=self._pause_within, args=(128 + signum,), daemon=True).start()
 
     def _pause_within(self, status: int) -> None:
-        """Asks the workers to pause, and ends the attempt shortly before Ray sends SIGKILL, even if they have not
-        paused by then."""
+        """Asks the training workers to pause. Then ends the attempt shortly before Ray sends SIGKILL, even if the
+        workers have not paused by then."""
         grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
         logger.warning("Ray sent SIGTERM, so this process saves a checkpoint and ends within %.0f s.", grace)
         self._reporter.pause.remote()

@@ -7,9 +7,9 @@ from services.deaths import cause_in
 
 
 def cause_of(*errors: BaseException) -> str:
-    """Returns the cause of the errors as text for the user.
+    """Returns, as text for the user, why an attempt or its workers died with these errors.
 
-    If a worker was killed, the cause is the kill, and not the errors of other workers.
+    If a worker was killed, the text names the kill, and not the errors that other workers then had.
     """
     raised = [inner for error in errors for inner in _inner(error)]
     text = "\n".join("".join(traceback.format_exception(each)) for each in raised)
@@ -17,7 +17,7 @@ def cause_of(*errors: BaseException) -> str:
 
 
 def _inner(error: BaseException) -> list[BaseException]:
-    """Returns the errors of workers or of the controller inside an error of Ray Train, or else the error itself in a
-    list."""
+    """Returns the errors of workers, or of the controller, that an error of Ray Train contains. For any other error,
+    returns a list with the error itself."""
     workers: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     return list(workers.values()) or [getattr(error, "controller_failure", error)]

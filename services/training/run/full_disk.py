@@ -18,9 +18,10 @@ Result = TypeVar("Result")
 
 
 def retry_while_full(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
-    """Calls `write` again and again while it, or a Ray task in it, fails because storage is full. Returns its result.
+    """Calls `write`, and returns its result. If `write` or one of its Ray tasks fails because storage is full, calls
+    `write` again and again until it succeeds.
 
-    The user is told once. `what` names the work in this message, such as "exporting the policy".
+    The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".
     """
     reported = False
     while True:

@@ -24,9 +24,10 @@ START_SECONDS = 1800  # a model ends its answers before it leaves its GPU to the
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """A TorchTrainer that starts only a controller, the workers, and the actor that synchronizes them.
+    """A TorchTrainer that starts only three kinds of Ray actors: a controller, the workers, and the actor that
+    synchronizes the workers.
 
-    Ray Train would start three more actors, each of which takes two CPU seconds to start.
+    Ray Train itself would start three more actors, each of which takes two CPU seconds to start.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -40,7 +41,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 class ReportDeaths(UserCallback):  # type: ignore[misc]
-    """Tells the user why workers died, whenever some die. Ray Train then starts other workers, or ends the attempt."""
+    """Tells the user why training workers died, whenever some die. Ray Train then starts new workers, or ends the
+    attempt."""
 
     def __init__(self, reporter: Any) -> None:
         self._reporter = reporter

@@ -15,7 +15,8 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
 
 
 def complete(run_uri: str) -> Iterator[tuple[int, str]]:
-    """Yields the step and URI of each complete checkpoint of a job, the newest first. A complete one has a manifest."""
+    """Yields the step and URI of each complete checkpoint of a job, the newest first. A checkpoint is complete if it
+    has a manifest."""
     folder = storage.join(run_uri, "checkpoints")
     steps = {int(name.removeprefix("step-")): name for name in storage.list_folders(folder)}
     for step in sorted(steps, reverse=True):
@@ -34,12 +35,12 @@ def manifest_of(uri: str) -> Manifest:
 
 
 def drop_optimizers(run_uri: str, *, published: int) -> None:
-    """Removes the optimizer's state from older checkpoints of a job. The two newest checkpoints keep theirs.
+    """Removes the optimizer's state from older checkpoints of a job. The two newest checkpoints keep this state.
 
-    `published` is the step of the newest checkpoint. A job resumes only from a checkpoint with this state. A checkpoint
-    without the state is still whole: first its manifest stops naming the state's files, then the files are deleted. The
-    oldest checkpoint loses its state first. If this process dies before the end, the call after the next checkpoint
-    does the rest.
+    `published` is the step of the newest checkpoint. A job resumes only from a checkpoint with this state. First the
+    manifest of a checkpoint is written again without the state's files, then these files are deleted, so the checkpoint
+    is valid at any time. The oldest checkpoint loses its state first. If this process dies before the end, the call
+    after the next checkpoint does the rest.
     """
     older = (uri for step, uri in complete(run_uri) if step < published)
     having = takewhile(_optimizer_files, islice(older, RESUMABLE - 1, None))

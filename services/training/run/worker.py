@@ -1,4 +1,5 @@
-"""Runs one training worker: calls the engine's training loop, reports each step, and publishes checkpoints."""
+"""Runs one training worker: runs the training loop of `dpo_core`, reports each step, and copies checkpoints to
+storage."""
 
 import math
 import os
@@ -49,11 +50,12 @@ GROUPS_PER_EVALUATION = 256  # groups that are read at a time, and divided among
 def work(
     spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
 ) -> Succeeded | Failed | Paused:
-    """Trains until the last step, a failure that only the user can fix, or a pause. Returns the attempt's last report.
+    """Runs one training worker until the last step, until a failure that only the user can fix, or until a pause.
+    Returns the attempt's last report.
 
     On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
-    checkpoint. The config of `spec` must be resolved, that is, without undecided options. `reporter` is the handle of
-    the attempt's Reporter, to which only rank 0 reports. Every checkpoint is evaluated on `validation`.
+    checkpoint. The config of `spec` must have no undecided options. `reporter` is the handle of the attempt's Reporter,
+    to which only rank 0 (the first worker) reports. Every checkpoint is evaluated on `validation`.
     """
     try:
         with policies.unusable_models_fail_the_job():
@@ -117,7 +119,8 @@ def _work(
 def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> int:
     """Returns the step of the checkpoint that becomes the policy (the trained model).
 
-    `last` is the last step of training.
+    This is the best of the evaluated checkpoints if the user asked for it and there are evaluations. Otherwise it is
+    the checkpoint of `last`, the last step of training.
     """
     top = best(evaluations, spec.config.best_metric) if spec.policy == "best" else None
     return top.step if top else last
@@ -145,10 +148,11 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
 
 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
-    """Returns a function that reads the validation data in batches, for `train` to call, or None without validation
-    data.
+    """Returns a function that reads the validation data in batches, for the training loop to call. Returns None if
+    there are no validation data.
 
-    The returned function waits until a stream's held-out groups are known, and returns None if the stream has none.
+    If the data are a Stream (still being encoded), the returned function waits until the groups held out for validation
+    are known. It returns None if there are none.
     """
     if validation is None:
         return None
@@ -161,9 +165,9 @@ def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[
 
 
 def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
-    """Returns the failure with which training must end after this step, or None.
+    """Returns the failure with which training must end after this step, or None if training can go on.
 
-    Metrics are global, so all workers decide the same.
+    Metrics are the same on all workers, so all workers decide the same.
     """
     loss = result.metrics["loss"]
     for key, value in result.metrics.items():
@@ -185,10 +189,11 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
 
 
 def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
-    """Whether the step's loss must be ln 2, as at DPO's first step, where the policy still equals the reference.
+    """Whether the loss of this step must be ln 2. This is so at the first step of DPO if the policy still equals the
+    reference.
 
-    The two differ if the reference is another model, an adapter's dropout is on, or bfloat16 rounds the two
-    differently.
+    The two differ at the first step if the reference is another model, if an adapter's dropout is on, or if bfloat16
+    rounds them differently.
     """
     adapter, precision = spec.weights.adapter, spec.weights.precision
     drops = adapter is not None and adapter.dropout > 0
@@ -198,9 +203,10 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
-    """Returns the URI of the newest checkpoint from which training can resume, after its download to `cache`, or None.
+    """Downloads the newest checkpoint from which training can resume to the folder `cache`, and returns its URI.
+    Returns None if there is no such checkpoint.
 
-    Training can resume from a checkpoint that is complete, undamaged, and has its optimizer's state. A damaged
+    Training can resume from a checkpoint that is complete and undamaged and has the optimizer's state. A damaged
     checkpoint is reported to the user.
     """
     for _, uri in stored_checkpoints.complete(run_uri):
@@ -219,9 +225,10 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
-    """Chooses the checkpoint from which all workers resume, and returns its local folder, or None if there is none.
+    """Chooses the checkpoint from which all workers resume, and returns its local folder. Returns None if there is no
+    checkpoint.
 
-    Rank 0 chooses the newest checkpoint that can be used, and tells the other ranks.
+    Rank 0 (the first worker) chooses the newest checkpoint that can be used, and tells the other workers.
     """
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -231,9 +238,9 @@ def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: 
 
 
 def _warn_of_slow_precision(spec: AttemptSpec, device: torch.device, reporter: Any) -> None:
-    """Warns the user of bfloat16 on a CPU without AMX.
+    """Warns the user if training computes in bfloat16 on a CPU without AMX instructions.
 
-    Products in bfloat16 are up to 60 times slower than in float32 there.
+    On such a CPU, products in bfloat16 are up to 60 times slower than in float32.
     """
     fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
     if spec.weights.precision == "bfloat16" and not fast:
@@ -271,8 +278,8 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
 def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
     """Copies this worker's files of a checkpoint to storage, while training goes on.
 
-    Rank 0 copies after all other ranks. Rank 0 first stores all reports and at last reports the checkpoint, so that
-    neither the reports nor the checkpoint are lost if this process dies.
+    Rank 0 (the first worker) copies after all other workers. It first stores all reports, and reports the checkpoint
+    last. If this process dies in between, neither a report nor the checkpoint is lost.
     """
     uri = checkpoint_uri(spec, step)
 
@@ -290,9 +297,9 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
 
 
 def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
-    """Removes the optimizer's state from older checkpoints, which no job resumes from.
+    """Removes the optimizer's state from older checkpoints, from which no job resumes.
 
-    A failure does not stop training: the user is warned, and the next checkpoint causes another try.
+    A failure does not stop training: the user is warned, and the removal is tried again after the next checkpoint.
     """
     try:
         stored_checkpoints.drop_optimizers(spec.run_uri, published=published)
@@ -321,9 +328,9 @@ def _scratch(spec: AttemptSpec) -> Iterator[Path]:
 def _num_threads() -> int:
     """Returns the number of CPU threads for this worker: its share of the node's cores.
 
-    Ray's own setting would be one thread, for the one CPU that a worker reserves. Both Ray's number of CPUs and the
-    real number of cores limit the result, because Ray may be configured with more CPUs than there are, and a container
-    may have fewer CPUs than its machine.
+    Ray itself would set one thread, for the one CPU that a worker reserves. The result counts no more cores than Ray
+    has CPUs, because a container may have fewer CPUs than its machine. It counts no more than the machine has either,
+    because Ray may be configured with more CPUs than exist.
     """
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)

@@ -1,1 +1,1 @@
-"""Fetches the training file that a user's URI names, and unpacks it to plain JSON Lines."""
+"""Fetches the training file that a user's URI names, and unpacks it to uncompressed JSON Lines."""

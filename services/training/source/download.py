@@ -28,9 +28,9 @@ class Remote(NamedTuple):
 def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]) -> Iterator[bytes]:
     """Downloads the file at `url`, and yields its bytes as the server stores them.
 
-    Calls `arrived` with the number of bytes of each yielded value, and with the length of the file (0 if unknown).
-    Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors that may be gone at another
-    attempt.
+    For each yielded value, calls `arrived` with the number of its bytes and with the length of the file (0 if unknown).
+    Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors that another attempt may not
+    have.
     """
     digest, offset, length, tag = hashlib.sha256(), 0, 0, ""
     failures = before = 0
@@ -71,8 +71,8 @@ def _strong_tag(tag: str | None) -> str:
 def _body_after(offset: int, digest: Any, response: httpx.Response) -> Iterator[bytes]:
     """Yields the bytes of a response that come after the first `offset` bytes of the file.
 
-    A server that cannot resume sends these first bytes again; they are skipped. `digest` is their hash. Raises OSError
-    if the file has changed since.
+    A server that cannot resume a download sends the first bytes again; they are skipped. `digest` is the hash of these
+    bytes. Raises OSError if the file on the server has changed meanwhile.
     """
     if response.status_code == httpx.codes.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
@@ -99,8 +99,8 @@ def _changed(response: httpx.Response) -> OSError:
 def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
     """Requests `url`, follows redirects, and yields the last response.
 
-    The content of a redirect is not read, because it may be endless. Raises InvalidUri for too many redirects, and for
-    a refusal of the server.
+    The content of a redirect is not read, because it may be endless. Raises InvalidUri for too many redirects, and if
+    the server refuses the request.
     """
     request: httpx.Request | None = client.build_request("GET", url, headers=headers)
     for _ in range(MAX_REDIRECTS + 1):

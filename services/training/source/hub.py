@@ -1,8 +1,9 @@
 """Finds the files of a dataset on the Hugging Face hub: `hf://datasets/<organization>/<name>[@<revision>]/<path>`.
 
-The environment variable HF_ENDPOINT sets the hub. HF_TOKEN is sent only for organizations that a prefix in the setting
-`dataset_uris` names; otherwise every user could read all data that the token's owner may read. All files come from one
-commit, even if the revision moves during the download; pyarrow's own `hf://` resolves the revision with each request.
+The environment variable HF_ENDPOINT sets the address of the hub. The token in HF_TOKEN is sent only for organizations
+that a prefix in the setting `dataset_uris` names. Otherwise every user could read all data that the token's owner may
+read. All files come from one commit, even if a revision such as a branch moves during the download. This is why
+pyarrow's own `hf://` is not used: it resolves the revision with each request.
 """
 
 import time
@@ -26,21 +27,21 @@ Answer = TypeVar("Answer")
 def client(uri: str, prefixes: Sequence[str]) -> httpx.Client:
     """Returns an HTTP client that downloads files from the hub.
 
-    The client may connect to every address, because the operator chose the hub.
+    The client may connect to every address, also to private ones, because the operator and not the user chose the hub.
     """
     return httpx.Client(headers=build_hf_headers(token=_token(uri, prefixes)), timeout=TIMEOUT_SECONDS)
 
 
 def _token(uri: str, prefixes: Sequence[str]) -> bool | None:
-    """Returns the `token` argument for the hub's Python client: None to send HF_TOKEN if it is set, False to send
-    none."""
+    """Returns the `token` argument for the hub's Python client: None if the token in HF_TOKEN may be sent for this URI
+    (if it is set), False if no token may be sent."""
     return None if names_organization(uri, prefixes) else False
 
 
 def find(uri: str, prefixes: Sequence[str]) -> list[Remote]:
-    """Returns the files that the hub URI `uri` names (one, or several of a folder), sorted by name.
+    """Returns the files that the hub URI `uri` names, sorted by name: one file, or several files of a folder.
 
-    Raises InvalidUri if there are no such files, or the hub refuses access.
+    Raises InvalidUri if there are no such files, or if the hub refuses access.
     """
     try:
         place = parse_hf_uri(uri)
@@ -65,7 +66,7 @@ def _info(name: str, revision: str | None, token: bool | None) -> DatasetInfo:
 
 
 def _with_retries(uri: str, ask: Callable[[], Answer]) -> Answer:
-    """Returns the result of `ask`. Calls `ask` again after temporary errors of the hub.
+    """Calls `ask`, which asks the hub, and returns its result. After a temporary error of the hub, calls `ask` again.
 
     Raises InvalidUri for errors that are not temporary.
     """

@@ -1,6 +1,6 @@
 """Provides a job's training file as one uncompressed file of JSON Lines.
 
-The file is an upload, or one or several files at a user's URI, in any supported file format.
+The training file may be an upload, or one or several files at a user's URI, in any supported file format.
 """
 
 import io
@@ -35,9 +35,9 @@ class _File(NamedTuple):
 def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report], None]) -> Iterator[AttemptSpec]:
     """Yields the attempt's spec with a `training_uri` that names one uncompressed file of JSON Lines.
 
-    If the training file is such a file already, this is the file itself, else a copy in `folder_uri`. This folder is
-    deleted when the block ends normally. Raises JobFailed for errors that the user can fix, and OSError if the file
-    changes during the block.
+    If the training file already is one uncompressed file of JSON Lines, this is the file itself. Otherwise it is a copy
+    in the folder `folder_uri`, which is deleted when the `with` block ends normally. Raises JobFailed for errors that
+    the user can fix, and OSError if the training file changes during the block.
     """
     try:
         files = [_File("training_file", spec.training_uri)]
@@ -56,10 +56,10 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
 
 
 def unpacked(uri: str, to_uri: str) -> str:
-    """Returns the URI of an uploaded file's content as uncompressed JSON Lines.
+    """Returns a URI at which the content of an uploaded file is as uncompressed JSON Lines.
 
-    If the file is compressed or a table, its lines are written to `to_uri`, which is then returned. Otherwise `uri` is
-    returned. Raises JobFailed for a damaged file.
+    If the file is compressed or a table, its lines are written to `to_uri`, and `to_uri` is returned. Otherwise `uri`
+    is returned. Raises JobFailed for a damaged file.
     """
     try:
         return _as_one([_File("training_file", uri)], to_uri, lambda report: None)
@@ -73,7 +73,7 @@ def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file"
 
 
 def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[[Report], None]) -> list[_File]:
-    """Returns the files that `uri` names, at least one.
+    """Returns the files of a dataset that `uri` names. There is at least one.
 
     Files at http, https and hf URIs are downloaded to `folder_uri`.
     """
@@ -130,7 +130,7 @@ def _download(
 
 
 def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
-    """Returns the URI of one uncompressed file with the lines of all files.
+    """Returns the URI of one uncompressed file that has the lines of all `files`.
 
     If there is only one file and it is uncompressed, its URI is returned. Otherwise the lines are written to `uri`.
     """
@@ -154,7 +154,8 @@ def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) 
 
 
 def _lines(files: Sequence[_File], starts: list[str]) -> Iterator[bytes]:
-    """Yields the lines of all files. Adds to `starts`, for each file, its name and the number of its first line."""
+    """Yields the lines of all files. Adds to `starts` a text for each file: its name, and the number that its first
+    line has among all lines."""
     number = 0
     for name, uri in files:
         starts.append(f"{name} from line {number + 1}")

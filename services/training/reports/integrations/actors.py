@@ -1,6 +1,7 @@
-"""Starts and closes the followers of an attempt: Ray actors that send the job's metrics to other services.
+"""Starts and closes the followers of an attempt (one run of a job): Ray actors that send the job's metrics to W&B,
+MLflow and TensorBoard.
 
-Followers run on the driver's node, because its environment has the addresses and keys of these services.
+Followers run on the driver's node, because the driver's environment has the addresses and keys of these services.
 """
 
 import os
@@ -32,8 +33,8 @@ ENVIRONMENT = {  # defaults of variables that the node does not set
 
 
 def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
-    """Returns, for each service that the job's metrics go to, its name for messages and a function that opens a run
-    there.
+    """Returns, for each service that the job's metrics go to, its name for messages and a function that opens a run in
+    the service.
 
     The services are W&B, MLflow and TensorBoard.
     """
@@ -49,7 +50,7 @@ def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
 
 
 def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
-    """Starts a follower (an actor that sends metrics) for each service that the job's metrics go to.
+    """Starts a follower (an actor that sends metrics) for each service to which the job's metrics go, such as MLflow.
 
     Returns the actors' handles immediately, before they have started.
     """
@@ -65,8 +66,8 @@ def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
 def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
     """Waits until the followers (actors that send metrics) have sent all steps, and closes them.
 
-    Call this function before the attempt's last report. `status` is None if another attempt will resume the job. A
-    follower that has died is reported to the user.
+    The function must be called before the attempt's last report. `status` is how the job ended; it is None if another
+    attempt will resume the job. A follower that has died is reported to the user.
     """
     if not followers:
         return

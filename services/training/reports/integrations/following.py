@@ -33,7 +33,7 @@ Open = Callable[[AttemptSpec, Path], Sink]
 class Follower:
     """A Ray actor that copies a job's metrics to one sink (W&B, MLflow or TensorBoard) during one attempt.
 
-    Errors are reported to the user once, and never raised.
+    Errors are never raised. The user is told about the first one.
     """
 
     def __init__(self, name: str, open_sink: Open, spec: AttemptSpec, report: Callable[[Report], None]) -> None:
@@ -45,10 +45,10 @@ class Follower:
         self._thread.start()
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
-        """Waits up to `timeout_seconds` until the sink has all reports that are in the spool (the job's reports in
-        storage).
+        """Waits up to `timeout_seconds` until all metrics of the job's reports in storage are copied to the service.
+        Then ends the copying.
 
-        `status` is passed to Sink.close. Afterwards the follower reports nothing to the user.
+        `status`, how the job ended, is passed to Sink.close. Afterwards the follower reports nothing to the user.
         """
         self._status = status
         self._closing.set()
@@ -82,7 +82,8 @@ class Follower:
             self._closing.wait(RETRY_SECONDS)
 
     def _follow(self, folder: Path) -> None:
-        """Opens a sink, and copies the job's metrics to the sink until the follower is closed.
+        """Opens a sink (an object that writes to a service such as MLflow), and copies the job's metrics to it until
+        the follower is closed.
 
         Returns after `close` was called and all reports in storage are copied.
         """
@@ -131,9 +132,10 @@ class Follower:
 
 
 def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
-    """Yields the reports of the job's attempts that are in storage, from the first attempt on, file by file.
+    """Yields the reports of the job that are in storage, file by file: first those of the first attempt, at last those
+    of this attempt.
 
-    Yields None whenever there is no further file yet; the caller may then ask again.
+    Yields None if there is no further file yet. The caller may then ask for the next file again.
     """
     for attempt in range(1, spec.attempt + 1):
         next_seq, lost = 0, False
@@ -161,7 +163,7 @@ def _step(event: JobEvent, report: StepMetrics) -> Step:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the error's message in one line, without secrets."""
+    """Returns the error's message in one line, without secrets such as API keys."""
     return _without_secrets(" ".join(str(error).split()) or repr(error))[:300]
 
 

@@ -1,4 +1,4 @@
-"""Writes a job's metrics to an MLflow run, in the cluster's tracking server or in a database file in storage."""
+"""Writes a job's metrics to an MLflow run, in the cluster's MLflow server or in a database file in storage."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

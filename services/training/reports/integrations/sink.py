@@ -17,19 +17,22 @@ class Step(NamedTuple):
 
 
 class Sink(Protocol):
-    """Writes a job's metrics to a run in another service, such as MLflow. The constructor finds or creates the run.
+    """Writes a job's metrics to a run in another service, such as MLflow. The constructor finds or creates this run.
 
-    Any call may raise an error, and may take long. After an error the caller must drop the sink and make another one.
+    Any call may raise an error, and any call may take long. After an error the caller must drop the sink and make
+    another one.
     """
 
     last_step: int  # the last step that the run has; 0: none
     where: str  # where the user can see the run, as a part of a sentence
 
     def begin(self, started: Started) -> None:
-        """Writes the job's resolved config to the run. May be called again for the same run."""
+        """Writes the job's config, without undecided options, to the run in the service. The method may be called again
+        for the same run."""
 
     def write(self, steps: Sequence[Step]) -> None:
-        """Writes the metrics of steps after `last_step`, in order. The caller must not send a step twice."""
+        """Writes the metrics of steps after `last_step`, in order. The caller must not pass a step twice."""
 
     def close(self, status: Status | None) -> None:
-        """Ends the run in the service. `status` is None if another attempt may continue the run."""
+        """Ends the run in the service. `status` is how the job ended; it is None if another attempt may continue the
+        run."""

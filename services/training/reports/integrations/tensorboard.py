@@ -17,7 +17,8 @@ NAME = "events.out.tfevents"  # TensorBoard reads files whose names begin like t
 class TensorboardSink:
     """Writes a job's metrics to TensorBoard's event files in storage.
 
-    Each call writes a new file, because storage cannot append. TensorBoard reads the files in order of name.
+    Each call writes a new file, because nothing can be appended to a file in storage. TensorBoard reads the files in
+    order of name.
     """
 
     def __init__(self, spec: AttemptSpec, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Writes a job's metrics to a Weights & Biases run.
 
-If the cluster has no key for W&B, the run is written to a file, which a user can send later.
+If the cluster has no key for W&B, the run is written to a file in storage, which a user can send to W&B later.
 """
 
 import os
@@ -16,7 +16,7 @@ INIT_SECONDS = 60.0
 
 
 class WandbSink:
-    """Writes a job's metrics to one Weights & Biases run, or to a file of this run if the cluster may not send.
+    """Writes a job's metrics to one Weights & Biases run, or to a file of this run if the cluster has no key for W&B.
 
     Online, a later attempt continues after the last step that the W&B server has. Offline there is no server to ask, so
     each attempt writes the run's file from step 1.
