@@ -399,7 +399,8 @@ def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> 
     """Returns the configs of other services' applications in Ray Serve, as they were submitted.
 
     The names of this service's own applications begin with `prefix`. Leaves out the applications that `serve.run` has
-    deployed, because a PUT leaves them alone. Raises httpx.HTTPError if Ray Serve does not report a config.
+    deployed, because a PUT to Ray Serve leaves them alone. Raises httpx.HTTPError if Ray Serve does not report a
+    config.
     """
     configs = []
     for name, app in applications.items():

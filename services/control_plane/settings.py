@@ -113,7 +113,7 @@ class Settings(BaseSettings):
         "creates a key and keeps it in the file `api.key` in `home`."
     )
     advertised_url: str = Field(
-        description="URL of this service as attempts at jobs reach it from inside the cluster. If unset, "
+        description="URL at which the training processes of jobs reach this service from inside the cluster. If unset, "
         "`raydpo up` uses the address that it listens on."
     )
     ray_url: str = Field(
@@ -215,7 +215,7 @@ class Settings(BaseSettings):
         default=1000,
         gt=0,
         description="Maximum number of requests that one process answers at the same time. Open event streams, "
-        "reports from attempts at jobs and requests for `/metrics` do not count.",
+        "reports from training processes and requests for `/metrics` do not count.",
     )
     stall_seconds: float = Field(
         default=30,
@@ -245,7 +245,8 @@ class Settings(BaseSettings):
     max_attempts: int = Field(
         default=5,
         gt=0,
-        description="Number of attempts in a row that may die without a new checkpoint; then their job fails.",
+        description="Number of attempts (runs of a job on Ray) in a row that may die without a new checkpoint; then "
+        "the job fails.",
     )
     max_loaded_models: int = Field(
         default=2,

@@ -342,8 +342,8 @@ class Executor:
         `why` is the last error.
         """
         message = (
-            f"The service tried {tries} times to take the job's next step and failed: {why}. Tell the operator, who "
-            "finds more in the service's log, and submit the job again when the cause is fixed."
+            f"The service tried {tries} times to carry out the job's next action and failed: {why}. Tell the operator, "
+            "who finds more in the service's log, and submit the job again when the cause is fixed."
         )
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 

@@ -189,7 +189,7 @@ class Reconciler:
             self._patience.forget(job.id)
         except jobs.Stale as error:
             log.warning(
-                "Job %s changed while the service looked at it, so its next step is taken a second later: %s",
+                "Job %s changed while the service looked at it, so the service looks at it again a second later: %s",
                 job.id,
                 error,
             )
@@ -203,16 +203,24 @@ class Reconciler:
         unlimited.
         """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
-        log.warning("The next step of job %s failed, %d times by now: %r", job.id, tries, error, exc_info=ours)
+        log.warning(
+            "The service failed to carry out the next action of job %s, %d times by now: %r",
+            job.id,
+            tries,
+            error,
+            exc_info=ours,
+        )
         try:
             if ours and tries >= TRIES:
                 await self._executor.abandon(job, attempt, in_words(error), tries)
             elif tries == EVENT_AFTER:
                 async with self._store.begin() as session:
-                    message = f"The service could not take the job's next step and keeps trying: {in_words(error)}"
+                    message = (
+                        f"The service could not carry out the job's next action and keeps trying: {in_words(error)}"
+                    )
                     jobs.tell(session, job.id, message, level="warn")
         except Exception as trouble:  # no error here may stop the tick
-            log.warning("The failed step of job %s could not be recorded: %r", job.id, trouble)
+            log.warning("The failed action of job %s could not be recorded: %r", job.id, trouble)
 
     def _sweep(self) -> None:
         """Starts the cleanup of storage and the database as a task of its own, unless it is running already.

@@ -88,7 +88,9 @@ async def check(session: AsyncSession, caller: Caller, wanted: Limits, usual: Li
     for name, most in usual.items():
         if most is not None and (value := wanted[name]) is not None and value > most:
             message = f"{name} is {value}, but a key may have at most {most}."
-            remedy = f"Send less, or ask an admin of the project {DEFAULT_PROJECT} for a key with more."
+            remedy = (
+                f"Send a lower limit, or ask an admin of the project {DEFAULT_PROJECT} for a key with a higher one."
+            )
             raise InvalidRequest(f"{message} {remedy}", param=name)
     living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())

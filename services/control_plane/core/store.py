@@ -153,7 +153,9 @@ def migrate(database_url: str) -> None:
     newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
     found = _version(database_url)
     if found > newest:
-        log.warning("The database has schema %s of a newer release; upgrade this one, which has %s.", found, newest)
+        log.warning(
+            "The database has schema %s of a newer release; upgrade this release, which has schema %s.", found, newest
+        )
     if found >= newest:
         return
     from alembic import command  # importing alembic takes as long as the rest of a start; few starts need it

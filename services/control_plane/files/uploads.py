@@ -92,7 +92,7 @@ async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> Upl
     if total > most:
         message = (
             f"The upload's parts have {total} bytes, more than twice its size of {row.num_bytes}; "
-            "cancel it and begin anew."
+            "cancel the upload and create another one."
         )
         raise InvalidRequest(message, param="data")
     if count >= MOST_PARTS:
@@ -191,7 +191,7 @@ async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str])
     ordered = [parts[part_id] for part_id in part_ids]
     if (total := sum(part.num_bytes for part in ordered)) != row.num_bytes:
         sizes = f"The parts have {total} bytes, but the upload was created for {row.num_bytes}"
-        message = f"{sizes}; send the ids of parts that add up to that."
+        message = f"{sizes}; send the ids of parts that have as many bytes together."
         raise InvalidRequest(message, param="part_ids")
     return ordered
 

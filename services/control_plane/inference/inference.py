@@ -255,7 +255,7 @@ class Inference:
             await asyncio.sleep(LOOK_SECONDS)
         async with self._store.begin() as session:
             trouble = await deployments.waits_for(session, engine.app_name)
-        most = f"a request waits for it at most {self._settings.model_wait_seconds:g} seconds"
+        most = f"a request waits for the model at most {self._settings.model_wait_seconds:g} seconds"
         raise self._unavailable(engine, f"{trouble or 'finished loading only now'}; {most}")
 
     async def _ask(self, engine: Engine) -> None:

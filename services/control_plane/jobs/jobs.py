@@ -143,7 +143,9 @@ async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
     """
     job = await lock(session, await find(session, job_id))
     if job.observed in TERMINAL:
-        raise InvalidRequest(f"Job {job_id} has already {job.observed}; only a live job can be cancelled.")
+        raise InvalidRequest(
+            f"Job {job_id} has already {job.observed}; only a job that has not ended can be cancelled."
+        )
     if job.desired != "cancel":
         await wish(session, job, "cancel", actor=actor, event="Cancellation requested")
     if job.observed != "running":

@@ -20,44 +20,60 @@ def _choice(default: object, choices: tuple[Any, ...], description: str) -> dict
 # The options that the classes of dpo_core do not have.
 OWN = {
     "dataset": _option(None, "a URI", "The rows to train on, in place of an uploaded file."),
-    "columns": _option(None, "an object", 'Of a dataset: the column of each role, such as {"prompt": "question"}.'),
-    "invalid_rows": _choice("refuse", ("refuse", "drop"), "Of a dataset: what happens to rows that cannot be used."),
-    "max_invalid_share": _option(0.01, "from 0 to 0.5", "With drop: the largest share of rows that may be left out."),
+    "columns": _option(
+        None, "an object", 'With dataset: the column that holds each role, such as {"prompt": "question"}.'
+    ),
+    "invalid_rows": _choice(
+        "refuse",
+        ("refuse", "drop"),
+        "With dataset: whether unusable rows fail the job (refuse) or are left out (drop).",
+    ),
+    "max_invalid_share": _option(
+        0.01, "from 0 to 0.5", "With invalid_rows drop: the largest share of rows that may be left out."
+    ),
     "validation_share": _option(
         None,
         "greater than 0 and at most 0.5",
         "The share of the training file that is held out for validation, if there is no validation file.",
     ),
-    "num_workers": _option(1, "from 1 to 1024", "Workers that train together. The result does not depend on it."),
-    "priority": _option(0, "from -10 to 10", "Of the project's waiting jobs, the one with the highest starts first."),
+    "num_workers": _option(
+        1, "from 1 to 1024", "Number of processes that share the training. The result does not depend on it."
+    ),
+    "priority": _option(
+        0, "from -10 to 10", "Of a project's waiting jobs, the one with the highest priority starts first."
+    ),
     "adapter": _choice(
         "auto",
         ("auto", "none"),
-        "What is trained: an adapter (LoRA) on a frozen base model, or with none all weights. "
-        "By default an adapter, unless the base model's setting says otherwise.",
+        "What is trained: an adapter (LoRA) on a frozen base model, or all weights (none). "
+        "With auto, the settings of the base model decide; usually they say an adapter.",
     ),
     "precision": _choice(
         "auto",
         ("auto", *get_args(Precision)),
-        "What the job computes in. By default bfloat16 on GPUs and float32 on CPUs.",
+        "Number type in which the job computes. With auto: bfloat16 on GPUs and float32 on CPUs.",
     ),
     "quantization": _choice(
-        None, get_args(Quantization), "Keeps the frozen base of an adapter in 4.1 bits a weight, arXiv 2305.14314."
+        None,
+        get_args(Quantization),
+        "Number type of an adapter's frozen base model; nf4 has 4.1 bits per weight (arXiv 2305.14314).",
     ),
     "reference.source": _choice(
         "auto",
         get_args(ReferenceSource),
-        "What scores the reference: the deployed engine (serve), the trainer's own forward (trainer), "
-        "or the one that ends sooner (auto).",
+        "What computes the reference model's log-probabilities: the engine that serves the model (serve), "
+        "the job's own workers (trainer), or the faster of the two (auto).",
     ),
     "reference.model": _option(
-        None, "a base model or a policy", "The reference, if it is not the model that the job starts from."
+        None, "a base model or a policy", "The reference model, if it is not the model that the job starts from."
     ),
     "keep_checkpoints": _option(
-        KEPT, "at least 1, or all", "How many of the last checkpoints stay, beside the best one."
+        KEPT, "at least 1, or all", "How many of the newest checkpoints stay, besides the best one."
     ),
-    "policy": _choice("last", get_args(Policy), "The checkpoint that becomes the policy; best needs validation."),
-    "tensorboard": _choice(False, (True, False), "Writes the metrics for TensorBoard."),
+    "policy": _choice(
+        "last", get_args(Policy), "The checkpoint that becomes the trained model; best needs validation data."
+    ),
+    "tensorboard": _choice(False, (True, False), "Whether the job writes its metrics for TensorBoard."),
     "mlflow": _option(None, "an object", 'The run in MLflow that receives the metrics, such as {"experiment": "one"}.'),
 }
 

@@ -1,1 +1,1 @@
-"""The web page of the service: its built files, which `make page` makes of the sources in the folder `page`."""
+"""The web page of the service, as built files. `make page` builds them from the sources in the folder `page`."""

@@ -95,8 +95,8 @@ class InFlight:
         """
         count = self._counts[key_id]
         if count >= limit:
-            message = f"Rate limit reached: {count} requests of the key {key_id} are being answered, the most at once"
-            message += ". Send this one when one of them has ended."
+            message = f"Rate limit reached: {count} requests of the key {key_id} are being answered, which is the limit"
+            message += ". Send this request again when one of them has ended."
             raise RateLimited(message, seconds=AT_ONCE_SECONDS, headers=self._headers(limit, 0))
         self._counts[key_id] += 1
         return self._headers(limit, limit - count - 1)

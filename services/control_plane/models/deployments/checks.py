@@ -116,8 +116,8 @@ def _check_capacity(chosen: DeploymentSettings, num_gpus: float, capacity: Mappi
 async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedModel) -> None:
     others = await deployment_settings.pinned(session, settings) - {model.id}
     if len(others) >= settings.most_pinned:
-        places = f"of {settings.max_loaded_models} places one stays free for others"
-        message = f"pinned is true, {len(others)} other models are pinned, and {places}"
+        most = f"at most {settings.most_pinned} can be pinned, one fewer than max_loaded_models"
+        message = f"pinned is true, but {len(others)} other models are pinned, and {most}"
         raise _invalid("pinned", f"{message}; unpin one, or raise max_loaded_models in the settings.")
 
 

@@ -155,13 +155,13 @@ class _Served:
         room = self._room
         if len(self.models) >= room.places:
             loaded = f"{len(self.models)} of at most {room.places} models are loaded"
-            return f"another model to be idle: {loaded}, and all load or answer", False
+            return f"another model to be idle: {loaded}, and all are loading or answering", False
         most = room.most_gpus(beside_next_job=True)
         if model.is_reference or not _exceeds(self._gpus(leaving=True) + model.gpus, most):
             return None
         others = [other for other in self.models if other.gpus and not other.is_reference]
         jobs = f"jobs leave {most:g} GPUs to models"
-        return f"GPUs: {jobs}, {len(others)} loaded models use some of them, and it needs {model.gpus:g}", True
+        return f"GPUs: {jobs}, {len(others)} loaded models use some of them, and this model needs {model.gpus:g}", True
 
     def _would_help(self, model: Model) -> bool:
         """Whether evicting other models could ever make room for this model."""

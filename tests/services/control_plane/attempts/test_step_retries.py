@@ -218,7 +218,7 @@ def test_a_launch_that_fails_is_repeated_with_pauses_and_given_up_after_a_while(
     assert 4 <= ray.num_launches <= 8, "of sixty ticks"
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
     waits = (
-        "The service could not take the job's next step and keeps trying: Ray answered with status 500: "
+        "The service could not carry out the job's next action and keeps trying: Ray answered with status 500: "
         "No available agent"
     )
     assert sum(each.startswith(waits) for each in messages(client, job_id)) == 1
@@ -332,7 +332,7 @@ def test_storage_that_fails_is_told_once_and_fails_no_job(
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
     assert (
         sum(
-            each.startswith("The service could not take the job's next step and keeps trying: the storage")
+            each.startswith("The service could not carry out the job's next action and keeps trying: the storage")
             for each in messages(client, job_id)
         )
         == 1

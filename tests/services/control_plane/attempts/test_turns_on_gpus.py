@@ -125,7 +125,8 @@ def test_an_idle_model_leaves_the_gpu_to_a_job_and_the_next_model_waits_for_its_
         assert await world.tick() == (set(), 1)
         async with world.store.begin() as session:
             told = await deployments.waits_for(session, CHAT.app_name)
-        assert told == "waits for GPUs: jobs leave 0 GPUs to models, 0 loaded models use some of them, and it needs 1"
+        jobs = "jobs leave 0 GPUs to models, 0 loaded models use some of them"
+        assert told == f"waits for GPUs: {jobs}, and this model needs 1"
         second = await world.submit()
         await world.end(job_id)
         assert await world.tick() == (set(), 1)  # it waits for longer than the model, which is next

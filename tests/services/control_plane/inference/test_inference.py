@@ -395,7 +395,9 @@ def test_requests_that_wait_for_a_model_leave_places_to_other_projects_and_are_t
     said = [refusal(answer, 503) for answer in answers]
     waited = [message for message in said if "has been loading for" in message]
     assert 0 < len(waited) <= 5
-    assert all("a request waits for it at most 3 seconds. Try again in 15 seconds" in message for message in waited)
+    assert all(
+        "a request waits for the model at most 3 seconds. Try again in 15 seconds" in message for message in waited
+    )
     assert all(answer.headers["retry-after"] for answer in answers)
 
 

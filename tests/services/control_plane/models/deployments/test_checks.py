@@ -48,7 +48,7 @@ def test_one_place_stays_free_of_pinned_models(api: httpx.Client) -> None:
     change(api, "tiny", pinned=True, idle_seconds=9)  # itself is not another one
     error = refused(api, QWEN, pinned=True)
     assert error["param"] == "pinned"
-    assert "1 other models are pinned, and of 2 places one stays free" in error["message"]
+    assert "1 other models are pinned, and at most 1 can be pinned" in error["message"]
     api.delete("/x/deployments/tiny")
 
 

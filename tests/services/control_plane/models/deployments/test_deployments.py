@@ -108,7 +108,7 @@ def test_references_of_jobs_do_not_evict_one_another_and_are_not_forgotten(tell:
             await cluster.place()
         assert await cluster.place() == {"a", "b"}
         assert await cluster.waits_for(C) == (
-            "waits for another model to be idle: 2 of at most 2 models are loaded, and all load or answer"
+            "waits for another model to be idle: 2 of at most 2 models are loaded, and all are loading or answering"
         )
         await cluster.sql("UPDATE deployments SET last_used_at = now() - interval '3 days'")
         await cluster.release(B)

@@ -48,7 +48,7 @@ def test_what_loads_or_answers_or_scores_is_not_evicted_and_the_others_are_told(
         plan = decide([BUSY, one, WAITING], TWO)
         assert plan.serve == {"busy", one.app_name}
         assert plan.waits == {
-            "waiting": ("another model to be idle: 2 of at most 2 models are loaded, and all load or answer")
+            "waiting": ("another model to be idle: 2 of at most 2 models are loaded, and all are loading or answering")
         }
 
 
@@ -115,7 +115,7 @@ def test_idle_models_leave_their_gpus_to_the_next_job_and_no_waiting_one_takes_t
     plan = decide([idle, busy, waiting], room)
     assert plan.forget == {"idle"}
     assert plan.waits == {
-        "waiting": ("GPUs: jobs leave 0 GPUs to models, 1 loaded models use some of them, and it needs 1")
+        "waiting": ("GPUs: jobs leave 0 GPUs to models, 1 loaded models use some of them, and this model needs 1")
     }
     assert decide([replace(busy, held=TURN_SECONDS + 1)], room).waits.keys() == {"busy"}
 
@@ -128,7 +128,7 @@ def test_pinned_models_are_loaded_before_those_that_wait_and_leave_for_nobody() 
     plan = decide([always, waiting], replace(TWO, gpus=1.0, gpus_of_next_job=1.0))
     assert plan.serve == {"pinned"}
     assert plan.waits == {
-        "waiting": ("GPUs: jobs leave 0 GPUs to models, 1 loaded models use some of them, and it needs 1")
+        "waiting": ("GPUs: jobs leave 0 GPUs to models, 1 loaded models use some of them, and this model needs 1")
     }
     assert decide([replace(always, idle_seconds=1)], TWO).serve == {"pinned"}
 
