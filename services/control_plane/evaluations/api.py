@@ -1,4 +1,7 @@
-"""The routes below /v1/x/evaluations, which create, list, show and cancel evaluations, and list their items."""
+"""The routes below /v1/x/evaluations, which create, list, show and cancel evaluations of models, and list their items.
+
+An item is one prompt of an evaluation, with the results for this prompt.
+"""
 
 from collections.abc import AsyncIterator
 from functools import partial
@@ -33,7 +36,7 @@ READ_AT_ONCE = 100  # items, for a download
 async def create(
     idempotent: IdempotentPart, store: StorePart, caller: CallerPart, settings: SettingsPart, body: CreateEvaluation
 ) -> Response:
-    """Creates an evaluation, which the service works on in the background."""
+    """Creates an evaluation of a model. The service works on it in the background."""
     body.check()
     async with store.look() as session:
         kind = await kind_of(session, settings, body)
@@ -59,7 +62,10 @@ async def _groups(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
 
 
 def _check(body: CreateEvaluation, groups: list[Group]) -> None:
-    """Raises InvalidRequest if there are no rows, or a row lacks what the evaluation needs."""
+    """Raises InvalidRequest if the file has no usable row, or a row lacks the completions that the evaluation needs.
+
+    `groups` are the rows: prompts with their completions.
+    """
     where = "rows" if body.rows is not None else "file"
     if not groups:
         what = " with a better and a worse completion" if body.kind == "preferences" else ""
@@ -98,7 +104,7 @@ async def retrieve(store: StorePart, evaluation_id: str) -> dict[str, Any]:
 
 @router.post("/{evaluation_id}/cancel", responses=answers(EvaluationDocument))
 async def cancel(idempotent: IdempotentPart, evaluation_id: str) -> Response:
-    """Cancels an evaluation that has not ended. What was found about its items stays."""
+    """Cancels an evaluation that has not ended. The results so far are kept."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
         return evaluation_object(await evaluations.cancel(session, evaluation_id))
@@ -111,7 +117,7 @@ After = Annotated[int | None, Query(ge=-1, lt=2**31)]
 
 @router.get("/{evaluation_id}/items", responses=answers(Page[EvaluationItemDocument]))
 async def items(store: StorePart, evaluation_id: str, after: After = None, limit: Limit = 20) -> dict[str, Any]:
-    """Lists the items of an evaluation, in the order of their rows, with what was found about them so far."""
+    """Lists the items of an evaluation (its prompts), in the order of their rows, each with its results so far."""
     async with store.look() as session:
         evaluation = await evaluations.find(session, evaluation_id)
         query = select(EvaluationItem).where(EvaluationItem.evaluation_id == evaluation_id)
@@ -121,7 +127,7 @@ async def items(store: StorePart, evaluation_id: str, after: After = None, limit
 
 @router.get("/{evaluation_id}/content", response_class=StreamingResponse)
 async def content(store: StorePart, evaluation_id: str, format: Literal["jsonl", "csv"] = "jsonl") -> Response:
-    """Downloads all items of an evaluation, as JSON Lines or as CSV."""
+    """Downloads all items of an evaluation (its prompts with their results), as JSON Lines or as CSV."""
     async with store.look() as session:
         evaluation = await evaluations.find(session, evaluation_id)
     headers = {"content-disposition": f'attachment; filename="{evaluation.id}.{format}"'}
@@ -130,7 +136,11 @@ async def content(store: StorePart, evaluation_id: str, format: Literal["jsonl",
 
 
 async def _content(store: ProjectStore, evaluation: Evaluation, format: str) -> AsyncIterator[bytes]:
-    """Yields the items in parts, so that memory holds few of them. The columns of a CSV are those of all items."""
+    """Yields the bytes of a file with all items of the evaluation (its prompts with their results), in parts to save
+    memory.
+
+    `format` is `jsonl` or `csv`. A CSV file has a column for every value that at least one item has.
+    """
     columns: dict[str, None] = {}
     if format == "csv":
         async for part in _parts(store, evaluation):

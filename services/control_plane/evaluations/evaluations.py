@@ -1,6 +1,7 @@
 """Creates evaluations, and makes all changes of them and of their items.
 
-An evaluation is queued, then running, and ends succeeded, failed or cancelled. The results of an item's stage, and the
+An item is one prompt of an evaluation. Every item passes through the same stages, such as an answer and its score. An
+evaluation is queued, then running, and ends succeeded, failed or cancelled. The results of an item's stage, and the
 counts of the evaluation, change in one transaction, and only if the item still is at that stage and the evaluation
 still runs. So nothing counts twice, even if two control planes work on the evaluation at the same time.
 """
@@ -27,7 +28,9 @@ CLAIMS = func.pg_try_advisory_xact_lock(func.hashtextextended("claims of evaluat
 
 
 class Ended(Exception):
-    """Raised if an evaluation has ended, or another control plane has done the same work."""
+    """Raised if there is no more work to do, because the evaluation has ended or another control plane has done the
+    same work.
+    """
 
 
 # --- requests --------------------------------------------------------------------------------
@@ -36,9 +39,10 @@ class Ended(Exception):
 async def create(
     session: AsyncSession, spec: Spec, rows: Sequence[dict[str, Any]], num_stages: int, key_id: str
 ) -> Evaluation:
-    """Adds an evaluation with an item for each row, and returns it. `key_id` is the API key that its usage counts as.
+    """Adds an evaluation with an item for each row (prompt), and returns the evaluation.
 
-    Raises OverQuota if the project has too many evaluations that have not ended, and Forbidden if it is archived.
+    `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the project has too
+    many evaluations that have not ended, and Forbidden if the project is archived.
     """
     project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
     if project.archived_at is not None:
@@ -72,8 +76,10 @@ async def find(session: AsyncSession, evaluation_id: str) -> Evaluation:
 
 
 async def cancel(session: AsyncSession, evaluation_id: str) -> Evaluation:
-    """Ends the evaluation as cancelled, and returns it. What was found so far stays. Raises InvalidRequest if it has
-    ended."""
+    """Ends the evaluation as cancelled, and returns it. The results so far are kept.
+
+    Raises InvalidRequest if the evaluation has ended.
+    """
     evaluation = await find(session, evaluation_id)
     if not await _end(session, evaluation_id, "cancelled"):
         evaluation = await find(session, evaluation_id)
@@ -85,10 +91,10 @@ async def cancel(session: AsyncSession, evaluation_id: str) -> Evaluation:
 
 
 async def claim(session: AsyncSession, holder: str, *, most: int, seconds: float) -> Evaluation | None:
-    """Takes the lease of the next evaluation for `holder`, for `seconds`, and returns the evaluation, now running.
+    """Takes the lease of the next evaluation for `holder`, a control plane, for `seconds`. Returns the evaluation.
 
-    Of each project, the `most` oldest evaluations that have not ended may run. Projects take turns. Returns None if no
-    evaluation is free.
+    A lease is the right to work on the evaluation. In each project, only the `most` oldest evaluations that have not
+    ended may run. Projects take turns. Returns None if there is no evaluation to take.
     """
     if not await session.scalar(select(CLAIMS)):
         return None
@@ -124,7 +130,9 @@ async def is_running(session: AsyncSession, evaluation_id: str) -> bool:
 
 
 def _waiting(evaluation: Evaluation) -> ColumnElement[bool]:
-    """Returns the SQL condition that an item of the evaluation has stages left."""
+    """Returns the SQL condition for items of the evaluation that have not failed and have not passed through all
+    stages.
+    """
     of = EvaluationItem.evaluation_id == evaluation.id
     return and_(of, EvaluationItem.stage < evaluation.num_stages, EvaluationItem.error.is_(None))
 
@@ -132,7 +140,10 @@ def _waiting(evaluation: Evaluation) -> ColumnElement[bool]:
 async def next_items(
     session: AsyncSession, evaluation: Evaluation, busy: Collection[int], most: int
 ) -> list[EvaluationItem]:
-    """Returns at most `most` items to work on next, those of the earliest stage first, without those in `busy`."""
+    """Returns at most `most` items of the evaluation to work on next. Items at an earlier stage come first.
+
+    Leaves out the items whose numbers are in `busy`, and items that are to be tried again later.
+    """
     due = or_(EvaluationItem.due_at.is_(None), EvaluationItem.due_at <= func.clock_timestamp())
     query = select(EvaluationItem).where(_waiting(evaluation), due, EvaluationItem.number.not_in(busy))
     query = query.order_by(EvaluationItem.stage, EvaluationItem.due_at.nulls_first(), EvaluationItem.number)
@@ -140,13 +151,15 @@ async def next_items(
 
 
 async def num_waiting(session: AsyncSession, evaluation: Evaluation) -> int:
-    """Returns how many items of the evaluation have stages left."""
+    """Returns how many items of the evaluation have not failed and have not passed through all stages."""
     query = select(func.count()).select_from(EvaluationItem).where(_waiting(evaluation))
     return await session.scalar(query) or 0
 
 
 async def stalled_seconds(session: AsyncSession, evaluation: Evaluation) -> float:
-    """Returns the seconds since an item of the evaluation last finished a stage, or since the evaluation began."""
+    """Returns how many seconds ago an item of the evaluation last finished a stage or failed, or else the evaluation
+    began.
+    """
     since = func.extract("epoch", func.clock_timestamp() - Evaluation.progressed_at)
     return float(await session.scalar(select(since).where(Evaluation.id == evaluation.id)) or 0)
 
@@ -154,7 +167,10 @@ async def stalled_seconds(session: AsyncSession, evaluation: Evaluation) -> floa
 async def store_stage(
     session: AsyncSession, evaluation: Evaluation, item: EvaluationItem, found: dict[str, Any]
 ) -> None:
-    """Stores what the next stage of the item has found. Raises Ended."""
+    """Stores that the item has finished its next stage, with the results `found` of this stage.
+
+    Raises Ended if the evaluation has ended, or another control plane has changed the item.
+    """
     values = {
         "stage": item.stage + 1,
         "found": EvaluationItem.found.op("||")(literal(found, JSONB)),
@@ -169,26 +185,36 @@ async def store_stage(
 async def store_failure(
     session: AsyncSession, evaluation: Evaluation, item: EvaluationItem, code: str | None, message: str
 ) -> None:
-    """Stores that the item has failed for good, and why. Raises Ended."""
+    """Stores that the item has failed for good, with the error's code and message.
+
+    Raises Ended if the evaluation has ended, or another control plane has changed the item.
+    """
     error = {"code": code, "message": storable(message)}
     await _change(session, item, {"error": error, "num_tries": item.num_tries + 1, "due_at": None})
     await _count(session, evaluation, num_stages_done=evaluation.num_stages - item.stage, num_failed=1)
 
 
 async def put_off(session: AsyncSession, item: EvaluationItem, seconds: float, *, num_tries: int) -> None:
-    """Stores that the next stage of the item is tried again after `seconds`. Raises Ended."""
+    """Stores that the next stage of the item is tried again after `seconds`.
+
+    Raises Ended if another control plane has changed the item.
+    """
     due_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
     await _change(session, item, {"due_at": due_at, "num_tries": num_tries})
 
 
 async def wait_for(session: AsyncSession, evaluation: Evaluation, what: str) -> None:
-    """Stores why no item of the evaluation can be worked on at the moment."""
+    """Stores in the evaluation the reason `what` why none of its items can be worked on at the moment."""
     running = and_(Evaluation.id == evaluation.id, Evaluation.state == "running")
     await session.execute(update(Evaluation).where(running).values(waits_for=storable(what)))
 
 
 async def _change(session: AsyncSession, item: EvaluationItem, values: dict[str, Any]) -> None:
-    """Sets columns of the item, if its stage and its error are still those of `item`. Raises Ended if they are not."""
+    """Sets the columns in `values` of the item's row, if the item has neither failed nor reached a later stage since it
+    was read.
+
+    Otherwise raises Ended.
+    """
     table = EvaluationItem
     same = (table.evaluation_id == item.evaluation_id, table.number == item.number, table.stage == item.stage)
     changed = update(table).where(*same, table.error.is_(None)).values(**values).returning(table.number)
@@ -205,13 +231,17 @@ async def _count(session: AsyncSession, evaluation: Evaluation, **more: int) -> 
 
 
 async def fail_waiting(session: AsyncSession, evaluation: Evaluation, code: str, message: str) -> None:
-    """Stores that all items of the evaluation that have stages left have failed for good, and why. Raises Ended."""
+    """Stores that all items of the evaluation that have stages left have failed for good, with this error code and
+    message.
+
+    Raises Ended if the evaluation has ended, or another control plane has changed an item.
+    """
     for item in await session.scalars(select(EvaluationItem).where(_waiting(evaluation))):
         await store_failure(session, evaluation, item, code, message)
 
 
 async def findings(session: AsyncSession, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Returns what was found about the items that passed through all stages, in order."""
+    """Returns the results of each item that has passed through all stages, in the order of the items' numbers."""
     query = select(EvaluationItem.found).where(
         EvaluationItem.evaluation_id == evaluation.id, EvaluationItem.stage == evaluation.num_stages
     )
@@ -219,7 +249,7 @@ async def findings(session: AsyncSession, evaluation: Evaluation) -> list[dict[s
 
 
 async def first_error(session: AsyncSession, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns the error of the first item that has failed. There must be one."""
+    """Returns the error of the failed item with the lowest number. At least one item must have failed."""
     query = select(EvaluationItem.error).where(
         EvaluationItem.evaluation_id == evaluation.id, EvaluationItem.error.is_not(None)
     )
@@ -238,7 +268,9 @@ async def fail(session: AsyncSession, evaluation_id: str, error: ApiError) -> No
 
 
 async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: Any) -> bool:
-    """Ends the evaluation in the given state. Returns False if it has ended before."""
+    """Ends the evaluation in the state `state`, and sets the columns in `values`. Returns False if it had ended
+    before.
+    """
     ended = update(Evaluation).where(Evaluation.id == evaluation_id, LIVE)
     ended = ended.values(state=state, finished_at=func.clock_timestamp(), waits_for=None, **values)
     statement = ended.returning(Evaluation.id).execution_options(synchronize_session=False)

@@ -1,4 +1,6 @@
-"""Defines the JSON body of POST /v1/x/evaluations, and the description of an evaluation that is kept of it."""
+"""Defines the JSON body of POST /v1/x/evaluations, which creates an evaluation, and the description that is stored of
+it.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -25,7 +27,9 @@ _TEXT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items"
 
 
 class Judge(BaseModel):
-    """Decides which of two answers is better, or how good an answer is."""
+    """The field `judge` of a request for an evaluation: what decides which answer is better, or how good an answer
+    is.
+    """
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["model"] | Rule = Field(
@@ -63,7 +67,7 @@ class Judge(BaseModel):
 
 
 class Sampling(BaseModel):
-    """How answers are sampled."""
+    """The field `sampling` of a request for an evaluation: how models sample the answers that are evaluated."""
 
     model_config = ConfigDict(extra="forbid")
     max_tokens: int = Field(default=512, ge=1, le=32_768, description="Maximum number of tokens of an answer.")
@@ -75,7 +79,9 @@ class Sampling(BaseModel):
 
 
 class EvaluationRow(BaseModel):
-    """A prompt, and completions to it. Pydantic does not check their values, because `dpo_core.data` does."""
+    """A prompt to evaluate a model on, perhaps with completions. Pydantic does not check the values, because
+    `dpo_core.data` does.
+    """
 
     model_config = ConfigDict(extra="forbid")
     prompt: Annotated[Any, WithJsonSchema(_TEXT)] = Field(description="A text, or messages.")
@@ -95,7 +101,7 @@ class EvaluationRow(BaseModel):
 
 
 class Spec(BaseModel):
-    """The complete description of an evaluation, without its rows."""
+    """The description of an evaluation: its kind, models and options, without the rows of a request."""
 
     model_config = ConfigDict(extra="forbid")
     kind: Kind = Field(
@@ -131,15 +137,17 @@ class Spec(BaseModel):
 
 
 class CreateEvaluation(Spec):
-    """The JSON body of POST /v1/x/evaluations."""
+    """The JSON body of POST /v1/x/evaluations, which creates an evaluation of a model."""
 
     rows: Annotated[list[EvaluationRow], Field(min_length=1, max_length=MOST_INLINE)] | None = Field(
         default=None, description="Prompts, instead of a file."
     )
 
     def check(self) -> None:
-        """Raises InvalidRequest, which names the field, if the kind lacks a field, or does not have one of the given
-        fields."""
+        """Raises InvalidRequest, which names the field, if a field is missing that the kind of evaluation needs.
+
+        Also raises InvalidRequest for a field that this kind does not have.
+        """
         allowed = OF_ALL_KINDS | OF_KIND[self.kind]
         given = {name for name in self.model_fields_set if getattr(self, name) is not None}
         for name in sorted(given - allowed):
@@ -154,5 +162,7 @@ class CreateEvaluation(Spec):
             raise InvalidRequest(message, param="file", code="missing_required_parameter")
 
     def spec(self, **resolved: Any) -> Spec:
-        """Returns the description to keep, with the values that the service has chosen."""
+        """Returns the description of the evaluation to store. `resolved` are fields for which the service has chosen
+        values.
+        """
         return Spec.model_validate(self.model_dump(exclude={"rows"}) | resolved)

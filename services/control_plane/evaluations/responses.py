@@ -1,4 +1,6 @@
-"""Builds the JSON objects of evaluations and items, and writes items as JSON Lines and CSV."""
+"""Builds the JSON objects of evaluations and of their items (prompts with results), and writes items as JSON Lines and
+CSV.
+"""
 
 import csv
 import io
@@ -69,7 +71,9 @@ def as_jsonl(items: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def columns_of(item: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of an item as the columns of a table: `found.answer.text`, and so on. Lists are JSON."""
+    """Returns the values of an evaluation's item by their paths, such as `found.answer.text`, for a table. Lists become
+    JSON.
+    """
     return dict(_flat(item, ""))
 
 
@@ -82,7 +86,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, with_header: bool) -> bytes:
-    """Returns rows of a CSV file, with all columns quoted as RFC 4180 wants. Missing values are empty."""
+    """Returns `rows` as bytes of a CSV file, with the columns `columns`. A value that a row lacks is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
     if with_header:

@@ -1,4 +1,6 @@
-"""Reads the rows of an evaluation from a request or from a file, and turns them into JSON and back."""
+"""Reads the rows (prompts with completions) of an evaluation from a request or a file, and turns them into JSON and
+back.
+"""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ SHOWN = ("prompt", "completions", "ratings", "tools", "template_arguments", "lin
 
 
 def read_request(rows: Sequence[EvaluationRow]) -> list[Group]:
-    """Returns the rows of a request as groups (prompts with completions, of which there may be none).
+    """Returns the rows of a request as groups: prompts with their completions, of which there may be none.
 
     Raises InvalidRequest, with the path of the value, for a row that cannot be read.
     """
@@ -43,8 +45,10 @@ def _read(number: int, row: EvaluationRow) -> Group:
 
 
 def read_file(uri: str, reading: Reading, most: int, *, only_labelled: bool) -> list[Group]:
-    """Returns the first `most` groups (prompts with their completions) of a checked file. Leaves out invalid rows, and
-    with `only_labelled` those in which people prefer no completion."""
+    """Returns the first `most` groups (prompts with their completions) of a file whose rows were checked.
+
+    Leaves out invalid rows. With `only_labelled`, also leaves out groups in which people prefer no completion.
+    """
     groups: list[Group] = []
     with storage.open_input(uri) as source:
         for record in read_records(json_lines(source), columns=reading.columns):
@@ -56,7 +60,9 @@ def read_file(uri: str, reading: Reading, most: int, *, only_labelled: bool) -> 
 
 
 def to_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Returns the groups as JSON objects. Raises InvalidRequest if they are too large together."""
+    """Returns the groups (prompts with completions) as JSON objects. Raises InvalidRequest if they are too large
+    together.
+    """
     rows = [{name: getattr(group, name) for name in SHOWN} for group in groups]
     size = sum(len(json.dumps(row)) for row in rows)
     if size > MOST_BYTES:
@@ -69,27 +75,31 @@ def to_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def group_of(row: dict[str, Any]) -> Group:
-    """Returns the group of a row that `to_json` has written."""
+    """Returns the group (a prompt with its completions) of which `to_json` made this JSON object."""
     lists = {name: tuple(row[name]) for name in ("completions", "ratings") if row[name] is not None}
     return Group(**{**row, **lists})
 
 
 def labelled(group: Group) -> tuple[Text, Text] | None:
-    """Returns the best and the worst completion by people's ratings. Returns None if people prefer none of them."""
+    """Returns the best and the worst completion of the group by people's ratings. Returns None if all are rated the
+    same, or there are fewer than two.
+    """
     if len(group.completions) < 2 or (group.ratings and group.ratings[0] == group.ratings[-1]):
         return None
     return group.completions[0], group.completions[-1]
 
 
 def text_of(completion: Text) -> str:
-    """Returns the text of a completion: of messages, what the assistant says, and its calls of tools as JSON."""
+    """Returns a completion as one text. Of a list of messages, takes those of the assistant, and writes tool calls as
+    JSON.
+    """
     if isinstance(completion, str):
         return completion
     return "\n".join(said(message) for message in completion if message["role"] == "assistant")
 
 
 def said(message: Any) -> str:
-    """Returns what a message says: its content, and its calls of tools as JSON."""
+    """Returns a message as text: its content, and its tool calls as JSON."""
     parts = [message.get("content") or ""]
     if calls := message.get("tool_calls"):
         parts.append(json.dumps([call["function"] for call in calls], ensure_ascii=False))
@@ -97,7 +107,7 @@ def said(message: Any) -> str:
 
 
 def conversation(prompt: Text) -> str:
-    """Returns a prompt as one text, for a judge: of messages, each after the name of its role."""
+    """Returns a prompt as one text, for a judge to read. Each message follows the name of its role."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {said(message)}" for message in prompt)

@@ -1,4 +1,4 @@
-"""Scores texts by simple rules, which need no model."""
+"""Scores answers of models by simple rules, which need no other model."""
 
 from typing import Literal
 
@@ -9,16 +9,16 @@ Rule = Literal["regex", "length", "exact"]
 
 
 class InvalidPattern(ValueError):
-    """Raised for a regular expression that cannot be read. The message says why."""
+    """Raised for a pattern that is not a regular expression in RE2's syntax. The message says why."""
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises InvalidPattern if the pattern is no regular expression of RE2."""
+    """Raises InvalidPattern if the pattern is not a regular expression in RE2's syntax."""
     _matches("", pattern)
 
 
 def score(rule: Rule, text: str, *, pattern: str | None, expected: str | None) -> float:
-    """Returns the score of a text by a rule.
+    """Returns the score that a rule gives to a text.
 
     `regex` gives 1 if `pattern` matches anywhere in the text, else 0. `length` gives the number of words. `exact` gives
     1 if the text equals `expected`, apart from white space at both ends, else 0.
@@ -33,7 +33,9 @@ def score(rule: Rule, text: str, *, pattern: str | None, expected: str | None) -
 
 
 def _matches(text: str, pattern: str) -> bool:
-    """Whether the pattern matches in the text. RE2 takes time that is linear in the text, whatever the pattern is."""
+    """Whether the regular expression matches anywhere in the text. RE2's time grows only linearly with the text, for
+    any pattern.
+    """
     try:
         return bool(pc.match_substring_regex(pa.array([text]), pattern)[0].as_py())
     except pa.ArrowInvalid as error:

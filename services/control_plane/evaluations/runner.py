@@ -1,8 +1,8 @@
-"""Runs evaluations in the background. Every control plane does so.
+"""Runs evaluations of models in the background. Every control plane does so.
 
 To work on an evaluation, a control plane takes its lease, a row in the database that expires if it is not renewed. So
-no two control planes work on an evaluation at the same time, and if one dies, another one goes on with the items that
-are left.
+no two control planes work on an evaluation at the same time. If one dies, another one goes on with the items (prompts)
+that are left.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ RETRY_SECONDS = 30.0  # after an error that nobody expected
 
 
 class EvaluationRunner:
-    """The background task that works on evaluations."""
+    """The background task that works on evaluations of models. Every control plane runs one."""
 
     def __init__(
         self,
@@ -81,7 +81,9 @@ class EvaluationRunner:
             task.add_done_callback(self._running.discard)
 
     async def _hold(self, evaluation: Evaluation) -> None:
-        """Works on the evaluation while the lease is held, and gives the lease up afterwards."""
+        """Works on the evaluation while this control plane holds its lease (the right to do so), and gives the lease up
+        afterwards.
+        """
         failed = False
         work, beat = asyncio.create_task(self._work(evaluation)), asyncio.create_task(self._beat(evaluation))
         try:
@@ -100,7 +102,10 @@ class EvaluationRunner:
             await self._give_up(evaluation, failed)
 
     async def _give_up(self, evaluation: Evaluation, failed: bool) -> None:
-        """Gives the lease up; if the work has failed, for all control planes only after RETRY_SECONDS."""
+        """Gives up this control plane's lease of the evaluation, so that any control plane can go on with it.
+
+        If the work has `failed`, they can only do so after RETRY_SECONDS.
+        """
         name = lease_of(evaluation.id)
         try:
             async with self._store.begin() as session:
@@ -111,7 +116,9 @@ class EvaluationRunner:
             log.warning("The lease of the evaluation %s ends by itself: %s", evaluation.id, error)
 
     async def _beat(self, evaluation: Evaluation) -> None:
-        """Renews the lease, until it was lost or the evaluation has ended."""
+        """Renews the lease of the evaluation regularly. Returns when the lease was lost or the evaluation no longer
+        runs.
+        """
         is_held = True
         while is_held:
             await asyncio.sleep(BEAT_SECONDS)

@@ -19,7 +19,7 @@ REPEATED_WORDS = 4  # the length of the runs of words that `repetition` compares
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate with the ends of its 95% interval."""
+    """An estimated value, with the lower and the upper end of its 95% interval."""
 
     value: float
     low: float
@@ -27,9 +27,9 @@ class Estimate:
 
 
 def wilson(successes: float, total: int) -> Estimate:
-    """Returns a share with its interval by Wilson's score (doi 10.1080/01621459.1927.10502953). `total` is at least 1.
+    """Returns the share of successes, with its interval by Wilson's score (doi 10.1080/01621459.1927.10502953).
 
-    The interval stays within 0 and 1, also if the share is 0 or 1.
+    `total` is the number of trials, at least 1. The interval stays within 0 and 1, also if the share is 0 or 1.
     """
     share, shrink = successes / total, Z * Z / total
     centre = (share + shrink / 2) / (1 + shrink)
@@ -44,7 +44,10 @@ def mean(values: Sequence[float]) -> Estimate:
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """Returns the sum of the numerators divided by the sum of the denominators, with its interval by the percentile
-    bootstrap, which draws pairs of the two. All denominators are above 0."""
+    bootstrap.
+
+    The bootstrap draws pairs of a numerator and its denominator. All denominators must be above 0.
+    """
 
     def of(drawn: Sequence[int]) -> float:
         return math.fsum(numerators[i] for i in drawn) / math.fsum(denominators[i] for i in drawn)
@@ -53,11 +56,11 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
 
 
 def bootstrap(count: int, statistic: Callable[[Sequence[int]], float]) -> Estimate:
-    """Returns a statistic of `count` items, with its interval by the percentile bootstrap (Efron and Tibshirani 1993,
+    """Returns a statistic of `count` items with its interval by the percentile bootstrap (Efron and Tibshirani 1993,
     section 13.3).
 
-    `statistic` computes the value from the indices of items, of which some may repeat. The resamples are the same
-    every time.
+    `statistic` computes the value from a list of item indices, in which an index may repeat. The random resamples are
+    the same in every call.
     """
     draw, everything = random.Random(SEED), range(count)
     values = sorted(statistic(draw.choices(everything, k=count)) for _ in range(RESAMPLES))
@@ -115,7 +118,10 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def repetition(text: str) -> float:
-    """Returns the share of a text's runs of four words that occurred before in the text; 0 for a shorter text."""
+    """Returns how much a text repeats itself: the share of its four-word sequences that occurred earlier in the text.
+
+    Returns 0 for a text of fewer than four words.
+    """
     words = text.split()
     runs = [tuple(words[i : i + REPEATED_WORDS]) for i in range(len(words) - REPEATED_WORDS + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

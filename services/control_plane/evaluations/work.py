@@ -1,4 +1,4 @@
-"""Works on the items of one evaluation until all have passed through all stages, and summarizes the results."""
+"""Works on one evaluation until all its items (prompts) have passed through all stages, and summarizes the results."""
 
 import asyncio
 import logging
@@ -37,12 +37,18 @@ OF_KIND: dict[str, Callable[[AsyncSession, Settings, Spec], Awaitable[Kind]]] = 
 
 
 async def kind_of(session: AsyncSession, settings: Settings, spec: Spec) -> Kind:
-    """Returns the kind of the evaluation, with its models. Raises NotFound or InvalidRequest if one cannot be used."""
+    """Returns the evaluation that `spec` describes, as an object of its kind that holds the evaluation's models.
+
+    Raises NotFound if a model does not exist, and InvalidRequest if a model cannot be used.
+    """
     return await OF_KIND[spec.kind](session, settings, spec)
 
 
 class Work:
-    """The work on one evaluation. `admit` raises RateLimited while the evaluation's key may use no more tokens."""
+    """The work on one evaluation.
+
+    `admit` raises RateLimited while the API key of the evaluation may use no more tokens.
+    """
 
     def __init__(
         self, store: Store, evaluation: Evaluation, kind: Kind, models: Models, admit: Callable[[], None]
@@ -53,8 +59,11 @@ class Work:
         self._pause = 0.0
 
     async def run(self) -> None:
-        """Works on the items until none has stages left, and ends the evaluation. Raises Ended if something else has
-        ended it, and NotFound if one of its models was deleted."""
+        """Works on the items of the evaluation until none has stages left, and ends the evaluation.
+
+        Raises Ended if the evaluation was ended elsewhere, for example cancelled. Raises NotFound if one of its models
+        was deleted.
+        """
         busy: dict[int, asyncio.Task[None]] = {}
         try:
             while await self._take(busy):
@@ -71,9 +80,11 @@ class Work:
         await self._conclude()
 
     async def _take(self, busy: dict[int, asyncio.Task[None]]) -> bool:
-        """Begins to work on further items, until ITEMS_AT_ONCE are in `busy`. Returns False if no item is left.
+        """Begins to work on further items of the evaluation, until ITEMS_AT_ONCE are in `busy`. Returns False if no
+        item is left.
 
-        During a pause, begins nothing until the items in `busy` are done and the pause is over.
+        `busy` holds the tasks of items under way, by item number. During a pause, begins nothing until the items in
+        `busy` are done and the pause is over.
         """
         if self._pause and not busy:
             await asyncio.sleep(self._pause)
@@ -88,7 +99,7 @@ class Work:
         return is_left
 
     async def _advance(self, item: EvaluationItem) -> None:
-        """Does the next stage of the item, and stores what it found, or that it failed."""
+        """Does the next stage of the item (a prompt of the evaluation), and stores the results or the failure."""
         try:
             self._admit()
             found = await self._kind.work(item.stage, item.number, group_of(item.row), item.found, self._models)
@@ -106,9 +117,10 @@ class Work:
             self._num_pauses = 0
 
     async def _wait(self, item: EvaluationItem, error: Unavailable | RateLimited) -> None:
-        """Pauses the evaluation, because a model is not available, or the key has used its tokens of the minute.
+        """Pauses the evaluation, because a model is not available, or the API key may use no more tokens in this
+        minute.
 
-        If nothing was finished for STALLED_SECONDS, the items that are left fail.
+        If no stage of any item was finished for STALLED_SECONDS, all items with stages left fail.
         """
         if not self._pause:  # the first of several items that wait for the same model
             self._pause = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2**self._num_pauses)
@@ -122,7 +134,11 @@ class Work:
             await evaluations.put_off(session, item, self._pause, num_tries=item.num_tries)
 
     async def _retry(self, item: EvaluationItem, error: Exception) -> None:
-        """Puts the item off, or has it fail: at once if the request was refused, else after MOST_TRIES tries."""
+        """Has the item fail after an error, or has its stage tried again later.
+
+        The item fails at once if a model refused the request. After any other error, it fails only after MOST_TRIES
+        tries.
+        """
         is_refused = isinstance(error, ApiError) and error.status < 500
         async with self._store.begin() as session:
             if is_refused or item.num_tries + 1 >= MOST_TRIES:

@@ -1,1 +1,1 @@
-"""Stores votes on completions as rows of training data, and makes training files of them."""
+"""Stores people's votes on completions as rows of training data, and makes training files of these rows."""

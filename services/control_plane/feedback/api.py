@@ -1,4 +1,4 @@
-"""The routes below /v1/x/feedback, which store votes on completions, and make training files of them."""
+"""The routes below /v1/x/feedback, which store people's votes on completions, and make training files of the votes."""
 
 from datetime import UTC, datetime
 from tempfile import TemporaryFile
@@ -40,7 +40,7 @@ async def create(idempotent: IdempotentPart, body: CreateFeedback) -> Response:
 async def list_feedback(
     store: StorePart, kind: Kind | None = None, form: Form | None = None, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
-    """Lists votes, newest first, and counts all votes of the project by kind and form."""
+    """Lists votes of this kind and form, newest first. Also counts all votes of the project by kind and form."""
     keys, query = [Feedback.created_at, Feedback.id], feedback.of_kind(kind, form)
     async with store.look() as session:
         rows, more = await page(session, query, keys, after=after, limit=limit)
@@ -52,7 +52,9 @@ async def list_feedback(
 async def create_file(
     request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, body: CreateFeedbackFile
 ) -> Response:
-    """Makes a training file of all votes of one kind and form so far, the oldest first."""
+    """Makes a training file of all votes of one kind and form that the project has so far. The oldest vote comes
+    first.
+    """
     with TemporaryFile() as rows:
         if not await feedback.write_rows(store, body.kind, body.form, rows):
             message = f"The project has no feedback of the kind '{body.kind}' and the form '{body.form}'; vote first."
@@ -90,7 +92,7 @@ async def retrieve(store: StorePart, feedback_id: str) -> dict[str, Any]:
 
 @router.delete("/{feedback_id}")
 async def delete(idempotent: IdempotentPart, feedback_id: str) -> Response:
-    """Deletes a vote. Files that were made of it before keep it."""
+    """Deletes a vote. Training files that were made before still contain the vote."""
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await feedback.remove(session, feedback_id)

@@ -1,5 +1,7 @@
-"""The JSON objects of feedback, as the OpenAPI document describes them. docs/wire/objects.md says what the fields
-mean."""
+"""The JSON objects of feedback (votes on completions), as the OpenAPI document describes them.
+
+docs/wire/objects.md says what the fields mean.
+"""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""Stores votes on completions, finds, counts and removes them, and writes them as the lines of a training file."""
+"""Stores, finds, counts and removes votes on completions, and writes the votes as lines of a training file."""
 
 import json
 import secrets
@@ -18,10 +18,7 @@ AT_A_TIME = 50  # rows in memory while a file is written; a row may have a megab
 
 
 async def add(session: AsyncSession, vote: Vote) -> Feedback:
-    """Stores the vote, and returns its row.
-
-    Raises OverQuota if the project may not store so many bytes.
-    """
+    """Stores the vote, and returns its database row. Raises OverQuota if the project may not store so many bytes."""
     feedback_id = f"fb-{secrets.token_hex(12)}"
     row = {**vote.row, "feedback": {"id": feedback_id, **vote.row["feedback"]}}
     num_bytes = len(_line(row))
@@ -44,12 +41,16 @@ async def find(session: AsyncSession, feedback_id: str) -> Feedback:
 
 
 async def remove(session: AsyncSession, feedback_id: str) -> None:
-    """Deletes the vote. Files that were made before keep it. Raises NotFound."""
+    """Deletes the vote. Training files that were made before still contain it. Raises NotFound if there is no such
+    vote.
+    """
     await session.delete(await find(session, feedback_id))
 
 
 def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
-    """Returns the SQL query for the votes of this kind and form. None means any."""
+    """Returns the SQL query for the votes of this kind and form. If `kind` or `form` is None, it does not limit the
+    query.
+    """
     query = select(Feedback)
     if kind is not None:
         query = query.where(Feedback.kind == kind)
@@ -57,14 +58,16 @@ def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
 
 
 async def counts(session: AsyncSession) -> list[dict[str, Any]]:
-    """Returns the number of the project's votes of each kind and form, as the API shows them."""
+    """Returns the number of the project's votes of each kind and form, as JSON objects of the API."""
     groups = (Feedback.kind, Feedback.form)
     rows = await session.execute(select(*groups, func.count()).group_by(*groups).order_by(*groups))
     return [{"kind": kind, "form": form, "num_votes": number} for kind, form, number in rows]
 
 
 async def write_rows(store: ProjectStore, kind: str, form: str, file: BinaryIO) -> int:
-    """Writes the votes of this kind and form to `file`, a line for each, the oldest first. Returns their number."""
+    """Writes the votes of this kind and form to `file`, one line for each vote, the oldest first. Returns the number of
+    lines.
+    """
     place = tuple_(Feedback.created_at, Feedback.id)
     query, written = of_kind(kind, form).order_by(Feedback.created_at, Feedback.id).limit(AT_A_TIME), 0
     async with store.look() as session:

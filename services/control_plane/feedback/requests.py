@@ -1,6 +1,6 @@
-"""Defines the request bodies for feedback, and turns a vote into a row of training data.
+"""Defines the request bodies for feedback, and turns a vote on completions into a row of training data.
 
-A row has one of the formats that training files may have, and the code that reads training files checks it.
+The row has one of the formats that training files may have. The code that reads training files checks the row.
 """
 
 import json
@@ -37,7 +37,7 @@ FORMATS = {
 
 
 class Completion(BaseModel):
-    """A completion that a vote is about, and the model that wrote it."""
+    """A completion that somebody votes on, and the model that wrote the completion."""
 
     model_config = ConfigDict(extra="forbid")
     completion: Text
@@ -68,7 +68,7 @@ class CreateFeedbackFile(BaseModel):
 
 @dataclass(frozen=True)
 class Vote:
-    """A vote as a row of training data."""
+    """A vote on completions, turned into a row of training data."""
 
     name: str  # the field of the request that has the vote
     kind: Kind
@@ -77,10 +77,10 @@ class Vote:
 
 
 def vote_of(body: CreateFeedback) -> Vote:
-    """Returns the vote of the body as a row of training data.
+    """Returns the vote in the body as a row of training data.
 
-    Raises InvalidRequest, which names the field, unless the body has one vote and the right number of completions, and
-    its row can be used in a training file.
+    Raises InvalidRequest, which names the wrong field, if the body does not have exactly one vote, if the number of
+    completions does not fit the vote, or if a training file cannot have such a row.
     """
     name = _vote_name(body)
     form: Form = "messages" if isinstance(body.prompt, list) else "text"
@@ -114,8 +114,11 @@ def vote_of(body: CreateFeedback) -> Vote:
 
 
 def _vote_name(body: CreateFeedback) -> str:
-    """Returns the name of the body's one field that has a vote. Raises InvalidRequest if the vote does not fit the
-    number of completions."""
+    """Returns the name of the one field of the body that holds a vote: `choice`, `thumb`, `ratings` or `edit`.
+
+    Raises InvalidRequest if the body does not have exactly one vote, or the vote does not fit the number of
+    completions.
+    """
     given = [name for name in COUNTS if getattr(body, name) is not None]
     if len(given) != 1:
         which = f"has the votes {', '.join(given)}" if given else "has no vote"
@@ -136,7 +139,9 @@ def _vote_name(body: CreateFeedback) -> str:
 
 
 class _Row:
-    """A row of training data while it is built. Remembers which field of the request each of its values comes from."""
+    """A row of training data that is being built from a request. Remembers from which field of the request each value
+    comes.
+    """
 
     def __init__(self, form: Form) -> None:
         self.value: dict[str, Any] = {}
@@ -156,14 +161,21 @@ class _Row:
         self.value[column] = [self._formed(p, *answer) for p, answer in zip(pointers, answers, strict=True)]
 
     def _formed(self, pointer: str, value: Any, field: str) -> Any:
-        """Returns the completion in the form of the prompt. If the prompt is messages, a text becomes a message."""
+        """Returns the completion `value` in the form of the prompt: if the prompt is messages, a text becomes a
+        message.
+
+        `field` is the request's field that holds the completion, and `pointer` the completion's JSON pointer in the
+        row.
+        """
         if self._form == "text" or not isinstance(value, str):
             return value
         self._fields[f"{pointer}/0/content"] = field
         return [{"role": "assistant", "content": value}]
 
     def check(self, format_name: str) -> None:
-        """Raises InvalidRequest unless the row can be read as one of a training file with this format."""
+        """Raises InvalidRequest unless the code that reads training files reads the row as one of the format
+        `format_name`.
+        """
         line = json.dumps(self.value, ensure_ascii=False).encode(errors="surrogatepass")
         if len(line) > MOST_BYTES:
             message = (
@@ -180,7 +192,10 @@ class _Row:
 
 
 def _refusal(problem: InvalidRow, fields: Mapping[str, str]) -> InvalidRequest:
-    """Turns the error of a row into one that names the field of the request. `fields` has these by JSON pointer."""
+    """Turns an error about a row of training data into an InvalidRequest that names the request's field to correct.
+
+    `fields` maps JSON pointers in the row to the fields of the request from which the values came.
+    """
     within = [pointer for pointer in fields if f"{problem.pointer}/".startswith(f"{pointer}/")]
     pointer = max(within, key=len, default="")
     rest = problem.pointer.removeprefix(pointer).replace("/", ".")

@@ -1,1 +1,3 @@
-"""The kinds of evaluations. Each module says in which stages an item is worked on, and summarizes the results."""
+"""The kinds of evaluations, one module for each. A module does the stages of an item and summarizes the results of all
+items.
+"""

@@ -1,4 +1,4 @@
-"""Asks models for answers, choices and rewards, on behalf of an evaluation."""
+"""Asks models for answers, verdicts, log-probabilities and rewards, on behalf of an evaluation."""
 
 import json
 from collections.abc import Callable
@@ -25,8 +25,10 @@ WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 @dataclass(frozen=True)
 class Models:
-    """Asks models through the service's own gateway. `meter_of` returns, for a model's id, the meter that counts the
-    tokens."""
+    """Sends the requests of an evaluation to models, by the same way as requests of clients.
+
+    `meter_of` returns, for a model's id, the meter that counts the model's tokens.
+    """
 
     inference: Inference
     scoring: Scoring
@@ -34,18 +36,23 @@ class Models:
     vocabularies: dict[str, str] = field(default_factory=dict)  # digests, by the names of applications
 
     async def answer(self, model: NamedModel, group: Group, sampling: Sampling, number: int) -> dict[str, Any]:
-        """Returns the model's answer to the group's prompt, as a JSON object: `text`, `num_tokens`, and whether it
+        """Returns the model's answer to the prompt of `group`, as a JSON object with `text`, `num_tokens` and
         `is_finished`.
 
-        `number` is that of the item, which makes the seed its own.
+        `is_finished` is false if the answer was cut off at the largest number of tokens. `number` is the number of the
+        evaluation's item, which is added to the seed.
         """
         return _answer(await self._complete(model, group, _options(sampling, number)))
 
     async def sample(
         self, model: NamedModel, group: Group, sampling: Sampling, number: int
     ) -> tuple[dict[str, Any], Scored]:
-        """Returns an answer, as `answer` does, that is sampled from all of the model's distribution, and the model's
-        own score of its token ids."""
+        """Returns an answer to the prompt of `group` (a JSON object as of `answer`), and the model's log-probability of
+        this answer.
+
+        The answer is sampled from the model's whole distribution, even if the model's own config cuts it. `number` is
+        the number of the evaluation's item, which is added to the seed.
+        """
         vocabulary = await self._vocabulary(model)
         options = {**_options(sampling, number), **WHOLE_DISTRIBUTION, "return_token_ids": True}
         answer = await self._complete(model, group, options)
@@ -54,7 +61,9 @@ class Models:
         return _answer(answer), await self.scoring.score_tokens(model, [tokens], vocabulary, self.meter_of)
 
     async def _vocabulary(self, model: NamedModel) -> str:
-        """Returns the digest of the model's vocabulary, which comes with any score."""
+        """Returns the digest of the model's vocabulary. To get it, has the model compute log-probabilities of a short
+        text, once.
+        """
         if model.app_name not in self.vocabularies:
             any_text = Group("a", ("a",), 1)
             scored = await self.scoring.score_texts(model, [any_text], self.meter_of, today=None)
@@ -62,22 +71,27 @@ class Models:
         return self.vocabularies[model.app_name]
 
     async def choose(self, model: NamedModel, question: str, choices: tuple[str, ...]) -> str:
-        """Returns which of the choices the model gives as its answer to the question, at temperature 0. The model's
-        engine allows no other answer."""
+        """Returns the one of `choices` with which the model answers the question, at temperature 0.
+
+        The model's engine allows no other answers than these.
+        """
         group = Group([{"role": "user", "content": question}], (), 1, template_arguments=WITHOUT_THOUGHTS)
         options = {"max_tokens": 16, "temperature": 0, "structured_outputs": {"choice": choices}}
         answer = await self._complete(model, group, options)
         text = str(answer["choices"][0]["message"]["content"] or "").strip()
         if text not in choices:
-            raise ApiError(f"The judge '{model.id}' answered {text!r:.80}, which is no choice.", code="model_error")
+            raise ApiError(f"The judge '{model.id}' answered {text!r:.80}, which was not allowed.", code="model_error")
         return text
 
     async def rewards(self, judge: Judge, group: Group) -> list[Judged]:
-        """Returns the rewards of the group's completions."""
+        """Returns the reward of each completion of the group, by the models of `judge`."""
         return (await self.scoring.judge(judge, [group], self.meter_of)).groups[0]
 
     async def _complete(self, model: NamedModel, group: Group, options: dict[str, Any]) -> Any:
-        """Returns the model's answer as OpenAI's API gives it. A text is completed as it is; messages are answered."""
+        """Sends the group's prompt to the model, and returns the response in the form of OpenAI's API.
+
+        A prompt that is a text is sent to /completions, messages to /chat/completions.
+        """
         asked = {"model": model.id, **options}
         if isinstance(group.prompt, str):
             path, asked["prompt"] = "completions", group.prompt
@@ -108,5 +122,5 @@ def _answer(answer: Any) -> dict[str, Any]:
 
 
 def completion_of(prompt: Text, text: str) -> Text:
-    """Returns an answer as a completion in the form of its prompt."""
+    """Returns the answer `text` in the form of its prompt: as a text, or as a list with one message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -1,6 +1,7 @@
-"""Compares two models: which one's answers does a judge prefer?
+"""Evaluates which of two models answers better: a judge compares their answers to the same prompts.
 
-Swapping the two models mirrors the win rate, and a judge that always prefers the first answer finds only ties.
+If the two models are swapped, a win rate of w becomes 1 - w. A judge that always prefers the first answer finds only
+ties, because it sees each pair of answers in both orders.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ ANSWERS = {"model": "answer", "baseline": "baseline_answer"}
 
 @dataclass(frozen=True)
 class Compare:
-    """Two models and the judge of their answers."""
+    """A comparison of two models: the models, and the judge of their answers."""
 
     spec: Spec
     model: NamedModel
@@ -72,7 +73,9 @@ class Compare:
 
 
 def answers_in_numbers(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns the mean lengths of answers, the share of their words that repeat, and the share that is unfinished."""
+    """Returns figures about a model's answers: mean lengths, the share of words that repeat, and the share of
+    unfinished answers.
+    """
     return {
         "mean_characters": fmean(len(answer["text"]) for answer in answers),
         "mean_tokens": fmean(answer["num_tokens"] for answer in answers),
@@ -82,8 +85,10 @@ def answers_in_numbers(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Compare:
-    """Returns the comparison that `spec` describes. Raises NotFound for a model that does not exist, and InvalidRequest
-    for one that cannot be compared."""
+    """Returns the comparison of two models that `spec` describes, with the models found.
+
+    Raises NotFound for a model that does not exist, and InvalidRequest for one that cannot be compared.
+    """
     model = await writer_of(session, settings, spec.model, param="model")
     if spec.baseline is None and model.job_id is None:
         message = f"'{model.id}' is a base model; name the model to compare it with in 'baseline'."

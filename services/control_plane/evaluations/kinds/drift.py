@@ -1,4 +1,4 @@
-"""Measures how far a policy has moved from its reference, on the policy's own samples."""
+"""Measures how far a policy has moved from its reference model, on answers that are sampled from the policy."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ ESTIMATOR = "k1: the mean of log pi(y|x) - log pi_ref(y|x) over samples y of pi,
 
 @dataclass(frozen=True)
 class Drift:
-    """A policy and its reference."""
+    """A policy, and the reference model from which its distance is measured."""
 
     spec: Spec
     model: NamedModel
@@ -57,11 +57,14 @@ class Drift:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Drift:
-    """Returns the models that `spec` names. Raises NotFound for one that does not exist, and InvalidRequest if the
-    reference is not known, or the samples would not be those of the policy itself."""
+    """Returns the policy and the reference model that `spec` names.
+
+    Raises NotFound for a model that does not exist. Raises InvalidRequest if the reference model is not known, or if
+    `sampling` would change the policy's distribution.
+    """
     model = await writer_of(session, settings, spec.model, param="model")
     if (spec.sampling.temperature, spec.sampling.top_p) != (1, 1):
-        message = "The drift is that of the policy itself; leave temperature and top_p at 1."
+        message = "Drift is measured on answers of the unchanged policy; leave temperature and top_p at 1."
         raise InvalidRequest(message, param="sampling")
     beta_is_unused = 1.0
     judge = await judge_of(session, settings, spec.model, reference=spec.reference, beta=beta_is_unused)

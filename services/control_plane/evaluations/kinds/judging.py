@@ -1,4 +1,7 @@
-"""Judges answers: which of two a model finds better, or which score a reward model or a rule gives to each."""
+"""Judges the answers of models: which of two answers is better, or what score an answer gets.
+
+A judge is a model that is asked, a reward model, or a rule.
+"""
 
 import asyncio
 from dataclasses import dataclass
@@ -46,19 +49,23 @@ Reply with one letter: A if answer A is better, B if answer B is better, C if ne
 
 @dataclass(frozen=True)
 class Grader:
-    """A judge: a rule, a reward model, or a model that is asked which of two answers is better. `model` is None for a
-    rule."""
+    """A judge of answers: a rule, a reward model, or a model that is asked which of two answers is better.
+
+    `model` is None for a rule.
+    """
 
     judge: Judge
     model: NamedModel | None
 
     @property
     def is_asked(self) -> bool:
-        """Whether the judge compares answers, and gives no scores."""
+        """Whether the judge is a model that is asked which of two answers is better. Other judges give each answer a
+        score.
+        """
         return self.model is not None and not self.model.num_outputs
 
     async def score(self, models: Models, group: Group, text: str) -> float:
-        """Returns the score that the reward model or the rule gives to an answer."""
+        """Returns the score that the reward model or the rule gives to `text`, an answer to the prompt of `group`."""
         if self.model is not None:
             answered = Group(
                 group.prompt,
@@ -73,8 +80,11 @@ class Grader:
         return rules.score(self.judge.type, text, pattern=self.judge.pattern, expected=expected)
 
     async def compare(self, models: Models, group: Group, first: str, second: str) -> list[Side]:
-        """Returns which of two answers the judge finds better: for a model that is asked, its verdict in both orders,
-        else one verdict."""
+        """Returns which of two answers to the prompt of `group` the judge finds better.
+
+        A model that is asked gives two verdicts: one with the answers in this order, one with the answers swapped. Any
+        other judge gives one verdict.
+        """
         if self.is_asked:
             there, back = await asyncio.gather(
                 self._ask(models, group, first, second), self._ask(models, group, second, first)
@@ -95,12 +105,17 @@ class Grader:
 
 
 def agreed(verdicts: list[Side]) -> Side:
-    """Returns the answer that all verdicts prefer; `neither` if they disagree."""
+    """Returns the verdict (which of two answers is better) on which all given verdicts agree; `neither` if they
+    disagree.
+    """
     return verdicts[0] if len(set(verdicts)) == 1 else "neither"
 
 
 async def grader_of(session: AsyncSession, settings: Settings, judge: Judge) -> Grader:
-    """Returns the judge with its model. Raises NotFound if there is no such model."""
+    """Returns the judge of answers that a request describes, with its model.
+
+    Raises NotFound if there is no such model, and InvalidRequest for a reward model with `criteria`.
+    """
     model = await models.find(session, settings, judge.model, param="judge.model") if judge.model else None
     if model is not None and model.num_outputs and judge.criteria is not None:
         message = f"The model '{model.id}' is a reward model, which reads no criteria; leave the field out."
@@ -109,8 +124,10 @@ async def grader_of(session: AsyncSession, settings: Settings, judge: Judge) -> 
 
 
 async def writer_of(session: AsyncSession, settings: Settings, name: str, *, param: str) -> NamedModel:
-    """Returns the model with this name, which is to write answers. Raises NotFound, and InvalidRequest for a reward
-    model."""
+    """Returns the model with this name, which is to write answers. `param` is the request's field that names the model.
+
+    Raises NotFound if there is no such model, and InvalidRequest for a reward model.
+    """
     model = await models.find(session, settings, name, param=param)
     if model.num_outputs:
         message = f"The model '{model.id}' is a reward model, which cannot write answers; name it in 'judge'."

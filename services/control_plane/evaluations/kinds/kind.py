@@ -1,4 +1,4 @@
-"""Says what all kinds of evaluations have in common."""
+"""Defines what every kind of evaluation offers: its stages, and the summary of its results."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,8 +12,8 @@ Found = dict[str, Any]
 class Kind(Protocol):
     """A kind of evaluation, with the models of one evaluation.
 
-    All items pass through the first stage before any passes through the second. So each stage should need one model
-    only, because not all models may fit into the cluster at the same time.
+    All items (prompts) pass through the first stage before any item passes through the second. Each stage should need
+    one model only, because not all models may fit into the cluster at the same time.
     """
 
     @property
@@ -21,11 +21,16 @@ class Kind(Protocol):
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Returns the fields of the request that the service has chosen, because the request left them out."""
+        """Returns those fields of the request that the request left out, with the values that the service chose for
+        them.
+        """
 
     async def work(self, stage: int, number: int, group: Group, found: Found, models: Models) -> Found:
-        """Does one stage of an item, and returns what it found, to be added to `found`, what earlier stages found."""
+        """Does one stage of an item, which is a prompt of the evaluation, and returns the results of this stage.
+
+        `number` is the number of the item, `group` its prompt and completions, and `found` the results of its earlier
+        stages.
+        """
 
     def summarize(self, items: Sequence[Found]) -> dict[str, Any]:
-        """Returns the results of the evaluation, from what was found about its items, of which there is at least
-        one."""
+        """Returns the results of the evaluation. `items` are the results of its items (prompts), at least one."""

@@ -1,4 +1,6 @@
-"""Finds out whether a policy with its reference, or a reward model, prefers what people preferred."""
+"""Evaluates whether a policy with its reference model, or a reward model, prefers the completions that people
+preferred.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ MUCH_LONGER = 1.1  # completions are about as long as each other up to this rati
 
 @dataclass(frozen=True)
 class Preferences:
-    """The models that score the completions that people have ranked."""
+    """The models whose rewards of completions are compared with people's ratings of these completions."""
 
     judge: Judge
 
@@ -61,11 +63,11 @@ class Preferences:
 
 
 def ranked(rewards: Sequence[float], lengths: Sequence[int], ratings: Sequence[float] | None) -> Found:
-    """Compares the rewards of completions, best first, with their ratings; without ratings, the first completion is
-    better than the others.
+    """Compares the rewards of a prompt's completions with people's ratings. Returns the results as a dictionary.
 
-    The item is right if each of the best completions has a higher reward than each of the others. The margin is the
-    mean reward of the best ones minus that of the others.
+    The completions are in order, the best one first. If `ratings` is None, the first one is better than all others.
+    `is_right` says whether each of the best completions has a higher reward than each of the others. `margin` is the
+    mean reward of the best ones minus that of the others. `lengths` are numbers of tokens.
     """
     ratings = ratings or [1.0] + [0.0] * (len(rewards) - 1)
     best = [rating == max(ratings) for rating in ratings]
@@ -95,6 +97,8 @@ def _figures(items: Sequence[Found]) -> dict[str, Any]:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Preferences:
-    """Returns the models that `spec` names. Raises NotFound for one that does not exist, and InvalidRequest if the
-    reference or beta is not known."""
+    """Returns the models that `spec` names and whose preferences are evaluated.
+
+    Raises NotFound for a model that does not exist, and InvalidRequest if the reference model or beta is not known.
+    """
     return Preferences(await judge_of(session, settings, spec.model, reference=spec.reference, beta=spec.beta))

@@ -1,4 +1,4 @@
-"""Scores the answers of one model by a reward model or a rule."""
+"""Evaluates how good a model's answers are: a reward model or a rule gives each answer a score."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Score:
-    """A model, and the reward model or the rule that scores its answers."""
+    """A model that writes answers, and the reward model or the rule that scores them."""
 
     spec: Spec
     model: NamedModel
@@ -44,8 +44,10 @@ class Score:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Score:
-    """Returns the scoring that `spec` describes. Raises NotFound for a model that does not exist, and InvalidRequest
-    for a judge that gives no scores."""
+    """Returns the model and the judge of its answers that `spec` describes.
+
+    Raises NotFound for a model that does not exist, and InvalidRequest for a judge that gives no scores.
+    """
     model = await writer_of(session, settings, spec.model, param="model")
     assert spec.judge is not None
     grader = await grader_of(session, settings, spec.judge)
