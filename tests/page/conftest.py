@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from services import storage
-from services.contract import CheckRequest, SideJobResult
+from services.contract import AttemptSpec, CheckRequest, SideJobResult
 from services.control_plane.core.store import migrate
 from services.control_plane.page.api import BUILT
 from tests.page.engine import Engine
@@ -66,11 +67,18 @@ CHECKED: dict[str, Any] = {  # what a check of a file with a model finds
 class PageRay(LivelyRay):
     """Its attempts tell the metrics of a DPO job, whose chosen answers become less likely as well."""
 
+    _of_thread = threading.local()  # of an attempt
+
+    def _run(self, submission_id: str, uri: str, token: str) -> None:
+        objective = AttemptSpec.model_validate_json(storage.read_bytes(uri)).config.objective
+        self._of_thread.pace = getattr(objective, "beta", 0.1) * 5
+        super()._run(submission_id, uri, token)
+
     def metrics(self, step: int) -> dict[str, float]:
-        margin, waves = math.log1p(step / 10), math.sin(step) / 40
+        margin, waves = self._of_thread.pace * math.log1p(step / 10), math.sin(step) / 40
         chosen, rejected = -30 - 2 * margin + waves, -32 - 12 * margin + waves
         told = {
-            "loss": math.log1p(math.exp(-margin)) + waves,
+            "loss": math.log1p(math.exp(-margin)) * (1 + 4 * waves),
             "rewards/margins": margin + waves,
             "rewards/accuracies": min(1.0, 0.5 + margin / 4),
             "rewards/chosen": (chosen + 30) / 10,

@@ -5,6 +5,7 @@ import { href, route } from "../parts/route/route";
 import { SignIn } from "../views/sign-in/sign-in";
 import { Jobs } from "../views/jobs/jobs";
 import { Job } from "../views/job/job";
+import { Compare } from "../views/compare/compare";
 import { Data } from "../views/data/data";
 import { File } from "../views/data/file";
 import { NewJob } from "../views/new-job/new-job";
@@ -27,6 +28,7 @@ const VIEWS: View[] = [
 
 function showJobs(id?: string) {
   if (id === "new") return <NewJob />;
+  if (id === "compare") return <Compare />;
   return id ? <Job key={id} id={id} /> : <Jobs />;
 }
 

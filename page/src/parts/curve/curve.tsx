@@ -1,7 +1,7 @@
 /** A chart of curves over steps. Its legend shows the values at the cursor, or the last ones. */
 
 import { signal, useSignal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useMemo, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import { count, figure, whole } from "../words/words";
@@ -13,6 +13,7 @@ export interface Line {
   high?: (number | null)[];
   color: number; // of the sheet's curves, from 1
   isSparse?: boolean; // a value at some steps only, drawn with points
+  raw?: (number | null)[]; // before smoothing, drawn behind
 }
 
 interface Props {
@@ -22,6 +23,9 @@ interface Props {
   lines: Line[];
   show?: (value: number) => string;
   onZoom?: (from: number, to: number) => void;
+  smoothing?: number; // the share of a point that comes from the points before it, below 1
+  isLog?: boolean; // draws a logarithmic axis, if all values are positive
+  isLabelled?: boolean; // writes the name of each line at its end
 }
 
 const HEIGHT = 220;
@@ -29,19 +33,25 @@ const darkness = matchMedia("(prefers-color-scheme: dark)");
 const isDark = signal(darkness.matches);
 darkness.addEventListener("change", (event) => (isDark.value = event.matches));
 
-export function Curve({ title, unit, steps, lines, show = figure, onZoom }: Props) {
+export function Curve({ title, unit, steps, lines: given, show = figure, onZoom, smoothing = 0, isLog, isLabelled }: Props) {
+  const lines = useMemo(() => given.map((line) => smoothed(line, smoothing)), [smoothing, ...given.map((line) => line.values)]);
+  const isLogarithmic = Boolean(isLog) && lines.every((line) => allValues(line).every((value) => value === null || value > 0));
   const place = useRef<HTMLDivElement>(null);
   const chart = useRef<uPlot | null>(null);
+  const latest = useRef(lines);
+  latest.current = lines;
   const zoom = useRef(onZoom);
   zoom.current = onZoom;
   const cursor = useSignal<number | null>(null);
-  const data = [steps, ...lines.flatMap((line) => [line.values, ...bandOf(line)])] as uPlot.AlignedData;
-  const shape = JSON.stringify(lines.map((line) => [line.label, line.color, bandOf(line).length]));
+  const data = [steps, ...lines.flatMap(valuesOf)] as uPlot.AlignedData;
+  const shape = JSON.stringify([isLogarithmic, lines.map((line) => [line.label, line.color, valuesOf(line).length])]);
 
   useEffect(() => {
     const element = place.current!;
-    const options = optionsOf(lines, element.clientWidth, show);
+    const options = optionsOf(lines, element.clientWidth, show, isLogarithmic);
+    if (isLabelled) options.padding = [null, LABEL_WIDTH, null, null];
     options.hooks = {
+      draw: isLabelled ? [(self) => writeLabels(self, latest.current)] : [],
       setCursor: [(self) => (cursor.value = self.cursor.idx ?? null)],
       setSelect: [
         (self) => {
@@ -68,7 +78,8 @@ export function Curve({ title, unit, steps, lines, show = figure, onZoom }: Prop
     <figure class="curve" aria-label={`${title}: ${summary(lines, steps, show)}`}>
       <figcaption>
         <h3>
-          {title} {unit && <small>{unit}</small>}
+          {title} {unit && <small>{unit}</small>}{" "}
+          {isLog && !isLogarithmic && <small>(linear, because not all values are positive)</small>}
         </h3>
         <ul class="legend">
           {lines.map((line) => (
@@ -83,6 +94,23 @@ export function Curve({ title, unit, steps, lines, show = figure, onZoom }: Prop
     </figure>
   );
 }
+
+/** Mean of the points so far, which fade with their distance, as TensorBoard computes it. */
+function smoothed(line: Line, smoothing: number): Line {
+  if (!smoothing || line.isSparse) return line;
+  let [sum, weight] = [0, 0];
+  const values = line.values.map((value) => {
+    if (value === null || value === undefined) return null;
+    [sum, weight] = [sum * smoothing + value * (1 - smoothing), weight * smoothing + (1 - smoothing)];
+    return sum / weight;
+  });
+  return { ...line, values, raw: line.values, low: undefined, high: undefined };
+}
+
+const allValues = ({ values, raw = [], low = [] }: Line) => [...values, ...raw, ...low];
+
+/** The rows of a line in the data of the chart, in the order in which they are drawn. */
+const valuesOf = (line: Line) => [...(line.raw ? [line.raw] : []), line.values, ...bandOf(line)];
 
 const bandOf = (line: Line) => (line.low && line.high ? [line.high, line.low] : []);
 
@@ -101,7 +129,35 @@ function summary(lines: Line[], steps: number[], show: (value: number) => string
   return `${told.join(", ")}; ${points}, steps ${whole(steps[0]!)} to ${whole(steps.at(-1)!)}`;
 }
 
-function optionsOf(lines: Line[], width: number, show: (value: number) => string): uPlot.Options {
+const LABEL_WIDTH = 86;
+const LABEL_HEIGHT = 13;
+
+/** Writes the name of each line beside its last point. Names that would cover each other move down. */
+function writeLabels(chart: uPlot, lines: Line[]) {
+  const { ctx, bbox } = chart;
+  const scale = devicePixelRatio;
+  const style = getComputedStyle(document.documentElement);
+  const ends = lines.flatMap((line) => {
+    const last = line.values.findLast((value) => value != null);
+    return last == null ? [] : [{ line, y: chart.valToPos(last, "y", true) }];
+  });
+  let free = -Infinity;
+  ctx.save();
+  ctx.font = `${12 * scale}px system-ui, sans-serif`;
+  ctx.textAlign = "left";
+  ctx.textBaseline = "middle";
+  for (const { line, y } of ends.sort((a, b) => a.y - b.y)) {
+    const at = Math.max(y, free);
+    ctx.fillStyle = style.getPropertyValue(`--curve-${line.color}`).trim();
+    ctx.fillText(shortened(line.label), bbox.left + bbox.width + 6 * scale, at);
+    free = at + LABEL_HEIGHT * scale;
+  }
+  ctx.restore();
+}
+
+const shortened = (label: string) => (label.length > 12 ? `${label.slice(0, 11)}…` : label);
+
+function optionsOf(lines: Line[], width: number, show: (value: number) => string, isLog: boolean): uPlot.Options {
   const style = getComputedStyle(document.documentElement);
   const ink = (name: string) => style.getPropertyValue(name).trim();
   const font = "12px system-ui, sans-serif";
@@ -110,6 +166,7 @@ function optionsOf(lines: Line[], width: number, show: (value: number) => string
   const bands: uPlot.Band[] = [];
   for (const line of lines) {
     const stroke = ink(`--curve-${line.color}`);
+    if (line.raw) series.push({ stroke: `${stroke}55`, width: 1, spanGaps: true, points: { show: false } });
     const points = line.isSparse ? { show: true, size: 6, fill: stroke } : undefined;
     series.push({ stroke, width: 1.5, spanGaps: true, points });
     if (!bandOf(line).length) continue;
@@ -121,7 +178,7 @@ function optionsOf(lines: Line[], width: number, show: (value: number) => string
     height: HEIGHT,
     legend: { show: false },
     cursor: { sync: { key: "steps" }, y: false, drag: { x: true, y: false, setScale: false } },
-    scales: { x: { time: false } },
+    scales: { x: { time: false }, y: isLog ? { distr: 3 } : {} },
     axes: [
       { ...axis, values: (_, marks) => marks.map((mark) => (Number.isInteger(mark) ? whole(mark) : "")) },
       { ...axis, size: 62, values: (_, marks) => marks.map((mark) => (mark === null ? "" : show(mark))) },

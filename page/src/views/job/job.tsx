@@ -1,10 +1,10 @@
 import type { Signal } from "@preact/signals";
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { Failure, type Job as JobObject } from "../../api/client";
+import { rangeOf } from "../../parts/curve/steps";
 import { AskFirst } from "../../parts/dialog/dialog";
 import { FailureNote } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
-import type { Range } from "../../parts/series/series";
 import { hasEnded, ProgressLine, Status } from "../../parts/status/status";
 import { moment, whole, zone } from "../../parts/words/words";
 import { Checkpoints } from "./checkpoints";
@@ -50,14 +50,6 @@ export function Job({ id }: { id: string }) {
   );
 }
 
-function rangeOf(query: URLSearchParams): Range {
-  const number = (name: string) => {
-    const value = Number(query.get(name));
-    return Number.isInteger(value) && value > 0 ? value : undefined;
-  };
-  return { from: number("from"), to: number("to") };
-}
-
 function OffLine({ isOnLine }: { isOnLine: Signal<boolean> }) {
   return (
     <div role="status">
@@ -86,6 +78,9 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
         <div class="acts">
           <a class="button" href={href(["jobs", "new"], { again: job.id })}>
             Again, with changes
+          </a>
+          <a class="button" href={href("jobs", { chosen: job.id })}>
+            Compare
           </a>
           {["queued", "running"].includes(job.status) && <button onClick={() => wish("pause")}>Pause</button>}
           {job.status === "paused" && <button onClick={() => wish("resume")}>Resume</button>}
@@ -139,7 +134,7 @@ function Facts({ job }: { job: JobObject }) {
             value && (
               <div key={name}>
                 <dt>{name}</dt>
-                <dd>{value}</dd>
+                <dd>{value.startsWith("file-") ? <a href={href(["data", value])}>{value}</a> : value}</dd>
               </div>
             ),
         )}

@@ -3,7 +3,7 @@ import { api, ask, type Job } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
 import { hasEnded, ProgressLine, Status, STATUSES, type JobStatus } from "../../parts/status/status";
-import { moment, zone } from "../../parts/words/words";
+import { count, moment, zone } from "../../parts/words/words";
 
 const PAGE = 25;
 const FRESH_MS = 4000;
@@ -12,6 +12,7 @@ export function Jobs() {
   const { query } = route.value;
   const status = STATUSES.find((each) => each === query.get("status"));
   const after = query.get("after") ?? undefined;
+  const chosen = chosenOf(query);
   const loaded = useLoaded((signal) => list(status, after, signal), [status, after]);
   const lives = !loaded.value || loaded.value.data.some((job) => !hasEnded(job.status)) || !after;
   useEffect(() => {
@@ -36,18 +37,36 @@ export function Jobs() {
           New job
         </a>
       </div>
+      <Chosen ids={chosen} />
       <Show of={loaded}>
         {(page) => (
           <>
             {page.data.length ? <Table jobs={page.data} /> : <Nothing status={status} isFirst={!after} />}
             <nav class="pages" aria-label="Pages">
-              {after && <a href={href("jobs", { status })}>Newest jobs</a>}
-              {page.has_more && <a href={href("jobs", { status, after: page.last_id })}>Older jobs</a>}
+              {after && <a href={href("jobs", { status, chosen: query.get("chosen") })}>Newest jobs</a>}
+              {page.has_more && <a href={href("jobs", { status, after: page.last_id, chosen: query.get("chosen") })}>Older jobs</a>}
             </nav>
           </>
         )}
       </Show>
     </>
+  );
+}
+
+/** The ids of the jobs that the reader chose to compare, also on other pages of the list. */
+const chosenOf = (query: URLSearchParams) => (query.get("chosen") ?? "").split(",").filter(Boolean);
+
+function Chosen({ ids }: { ids: string[] }) {
+  return (
+    <div class="acts chosen" role="status">
+      {ids.length > 1 && (
+        <a class="button" href={href(["jobs", "compare"], { jobs: ids.join(",") })}>
+          Compare {count(ids.length, "job")}
+        </a>
+      )}
+      {ids.length === 1 && <span>Choose another job to compare with.</span>}
+      {ids.length > 0 && <button onClick={() => setQuery({ chosen: null })}>Choose none</button>}
+    </div>
   );
 }
 
@@ -74,6 +93,9 @@ function Table({ jobs }: { jobs: Job[] }) {
     <table class="list">
       <thead>
         <tr>
+          <th>
+            <span class="unseen">Compare</span>
+          </th>
           <th>Job</th>
           <th>Status</th>
           <th>Model</th>
@@ -94,8 +116,21 @@ function Table({ jobs }: { jobs: Job[] }) {
 function Row({ job }: { job: Job }) {
   const { waits_for, progress } = job.x_raydpo;
   const end = job.finished_at ?? job.estimated_finish;
+  const chosen = chosenOf(route.value.query);
+  const choose = (isChosen: boolean) => {
+    const others = chosen.filter((id) => id !== job.id);
+    setQuery({ chosen: [...others, ...(isChosen ? [job.id] : [])].join(",") }, { replaces: true });
+  };
   return (
     <tr>
+      <td data-label="Compare">
+        <input
+          type="checkbox"
+          aria-label={`Compare ${job.user_provided_suffix ?? job.id}`}
+          checked={chosen.includes(job.id)}
+          onChange={(event) => choose(event.currentTarget.checked)}
+        />
+      </td>
       <th scope="row">
         <a href={href(["jobs", job.id])}>{job.user_provided_suffix ?? job.id}</a>
         {job.user_provided_suffix && <small class="id">{job.id}</small>}
