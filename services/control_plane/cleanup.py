@@ -116,8 +116,8 @@ class Sweeper:
             await self._move(name, "files", "trash")
 
     async def _empty_trash(self) -> None:
-        """Deletes files that have been in the folder `trash` for TRASH_SECONDS. Moves files that database rows name
-        back.
+        """Deletes files that have been in the storage folder `trash` for TRASH_SECONDS. If a database row names a file,
+        moves the file back instead.
 
         A row can name a file in the trash after the database was restored to an earlier moment.
         """
@@ -147,8 +147,7 @@ class Sweeper:
         """Deletes the files of deleted models from storage. For a checkpoint's model, deletes all files of the
         checkpoint.
 
-        Deletes them in random order, so that models whose files cannot be deleted do not block the deletion of other
-        models.
+        The order is random, so that models whose files cannot be deleted do not block the deletion of other models.
         """
         place = func.coalesce(Checkpoint.uri, Model.source)
         left = select(Model.id, place).outerjoin(Checkpoint, Checkpoint.model_id == Model.id)

@@ -22,7 +22,7 @@ class Broken(Exception):
 
 
 class Busy(Exception):
-    """Raised if all connections stayed in use for the longest time that a request waits for one."""
+    """Raised if a request has waited for a free connection as long as it may, because all connections are in use."""
 
 
 class Upstream:

@@ -100,7 +100,7 @@ async def reset(
 
 @router.post("/{model_id:path}/warm", responses=answers(DeploymentDocument))
 async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayApiPart, model_id: str) -> Response:
-    """Requests that a model is loaded, as a completion request does. Repeat the request until the model is loaded."""
+    """Has a model loaded, as if a completion were requested from it. Repeat this request until the model is loaded."""
     view = await _look(ray_api)
 
     async def ask(session: AsyncSession) -> dict[str, Any]:
