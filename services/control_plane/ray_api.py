@@ -266,7 +266,7 @@ class RayApi:
     async def serve(
         self, deployments: Sequence[Deployment], deleted_adapters: Mapping[str, Collection[str]] | None = None
     ) -> None:
-        """Makes Ray Serve run exactly these applications, and no other applications of this service.
+        """Makes Ray Serve run exactly the applications in `deployments`, and no other applications of this service.
 
         `deleted_adapters` holds, by application name, the ids of deleted adapters. The applications stop answering for
         these adapters, without a restart.

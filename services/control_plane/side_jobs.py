@@ -37,7 +37,9 @@ KEPT = timedelta(days=7)  # how long results are kept, from the end of a side jo
 
 @dataclass(frozen=True)
 class SideJob:
-    """The description of a side job: a program that Ray runs once for the same content."""
+    """The description of a side job: a program that runs beside training, as a short Ray job. Equal side jobs share one
+    result.
+    """
 
     what: str  # such as "check": a word for messages and error codes
     key: str  # a digest of everything that the result depends on
@@ -117,7 +119,8 @@ async def _launch(job: SideJob, attempt: int, store: ProjectStore, ray_api: RayA
     """Launches the attempt (run of the side job's program) with this number, unless it runs already or has a result.
 
     If this attempt died without a result, launches the next one. Returns the number of the attempt that runs. A
-    repeated launch is harmless. Raises Unavailable and RateLimited.
+    repeated launch is harmless. Raises Unavailable if Ray refuses the launch or does not answer, and RateLimited if
+    `most` side jobs of the project run already.
     """
     attempt = max(1, attempt)
     status = await ray_api.status(job.submission_id(attempt))

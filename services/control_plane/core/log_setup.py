@@ -19,7 +19,7 @@ _about: ContextVar[Mapping[str, Any]] = ContextVar("about")
 
 @contextmanager
 def about(**fields: Any) -> Iterator[None]:
-    """Adds these fields (such as request_id, job_id, attempt) to every log record within the `with` block."""
+    """Adds the given fields (such as request_id, job_id, attempt) to every log record within the `with` block."""
     token = _about.set({**_about.get({}), **fields})
     try:
         yield

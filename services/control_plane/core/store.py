@@ -408,9 +408,9 @@ async def _append(session: AsyncSession) -> None:
 
 @cache
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
-    """Returns the SQL statement that inserts rows into these tables.
+    """Returns the SQL statement that inserts rows into the tables of the classes `kinds`.
 
-    Each table has a parameter, with the table's name: a JSON list of its rows.
+    The statement has a parameter for each table, with the table's name: a JSON list of the rows.
     """
     parts = []
     for kind in kinds:

@@ -86,7 +86,7 @@ def _check(body: CreateEvaluation, groups: list[Group]) -> None:
 async def list_evaluations(
     store: StorePart, after: str | None = None, limit: Limit = 20, status: Status | None = None
 ) -> dict[str, Any]:
-    """Lists the project's evaluations, newest first: all of them, or those with this status."""
+    """Lists the project's evaluations, newest first. If `status` is given, lists only evaluations with this status."""
     query = select(Evaluation)
     if status is not None:
         query = query.where(Evaluation.state == status)

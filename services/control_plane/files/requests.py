@@ -66,7 +66,7 @@ class CheckDataset(BaseModel):
     truncation: Truncation | None = None
 
     def config(self) -> TrainConfig:
-        """Returns a training config with the options of this body, which are those that influence the encoding of rows.
+        """Returns a training config with the options of this body, all of which influence how rows are encoded.
 
         Raises InvalidRequest, which names the wrong field.
         """

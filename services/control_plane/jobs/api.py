@@ -67,7 +67,7 @@ async def list_jobs(
     status: Status | None = None,
     metadata: Literal["null"] | None = None,
 ) -> dict[str, Any]:
-    """Lists the project's jobs, newest first: all of them, or those with this status.
+    """Lists the project's jobs, newest first. If `status` is given, lists only jobs with this status.
 
     The parameter `metadata[k]=v` selects jobs with this pair of metadata, and `metadata=null` jobs without metadata.
     """
@@ -124,7 +124,7 @@ async def events(
     limit: Limit = 20,
     type: Literal["message", "metrics"] | None = None,
 ) -> dict[str, Any]:
-    """Lists a job's events, newest first: all of them, or those of this type."""
+    """Lists a job's events, newest first. If `type` is given, lists only events of this type."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Event).where(Event.job_id == job_id)

@@ -54,7 +54,9 @@ class EventStream(StreamingResponse):
 async def stream(
     store: StorePart, streams: StreamsPart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> EventStream:
-    """Streams the job's events until the job ends: all events, or those after the header `Last-Event-ID`."""
+    """Streams the job's events until the job ends. With the header `Last-Event-ID`, streams only events after that
+    one.
+    """
     async with store.look() as session:
         await jobs.find(session, job_id)
         place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0

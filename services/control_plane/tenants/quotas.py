@@ -98,9 +98,9 @@ async def shares(session: AsyncSession) -> dict[str, Share]:
 
 
 async def out_of_hours(session: AsyncSession) -> dict[str, str]:
-    """Returns the ids of the projects that have used up their accelerator hours.
+    """Returns a text for each project that has used up its accelerator hours, by project id.
 
-    The value of each id is the text for the `waits_for` of the project's jobs.
+    The text goes into the `waits_for` of the project's jobs.
     """
     open_hours = _open_hours().group_by(Job.project_id).subquery()
     used = Project.accelerator_hours + func.coalesce(open_hours.c.hours, 0)
@@ -124,7 +124,7 @@ async def num_bytes(session: AsyncSession, project_id: str) -> int:
 
 
 async def count_hours(session: AsyncSession, attempt: Attempt) -> None:
-    """Adds the accelerator hours of an attempt that has just ended to those of its project.
+    """Adds the accelerator hours of an attempt (run of a job on Ray) that has just ended to the sum of its project.
 
     The sum is kept in the project's row, so that no request and no regular look reads all attempts that ever ended.
     """

@@ -85,7 +85,7 @@ def answers_in_numbers(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Compare:
-    """Returns the comparison of two models that `spec` describes, with the models found.
+    """Returns the two models and the judge of the comparison that `spec` describes.
 
     Raises NotFound for a model that does not exist, and InvalidRequest for one that cannot be compared.
     """

@@ -220,10 +220,9 @@ class Limits:
                 end()
 
     async def _enter(self, scope: Scope) -> Place:
-        """Counts the request as one of those that are answered at the same time, before its body is read. Returns its
-        slot.
+        """Counts the request towards the limit on requests that are answered at the same time, before its body is read.
 
-        Raises Unavailable if the limit on such requests is reached.
+        Returns the request's slot. Raises Unavailable if the limit is reached.
         """
         if scope["path"].startswith(INTERNAL):
             return Place(self.attempts, None)

@@ -1,4 +1,6 @@
-"""Adds the sum of the accelerator hours of a project's ended attempts, which was computed anew every second.
+"""Adds, to each project, the sum of the accelerator hours of its ended attempts (runs of jobs on Ray).
+
+Before, this sum was computed anew every second.
 
 Revision ID: 0019 Revises: 0018
 """

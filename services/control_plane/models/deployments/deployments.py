@@ -65,11 +65,11 @@ class Reference:
 async def references(
     session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]
 ) -> dict[str, Reference]:
-    """Returns, for each model in `wanted`, the application that computes log-probabilities with the model. The keys are
-    those of `wanted`.
+    """Returns the Ray Serve application that computes log-probabilities with each model in `wanted`, under the same
+    keys.
 
     If a model's own engine cannot do this, because of its precision or its maximum length, the model has a second
-    engine, which only scores.
+    engine, which only computes log-probabilities.
     """
     engines = await engines_of(session, settings, {model.id: model for model in wanted.values()})
     chosen = await deployment_settings.of(session, settings, {engine.loaded.id for engine in engines.values()})
@@ -108,7 +108,7 @@ async def scorer_named(
 
 
 def scorer_of(model: NamedModel) -> str:
-    """Returns the application name of the model's second engine, which only scores (computes log-probabilities)."""
+    """Returns the application name of the model's second engine, which only computes log-probabilities."""
     return f"{model.app_name}-scores"
 
 
@@ -414,8 +414,11 @@ def _application(
 async def deleted_adapters(
     session: AsyncSession, deployments: Collection[contract.Deployment]
 ) -> dict[str, frozenset[str]]:
-    """Returns the ids of adapters that were deleted within the last DELETED_SECONDS, by the name of the application
-    that may still hold them."""
+    """Returns, for each application in `deployments`, the ids of deleted adapters that it may still hold, by
+    application name.
+
+    Only adapters that were deleted within the last DELETED_SECONDS are included.
+    """
     sources = {deployment.source for deployment in deployments}
     recently = Model.deleted_at > func.clock_timestamp() - timedelta(seconds=DELETED_SECONDS)
     query = select(Model.id, Model.base_source).where(recently, Model.base_source.in_(sources))
