@@ -78,8 +78,8 @@ class Lora:
         Limit("from 0 to less than 1", lambda x: 0 <= x < 1),
         Doc("The share of the adapter's inputs that are set to 0 while it is trained."),
     ] = 0.0
-    use_rslora: Annotated[bool, Doc("Scales by alpha / sqrt(r) in place of alpha / r, arXiv 2312.03732.")] = False
-    use_dora: Annotated[bool, Doc("Trains magnitudes and directions separately, arXiv 2402.09353.")] = False
+    use_rslora: Annotated[bool, Doc("Multiplies by alpha / sqrt(r), not by alpha / r, arXiv 2312.03732.")] = False
+    use_dora: Annotated[bool, Doc("Trains the size and direction of weights separately, arXiv 2402.09353.")] = False
     target_modules: Annotated[
         Literal["all-linear"] | tuple[str, ...],
         Doc("A list of names of modules, or all-linear: all linear layers but the head."),
@@ -111,7 +111,9 @@ class EarlyStop:
     """The options of early stopping, which ends a training run once its evaluations no longer improve."""
 
     patience: Annotated[
-        int, Limit("at least 1", lambda x: x >= 1), Doc("The number of evaluations without a gain that ends the run.")
+        int,
+        Limit("at least 1", lambda x: x >= 1),
+        Doc("The run ends after so many evaluations in a row without a gain."),
     ]
     min_gain: Annotated[
         NotNegative, Doc("The least improvement over the best value so far; an equal value is never a gain.")
@@ -138,7 +140,8 @@ class TrainConfig:
     truncation: Annotated[
         Truncation,
         Doc(
-            "Longer rows are left out (drop), lose the ends of answers (keep_start), or the prompt's start (keep_end)."
+            "Rows longer than max_length are left out (drop), or lose the ends of answers (keep_start) or the start "
+            "of the prompt (keep_end)."
         ),
     ] = "drop"
     max_tokens_per_pack: Annotated[
@@ -148,7 +151,8 @@ class TrainConfig:
     activation_checkpointing: Annotated[
         Literal["auto", "on", "off"],
         Doc(
-            "Computes activations a second time in the backward pass; auto does so if max_length tokens would not fit."
+            "Saves memory by computing activations a second time in the backward pass; auto does so if max_length "
+            "tokens would not fit otherwise."
         ),
     ] = "auto"
     sharding: Annotated[Sharding, Doc("How the weights are split over the workers.")] = "auto"
@@ -158,11 +162,11 @@ class TrainConfig:
         Doc("Steps between two checkpoints. By default a quarter of the run."),
     ] = None
     best_metric: Annotated[
-        Metric, Doc("The metric of validation by which checkpoints are compared, and by which early_stop judges.")
+        Metric, Doc("The validation metric by which checkpoints are compared, and which early_stop watches.")
     ] = LOSS
     early_stop: Annotated[
         EarlyStop | None,
-        Doc('Ends the job when evaluations bring no gain any more, such as {"patience": 3, "min_gain": 0}.'),
+        Doc('Ends the job when its evaluations no longer improve, such as {"patience": 3, "min_gain": 0}.'),
     ] = None  # None: the run takes all its steps
     seed: int = 0
 

@@ -121,7 +121,7 @@ FOR_REWARDS = replace(ON_RANKINGS, needs_reference=False, num_outputs=1, default
 Positive = Annotated[float, Limit("greater than 0 and finite", lambda x: 0 < x < math.inf)]
 NotNegative = Annotated[float, Limit("0 or more and finite", lambda x: 0 <= x < math.inf)]
 CLOSER = Doc("A higher value keeps the policy closer to its reference.")
-FLIPPED = Doc("How likely it is that a label is wrong.")
+FLIPPED = Doc("How likely it is that chosen and rejected are swapped in a pair.")
 Beta = Annotated[float, Limit("greater than 0 and at most 100", lambda x: 0 < x <= 100), CLOSER]
 RewardScale = Annotated[
     float,
@@ -153,7 +153,7 @@ class Dpo:
     type: Literal["dpo"] = "dpo"
     beta: Annotated[float, Limit("greater than 0 and at most 2", lambda x: 0 < x <= 2), CLOSER] = 0.1
     mean_over_choices: Annotated[
-        bool, Doc("Whether a ranking's loss is a mean over its choices; the paper's is the sum.")
+        bool, Doc("For rankings: whether the loss is the mean of its terms, and not the sum, as in the paper.")
     ] = False
 
 
@@ -235,7 +235,7 @@ class Orpo:
     traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6, reward="mean_logps")
     type: Literal["orpo"] = "orpo"
     odds_weight: Annotated[
-        Positive, Doc("The weight of the odds ratio, the paper's lambda; metrics use it as beta.")
+        Positive, Doc("The weight of the odds ratio, the paper's lambda; metrics use the weight as beta.")
     ] = 0.1
 
 
@@ -248,7 +248,10 @@ class Cpo:
     beta: RewardScale = 0.1
     nll_weight: NllWeight = 1.0  # alpha
     length_average: Annotated[
-        bool, Doc("Whether that likelihood is a mean over tokens, as in the paper's code, and not a sum.")
+        bool,
+        Doc(
+            "Whether the likelihood of the chosen completion is a mean over tokens, as in the paper's code, not a sum."
+        ),
     ] = True
 
 
@@ -337,7 +340,9 @@ class Discopop:
     traits: ClassVar = ON_PAIRS
     type: Literal["discopop"] = "discopop"
     beta: Beta = 0.1
-    tau: Annotated[Positive, Doc("The temperature of the modulation: a higher value modulates less sharply.")] = 0.05
+    tau: Annotated[
+        Positive, Doc("The temperature at which two losses are mixed: a higher value mixes them more evenly.")
+    ] = 0.05
 
 
 @options
@@ -347,7 +352,9 @@ class Dpop:
     traits: ClassVar = ON_PAIRS
     type: Literal["dpop"] = "dpop"
     beta: Beta = 0.1
-    penalty: Annotated[NotNegative, Doc("The weight of that penalty, the paper's lambda.")] = 50.0
+    penalty: Annotated[
+        NotNegative, Doc("The weight of the penalty for chosen log-ratios below 0, the paper's lambda.")
+    ] = 50.0
 
 
 @options
@@ -383,7 +390,7 @@ class RDpo:
     type: Literal["r_dpo"] = "r_dpo"
     beta: Beta = 0.1
     length_weight: Annotated[
-        NotNegative, Doc("How much each token of a difference in length counts, the paper's alpha.")
+        NotNegative, Doc("How much each token counts by which chosen and rejected differ in length, the paper's alpha.")
     ] = 0.01
 
 
@@ -469,7 +476,7 @@ class Mpo:
         tuple[PairObjective | Supervised, ...],
         Doc('The objectives of the sum, such as {"type": "dpo", "beta": 0.1}, each with options of its own.'),
     ] = field(default_factory=lambda: (Dpo(), Bco(), Supervised()))
-    weights: Annotated[tuple[float, ...], Doc("The weight of each objective, in the same order.")] = (0.8, 0.2, 1.0)
+    weights: Annotated[tuple[float, ...], Doc("The weights of `objectives`, in the same order.")] = (0.8, 0.2, 1.0)
 
     def __post_init__(self) -> None:
         if not self.objectives or len(self.objectives) != len(self.weights):

@@ -82,13 +82,14 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
             yield replace(rows[0], groups=[_group_of(rows)])
             yield from (replace(record, groups=()) for record in rows[1:])
         else:
-            number = "only one row" if len(rows) == 1 else f"more than {MOST_JOINED} rows"
+            number = "only one row here" if len(rows) == 1 else f"more than {MOST_JOINED} rows here"
             yield from (_unjoined(record, number) for record in chain(rows, run))
 
 
 def _unjoined(record: Record, number: str) -> Record:
-    what = f"{number} with this prompt, one below the other; give each prompt 2 to {MOST_JOINED} rows to compare."
-    problem = InvalidRow(record.line, "", "too_few_completions", f"Line {record.line}: the file has {what}")
+    remedy = f"put 2 to {MOST_JOINED} rows with the same prompt one below the other, so that they can be compared."
+    what = f"Line {record.line}: the prompt of this row has {number}; {remedy}"
+    problem = InvalidRow(record.line, "", "too_few_completions", what)
     return replace(record, groups=(), problem=problem)
 
 
@@ -126,7 +127,8 @@ def _read(
         form = detect(row, formats)
         if expected and form is not expected:
             what = (
-                f"has columns of another format ({keys_of(row)}) than the first row, {expected.name}; use one format."
+                f"has columns ({keys_of(row)}) of another format than the first row, whose format is {expected.name}; "
+                "use one format for all rows."
             )
             raise row.invalid("", "mixed_formats", what)
         unread = form.unread(row)

@@ -89,7 +89,7 @@ def check_completion(
         place = f"{pointer}/{first + index}"
         if "weight" in message:
             what = (
-                "is 0 (do not learn this message), which completions that are compared cannot have; "
+                "is 0 (do not learn this message), which is not allowed in completions that are compared; "
                 "remove the weight or the row."
             )
             raise row.invalid(f"{place}/weight", "invalid_weight", what)

@@ -50,7 +50,7 @@ class EncodedGroup:
                 raise ValueError(f"Line {self.line} has {counts}; give one value for each completion.")
         if self.others is not None and not all(self.num_learned):
             raise ValueError(
-                f"Line {self.line} has a completion without any token in the loss; leave the completion out."
+                f"Line {self.line} has a completion without any token to learn from; leave the completion out."
             )
 
     def learned(self, completion: int) -> Sequence[int]:

@@ -193,7 +193,9 @@ def put_weights(model: Any, folder: Path) -> None:
         what = (
             f"The adapter in {folder} does not fit the model: {len(strangers)} weights, such as {strangers[0]}, exist"
         )
-        raise UnusableModel(f"{what} in only one of the two; use the base that the adapter was trained on.")
+        raise UnusableModel(
+            f"{what} only in the adapter or only in the model; use the base that the adapter was trained on."
+        )
     try:
         set_peft_model_state_dict(model, saved)
     except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes

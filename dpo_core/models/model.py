@@ -264,7 +264,7 @@ def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
         raise ValueError(f"{what} ({reason}); use the base that the adapter was trained on.") from None
     if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
         raise ValueError(
-            f"{what}: {len(strangers)} weights, such as {strangers[0]}, exist in only one of the two; "
+            f"{what}: {len(strangers)} weights, such as {strangers[0]}, exist only in the adapter or only in the base; "
             "use the base that the adapter was trained on."
         )
     return both

@@ -528,7 +528,7 @@ def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
     if len(rated) < len(ratings) and not (unpaired or traits.needs_other_prompts):
         return (
             f"has a completion with the rating nan (from another prompt), which {objective.type} cannot use; "
-            "leave it out."
+            "leave the completion out."
         )
     from_ratings = traits.learns_from == ("ratings",)
     if from_ratings and group.ratings is None:

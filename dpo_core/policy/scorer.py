@@ -45,7 +45,9 @@ class Scorer(nn.Module):
         else:
             way = "in batches of several rows"
         if no_sharing := self.manner.no_sharing:
-            sentence = "%s cannot compute a prompt once for several completions (%s); it is computed for each, %s."
+            sentence = (
+                "%s cannot compute a prompt once for several completions (%s). It computes the prompt for each, %s."
+            )
             logger.warning(sentence, type(model).__name__, no_sharing, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:

@@ -215,7 +215,9 @@ def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.dev
         extremes = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         if extremes.sum().item():  # the largest and the smallest fingerprint differ
-            raise RuntimeError(f"The ranks were given different {what}; give every rank the same groups.")
+            raise RuntimeError(
+                f"The ranks (training processes) were given different {what}; give every rank the same groups."
+            )
 
 
 def _fingerprint(groups: Sequence[EncodedGroup]) -> int:

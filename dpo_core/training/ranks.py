@@ -76,7 +76,7 @@ def within_memory(work: Callable[[], T], device: torch.device) -> T:
             raise
     # Here the error is gone, and with it the tensors that its traceback held.
     if any(on_any_rank([ran_out], device)):
-        raise MemoryRanOut("Memory ran out in a pack; lower max_tokens_per_pack.")
+        raise MemoryRanOut("Memory ran out in a forward pass (a pack); lower max_tokens_per_pack.")
     return cast(T, result)
 
 

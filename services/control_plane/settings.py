@@ -234,7 +234,7 @@ class Settings(BaseSettings):
     max_running_evaluations: int = Field(
         default=2,
         gt=0,
-        description="Maximum number of evaluations of one project that run at the same time; further ones wait.",
+        description="Maximum number of evaluations of one project that run at the same time; further evaluations wait.",
     )
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict,

@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> int:
             pid, answers = _fork(path, launch)
         except OSError as error:
             sys.stderr.write(
-                f"The server that forks processes does not answer ({error}), so this process starts slower, "
-                "without it.\n"
+                f"The server that forks processes does not answer ({error}), so this process starts without a fork, "
+                "which is slower.\n"
             )
             sys.stderr.flush()
         else:

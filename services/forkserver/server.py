@@ -342,14 +342,13 @@ def _obstacle_now() -> str | None:
     names = [Path("/proc/self/task", task, "comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     names.remove(Path("/proc/self/comm").read_text().strip())
     if threads := [name for name in names if name not in THREADS]:
-        return (
-            f"The server that forks processes has threads ({', '.join(threads)}), which forks lack; it does not fork."
-        )
+        named = ", ".join(threads)
+        return f"The server that forks processes has threads ({named}), which forks lack, so it does not fork."
     files = [_target(name) for name in os.listdir("/proc/self/fd")]
     if devices := [file for file in files if file.startswith("/dev/nvidia")]:
         return (
-            f"The server that forks processes has opened {', '.join(devices)}, which forks cannot use; "
-            "it does not fork."
+            f"The server that forks processes has opened {', '.join(devices)}, which forks cannot use, "
+            "so it does not fork."
         )
     return None
 

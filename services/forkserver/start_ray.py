@@ -27,7 +27,7 @@ def start_workers_as_forks(path: str) -> None:
         prepare_drivers(path)
     except OSError as error:
         sys.stderr.write(
-            f"The server that forks processes did not start ({error}), so Ray's workers start slower, without it.\n"
+            f"The server that forks processes did not start ({error}), so Ray's workers start slower, without forks.\n"
         )
         return
     sys.executable = launcher  # Ray starts its processes with this program

@@ -20,7 +20,7 @@ def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
     if not chosen or not (number := _count()):
         return {}, ""
     words = " and ".join(f"{name} is 1" for name in chosen)
-    return chosen, f"GPUs on this machine: {number}, so {words}; the settings of these names change that"
+    return chosen, f"GPUs on this machine: {number}, so {words}; change this with the settings of these names"
 
 
 def _count() -> int:

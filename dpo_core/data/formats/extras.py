@@ -140,7 +140,7 @@ def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
     if texts and not set(texts).issuperset(contents) and not is_said(texts, [group]):
         what = (
             f"and the column {last} hold the answers, but the row's format reads only their names; "
-            "write the answers themselves."
+            "write the answers in place of the names."
         )
         raise row.invalid(pointer_to((first,)), "unread_column", what)
 

@@ -12,7 +12,9 @@ from services.cli.lists import AsJson, Columns, Limit, date, show_list
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="List and delete votes on completions, and make training files of them.")
+app = typer.Typer(
+    no_args_is_help=True, help="List and delete votes on completions, and make training files of the votes."
+)
 
 
 class Kind(StrEnum):
@@ -52,8 +54,8 @@ def list_votes(
 @api_command(app)
 def file(
     client: "OpenAI",
-    kind: Annotated[Kind, typer.Argument(help="Kind of the votes: pairs, unpaired or ratings.")],
-    form: Annotated[Form, typer.Option(help="Form of the prompts of the votes.")] = Form.messages,
+    kind: Annotated[Kind, typer.Argument(help="Kind of the votes: pairs, unpaired (thumbs up or down) or ratings.")],
+    form: Annotated[Form, typer.Option(help="Take the votes whose prompts have this form.")] = Form.messages,
 ) -> None:
     """Make a training file of all votes of one kind that the project has, and print the file's id."""
     made: Any = client.post("/x/feedback/files", cast_to=object, body={"kind": kind, "form": form})

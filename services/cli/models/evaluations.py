@@ -40,8 +40,8 @@ def create(
         Literal["compare", "score", "preferences", "drift"],
         typer.Argument(
             help="What to find out: `compare` says which of two models answers better, `score` how good the answers "
-            "of one model are, `preferences` whether the model prefers what people preferred, `drift` how far it has "
-            "moved from its reference."
+            "of one model are, `preferences` whether the model prefers what people preferred, `drift` how far the "
+            "model has moved from its reference model."
         ),
     ],
     model: Annotated[str, typer.Option(help="Name of the policy, checkpoint or base model to evaluate.")],
@@ -57,23 +57,24 @@ def create(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Who judges: the name of a model, `length`, `exact`, or `regex:PATTERN`. Default: none; `compare` and "
-            "`score` need one."
+            help="Judge of the answers: the name of a model, `length`, `exact`, or `regex:PATTERN`. `compare` and "
+            "`score` need a judge. Default: none."
         ),
     ] = None,
     criteria: Annotated[
-        str | None, typer.Option(help="What a judge that is a model is to look at. Default: the service's criteria.")
+        str | None,
+        typer.Option(help="Criteria for a judge that is a model, in words. Default: the service's criteria."),
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="For `preferences` and `drift`: name of the reference model. Default: the reference of the policy's "
-            "job."
+            help="For `preferences` and `drift`: name of the reference model. Default: the reference model of the job "
+            "that trained the policy."
         ),
     ] = None,
     beta: Annotated[
         float | None,
-        typer.Option(help="For `preferences`: factor of the log-ratios. Default: the beta of the policy's job."),
+        typer.Option(help="For `preferences`: factor of the log-ratios. Default: beta of the policy's job."),
     ] = None,
     max_items: Annotated[
         int | None, typer.Option(help="Maximum number of the file's rows to take. Default: 200.", min=1)
@@ -84,7 +85,7 @@ def create(
     temperature: Annotated[
         float | None, typer.Option(help="Temperature at which answers are sampled. Default: 1.", min=0)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the samples. Default: 0.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed with which answers are sampled. Default: 0.", min=0)] = None,
     columns: Columns = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Wait until the evaluation has ended, and print its results.")

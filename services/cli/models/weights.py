@@ -215,7 +215,7 @@ def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
         fail(f"'{target}' is not a valid repository name on the Hugging Face hub: {error}")
     except HfHubHTTPError as error:
         status = error.response.status_code
-        needs = "; its token needs the right to write there" if status in (401, 403, 404) else ""
+        needs = "; your token needs the right to write to this repository" if status in (401, 403, 404) else ""
         fail(
             f"the Hugging Face hub refuses the repository {name} with status {status}: "
             f"{error.server_message or error}{needs}."

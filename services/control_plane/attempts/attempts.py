@@ -160,7 +160,7 @@ async def authorize(session: AsyncSession, job_id: str, number: int, token: str,
 
 def _not_its_own(job_id: str, number: int) -> Fenced:
     return Fenced(
-        f"Attempt {number} of job {job_id} has ended, or the token is of another attempt; "
+        f"Attempt {number} of job {job_id} has ended, or the token belongs to another attempt; "
         "this training process must stop."
     )
 

@@ -237,7 +237,7 @@ class Executor:
         event.
         """
         if job.desired != "cancel":
-            late = "the job was to pause and did not do so in time" if job.desired == "pause" else None
+            late = "the job was asked to pause and did not pause in time" if job.desired == "pause" else None
             reason = late or f"its training process sent no report for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
                 await attempts.note_stop(session, attempt, reason)

@@ -14,7 +14,7 @@ Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 class EvaluationError(TypedDict):
     code: Annotated[str | None, Field(description="Code of the error, as in docs/wire/errors.md.")]
     message: Annotated[str, Field(description="What went wrong, as a sentence.")]
-    param: Annotated[str | None, Field(description="The field of the request that it is about.")]
+    param: Annotated[str | None, Field(description="The field of the request that is wrong.")]
 
 
 class ItemError(TypedDict):
@@ -25,28 +25,32 @@ class ItemError(TypedDict):
 class EvaluationDocument(TypedDict):
     id: Annotated[str, Field(description="The id of the evaluation.")]
     object: Annotated[Literal["evaluation"], Field(description="The type of the object.")]
-    created_at: Annotated[int, Field(description="When it was created, in Unix seconds.")]
-    kind: Annotated[str, Field(description="What is found out.")]
+    created_at: Annotated[int, Field(description="When the evaluation was created, in Unix seconds.")]
+    kind: Annotated[str, Field(description="The kind of the evaluation, such as compare.")]
     status: Annotated[Status, Field(description="The state of the evaluation.")]
     model: Annotated[str, Field(description="The model that is evaluated.")]
     request: Annotated[dict[str, Any], Field(description="The request, with the values that the service has chosen.")]
-    num_items: Annotated[int, Field(description="How many prompts or rows it has.")]
-    num_completed: Annotated[int, Field(description="How many of them are finished.")]
-    num_failed: Annotated[int, Field(description="How many of them failed for good.")]
+    num_items: Annotated[int, Field(description="How many items (prompts or rows) the evaluation has.")]
+    num_completed: Annotated[int, Field(description="How many items are finished.")]
+    num_failed: Annotated[int, Field(description="How many items failed and are not tried again.")]
     progress: Annotated[float, Field(description="The share of the work that is done, from 0 to 1.")]
     started_at: Annotated[int | None, Field(description="When the work began, in Unix seconds.")]
-    estimated_finish: Annotated[int | None, Field(description="When it will end at this rate, in Unix seconds.")]
-    finished_at: Annotated[int | None, Field(description="When it ended, in Unix seconds.")]
-    waits_for: Annotated[str | None, Field(description="Why it does not go on at the moment.")]
-    results: Annotated[dict[str, Any] | None, Field(description="What was found out; null until it has succeeded.")]
-    error: Annotated[EvaluationError | None, Field(description="Why it failed.")]
+    estimated_finish: Annotated[
+        int | None, Field(description="When the evaluation will probably end, in Unix seconds.")
+    ]
+    finished_at: Annotated[int | None, Field(description="When the evaluation ended, in Unix seconds.")]
+    waits_for: Annotated[str | None, Field(description="Why the evaluation does not go on at the moment.")]
+    results: Annotated[
+        dict[str, Any] | None, Field(description="The results; null until the evaluation has succeeded.")
+    ]
+    error: Annotated[EvaluationError | None, Field(description="Why the evaluation failed.")]
 
 
 class EvaluationItemDocument(TypedDict):
     id: Annotated[str, Field(description="The number of the item, from 0.")]
     object: Annotated[Literal["evaluation.item"], Field(description="The type of the object.")]
-    line: Annotated[int, Field(description="The row of the file or of the request, from 1.")]
+    line: Annotated[int, Field(description="The number of the item's row in the file or request, from 1.")]
     status: Annotated[Literal["waiting", "completed", "failed"], Field(description="The state of the item.")]
     prompt: Annotated[Any, Field(description="The prompt: a text, or messages.")]
-    found: Annotated[dict[str, Any], Field(description="What was found out so far: answers, verdicts, scores.")]
+    found: Annotated[dict[str, Any], Field(description="The answers, verdicts and scores of the item so far.")]
     error: Annotated[ItemError | None, Field(description="Why the item failed.")]

@@ -43,7 +43,8 @@ class Judge(BaseModel):
         "the kind `compare`); or a reward model.",
     )
     criteria: Annotated[str, Field(max_length=4000)] | None = Field(
-        default=None, description="What the judge is to look at, in words. Only for a model that is no reward model."
+        default=None,
+        description="Criteria by which the judge decides, in words. Only for a model that is no reward model.",
     )
     pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="For the type `regex`: a regular expression in RE2's syntax."
@@ -72,9 +73,17 @@ class Sampling(BaseModel):
     model_config = ConfigDict(extra="forbid")
     max_tokens: int = Field(default=512, ge=1, le=32_768, description="Maximum number of tokens of an answer.")
     temperature: float = Field(default=1.0, ge=0, le=2, description="Temperature; 0 takes the likeliest token.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of the likeliest tokens to sample from.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Tokens are sampled from the likeliest ones that together have this probability.",
+    )
     seed: int = Field(
-        default=0, ge=0, lt=2**31, description="Seed of the first answer; each further prompt gets the next number."
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="Seed of the first prompt's answer; each further prompt gets the next number.",
     )
 
 
@@ -132,7 +141,7 @@ class Spec(BaseModel):
         default=200,
         ge=1,
         le=MOST_ITEMS,
-        description="Maximum number of the file's rows to take, from the first one on.",
+        description="Maximum number of rows to take, from the first row of the file on.",
     )
 
 

@@ -67,7 +67,7 @@ def to_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
     size = sum(len(json.dumps(row)) for row in rows)
     if size > MOST_BYTES:
         message = (
-            f"The rows have {size} bytes, but those of an evaluation can have at most {MOST_BYTES} together; "
+            f"The rows have {size} bytes, but the rows of an evaluation can have at most {MOST_BYTES} together; "
             "send fewer rows, or a smaller max_items."
         )
         raise InvalidRequest(message, param="max_items")

@@ -93,7 +93,9 @@ class EvaluationRunner:
         except Ended:
             pass
         except Exception as error:  # an error with one evaluation must not stop the others
-            log.warning("The evaluation %s goes on in %d s: %r", evaluation.id, RETRY_SECONDS, error)
+            log.warning(
+                "The evaluation %s was interrupted and continues in %d s: %r", evaluation.id, RETRY_SECONDS, error
+            )
             failed = True
         finally:
             work.cancel()
@@ -113,7 +115,9 @@ class EvaluationRunner:
                 if failed:
                     await hold_lease(session, name, "nobody", seconds=RETRY_SECONDS)
         except (SQLAlchemyError, OSError) as error:
-            log.warning("The lease of the evaluation %s ends by itself: %s", evaluation.id, error)
+            log.warning(
+                "The lease of the evaluation %s could not be given up and ends by itself: %s", evaluation.id, error
+            )
 
     async def _beat(self, evaluation: Evaluation) -> None:
         """Renews the lease of the evaluation regularly. Returns when the lease was lost or the evaluation no longer

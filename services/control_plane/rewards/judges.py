@@ -98,7 +98,9 @@ async def _reference_of_job(
 ) -> NamedModel:
     if job is None or objective is None or not objective.traits.needs_reference:
         why = _why_unknown(name, objective, "reference")
-        raise InvalidRequest(f"{why}; name one in 'reference'.", param="reference", code="missing_required_parameter")
+        raise InvalidRequest(
+            f"{why}; name a model in 'reference'.", param="reference", code="missing_required_parameter"
+        )
     reference = models.reference_of(job)
     if not reference.id.startswith("ft:"):
         return reference
@@ -106,5 +108,5 @@ async def _reference_of_job(
         return await models.find(session, settings, reference.id)
     except NotFound:
         message = f"The reference of '{name}' was deleted, or is not shared with this project"
-        remedy = "name another in 'reference'."
+        remedy = "name another model in 'reference'."
         raise NotFound(f"{message}; {remedy}", param="reference", code="model_not_found") from None

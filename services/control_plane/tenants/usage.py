@@ -103,7 +103,9 @@ class UsageRecorder:
                     await _write(session, self._writer, self._batch, self._unwritten)
                 self._unwritten = {}
             except (SQLAlchemyError, OSError) as error:
-                log.warning("The usage of %d accounts is written later: %s", len(self._unwritten), error)
+                log.warning(
+                    "The usage of %d accounts is not written yet and is tried again: %s", len(self._unwritten), error
+                )
 
 
 async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[Account, Used]) -> None:

@@ -55,7 +55,7 @@ class Room:
                 whose = "unknown keys" if holder == STRANGERS else "this project"
                 part = (
                     f"Requests of {whose} use {held} of {self.most} {self._what}, "
-                    f"and other projects need the {free} left"
+                    f"and the {free} left are kept for other projects"
                 )
                 raise self._full(part)
             self._held[holder] += amount

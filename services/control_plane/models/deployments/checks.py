@@ -110,7 +110,9 @@ def _check_capacity(chosen: DeploymentSettings, num_gpus: float, capacity: Mappi
     for kind, (field, amount) in needs.items():
         if amount > (limit := capacity.get(kind, 0.0)):
             message = f"{most} replicas need {amount:g} {kind}s, and the cluster has, or may grow to, {limit:g}"
-            raise _invalid(field, f"{message}; choose fewer, or add nodes (max_cluster in the settings).")
+            raise _invalid(
+                field, f"{message}; choose fewer replicas or GPUs, or add nodes (max_cluster in the settings)."
+            )
 
 
 async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedModel) -> None:

@@ -228,7 +228,9 @@ async def unload(
     """
     engine = await engine_of(session, settings, model)
     if engine.adapter:
-        message = f"'{model.id}' is attached to the engine of '{engine.loaded.id}'; unload '{engine.loaded.id}'."
+        message = (
+            f"'{model.id}' is an adapter on the engine of '{engine.loaded.id}'; unload '{engine.loaded.id}' instead."
+        )
         raise InvalidRequest(message, param="model")
     found = {wish.row.app_name: wish for wish in await wished(session, settings, applications)}
     if (wish := found.get(model.app_name)) is None:

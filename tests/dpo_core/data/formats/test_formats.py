@@ -314,7 +314,7 @@ def test_a_single_rated_answer_and_a_bad_row_between_are_refused_by_line():
         ("wrong_type", (5,)),
     ]
     assert (
-        "Line 3: the file has only one row with this prompt, one below the other; give each prompt 2 to 1000 rows"
+        "Line 3: the prompt of this row has only one row here; put 2 to 1000 rows with the same prompt"
         in problems[0].message
     )
 
@@ -324,8 +324,7 @@ def test_every_row_of_a_prompt_with_too_many_answers_is_refused():
     (problem,) = survey(lines(*rows)).problems
     assert (problem.code, problem.rows.count) == ("too_few_completions", 1002)
     assert (
-        "Line 1: the file has more than 1000 rows with this prompt, one below the other; "
-        "give each prompt 2 to 1000 rows"
+        "Line 1: the prompt of this row has more than 1000 rows here; put 2 to 1000 rows with the same prompt"
     ) in problem.message
 
 

@@ -972,9 +972,9 @@ def test_an_attempt_that_does_not_pause_in_time_is_stopped_by_ray(
     assert ray.jobs[f"{job_id}-1"] == "RUNNING"
     ticks(settings, 80, apart=8.0)
     assert (status(client, job_id), ray.jobs[f"{job_id}-1"]) == ("paused", "STOPPED")
-    assert ("The service is stopping attempt 1 of the job: the job was to pause and did not do so in time") in told(
-        client, job_id
-    )
+    assert (
+        "The service is stopping attempt 1 of the job: the job was asked to pause and did not pause in time"
+    ) in told(client, job_id)
     cancelled(client, settings, job_id)
 
 

@@ -230,7 +230,12 @@ def test_while_the_reference_loads_the_policy_need_not_score_again(
     ("name", "more", "param", "said"),
     [
         ("tiny", {}, "beta", "'tiny' is a base model, which has no beta; give 'beta'."),
-        ("tiny", {"beta": 1}, "reference", "'tiny' is a base model, which has no reference; name one in 'reference'."),
+        (
+            "tiny",
+            {"beta": 1},
+            "reference",
+            "'tiny' is a base model, which has no reference; name a model in 'reference'.",
+        ),
         ("simpo", {"beta": 1}, "reference", "was trained by simpo, whose rewards are no log-ratios"),
         ("simpo", {"reference": "tiny"}, "beta", "so its beta is not known; give 'beta'."),
         ("reward", {"beta": 1}, "beta", "is a reward model, which takes no beta; leave the field 'beta' out."),

@@ -328,7 +328,8 @@ def test_what_is_alone_is_not_refused_and_of_several_one_holder_has_half() -> No
     room.take(30, "a")
     room.take(60, "a", has=30)  # the same request goes on
     with pytest.raises(
-        Unavailable, match="Requests of this project use 90 of 100 bytes of disk, and other projects need the 10 left"
+        Unavailable,
+        match="Requests of this project use 90 of 100 bytes of disk, and the 10 left are kept for other projects",
     ):
         room.take(1, "a")
     room.take(10, "b")
