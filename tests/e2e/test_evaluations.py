@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import Service
+from tests.e2e.conftest import Service, wait_for
 from tests.e2e.test_rewards import HELD_OUT, trained
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1800)]
@@ -69,6 +69,25 @@ def test_preferences_are_those_of_the_rewards_that_clients_get(client: openai.Op
     rewards = [[each["reward"] for each in row["completions"]] for row in answer["data"]]
     assert [item["rewards"] for item in found["items"]] == [pytest.approx(row, abs=1e-4) for row in rewards]
     assert found["accuracy"]["value"] == sum(chosen > rejected for chosen, rejected in rewards) / len(rows)
+
+
+def test_an_evaluation_goes_on_after_a_kill_of_the_service(service: Service, policy: str) -> None:
+    body = {"kind": "score", "model": policy, "judge": {"type": "length"}, "rows": PROMPTS * 40}
+
+    def look(client: openai.OpenAI, evaluation_id: str) -> Any:
+        return client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)
+
+    with service.client() as client:
+        made: Any = client.post("/x/evaluations", body=body, cast_to=object)
+        wait_for(lambda: look(client, made["id"])["progress"] > 0.1, "the evaluation begins")
+    service.kill()
+    service.start()
+    with service.client() as client:
+        before = look(client, made["id"])
+        assert 0.1 < before["progress"] < 1
+        wait_for(lambda: look(client, made["id"])["status"] == "succeeded", "the evaluation ends", seconds=600)
+        after = look(client, made["id"])
+    assert (after["num_completed"], after["num_failed"]) == (len(PROMPTS) * 40, 0)
 
 
 def test_a_rule_scores_answers_of_a_file(client: openai.OpenAI, policy: str) -> None:

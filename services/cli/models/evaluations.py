@@ -108,7 +108,10 @@ def create(
     created: Any = client.post("/x/evaluations", body=given, cast_to=object)
     out.print(created["id"])
     if watch:
-        _print(_wait(client, created["id"]))
+        found = _wait(client, created["id"])
+        _print(found)
+        if found["status"] != "succeeded":
+            fail(found["error"]["message"] if found["error"] else f"the evaluation was {found['status']}.")
 
 
 def _judge(judge: str | None, criteria: str | None) -> dict[str, Any] | None:
@@ -196,8 +199,6 @@ def _print(item: Item) -> None:
         what.append(("judge", judge.get("model") or " ".join(filter(None, (judge["type"], judge.get("pattern"))))))
     rows = [(name, value, "") for name, value in (*what, ("state", _state(item)))]
     print_rows(["", "", "95% interval"], [*rows, *result_rows(item["results"] or {})])
-    if item["status"] == "failed":
-        fail(item["error"]["message"])
 
 
 def result_rows(results: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str, str]]:

@@ -91,6 +91,7 @@ def test_an_evaluation_that_fails_says_why_and_one_that_is_cancelled_ends(
     engines.failing[POLICY] = 1000
     told = raydpo("create", "score", "--model", POLICY, "--judge", "length", "--file", file, "--watch", status=1)
     assert "All items failed" in told
+    assert "state\tfailed, 4 of 4 items failed" in raydpo("show", told.splitlines()[0])
     engines.failing.clear()
     engines.is_away = True
     made = raydpo("create", "score", "--model", POLICY, "--judge", "length", "--file", file).strip()
