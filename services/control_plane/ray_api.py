@@ -41,7 +41,7 @@ NODES_SECONDS = 10  # submissions within this time share one list of machines
 
 @dataclass(frozen=True)
 class Submission:
-    """The state of a job in Ray (an attempt or a side job), as Ray reports it."""
+    """The state of a job in Ray, as Ray reports it. The job is an attempt (run of a fine-tuning job) or a side job."""
 
     status: AttemptStatus
     error_type: str | None = None  # how the job failed, in Ray's categories

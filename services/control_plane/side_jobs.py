@@ -98,7 +98,9 @@ async def seconds_running(job: SideJob, store: ProjectStore) -> float:
 
 
 async def known(job: SideJob) -> SideJobResult | None:
-    """Returns the result of the side job, if it has run before. Returns None if there is no result."""
+    """Returns the result of the side job (a short Ray job beside training), if it has run before. Returns None if there
+    is no result.
+    """
     return (await _newest(job))[1]
 
 

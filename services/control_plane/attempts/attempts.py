@@ -292,8 +292,8 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
     """Stores the job's progress: the current stage, the units of work done in the stage, and their total.
 
     `at` is the Unix time of the report. Also stores the time and the number of done units at which the stage began,
-    from which a client can compute the speed. Encoding may still go on while the attempt trains on the first rows; its
-    progress is then stored separately.
+    from which a client can compute the speed. Encoding may still go on while the attempt (the job's run on Ray) trains
+    on the first rows; its progress is then stored separately.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}

@@ -127,7 +127,8 @@ class Executor:
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
-        """Writes the attempt's spec (what its training processes are to do) to storage, and submits the attempt to Ray.
+        """Submits the attempt (run of the job) to Ray, after writing its spec (what its training processes are to do)
+        to storage.
 
         A repeated launch is harmless, because Ray accepts a submission id only once.
         """
@@ -203,7 +204,8 @@ class Executor:
             await self._close(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
-        """Records the reports of the attempt that did not arrive by HTTP, and returns the attempt's current row.
+        """Records the reports of the attempt (run of the job on Ray) that did not arrive by HTTP. Returns the attempt's
+        current row.
 
         The reports are read from the attempt's spool, the files in storage to which its training process writes all
         reports.
@@ -286,7 +288,8 @@ class Executor:
             jobs.tell(session, job.id, f"Attempt {attempt.number} of the job ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Stores in the job's `waits_for` when its next attempt begins, and returns this as a clause for an event.
+        """Stores in the job's `waits_for` when its next attempt (run on Ray) begins, and returns this as a clause for
+        an event.
 
         Returns '' if no attempt follows, because too many attempts in a row have failed.
         """
@@ -304,7 +307,7 @@ class Executor:
     # --- ends -------------------------------------------------------------------------------
 
     async def _finish(self, job: Job, attempt: Attempt) -> None:
-        """Ends the job as succeeded or failed, as the last report of its attempt says."""
+        """Ends the job as succeeded or failed, as the last report of its attempt (run on Ray) says."""
         outcome = attempt.outcome or {}
         if outcome["kind"] == "succeeded":
             await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
@@ -380,8 +383,8 @@ def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
     """Returns the segments of a spool that may hold report number `next_seq` or later reports.
 
-    A spool is an attempt's files of reports in storage. A segment is one file: the number of its first report, and its
-    URI.
+    A spool is the files in storage with the reports of an attempt (run of a job). A segment is one file: the number of
+    its first report, and its URI.
     """
     start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
     return segments[start:]

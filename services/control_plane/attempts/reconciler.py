@@ -114,8 +114,9 @@ class Reconciler:
                 await self.release()
 
     async def release(self) -> None:
-        """Releases this control plane's lease, so that another control plane can act now and need not wait until the
-        lease expires."""
+        """Releases this control plane's lease (the right to handle jobs), so that another control plane need not wait
+        until it expires.
+        """
         async with self._store.begin() as session:
             await store.release_lease(session, "reconciler", self._holder)
 
@@ -225,7 +226,8 @@ class Reconciler:
     def _sweep(self) -> None:
         """Starts the cleanup of storage and the database as a task of its own, unless it is running already.
 
-        The cleanup may take longer than this control plane's lease lasts, so the handling of jobs must not wait for it.
+        The cleanup may take longer than this control plane's lease (its right to handle jobs) lasts, so the handling of
+        jobs must not wait for it.
         """
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())

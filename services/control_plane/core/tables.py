@@ -301,7 +301,7 @@ class Attempt(Base):
 
     @property
     def submission_id(self) -> str:
-        """Returns the id under which the attempt is submitted to Ray."""
+        """Returns the id under which the attempt (run of a job) is submitted to Ray."""
         return f"{self.job_id}-{self.number}"
 
 

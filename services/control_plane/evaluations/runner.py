@@ -104,9 +104,10 @@ class EvaluationRunner:
             await self._give_up(evaluation, failed)
 
     async def _give_up(self, evaluation: Evaluation, failed: bool) -> None:
-        """Gives up this control plane's lease of the evaluation, so that any control plane can go on with it.
+        """Gives up this control plane's lease of the evaluation (its right to work on it), so that any control plane
+        can go on.
 
-        If the work has `failed`, they can only do so after RETRY_SECONDS.
+        If the work has `failed`, they can go on only after RETRY_SECONDS.
         """
         name = lease_of(evaluation.id)
         try:
@@ -120,8 +121,9 @@ class EvaluationRunner:
             )
 
     async def _beat(self, evaluation: Evaluation) -> None:
-        """Renews the lease of the evaluation regularly. Returns when the lease was lost or the evaluation no longer
-        runs.
+        """Renews the lease of the evaluation, the right to work on it, every few seconds.
+
+        Returns when the lease was lost or the evaluation no longer runs.
         """
         is_held = True
         while is_held:

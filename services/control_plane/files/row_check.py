@@ -167,7 +167,7 @@ class RowChecker:
         return None
 
     async def _check(self, row: File) -> None:
-        """Checks the file's rows, and stores the result. Renews the file's lease meanwhile."""
+        """Checks the file's rows, and stores the result. Meanwhile renews the file's lease, the right to check it."""
         num_checked = 0
 
         def tell(num_bytes: int) -> None:
@@ -197,7 +197,7 @@ class RowChecker:
             await self._write(row, refusal=refusal, num_checked=row.num_bytes)
 
     async def _beat(self, row: File, num_checked: int) -> bool:
-        """Renews the file's lease, and stores how many bytes have been checked.
+        """Renews this control plane's lease (its right to check the file), and stores how many bytes have been checked.
 
         Returns False if the lease was lost, or the file was deleted; the check must then stop.
         """

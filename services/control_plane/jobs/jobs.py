@@ -371,6 +371,8 @@ def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 async def metrics_of(session: AsyncSession, job_id: str) -> list[dict[str, Any]]:
-    """Returns the metrics that the job's training reported, one dictionary for each step, in the order of steps."""
+    """Returns the metrics that the job's training reported: one dictionary for each training step, in the order of the
+    steps.
+    """
     query = select(Event.data).where(Event.job_id == job_id, Event.step.is_not(None)).order_by(Event.step)
     return [data for data in await session.scalars(query) if data is not None]

@@ -19,7 +19,7 @@ COLUMNS = {  # column of the CSV: key in the metrics of a step
 
 
 def results_csv(metrics: Sequence[Mapping[str, Any]]) -> bytes:
-    """Returns a CSV with a row for each step: OpenAI's columns first, then all other metrics.
+    """Returns a CSV with a row for each training step: OpenAI's columns first, then all other metrics.
 
     `metrics` holds a dictionary for each step. Missing values are empty in the CSV.
     """

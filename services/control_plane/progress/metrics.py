@@ -17,7 +17,8 @@ Step = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Range(BaseModel):
-    """The query parameters of a request for metrics: the range of steps, and the largest number of points to return.
+    """The query parameters of a request for metrics: the range of training steps, and the largest number of points to
+    return.
 
     If `to` is None, the range ends at the newest step.
     """

@@ -26,7 +26,9 @@ MOST_KEPT_BYTES, KEPT_SECONDS = 2**26, 1800.0  # of policies' scores
 
 @dataclass(frozen=True)
 class Judgement:
-    """The rewards of the completions of each group, and the number of tokens that the models read."""
+    """The rewards of the completions of each group (prompt with completions), and the number of tokens that the models
+    read.
+    """
 
     groups: list[list[Judged]]
     num_tokens: int

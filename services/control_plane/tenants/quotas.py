@@ -145,7 +145,10 @@ async def _accelerator_hours(session: AsyncSession, project_id: str) -> float:
 
 
 def _open_hours() -> Select[str, float]:
-    """Returns a query of projects' ids and of the accelerator hours of their attempts that have not ended. The caller
-    groups the rows by project."""
+    """Returns an SQL query for the accelerator hours of attempts (runs of jobs) that have not ended, with the ids of
+    their projects.
+
+    The caller groups the rows by project.
+    """
     hours = func.sum(Attempt.num_accelerators * HOURS).label("hours")
     return select(Job.project_id, hours).join(Attempt).where(Attempt.state != "ended")

@@ -37,8 +37,11 @@ class Engine:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the HTTP headers that tell the engine which adapter a request is for; {} if the model is no attached
-        adapter."""
+        """Returns the HTTP headers that tell the engine for which adapter a request is. Returns {} if it is for no
+        attached adapter.
+
+        An attached adapter is one for which the engine of its base model answers.
+        """
         if self.adapter is None:
             return {}
         return {ADAPTER_HEADER: quote(self.adapter.id), ADAPTER_SOURCE_HEADER: quote(self.adapter.source)}
@@ -94,10 +97,11 @@ async def why_merged_on(
 
 
 def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, base: DeploymentSettings) -> str | None:
-    """Returns the reason why an adapter must be merged into its base model and have an engine of its own. Returns None
-    if the engine of the base model can attach the adapter.
+    """Returns the reason why an adapter must be merged into its base model and have an engine (a model server) of its
+    own.
 
-    `mode` is a setting of the adapter's deployment; `base` holds the settings of the base model's deployment.
+    Returns None if the engine of the base model can answer for the adapter as well. `mode` is a setting of the
+    adapter's deployment; `base` holds the settings of the base model's deployment.
     """
     if mode == "merged":
         return "its deployment's mode is merged"
