@@ -111,11 +111,10 @@ async def merged(
     settings: Settings,
     is_disconnected: Callable[[], Awaitable[bool]],
 ) -> MergeReport:
-    """Merges the model's adapter into its base model with a side job on Ray, unless that is done already. Returns the
-    report of the merge.
+    """Merges the model's adapter into its base model with a side job (a short Ray job), unless that is done already.
 
-    Raises Unavailable while the merge runs, and InvalidRequest if adapter and base cannot be merged. Stops waiting when
-    the client has disconnected.
+    Returns the report of the merge. Raises Unavailable while the merge runs, and InvalidRequest if adapter and base
+    cannot be merged. Stops waiting when the client has disconnected.
     """
     job = _merge_of(model, settings, await store.store.instance())
     result = await side_jobs.result_of(job, store, ray_api, settings.max_running_checks, is_disconnected)

@@ -30,8 +30,8 @@ StreamsPart = Annotated[Streams, Depends(_streams)]
 class EventStream(StreamingResponse):
     """A response that sends server-sent events, within the task of the request itself.
 
-    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, checks whether the client
-    has left, and then ends.
+    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, ends if the client has
+    left.
     """
 
     media_type = "text/event-stream"
@@ -54,8 +54,8 @@ class EventStream(StreamingResponse):
 async def stream(
     store: StorePart, streams: StreamsPart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> EventStream:
-    """Streams the job's events until the job ends. With the header `Last-Event-ID`, streams only events after that
-    one.
+    """Streams the job's events until the job ends. With the header `Last-Event-ID`, only the events after the one it
+    names.
     """
     async with store.look() as session:
         await jobs.find(session, job_id)
