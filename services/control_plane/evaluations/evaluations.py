@@ -157,8 +157,9 @@ async def num_waiting(session: AsyncSession, evaluation: Evaluation) -> int:
 
 
 async def stalled_seconds(session: AsyncSession, evaluation: Evaluation) -> float:
-    """Returns how many seconds ago an item of the evaluation last finished a stage or failed, or else the evaluation
-    began.
+    """Returns how many seconds ago an item of the evaluation last finished a stage or failed.
+
+    If no item has done so yet, returns how many seconds ago the evaluation began.
     """
     since = func.extract("epoch", func.clock_timestamp() - Evaluation.progressed_at)
     return float(await session.scalar(select(since).where(Evaluation.id == evaluation.id)) or 0)

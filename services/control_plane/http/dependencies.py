@@ -80,7 +80,7 @@ def tokens_per_minute(caller: Caller, settings: Settings) -> int | None:
 
 
 def _check_header(request: Request, what: str, keys_own: str) -> None:
-    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` names another one than `keys_own`.
+    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` has another value than `keys_own`.
 
     `what` says which of the two headers to check: `organization` or `project`. `keys_own` is the organization or the
     project of the request's API key. A request without the header passes.

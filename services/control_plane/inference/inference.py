@@ -259,8 +259,9 @@ class Inference:
         raise self._unavailable(engine, f"{trouble or 'finished loading only now'}; {most}")
 
     async def _ask(self, engine: Engine) -> None:
-        """Requests that the engine's model is loaded. All requests that wait for the model together do so at most once
-        in ASK_SECONDS."""
+        """Requests that the engine's model is loaded, at most once in ASK_SECONDS for all requests that wait for the
+        model.
+        """
         use = self._uses.setdefault(engine.app_name, _Use())
         if time.monotonic() - use.asked_at >= ASK_SECONDS:
             use.asked_at = time.monotonic()
