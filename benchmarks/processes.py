@@ -55,7 +55,8 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[list[Life]]:
-        """Records processes while the `with` block runs. Yields a list that is empty until the block has ended."""
+        """Records the processes that name the folder while the `with` block runs. Yields a list, which holds the
+        processes once the block has ended."""
         for seen in (self._lives, self._before, self._libraries, self._strangers):
             seen.clear()
         stopped, lives = Event(), list[Life]()

@@ -140,7 +140,7 @@ class Score(NamedTuple):
 
 
 class TextGroup(Contract):
-    """Holds a prompt and its completions, which a model is to score. The sender has checked them.
+    """Holds a prompt and its completions, which a model is to score. The sender has checked their content.
 
     Prompt and completions are all texts, or all lists of chat messages.
     """
@@ -515,7 +515,7 @@ class Paused(Contract):
 
 
 class Died(Contract):
-    """The last report of an attempt (one run of a job) that an error ended.
+    """The last report of an attempt (one run of a job) that ended because of an error.
 
     Another attempt may resume from the last checkpoint.
     """

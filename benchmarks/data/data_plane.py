@@ -6,7 +6,8 @@ Random pairs of about 1 KB go through these stages of a job, each number of rows
 grow with the number of rows.
 
     survey      checking the file, as at an upload
-    encode      `preparation.prepare` without scores of a reference: digest of the file, pieces, Ray tasks, Parquet
+    encode      `preparation.prepare` without scores of a reference: hashes the file, and has Ray tasks encode pieces
+                of the file and write them as Parquet
     cache       preparing a second job with the same file
     streamed    reading the first batch of a job while the remaining rows are still being encoded
     epoch       reading the batches of an epoch, from the start and from the middle, without training on them

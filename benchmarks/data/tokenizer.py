@@ -17,9 +17,10 @@ _loaded: tuple[Any, list[list[str]]]  # the tokenizer and the texts of each row,
 
 
 def tokens_per_second(model: Path, file: Path, num_rows: int, *, processes: int, threads: bool) -> float:
-    """Returns the tokens per second of tokenizing the first `num_rows` rows of a file in several processes.
+    """Returns the tokens per second at which several processes together tokenize the first `num_rows` rows of a file.
 
-    The time excludes loading the tokenizer and rendering the chat template. `threads` allows the tokenizer's threads.
+    The time excludes loading the tokenizer and rendering the chat template. With `threads`, each tokenizer may use
+    several threads.
     """
     context = get_context("spawn")
     ready = context.Barrier(processes + 1)

@@ -110,9 +110,11 @@ def measure(services: Sequence[Service], options: argparse.Namespace) -> None:
 
 
 def show(name: str, path: str, script: str, services: Sequence[Service], options: argparse.Namespace) -> None:
-    """Sends one kind of request to all services at the same time, and prints the results.
+    """Has `wrk` send the same requests to all services at the same time, and prints the results in a line that begins
+    with `name`.
 
-    The rate and the errors are sums over the services; the latencies are those of the slowest service.
+    `script` is the Lua script with which `wrk` makes the requests to `path`. The rate and the errors are sums over the
+    services; the latencies are those of the slowest service.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)

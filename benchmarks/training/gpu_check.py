@@ -194,10 +194,10 @@ def _table(report: Found) -> str:
 
 
 def _cells(name: str, columns: dict[str, Found]) -> str:
-    """Returns the cells of a column's line in the Markdown table.
+    """Returns the figures of one way of training (`name`), as the cells of a line in the Markdown table.
 
-    Tokens per second are the tokens as raydpo counts them, with a prompt for each completion, divided by the column's
-    seconds.
+    Tokens per second are the tokens as raydpo counts them, with a prompt for each completion, divided by the seconds
+    that this way of training took.
     """
     found, ours, best = columns[name], columns[OURS], columns[BEST]
     if "not_done" in found:
@@ -290,7 +290,8 @@ def _errors(config: Any, device: str) -> tuple[float, float]:
 
 
 def model(args: argparse.Namespace) -> Found:
-    """Writes the rows and the model of one comparison with TRL. Random weights are drawn on the device."""
+    """Writes the rows and the model of one comparison with TRL. The model's random weights are drawn on
+    `args.device`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from demo.base_model import make_base_model

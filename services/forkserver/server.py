@@ -146,8 +146,8 @@ class ForkServer:
         return None
 
     def _settle(self) -> None:
-        """Prepares the server's memory for forks after imports. Forbids further forks if they would draw equal random
-        ids of Ray."""
+        """Prepares the server's memory for forks after imports. Stops the making of forks if all forks would draw the
+        same ids from Ray's random generator."""
         gc.collect()
         gc.freeze()  # the collector must not touch imported objects, as this copies memory pages that forks share
         ray = sys.modules.get("services.forkserver.loaded_ray")

@@ -127,7 +127,8 @@ class Adapters:
     """
 
     def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, source: str) -> None:
-        """Takes the engine, the list in which vLLM's HTTP server keeps its models, and the model's folder or hub id."""
+        """Takes a vLLM engine, the list of models that its HTTP server keeps, and the folder or hub id of the engine's
+        model (`source`)."""
         self._engine, self._models = engine, models
         self._base = Base(source)
         config = engine.vllm_config.lora_config
@@ -140,7 +141,7 @@ class Adapters:
 
     @asynccontextmanager
     async def using(self, adapter: Adapter) -> AsyncIterator[tuple[Attachment, LoRARequest]]:
-        """Attaches the adapter unless it is attached already, and keeps it attached until the end of the block.
+        """Attaches the adapter unless it is attached already, and keeps it attached until the end of the `with` block.
 
         The block gets the attachment, and the value that selects the adapter in a request to vLLM. Raises
         AdapterRefused if the engine cannot answer with the adapter.

@@ -188,8 +188,8 @@ class RewardModel:
 def _import_policy() -> None:
     """Imports the module that starts vLLM, and tries again if the import fails, at most IMPORT_TRIES times in all.
 
-    On import, Ray registers connectors for the whole cluster. If two replicas import the module at the same time, one
-    import fails. At the next try, the connectors are registered already.
+    On import, Ray registers its connectors for key-value caches in the whole cluster. If two replicas import the module
+    at the same time, one import fails. At the next try, the connectors are registered already.
     """
     for tries_left in reversed(range(IMPORT_TRIES)):
         try:

@@ -16,7 +16,7 @@ def engine_args(deployment: Deployment, *, on_cpus: bool) -> dict[str, Any]:
 
     An engine that answers users has vLLM's own batch sizes. An engine that only computes log-probabilities of given
     texts takes at most MOST_SCORED_TOKENS tokens in a step. It has no prefix cache, because vLLM does not use the cache
-    for this.
+    when it computes log-probabilities of a prompt.
     """
     only_scores, engine = deployment.purpose == "scores", deployment.engine
     return {

@@ -1,8 +1,8 @@
 """Defines the HTTP routes through which the control plane has completions scored by a model.
 
 Clients cannot reach these routes. One route takes texts, because the control plane has no tokenizer, and returns token
-ids with the scores. The other route takes token ids. The control plane sends a policy texts, and its reference model
-the ids that came back, so that both models score the same ids, as in training.
+ids with the scores. The other route takes token ids. The control plane sends texts to a policy, and then the returned
+ids to the policy's reference model, so that both models score the same ids, as in training.
 """
 
 import asyncio
