@@ -415,7 +415,7 @@ class FDpo:
         if self.divergence != "alpha" and self.alpha != 0.5:
             raise InvalidOption(
                 "alpha",
-                f"alpha is {self.alpha}, but divergence is {self.divergence}, and only the divergence alpha has it; "
+                f"alpha is {self.alpha}, but divergence is {self.divergence}, and only the divergence alpha uses it; "
                 "leave alpha out.",
             )
 

@@ -110,7 +110,7 @@ def _url(database_url: str, *, limits: bool = False) -> URL:
     try:
         url = make_url(database_url)
     except (ArgumentError, ValueError) as error:
-        raise NoDatabase(f"the database's URL is not a URL; {example}") from error
+        raise NoDatabase(f"the address of the database is not a URL; {example}") from error
     if url.get_backend_name() not in ("postgresql", "postgres"):
         raise NoDatabase(f"the database's URL begins with {url.drivername}://, which is not PostgreSQL; {example}")
     url = url.set(drivername="postgresql+psycopg")

@@ -39,7 +39,7 @@ async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, 
         ) from None
     except ValueError as error:
         raise InvalidRequest(
-            f"The memory of the model '{spec.model}' cannot be planned: {error}",
+            f"The memory that the model '{spec.model}' needs cannot be planned: {error}",
             param="model",
             code="model_unplannable",
         ) from None
