@@ -9,6 +9,7 @@ import { Compare } from "../views/compare/compare";
 import { Data } from "../views/data/data";
 import { File } from "../views/data/file";
 import { NewJob } from "../views/new-job/new-job";
+import { Admin } from "../views/admin/admin";
 import { Ask } from "../views/ask/ask";
 import { Model } from "../views/models/model";
 import { Models } from "../views/models/models";
@@ -24,6 +25,7 @@ const VIEWS: View[] = [
   { name: "data", title: "Data", show: ([id]) => (id ? <File key={id} id={id} /> : <Data />) },
   { name: "ask", title: "Ask", show: () => <Ask /> },
   { name: "models", title: "Models", show: ([id]) => (id ? <Model key={id} id={id} /> : <Models />) },
+  { name: "admin", title: "Admin", show: (rest) => <Admin rest={rest} /> },
 ];
 
 function showJobs(id?: string) {

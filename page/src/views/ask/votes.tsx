@@ -62,7 +62,10 @@ function Count({ of: { kind, form, num_votes } }: { of: FeedbackCount }) {
       <div role="status" class="made">
         {made && (
           <>
-            <code>{made.id}</code> holds {whole(made.x_raydpo.report?.num_rows ?? num_votes)} votes.{" "}
+            <a href={href(["data", made.id])}>
+              <code>{made.id}</code>
+            </a>{" "}
+            holds {whole(made.x_raydpo.report?.num_rows ?? num_votes)} votes.{" "}
             <a href={href(["jobs", "new"], { training_file: made.id })}>Train on it</a>
           </>
         )}
