@@ -35,7 +35,7 @@ class Optim:
     learning_rate_multiplier: Annotated[
         float | None,
         Limit("greater than 0", lambda x: x > 0),
-        Doc("Multiplies the default learning rate; give this or learning_rate."),
+        Doc("Multiplies the default learning rate. Give this option or learning_rate, not both."),
     ] = None
     warmup_ratio: Annotated[
         float,
@@ -76,13 +76,13 @@ class Lora:
     dropout: Annotated[
         float,
         Limit("from 0 to less than 1", lambda x: 0 <= x < 1),
-        Doc("The share of the adapter's inputs that are set to 0 while it is trained."),
+        Doc("The share of the adapter's inputs that training sets to 0 at random."),
     ] = 0.0
     use_rslora: Annotated[bool, Doc("Multiplies by alpha / sqrt(r), not by alpha / r, arXiv 2312.03732.")] = False
     use_dora: Annotated[bool, Doc("Trains the size and direction of weights separately, arXiv 2402.09353.")] = False
     target_modules: Annotated[
         Literal["all-linear"] | tuple[str, ...],
-        Doc("A list of names of modules, or all-linear: all linear layers but the head."),
+        Doc("The modules that get an adapter: a list of names, or all-linear for all linear layers but the head."),
     ] = "all-linear"
 
     def __post_init__(self) -> None:
@@ -116,7 +116,8 @@ class EarlyStop:
         Doc("The run ends after so many evaluations in a row without a gain."),
     ]
     min_gain: Annotated[
-        NotNegative, Doc("The least improvement over the best value so far; an equal value is never a gain.")
+        NotNegative,
+        Doc("The least improvement over the best value so far that counts as a gain; an equal value never does."),
     ] = 0.0
 
 
@@ -126,16 +127,18 @@ class TrainConfig:
 
     objective: Objective = field(default_factory=Dpo)
     optim: Optim = field(default_factory=Optim)
-    n_epochs: Annotated[int | None, Limit("from 1 to 50", lambda x: 1 <= x <= 50), Doc("Passes over the data.")] = None
+    n_epochs: Annotated[
+        int | None, Limit("from 1 to 50", lambda x: 1 <= x <= 50), Doc("The number of passes over the training data.")
+    ] = None
     batch_size: Annotated[
         int | None,
         Limit("from 1 to 256", lambda x: 1 <= x <= 256),
-        Doc("Rows of one optimizer step, over all workers. By default a fiftieth of the rows, from 8 to 64."),
+        Doc("The rows of one optimizer step, over all workers. By default a fiftieth of all rows, from 8 to 64."),
     ] = None
     max_length: Annotated[
         int,
         Limit("from 2 to 1048576", lambda x: 2 <= x <= 1_048_576),
-        Doc("The most tokens of a prompt and one answer. By default fewer, if the model has fewer positions."),
+        Doc("The most tokens of a prompt together with one answer. By default fewer if the model has fewer positions."),
     ] = MAX_LENGTH
     truncation: Annotated[
         Truncation,
@@ -146,7 +149,7 @@ class TrainConfig:
     ] = "drop"
     max_tokens_per_pack: Annotated[
         int | None,
-        Doc("Tokens of one forward pass on one worker, at least max_length. By default as many as memory holds."),
+        Doc("The most tokens of one worker's forward pass, at least max_length. By default as many as memory holds."),
     ] = None
     activation_checkpointing: Annotated[
         Literal["auto", "on", "off"],
@@ -159,7 +162,7 @@ class TrainConfig:
     checkpoint_steps: Annotated[
         int | None,
         Limit("at least 1", lambda x: x >= 1),
-        Doc("Steps between two checkpoints. By default a quarter of the run."),
+        Doc("The number of optimizer steps between two checkpoints. By default a quarter of the run."),
     ] = None
     best_metric: Annotated[
         Metric, Doc("The validation metric by which checkpoints are compared, and which early_stop watches.")

@@ -34,16 +34,16 @@ class InvalidOption(ValueError):
 
 
 def check(valid: bool, field: str, value: object, limit: str) -> None:
-    """Raises InvalidOption unless `valid` is true. The error says that the option `field` is `value` and must be
-    `limit`, words for the allowed values."""
+    """Raises InvalidOption unless `valid` is true. The error says that the option `field` is `value`, and that it must
+    be as the words `limit` say."""
     if not valid:
         raise InvalidOption(field, f"{field} is {value}; it must be {limit}.")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a numeric option, written into the option's annotation. A class that `options` decorates checks it,
-    unless the option's value is None."""
+    """A limit on a numeric option, written into the option's annotation. Classes with the decorator `options` check
+    this limit when they are made, unless the option's value is None."""
 
     words: str  # the end of the sentence "it must be …"
     admits: Callable[[float], bool]
@@ -58,11 +58,11 @@ class Doc:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
-    """Makes the class a frozen, keyword-only dataclass that checks its values, and for which pydantic refuses unknown
-    keys.
+    """Class decorator: makes a class of options a frozen, keyword-only dataclass that checks its values. pydantic
+    refuses unknown keys for it.
 
-    An instance checks the `Limit` of each option, and then calls the class's own `__post_init__`, which checks options
-    together.
+    Each new instance checks the `Limit` of every option. Then it calls the class's own `__post_init__`, which may check
+    several options together.
     """
     limits = [
         (name, limit)
@@ -126,10 +126,10 @@ Beta = Annotated[float, Limit("greater than 0 and at most 100", lambda x: 0 < x 
 RewardScale = Annotated[
     float,
     Limit("greater than 0 and at most 100", lambda x: 0 < x <= 100),
-    Doc("The scale of the rewards, which are log-probabilities."),
+    Doc("The factor that turns log-probabilities into rewards."),
 ]
 Smoothing = Annotated[float, Limit("greater than 0 and less than 0.5", lambda x: 0 < x < 0.5), FLIPPED]
-NllWeight = Annotated[NotNegative, Doc("The weight of the chosen completion's negative log-likelihood.")]
+NllWeight = Annotated[NotNegative, Doc("The weight of the chosen completion's negative log-likelihood in the loss.")]
 
 
 @options
@@ -144,9 +144,10 @@ class Supervised:
 
 @options
 class Dpo:
-    """Direct Preference Optimization, arXiv 2305.18290, equation 7; for rankings its Plackett-Luce form, A.3.
+    """Direct Preference Optimization, arXiv 2305.18290, equation 7; for rankings its Plackett-Luce form, appendix A.3.
 
-    If a row has a margin, the chosen reward must lead by it (arXiv 2402.10571).
+    If a row has a margin, the reward of the chosen completion must exceed that of the rejected one by this margin
+    (arXiv 2402.10571).
     """
 
     traits: ClassVar = replace(ON_RANKINGS, takes_margins=True)
@@ -159,7 +160,8 @@ class Dpo:
 
 @options
 class Cdpo:
-    """Conservative DPO, ericmitchell.ai/cdpo.pdf: a label is wrong with probability `label_smoothing`."""
+    """Conservative DPO, ericmitchell.ai/cdpo.pdf: assumes that a pair is labelled the wrong way round with probability
+    `label_smoothing`."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["cdpo"] = "cdpo"
@@ -169,7 +171,8 @@ class Cdpo:
 
 @options
 class RobustDpo:
-    """Robust DPO, arXiv 2403.00409: unbiased if labels are flipped with probability `label_smoothing`."""
+    """Robust DPO, arXiv 2403.00409: the loss is unbiased if pairs are labelled the wrong way round with probability
+    `label_smoothing`."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["robust_dpo"] = "robust_dpo"
@@ -191,7 +194,8 @@ class Ipo:
 
 @options
 class Hinge:
-    """Hinge loss on the difference of log-ratios: SLiC, arXiv 2305.10425, as normalized by RSO, arXiv 2309.06657."""
+    """Hinge loss on the log-ratio of the chosen minus that of the rejected completion: SLiC, arXiv 2305.10425, as
+    normalized by RSO, arXiv 2309.06657."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["hinge"] = "hinge"
@@ -209,7 +213,8 @@ class DpoNorm:
 
 @options
 class Kto:
-    """Kahneman-Tversky Optimization, arXiv 2402.01306: learns from completions that are desirable or undesirable."""
+    """Kahneman-Tversky Optimization, arXiv 2402.01306: learns from completions that are each desirable or
+    undesirable."""
 
     traits: ClassVar = replace(ON_LABELS, needs_other_prompts=True)
     type: Literal["kto"] = "kto"
@@ -220,8 +225,8 @@ class Kto:
 
 @options
 class Bco:
-    """Binary Classifier Optimization, arXiv 2404.04656; the paper's delta is the mean of all rewards so far in the
-    run."""
+    """Binary Classifier Optimization, arXiv 2404.04656; what the paper calls delta is here the mean of all rewards so
+    far in the run."""
 
     traits: ClassVar = ON_LABELS
     type: Literal["bco"] = "bco"
@@ -320,22 +325,23 @@ class Sppo:
 
 @options
 class Aot:
-    """Alignment via Optimal Transport, arXiv 2406.05882: sorts the values of the global batch and compares those of
-    equal rank."""
+    """Alignment via Optimal Transport, arXiv 2406.05882: sorts two kinds of values over the global batch, and compares
+    those at the same place in the order. `paired` chooses the kinds."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
     type: Literal["aot"] = "aot"
     beta: Beta = 0.1
     paired: Annotated[
         bool,
-        Doc("Whether the policy's margins are compared with the reference's, and not chosen with rejected log-ratios."),
+        Doc("Whether margins of policy and reference are compared, and not chosen and rejected log-ratios."),
     ] = True
     label_smoothing: Annotated[float, Limit("in [0, 0.5)", lambda x: 0 <= x < 0.5), FLIPPED] = 0.0
 
 
 @options
 class Discopop:
-    """Loss modulated by the log-ratio, arXiv 2406.08414, equation 5; a language model discovered it."""
+    """DiscoPOP, arXiv 2406.08414, equation 5: a loss that a language model discovered, a mixture of logistic and
+    exponential loss."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["discopop"] = "discopop"
@@ -347,7 +353,8 @@ class Discopop:
 
 @options
 class Dpop:
-    """DPO-Positive (Smaug), arXiv 2402.13228: chosen log-ratios below 0 are penalized."""
+    """DPO-Positive (Smaug), arXiv 2402.13228: DPO with a penalty if the chosen completion becomes less likely than
+    under the reference."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["dpop"] = "dpop"
@@ -369,8 +376,8 @@ class Rpo:
 
 @options
 class LdDpo:
-    """Length-desensitized DPO, arXiv 2409.06411: tokens past the shorter completion's length count less, under the
-    policy and under the reference."""
+    """Length-desensitized DPO, arXiv 2409.06411: tokens of the longer completion beyond the length of the shorter one
+    count less, under the policy and under the reference."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_reference_heads=True)
     type: Literal["ld_dpo"] = "ld_dpo"
@@ -431,10 +438,12 @@ class Lipo:
 
 @options
 class RewardBradleyTerry:
-    """A Bradley-Terry reward model of preferences, arXiv 2410.01257; its loss is a mean over the pairs of a ranking.
+    """A Bradley-Terry reward model of preferences, arXiv 2410.01257; its loss is a mean over all pairs of a row's
+    ranked completions.
 
-    If a row has a margin, the better reward must lead by it. With rows weighted by the strength of the preference, and
-    no margins, this is the paper's Scaled Bradley-Terry.
+    If a row has a margin, the reward of the better completion must exceed that of the worse one by this margin. If the
+    rows' weights are the strengths of their preferences, and rows have no margins, this is the paper's Scaled
+    Bradley-Terry.
     """
 
     traits: ClassVar = replace(FOR_REWARDS, takes_margins=True)
@@ -443,7 +452,7 @@ class RewardBradleyTerry:
 
 @options
 class RewardRegression:
-    """A reward model of ratings, arXiv 2410.01257; its loss is the mean squared error over a group's completions."""
+    """A reward model of ratings, arXiv 2410.01257; its loss is the mean squared error over a row's completions."""
 
     traits: ClassVar = replace(FOR_REWARDS, learns_from=("ratings",))
     type: Literal["reward_regression"] = "reward_regression"
@@ -451,7 +460,8 @@ class RewardRegression:
 
 @options
 class RewardGaussian:
-    """A reward model that gives a mean and a variance, as HPSv3's does, arXiv 2508.03789."""
+    """A reward model that gives a mean and a variance of each completion's reward, as the model HPSv3 does, arXiv
+    2508.03789."""
 
     traits: ClassVar = replace(FOR_REWARDS, num_outputs=2)
     type: Literal["reward_gaussian"] = "reward_gaussian"

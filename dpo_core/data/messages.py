@@ -267,7 +267,7 @@ def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall
         if call.get("id") == message.get("tool_call_id") and message.get("name") in (None, call["function"]["name"]):
             return call
     what = (
-        "and the message's name match no open call of the assistant message before; use the id and name of such a call."
+        "and the message's name match no unanswered tool call before the message; use the id and name of such a call."
     )
     raise row.invalid(f"{pointer}/tool_call_id", "unknown_tool_call", what)
 

@@ -44,8 +44,8 @@ def _are_mixed(messages: Sequence[Message]) -> bool:
 
 
 def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBase", today: date | None) -> bool:
-    """Whether the template's text for the group (a prompt with its completions) changes if the key `key` is removed
-    from all messages of `role`."""
+    """Whether the chat template reads the key `key` of messages by `role`, that is, whether the template's text for the
+    group (a prompt with its completions) changes if the key is removed from these messages."""
 
     def bare(text: Text) -> Text:
         messages = cast(list[Message], text)

@@ -43,7 +43,7 @@ class Statistics:
         self.count = count
 
     def add(self, rewards: Tensor) -> float:
-        """Adds rewards to the mean, and returns the new mean."""
+        """Adds `rewards` to the mean of all rewards so far in the run, and returns the new mean."""
         self.count += len(rewards)
         self.mean += (rewards.mean().item() - self.mean) * len(rewards) / self.count
         return self.mean
@@ -413,8 +413,8 @@ def kto(objective: o.Kto, measures: Measures) -> Tensor:
 
 def kl_estimate(measures: Measures) -> Tensor:
     """Returns z0 of KTO, an estimate of KL(policy || reference) without a gradient. Some completions in the global
-    batch answer another prompt than their own. z0 is the mean log-ratio of these completions, or 0 if this mean is
-    negative."""
+    batch answer another prompt than that of their group. z0 is the mean log-ratio of these completions, or 0 if this
+    mean is negative."""
     is_of_other_prompt = measures.ratings.isnan()
     h = measures.all.logratios.detach()
     return ((h * is_of_other_prompt).sum() / is_of_other_prompt.sum().clamp(min=1)).clamp(min=0)

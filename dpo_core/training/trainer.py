@@ -288,15 +288,15 @@ class _Run:
         smaller = smaller_packs(self.scorer, groups, self.pack_size)
         if smaller is not None:
             self.pack_size = smaller
-            now = f"packs have at most {smaller} tokens"
+            now = f"a forward pass has at most {smaller} tokens"
         elif not self.recomputes:
             self.config = replace(self.config, activation_checkpointing="on")
             self._undo.callback(checkpoint_activations(self.scorer))
             self.flops = Flops(self.scorer.model, recomputed=True)
-            smaller_too = f"packs have at most {self.pack_size} tokens and " if self.shortage else ""
+            smaller_too = f"a forward pass has at most {self.pack_size} tokens and " if self.shortage else ""
             now = f"{smaller_too}activations are computed again in the backward pass"
         else:
-            what = f"Memory ran out in step {self.step} with one group in a pack and activations computed again"
+            what = f"Memory ran out in step {self.step} with one row in a forward pass and activations computed again"
             raise MemoryRanOut(f"{what}; lower max_length or choose bfloat16.")
         self.shortage = f"Memory ran out in step {self.step}; from here on {now}, which changes no result."
 

@@ -238,7 +238,7 @@ def _refuse_margins(spec: AttemptSpec, contents: EncodingReport, kind: str) -> N
 
 def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
     if encoding.limit < spec.config.max_length:
-        return "the model takes no longer texts, so shorten the rows"
+        return "the model can read no longer texts, so shorten the rows"
     return "raise max_length, choose another truncation, or shorten the rows"
 
 

@@ -53,10 +53,11 @@ class Parity(Contract):
         return self.tokens.p99 <= TOLERATED
 
     def __str__(self) -> str:
-        """Returns the differences and the allowed difference as a part of a sentence."""
+        """Returns, as a part of a sentence, the differences between the log-probabilities and the difference that is
+        allowed."""
         sample = f"differences in {self.num_groups} rows with {self.num_tokens} tokens, in nats"
         pairs = f"per pair {self.pairs}; in rewards {self.rewards}"
-        in_bfloat16 = f"a mean of {TOLERATED_REWARD} in rewards, as of bfloat16"
+        in_bfloat16 = f"a mean of {TOLERATED_REWARD} in rewards, because bfloat16 rounds"
         allowed = in_bfloat16 if self.rounds else f"a 99th percentile of {TOLERATED} per token"
         return f"{sample}: per token {self.tokens}; {pairs}; allowed is {allowed}"
 

@@ -82,7 +82,8 @@ class Commands:
                 command, workers_listen = ray.get(self._reporter.beat.remote())
             except RayError as error:
                 logger.error(
-                    "The actor that sends the job's reports has ended, so this worker ends as well: %s", cause_of(error)
+                    "The actor that sends the job's reports has ended, so the job's driver ends as well: %s",
+                    cause_of(error),
                 )
                 self._leave(1)
                 return

@@ -105,11 +105,11 @@ def run(folder: Path, *, ranks: int, objective: str, large: str, share: float) -
 @pytest.mark.parametrize(
     ("ranks", "objective", "large", "now"),
     [
-        (1, "by pack", "many", "packs have at most "),
-        (1, "whole batch", "many", "packs have at most "),
+        (1, "by pack", "many", "a forward pass has at most "),
+        (1, "whole batch", "many", "a forward pass has at most "),
         (1, "by pack", "one", "activations are computed again in the backward pass"),
-        (2, "by pack", "many", "packs have at most "),
-        (2, "whole batch", "many", "packs have at most "),
+        (2, "by pack", "many", "a forward pass has at most "),
+        (2, "whole batch", "many", "a forward pass has at most "),
     ],
 )
 def test_a_step_whose_memory_runs_out_is_taken_with_less(ranks, objective, large, now, tmp_path):
@@ -132,7 +132,9 @@ def test_a_step_whose_memory_runs_out_is_taken_with_less(ranks, objective, large
 
 def test_a_step_that_never_fits_ends_the_run_with_the_remedy(tmp_path):
     (told,) = run(tmp_path, ranks=1, objective="by pack", large="one", share=0.1)
-    expected = "Memory ran out in step 2 with one group in a pack and activations computed again; lower max_length"
+    expected = (
+        "Memory ran out in step 2 with one row in a forward pass and activations computed again; lower max_length"
+    )
     assert expected in told
 
 

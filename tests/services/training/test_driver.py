@@ -205,7 +205,7 @@ def test_an_integration_that_dies_costs_the_job_nothing_but_a_warning(
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     (warning,) = [report for report in only(Message, driver.reports()) if report.level == "warn"]
     assert warning.message.startswith(
-        "The process that sends metrics to an integration died; the last steps are missing there: "
+        "The process that sends metrics to an integration died; the integration lacks the last steps: "
     )
     assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
     assert isinstance(driver.reports()[-1], Succeeded)

@@ -77,6 +77,6 @@ def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
         try:
             ray.get(closing, timeout=seconds + GRACE_SECONDS)
         except RayError as error:
-            what = "The process that sends metrics to an integration died; the last steps are missing there"
+            what = "The process that sends metrics to an integration died; the integration lacks the last steps"
             sentence = f"{what}: {str(error).splitlines()[0]:.200}"
             reporter.report.remote(Message(level="warn", message=sentence))

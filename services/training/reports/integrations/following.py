@@ -55,7 +55,8 @@ class Follower:
         self._thread.join(timeout_seconds)
         if self._thread.is_alive() and status is not None:
             self._warn(
-                f"the metrics of the last steps could not be sent within {timeout_seconds:.0f} s and are missing there"
+                f"the metrics of the last steps could not be sent within {timeout_seconds:.0f} s, "
+                "so the integration lacks them"
             )
         self._announced = self._warned = True
 

@@ -163,7 +163,7 @@ def test_methods_are_listed_with_defaults_ranges_and_papers(api: httpx.Client) -
     assert found["dpo"]["common_hyperparameters"]["n_epochs"] == {
         "default": 1,
         "range": "from 1 to 50",
-        "description": "Passes over the data.",
+        "description": "The number of passes over the training data.",
     }
     assert found["mpo"]["hyperparameters"]["objectives"]["default"][1] == {"type": "bco", "beta": 0.1}
     assert found["dpo"]["common_hyperparameters"]["learning_rate"] == {

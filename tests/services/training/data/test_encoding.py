@@ -165,7 +165,7 @@ def test_the_models_positions_are_a_limit_too(make_spec: MakeSpec, run: Any, mak
     assert [group.line for group in groups] == [1]
     assert reports[-1].message == (
         "Left out 1 of 2 pairs: they are longer than 128 tokens (line 2); "
-        "the model takes no longer texts, so shorten the rows."
+        "the model can read no longer texts, so shorten the rows."
     )
 
 
