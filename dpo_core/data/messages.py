@@ -75,8 +75,9 @@ def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool =
 def check_completion(
     row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
 ) -> None:
-    """Raises InvalidRow unless the messages are a valid completion. `pointer` leads to a list in the row; `first` is
-    the index of the completion's first message in this list."""
+    """Raises InvalidRow unless the messages are a valid completion, which begins and ends with a message of the
+    assistant. `pointer` is the JSON pointer of a list in the row that contains the messages; `first` is the index of
+    the completion's first message in this list."""
     if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # nearly always
         if not may_be_empty:
             refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])

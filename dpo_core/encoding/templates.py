@@ -78,8 +78,9 @@ def write_groups(
 
 
 def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
-    """Returns for each group the texts that the chat template writes: the prompt, and the prompt followed by each
-    completion. A group of plain texts instead of messages needs no template; its texts are returned unchanged."""
+    """Returns for each group (a prompt with its completions) the texts that the chat template writes: the prompt, and
+    the prompt followed by each completion. A group of plain texts instead of messages needs no template; its texts are
+    returned unchanged."""
     rendered: list[_Rendered] = []
     for (chat, tools, arguments), neighbours in groupby(groups, key=_template_inputs):
         members = list(neighbours)

@@ -24,8 +24,8 @@ ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of lay
 
 @dataclass(frozen=True)
 class Manner:
-    """How to compute a model's outputs: the factor and the cap of its logits, and why (if so) completions cannot share
-    a prompt or be computed in batches."""
+    """How to compute a model's outputs: the factor and the cap of its logits, whether completions can share one copy of
+    a prompt, and whether they can be computed in batches. If they cannot, it holds the reason in words."""
 
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can

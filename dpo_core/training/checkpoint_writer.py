@@ -176,7 +176,7 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """Returns copies, on the CPU, of the part of AdamW's state that this rank (process of the run) holds. For weights
-    in half precision, also returns copies of their float32 masters.
+    in half precision, also returns copies of their masters, the float32 weights that the optimizer updates.
 
     A parameter that never had a gradient has step 0 and no moments.
     """

@@ -72,8 +72,8 @@ class Weights:
 
     @torch.no_grad()
     def update_policy(self) -> None:
-        """Copies the float32 masters, which the optimizer has updated, into the policy's weights. Drops all
-        gradients."""
+        """Copies the float32 masters, which the optimizer has updated, into the policy's weights. Masters are copies of
+        weights that are in half precision. Drops all gradients."""
         self.drop_gradients()
         if self.masters:
             names = list(self.masters)

@@ -71,7 +71,8 @@ class Format:
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
         """Yields the groups of the row, with the row's system prompt, tools, template arguments, weight and margin in
-        them. Raises InvalidRow if a column in `unread` has contents that the groups do not contain."""
+        them. Raises InvalidRow if a column in `unread`, columns that this format does not read, has contents that the
+        groups do not contain."""
         weight, margin = (positive_number(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
         arguments = template_arguments(row) if self._takes_arguments else None

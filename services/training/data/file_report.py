@@ -147,15 +147,17 @@ class Tally:
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
-        """Counts a group with characters that the tokenizer does not know."""
+        """Counts a group (a prompt with its completions) whose text has characters that the tokenizer does not know."""
         self._unknown.append(line)
 
     def mark_unended(self, line: int) -> None:
-        """Counts a group with a completion that ends with none of the model's end tokens."""
+        """Counts a group (a prompt with its completions) if one of its completions ends with none of the model's end
+        tokens."""
         self._unended.append(line)
 
     def mark_unread(self, what: str, line: int) -> None:
-        """Counts a group with a field that the chat template does not read. `what` names the field."""
+        """Counts a group (a prompt with its completions) whose row has a field that the chat template does not read.
+        `what` names the field."""
         self._unread.setdefault(what, []).append(line)
 
     def see(self, group: EncodedGroup) -> None:

@@ -43,8 +43,8 @@ class Stream:
         return parts
 
     def held_out(self) -> Dataset | None:
-        """Returns the groups that are held out for validation, or None if there are none. Waits until all data are
-        prepared."""
+        """Returns the groups that are held out for validation, or None if there are none. Waits until all rows of the
+        file are encoded."""
         dataset: Dataset | None = ray.get(self.arrivals.held_out.remote())
         return dataset
 

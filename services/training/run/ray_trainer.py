@@ -1,4 +1,5 @@
-"""Adapts Ray Train's TorchTrainer: it starts fewer actors, and tells the user why workers died."""
+"""Adapts Ray Train's TorchTrainer: it starts fewer Ray actors than Ray Train's own, and tells the user why workers
+died."""
 
 import os
 from collections.abc import Mapping
