@@ -42,8 +42,8 @@ def check(valid: bool, field: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a numeric option, written into the option's annotation. Classes with the decorator `options` check
-    this limit when they are made, unless the option's value is None."""
+    """A limit on a numeric option, written into the option's annotation. An object of a class with the decorator
+    `options` checks this limit when it is made. The value None is not checked."""
 
     words: str  # the end of the sentence "it must be …"
     admits: Callable[[float], bool]

@@ -86,8 +86,8 @@ def _parts(config: PretrainedConfig) -> Iterator[Any]:
 
 
 def _cut(config: Any) -> None:
-    """Lowers the sizes in a model's config to those of a miniature, except the number and the width of the attention
-    heads."""
+    """Makes the sizes in a model's config very small, so that the config is that of a miniature model. Does not change
+    the number and the width of the attention heads."""
     config.dtype = torch.float32
     for name, most in _AT_MOST.items():
         value = getattr(config, name, None)

@@ -80,7 +80,7 @@ def load_reward_model(
     in_parts: bool = False,
 ) -> PreTrainedModel:
     """Loads a reward model: a language model with a linear head for rewards in place of the vocabulary's head. If
-    `source` has no such head, the head's weights are drawn at random; `seed` decides them.
+    `source` has no such head, the head's weights are drawn at random with the seed `seed`.
 
     The head has one output, the reward; for `reward_gaussian` it has two, the mean and the logarithm of the variance.
     The config says regression, so vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs

@@ -54,7 +54,7 @@ def segment_attention(
 
     A segment is a range of the T tokens: a prompt with its first completion, or a further completion of this prompt.
     One call computes all segments if flash attention suits the tensors; otherwise each segment needs a call of its own.
-    Raises ValueError for arguments that this function ignores, such as a mask.
+    Raises ValueError for arguments that this attention does not support, such as a mask.
     """
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)

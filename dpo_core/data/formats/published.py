@@ -27,8 +27,8 @@ def pair(prompt: str, chosen: str, rejected: str) -> Reader:
 
 
 def _question(row: Row, column: str) -> list[Message]:
-    """Returns the question in the row's column, as messages. In rows of the form of the data set Alpaca, the question
-    is the instruction followed by the text of the column `input`."""
+    """Returns the question in the row's column, as messages. A row in the format of Alpaca may have a column `input`;
+    its text is then added to the instruction."""
     messages = question(row, column)
     extra = row.value.get("input")
     if column == "instruction" and extra not in (None, ""):

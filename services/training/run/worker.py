@@ -192,8 +192,8 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
     """Whether the loss of this step must be ln 2. This is so at the first step of DPO if the policy still equals the
     reference.
 
-    The two differ at the first step if the reference is another model, if an adapter's dropout is on, or if bfloat16
-    rounds them differently.
+    Policy and reference differ at the first step if the reference is another model, if an adapter's dropout is on, or
+    if bfloat16 rounds their numbers differently.
     """
     adapter, precision = spec.weights.adapter, spec.weights.precision
     drops = adapter is not None and adapter.dropout > 0
@@ -328,9 +328,9 @@ def _scratch(spec: AttemptSpec) -> Iterator[Path]:
 def _num_threads() -> int:
     """Returns the number of CPU threads for this worker: its share of the node's cores.
 
-    Ray itself would set one thread, for the one CPU that a worker reserves. The result counts no more cores than Ray
-    has CPUs, because a container may have fewer CPUs than its machine. It counts no more than the machine has either,
-    because Ray may be configured with more CPUs than exist.
+    Ray itself would set one thread, for the one CPU that a worker reserves. The number of the node's cores is the
+    smaller of two numbers. One is the number of CPUs in Ray, because a container may have fewer CPUs than its machine.
+    The other is the number of cores of the machine, because Ray may be configured with more CPUs than exist.
     """
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
