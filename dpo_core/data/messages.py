@@ -188,8 +188,8 @@ def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
 
 
 def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
-    """Returns the thoughts of a message (the reasoning before an answer); None if it has none. Raises InvalidRow if two
-    keys of the message hold different thoughts."""
+    """Returns the thoughts of a message (the reasoning before an answer); None if the message has no thoughts. Raises
+    InvalidRow if two keys of the message hold different thoughts."""
     keys = [key for key in THOUGHTS if not says_nothing(value.get(key))]
     for key in keys:
         string_of(row, f"{pointer}/{key}", value[key])

@@ -71,8 +71,8 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The number of tokens in the head of each completion of the group. A head is the first tokens of a completion
-        that count in the loss, as many as the shortest completion has."""
+        """The length of the head of each completion in the group. A head is the first tokens of a completion that count
+        in the loss: as many as the group's shortest completion has of such tokens."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:

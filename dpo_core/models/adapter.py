@@ -138,8 +138,9 @@ def has_learned(folder: Path) -> bool:
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the adapter in `folder` was trained on another model than `model`. Does nothing if the
-    folder does not say on which model; folders that other programs have written do not."""
+    """Raises UnusableModel if the adapter in `folder` was trained on another model than `model`. Does nothing if no
+    file in the folder identifies the model on which the adapter was trained. Folders that other programs have written
+    have no such file."""
     saved = saved_base(folder)
     if saved and saved != fingerprint(model):
         what = f"The adapter in {folder} was trained on a base with other weights than {model.name_or_path} has now"

@@ -149,8 +149,8 @@ def _refuse_many_invalid(recipe: Recipe, file_report: EncodingReport) -> None:
 
 
 def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Yields the results of encoded pieces (ranges of lines of a file) that could be used, and raises JobFailed if
-    another piece could not.
+    """Yields the results of the encoded pieces (ranges of lines of a file) that can be used. Raises JobFailed if a
+    piece cannot be used.
 
     If the model cannot be used, JobFailed is raised immediately. If lines cannot be used, it is raised after the last
     result, and names the first such line of the file.
@@ -481,7 +481,7 @@ def _words(text: Text) -> str:
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
-    """Whether groups with this prompt are held out for validation, as about the share `share` of all groups is.
+    """Whether groups with this prompt are held out for validation. About the share `share` of all groups is held out.
 
     The prompt alone decides, so that no prompt is in both the training and the validation data.
     """
