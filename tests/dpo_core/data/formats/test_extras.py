@@ -91,7 +91,7 @@ def test_texts_become_messages_of_the_user_and_the_assistant_and_messages_stay()
 def test_answers_that_only_name_unread_columns_are_refused():
     value = {"prompt": "Why?", "chosen": "A", "rejected": "B", "response_a": "Because.", "response_b": "No."}
     unread = {"response_a", "response_b"}
-    with pytest.raises(InvalidRow, match="write the answers themselves") as refused:
+    with pytest.raises(InvalidRow, match="write the answers in place of the names") as refused:
         extras.refuse_named_answers(row(**value), unread, Group("Why?", ("A", "B"), 3))
     assert refused.value.pointer == "/response_a"
     extras.refuse_named_answers(row(**value), unread, Group("Why?", ("Because.", "No."), 3))
