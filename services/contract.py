@@ -152,7 +152,8 @@ class TextGroup(Contract):
 
 
 class TextsToScore(Contract):
-    """The body of a POST to SCORE_TEXTS: prompts and completions that the model is to encode and score."""
+    """The body of a POST request to the path SCORE_TEXTS: prompts and completions that the model is to encode and
+    score."""
 
     groups: list[TextGroup]
     today: date | None = None  # for chat templates that write the date; None: the current date
@@ -167,7 +168,7 @@ class TokenGroup(Contract):
 
 
 class TokensToScore(Contract):
-    """The body of a POST to SCORE_TOKENS: token ids that the model is to score."""
+    """The body of a POST request to the path SCORE_TOKENS: token ids that the model is to score."""
 
     groups: list[TokenGroup]
     vocabulary: str  # digest of the vocabulary that the ids belong to

@@ -26,22 +26,25 @@ def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
 
 
 def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
-    """Returns the number of the first report, and the URI, of each file in an attempt's spool, in order."""
+    """Returns the files of an attempt's spool (its reports in storage), in order: the number of each file's first
+    report, and the file's URI."""
     names = storage.list_files(folder(run_uri, attempt))
     firsts = [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
     return [(first, segment_uri(run_uri, attempt, first)) for first in sorted(firsts)]
 
 
 def write(uri: str, body: bytes) -> None:
-    """Writes `body`, the reports of an EventBatch as JSON without line feeds, to a file of the spool with its
-    sha256."""
+    """Writes a file of an attempt's spool (its reports in storage), with the file's sha256.
+
+    `body` holds the reports: an EventBatch as JSON without line feeds.
+    """
     storage.write_bytes(uri, body + b"\n" + _digest(body))
 
 
 def read_body(uri: str) -> bytes:
-    """Returns the content of one file of the spool, an EventBatch as JSON, after a check of its sha256.
+    """Returns the content of one file of an attempt's spool (its reports in storage): an EventBatch as JSON.
 
-    Raises FileNotFoundError if the file is missing, and DamagedSegment if the sha256 is wrong.
+    Raises FileNotFoundError if the file is missing, and DamagedSegment if its content does not match its sha256.
     """
     body, _, digest = storage.read_bytes(uri).partition(b"\n")
     if digest != _digest(body):
@@ -50,7 +53,7 @@ def read_body(uri: str) -> bytes:
 
 
 def read(uri: str) -> EventBatch:
-    """Returns the reports in one file of the spool.
+    """Returns the reports in one file of an attempt's spool (its reports in storage).
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if the file does not match its sha256 or cannot
     be parsed.

@@ -3,11 +3,12 @@
     python benchmarks/training/reference_precision.py --seeds 3 --json results.json
 
 The base model is a Llama with random weights that is first trained on the demo's rows about a shop. Each policy then
-learns the same pairs in the same order. Only the reference's scores differ: exact (float32), of the same weights in
-bfloat16, exact with Gaussian noise on each token, or exact with the same error in every pair.
+learns the same pairs in the same order. The policies differ only in the scores (log-probabilities) of the reference
+model that they learn from. These are exact (computed in float32), or computed with the same weights in bfloat16, or
+exact plus Gaussian noise on each token, or exact plus an error that is the same in every pair.
 
-The policies are compared on pairs of held-out items, by rewards against the exact reference. `reward error` is the mean
-of beta times the error of a pair's log-ratio, without its sign. `away` is the mean distance, in nats a token, from the
+The policies are compared on pairs of held-out items, by rewards against the exact scores. `reward error` is the mean
+absolute error of the scores in a pair's log-ratio, times beta. `away` is the mean distance, in nats a token, from the
 policy that learned from exact scores. The row `another order` is the distance of a policy that learned from exact
 scores in another order of the same rows. Figures are means over seeds, with the largest deviation.
 """

@@ -1,5 +1,5 @@
-"""Measures the memory of ranks that split a model's weights, also while they load, and compares it with each rank's
-share of the weights.
+"""Measures the memory of ranks (training processes) that split a model's weights, also while they load, and compares it
+with each rank's share of the weights.
 
     python benchmarks/training/sharded_memory.py --ranks 1 2 4
 

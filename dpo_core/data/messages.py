@@ -237,7 +237,7 @@ def _content(row: Row, pointer: str, value: object) -> str:
             raise row.invalid(
                 f"{pointer}/{index}",
                 "unsupported",
-                "must be a part of type 'text', because other parts are not supported; remove it.",
+                "must be a part of type 'text', because other parts are not supported; remove the part.",
             )
         for key, item in part.items():
             if key not in ("type", "text") and not says_nothing(item):

@@ -164,8 +164,8 @@ def options_of(folder: Path) -> Lora:
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig) or config.bias != "none":
         raise UnusableModel(
-            f"{folder} holds an adapter other than LoRA without biases, the only kind supported; "
-            "merge it into its base."
+            f"The adapter in {folder} is of a kind that is not supported (only LoRA without biases is); "
+            "merge the adapter into its base."
         )
     targets = config.target_modules
     return Lora(

@@ -247,7 +247,8 @@ async def unload(
         )
     if wish.model.answers or not await _is_forgotten(session, wish.row):
         raise InvalidRequest(
-            f"The model '{model.id}' is answering requests; unload the model when they have ended.", param="model"
+            f"The model '{model.id}' is answering requests; unload the model when these requests have ended.",
+            param="model",
         )
 
 
