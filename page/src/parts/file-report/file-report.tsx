@@ -8,9 +8,11 @@ import { bytes, count, percent, whole } from "../words/words";
 
 const CHECK_MS = 2000;
 
-/** Loads a file, again and again until the check of its rows has ended. Without an id it loads nothing. */
+/** Loads a file, again and again until the check of its rows has ended. It loads nothing for a
+ * URI or without an id. */
 export function useFile(id: string): Loaded<TrainingFile> {
-  const loaded = useLoaded((signal) => (id ? read(id, signal) : new Promise<TrainingFile>(() => undefined)), [id]);
+  const isFile = id !== "" && !id.includes("://");
+  const loaded = useLoaded((signal) => (isFile ? read(id, signal) : new Promise<TrainingFile>(() => undefined)), [id]);
   const isChecking = loaded.value?.status === "uploaded";
   useEffect(() => {
     const timer = setInterval(() => isChecking && loaded.again(), CHECK_MS);
