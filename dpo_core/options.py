@@ -204,7 +204,8 @@ class Hinge:
 
 @options
 class DpoNorm:
-    """Length-normalized DPO, arXiv 2411.15124 (Tülu 3), section 5.1."""
+    """Length-normalized DPO, arXiv 2411.15124 (Tülu 3), section 5.1: each completion's log-ratio is divided by its
+    number of tokens."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["dpo_norm"] = "dpo_norm"
@@ -235,7 +236,8 @@ class Bco:
 
 @options
 class Orpo:
-    """Odds Ratio Preference Optimization, arXiv 2403.07691, equation 6."""
+    """Odds Ratio Preference Optimization, arXiv 2403.07691, equation 6: the negative log-likelihood of the chosen
+    completion, plus a loss on the odds ratio of chosen and rejected."""
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6, reward="mean_logps")
     type: Literal["orpo"] = "orpo"
@@ -246,7 +248,8 @@ class Orpo:
 
 @options
 class Cpo:
-    """Contrastive Preference Optimization, arXiv 2401.08417."""
+    """Contrastive Preference Optimization, arXiv 2401.08417: DPO without a reference, plus the negative log-likelihood
+    of the chosen completion."""
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, reward="logps")
     type: Literal["cpo"] = "cpo"
@@ -391,7 +394,8 @@ class LdDpo:
 
 @options
 class RDpo:
-    """Length-regularized DPO, arXiv 2403.19159."""
+    """Length-regularized DPO, arXiv 2403.19159: DPO with a term for the difference in length between chosen and
+    rejected completion."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["r_dpo"] = "r_dpo"
@@ -429,7 +433,8 @@ class FDpo:
 
 @options
 class Lipo:
-    """Listwise Preference Optimization (LiPO-lambda), arXiv 2402.01878."""
+    """Listwise Preference Optimization (LiPO-lambda), arXiv 2402.01878: compares the ranked completions of a row in
+    pairs, which ratings and places weight."""
 
     traits: ClassVar = ON_RANKINGS
     type: Literal["lipo"] = "lipo"

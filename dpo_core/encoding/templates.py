@@ -216,7 +216,8 @@ def variables(template: str) -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the template writes a message's content only if the content is a list of parts instead of a text."""
+    """Whether the tokenizer's chat template writes a message's content only if it is a list of parts, and not if it is
+    a text."""
 
     def writes(content: object) -> bool:
         try:

@@ -274,7 +274,8 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
 
 @without_full_collections()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
-    """Encodes the rows of one piece (a range of lines of the file), and returns counts and the files it has written.
+    """Encodes the rows of one piece (a range of lines of the file), and returns counts of rows and tokens, and the
+    files that were written.
 
     The groups of token ids are written to the folder `folder_uri`; if it is None, they are not written. If the model or
     a line cannot be used, the result names the reason, and no files are written.
