@@ -29,7 +29,7 @@ interface Chunk {
   error?: { message?: string };
   choices?: {
     text?: string;
-    delta?: { content?: string | null; reasoning?: string | null; reasoning_content?: string | null };
+    delta?: { content?: string | null; reasoning?: string | null };
     finish_reason?: string | null;
   }[];
 }
@@ -69,7 +69,6 @@ export async function* ask(
     const choice = chunk.choices?.[0];
     if (!choice) continue;
     const { delta, text, finish_reason: end } = choice;
-    const thought = delta?.reasoning ?? delta?.reasoning_content;
-    yield { text: delta?.content ?? text, thought: thought ?? undefined, end: end ?? undefined };
+    yield { text: delta?.content ?? text, thought: delta?.reasoning ?? undefined, end: end ?? undefined };
   }
 }
