@@ -140,7 +140,7 @@ def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
 def _train(dataset: Any) -> dict[str, Figures]:
     """Reads the batches of an epoch as a trainer does, but without training: once from the start, once from the middle.
 
-    Returns speed and memory of both.
+    Returns the speed and memory of each of the two readings, by name.
     """
     from services.training.data.row_order import global_batches, num_steps
 

@@ -1,7 +1,8 @@
-"""Measures whether what a service did in the past slows it down: the regular look at all jobs, submissions and lists.
+"""Measures whether the jobs that a service ran in the past slow it down.
 
     python -m benchmarks.service.history --ended 1000000 --paused 3000
 
+The regular look at all jobs, the admission of a job, a list, a project's usage and an answer to Prometheus are timed.
 The database first holds only the paused jobs, then the ended jobs as well, each with an attempt and an event. One
 project owns all of them; it has limits of queued jobs and accelerator hours. A stand-in replaces Ray.
 """
@@ -88,7 +89,8 @@ def main() -> None:
 
 
 async def prepare_project(settings: Settings) -> None:
-    """Writes the project that owns all jobs, with high limits of queued jobs and accelerator hours."""
+    """Writes into the database the project that owns all jobs, with high limits of queued jobs and accelerator
+    hours."""
     store = Store(settings.database_url)
     async with store.begin() as session:
         await session.execute(update(Project).values(max_queued_jobs=10**8, max_accelerator_hours=10**8))
@@ -96,7 +98,8 @@ async def prepare_project(settings: Settings) -> None:
 
 
 def fill(settings: Settings, name: str, number: int, *, desired: str, observed: str) -> None:
-    """Writes jobs whose ids begin with `name`, and an attempt and an event of each."""
+    """Writes `number` jobs into the database, with ids that begin with `name`, and an attempt and an event of each
+    job."""
     values = {"name": name, "number": number, "desired": desired, "observed": observed, "spec": SPEC}
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         for statement in (JOBS, ATTEMPTS, EVENTS):
@@ -105,7 +108,8 @@ def fill(settings: Settings, name: str, number: int, *, desired: str, observed: 
 
 
 async def measure(settings: Settings, times: int) -> dict[str, list[float]]:
-    """Returns the seconds that each kind of work took, each time that it was done."""
+    """Has the control plane do each kind of work `times` times. Returns the seconds that each time took, by the kind of
+    work."""
     store = Store(settings.database_url)
     ray_api = RayApi(settings, store.instance)
     reconciler = Reconciler(store, ray_api, settings, holder="benchmark")

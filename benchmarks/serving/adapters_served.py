@@ -62,8 +62,8 @@ def main() -> None:
 
 
 def _make_adapters(base: Path, args: argparse.Namespace) -> Iterator[Path]:
-    """Yields the folders of random adapters. Each folder holds the fingerprint of the base, as the adapters of jobs
-    do."""
+    """Yields the folders of random adapters. Each folder records the fingerprint of the base model's weights, as the
+    folders of adapters that jobs trained do."""
     policy = load_policy(base, adapter=Lora(r=args.rank))
     told = base_file(fingerprint(policy), policy)
     for seed in range(args.adapters):

@@ -97,10 +97,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class ForkServer:
-    """Listens on the socket `path`, and makes a fork of this process for each client that asks.
+    """Listens on the socket `path`, and makes a fork of this process for each client that asks for one.
 
     `ours` holds the server's own open files, which every fork closes. The server ends `idle_seconds` after its last
-    fork.
+    fork has ended.
     """
 
     def __init__(self, path: str, ours: ExitStack, *, idle_seconds: float = math.inf) -> None:

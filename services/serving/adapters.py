@@ -102,7 +102,9 @@ class Base:
             try:
                 self._fingerprint = self._fingerprint or fingerprint_of(self._source)
             except (OSError, ValueError) as error:
-                what = f"the weights of its base {self._source} cannot be compared with those of its training"
+                what = (
+                    f"the weights of its base {self._source} cannot be compared with the weights that it was trained on"
+                )
                 raise AdapterUnusable(
                     f"The engine cannot attach the adapter '{adapter.id}': {what} ({error})."
                 ) from error
@@ -270,6 +272,6 @@ def _check_numbers(adapter: Adapter, folder: Path) -> None:
         return  # vLLM reads or refuses other files
     try:
         if not has_learned(folder):
-            logger.warning("The adapter '%s' has learned nothing: it answers as its base.", adapter.id)
+            logger.warning("The adapter '%s' has learned nothing: it answers as its base model does.", adapter.id)
     except UnusableModel as error:
         raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': {error}") from None

@@ -146,7 +146,7 @@ def test_an_adapter_with_numbers_that_are_not_finite_is_refused_and_one_of_zeros
     assert "are not finite, such as in base_model.model." in refused.json()["error"]["message"]
     assert ask(qwen, "ft:empty", changed(folders[0], tmp_path / "empty", empty)).status_code == 200
     logs = Path(qwen.head.folder).glob("ray/session_latest/logs/**/*")
-    told = b"The adapter 'ft:empty' has learned nothing: it answers as its base."
+    told = b"The adapter 'ft:empty' has learned nothing: it answers as its base model does."
     assert any(told in log.read_bytes() for log in logs if log.is_file())
 
 
