@@ -89,8 +89,7 @@ def main() -> None:
 
 
 async def prepare_project(settings: Settings) -> None:
-    """Writes into the database the project that owns all jobs, with high limits of queued jobs and accelerator
-    hours."""
+    """Gives the project that owns all jobs high limits of queued jobs and accelerator hours."""
     store = Store(settings.database_url)
     async with store.begin() as session:
         await session.execute(update(Project).values(max_queued_jobs=10**8, max_accelerator_hours=10**8))

@@ -139,7 +139,8 @@ def run_in_ray(args: Namespace) -> Figures:
 
 
 def _without_sharing() -> Any:
-    """Returns a patch under which each completion has its own copy of the prompt in a forward pass."""
+    """Returns a patch (of `unittest.mock`) under which dpo_core gives each completion its own copy of the prompt in a
+    forward pass."""
     from dpo_core.policy import batch, scorer
 
     def count_tokens(self: Any, group: Any) -> int:
@@ -152,7 +153,8 @@ def _without_sharing() -> Any:
 
 
 def _without_packing() -> Any:
-    """Returns a patch that runs one forward pass for each group (a prompt and its completions)."""
+    """Returns a patch (of `unittest.mock`) under which dpo_core runs one forward pass for each group (a prompt and its
+    completions)."""
     from dpo_core.policy import scorer
 
     def plan(self: Any, groups: Any, **kwargs: Any) -> list[list[list[int]]]:
@@ -162,7 +164,8 @@ def _without_packing() -> Any:
 
 
 def _without_tiles() -> Any:
-    """Returns a patch that computes the logits of all completion tokens at once, with PyTorch's own gradient."""
+    """Returns a patch (of `unittest.mock`) under which dpo_core computes the logits of all completion tokens at once,
+    with PyTorch's own gradient."""
     from dpo_core.policy import forward
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
