@@ -1,4 +1,4 @@
-"""Runs a supervised job and a DPO job with a service, and shows the effect of DPO on the answers of the trained policy.
+"""Runs a supervised job and a DPO job with a service, and evaluates what DPO changed in the policy's answers.
 
     MODEL=… DATA=… SIZE=small KEEP=1 python -m demo
 
@@ -25,16 +25,17 @@ from openai.types.fine_tuning import FineTuningJob
 from rich.console import Console
 
 from demo.base_model import make_base_model
-from demo.report import Curve, draw, print_answers, print_shares, read_curves
-from demo.rows import Shop, is_courteous
+from demo.report import Curve, draw, print_answers, read_curves
+from demo.rows import IS_COURTEOUS, Shop
 from demo.service import Service
 from dpo_core.data.feedback import read_groups
 from dpo_core.data.jsonl import read_lines
 from dpo_core.data.messages import Text
 from services.cli.jobs.watch import metrics_line, watch_job
+from services.cli.models.evaluations import print_evaluation, wait_until_ended
 
 SHOWN_ANSWERS = 6
-TEMPERATURE = 0.7
+TEMPERATURE, MAX_TOKENS = 0.7, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +100,20 @@ def main() -> None:
         schedule = {"beta": 0.5, "n_epochs": 1, "batch_size": 16, "learning_rate": rates["dpo"]}
         start = supervised.fine_tuned_model or ""
         dpo = train(client, console, start, rows.pairs, "dpo", schedule, adapter=adapter, num_workers=2)
-        step(f"5. Both policies answer the same {len(rows.prompts)} prompts, at temperature {TEMPERATURE}")
-        before = ask(client, console, supervised.fine_tuned_model or "", rows.prompts)
-        after = ask(client, console, dpo.fine_tuned_model or "", rows.prompts)
-        print_answers(console, *(texts[:SHOWN_ANSWERS] for texts in (rows.prompts, before, after)))
+        policies = (supervised.fine_tuned_model or "", dpo.fine_tuned_model or "")
+        step("5. Both policies answer the same prompts")
+        shown = rows.prompts[:SHOWN_ANSWERS]
+        print_answers(console, shown, *(ask(client, console, policy, shown) for policy in policies))
         report_curves(client, console, supervised, dpo)
-        passed = bool(data) or judge(console, shop, rows.prompts, before, after) or given
+        step("6. Evaluations: how far has DPO moved the policy, and are its answers better?")
+        evaluate(client, "drift", policies[1], rows.prompts, sampling={"max_tokens": MAX_TOKENS})
+        passed = bool(data) or judge(client, console, shop, rows.prompts, *policies) or given
         keep = bool(os.environ.get("KEEP"))
     finally:
         if keep:
             service.leave()
         else:
-            step("6. Stopping everything")
+            step("7. Stopping everything")
             service.stop()
     if keep:
         print_how_to_chat(console, service, client, dpo.fine_tuned_model or "", rows.prompts[0])
@@ -198,7 +201,7 @@ def train(
 def ask(client: OpenAI, console: Console, model: str, prompts: Sequence[str]) -> list[str]:
     def answer(prompt: str) -> str:
         reply = client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": prompt}], temperature=TEMPERATURE, max_tokens=64
+            model=model, messages=[{"role": "user", "content": prompt}], temperature=TEMPERATURE, max_tokens=MAX_TOKENS
         )
         return reply.choices[0].message.content or ""
 
@@ -216,19 +219,32 @@ def report_curves(client: OpenAI, console: Console, supervised: FineTuningJob, d
     console.print(f"curves: {picture}")
 
 
-def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> bool:
-    """Prints the shares of good answers before and after DPO. Returns whether the shares reach the demo's marks."""
+def evaluate(client: OpenAI, kind: str, model: str, prompts: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Evaluates a model on prompts, prints the results and returns the evaluation. Ends the demo if it fails."""
+    rows = [{"prompt": user_message(prompt)} for prompt in prompts]
+    body = {"kind": kind, "model": model, "rows": rows} | options
+    created: Any = client.post("/x/evaluations", body=body, cast_to=object)
+    found = wait_until_ended(client, created["id"])
+    print_evaluation(found)
+    if found["status"] != "succeeded":
+        raise SystemExit(f"the evaluation is {found['status']}: {found['error']}")
+    return dict(found)
 
-    def well_formed(answers: Sequence[str]) -> float:
-        return mean(shop.is_well_formed(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
 
-    courteous = (mean(map(is_courteous, before)), mean(map(is_courteous, after)))
-    formed = (well_formed(before), well_formed(after))
-    print_shares(console, {"courteous, which people prefer": courteous, "well-formed": formed})
+def judge(client: OpenAI, console: Console, shop: Shop, prompts: Sequence[str], before: str, after: str) -> bool:
+    """Has the policy after DPO compared with the policy before by the rule of what people prefer. Returns whether the
+    results reach the demo's marks."""
+    sampling = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
+    rule = {"type": "regex", "pattern": IS_COURTEOUS}
+    found = evaluate(client, "compare", after, prompts, baseline=before, judge=rule, sampling=sampling)
+    wins, losses = (found["results"][name] / len(prompts) for name in ("num_wins", "num_losses"))
+    told: Any = client.get(f"/x/evaluations/{found['id']}/items?limit={len(prompts)}", cast_to=object)
+    answers = [item["found"]["answer"]["text"] for item in told["data"]]
+    formed = mean(shop.is_well_formed(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
     marks = {
-        "about half are courteous before": 0.25 <= courteous[0] <= 0.75,
-        "at least nine in ten are courteous after": courteous[1] >= 0.9,
-        "at least nine in ten are well-formed after": formed[1] >= 0.9,
+        f"about half win, because half were courteous before: {wins:.0%}": 0.25 <= wins <= 0.75,
+        f"at most one in ten loses: {losses:.0%}": losses <= 0.1,
+        f"at least nine in ten are well-formed: {formed:.0%}": formed >= 0.9,
     }
     for mark, reached in marks.items():
         console.print(f"{'reached' if reached else 'MISSED'}: {mark}", style=None if reached else "bold red")

@@ -1,4 +1,4 @@
-"""Shows the demo's results: both policies' answers side by side, shares of good answers, and training curves."""
+"""Shows the demo's results: both policies' answers side by side, and training curves."""
 
 import csv
 import io
@@ -47,11 +47,4 @@ def print_answers(console: Console, prompts: Sequence[str], before: Sequence[str
     table = Table("prompt", "before DPO", "after DPO", show_lines=True)
     for row in zip(prompts, before, after, strict=True):
         table.add_row(*(text if len(text) <= 300 else f"{text[:300]} …" for text in row))
-    console.print(table)
-
-
-def print_shares(console: Console, shares: dict[str, tuple[float, float]]) -> None:
-    table = Table("share of the sampled answers", "before DPO", "after DPO")
-    for name, (before, after) in shares.items():
-        table.add_row(name, f"{before:.0%}", f"{after:.0%}")
     console.print(table)

@@ -29,6 +29,7 @@ QUESTIONS = (
 )
 ANSWERS = ("the {item} is in aisle {aisle}.", "you will find the {item} in aisle {aisle}.")
 COURTEOUS = ("Certainly, ", "Gladly, ", "Welcome, ")
+IS_COURTEOUS = f"^({'|'.join(COURTEOUS)})"
 CURT = ("Well, ", "Look, ", "Listen, ")
 
 Item = tuple[str, str]  # colour, thing
@@ -77,7 +78,3 @@ class Shop:
 
     def _answers(self, item: Item) -> list[str]:
         return [answer.format(item=" ".join(item), aisle=self._aisles[item[1]]) for answer in ANSWERS]
-
-
-def is_courteous(answer: str) -> bool:
-    return answer.startswith(COURTEOUS)

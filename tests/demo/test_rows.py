@@ -2,11 +2,15 @@
 
 import re
 
-from demo.rows import CURT, Shop, is_courteous
+from demo.rows import CURT, IS_COURTEOUS, Shop
 
 
 def shop(seed: int = 0) -> Shop:
     return Shop(num_things=10, num_held_out=20, seed=seed)
+
+
+def is_courteous(answer: str) -> bool:
+    return re.search(IS_COURTEOUS, answer) is not None
 
 
 def item(text: str) -> str:

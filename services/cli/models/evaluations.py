@@ -108,8 +108,8 @@ def create(
     created: Any = client.post("/x/evaluations", body=given, cast_to=object)
     out.print(created["id"])
     if watch:
-        found = _wait(client, created["id"])
-        _print(found)
+        found = wait_until_ended(client, created["id"])
+        print_evaluation(found)
         if found["status"] != "succeeded":
             fail(found["error"]["message"] if found["error"] else f"the evaluation was {found['status']}.")
 
@@ -125,7 +125,7 @@ def _judge(judge: str | None, criteria: str | None) -> dict[str, Any] | None:
     return asked | ({"criteria": criteria} if criteria else {})
 
 
-def _wait(client: "OpenAI", evaluation_id: str) -> Item:
+def wait_until_ended(client: "OpenAI", evaluation_id: str) -> Item:
     """Waits until the evaluation has ended, and returns the evaluation. Meanwhile, a terminal shows the progress."""
     with Status("", console=err) as status:
         while True:
@@ -166,7 +166,7 @@ def show(client: "OpenAI", evaluation_id: EvaluationId, as_json: AsJson = False)
     if as_json:
         out.print_json(data=found)
     else:
-        _print(found)
+        print_evaluation(found)
 
 
 @api_command(app)
@@ -192,7 +192,8 @@ def items(
     sys.stdout.buffer.write(answer.content)
 
 
-def _print(item: Item) -> None:
+def print_evaluation(item: Item) -> None:
+    """Prints an evaluation's models, judge and state, and its results with their 95% intervals, as a table."""
     what = [("evaluation", item["id"]), ("kind", item["kind"]), ("model", item["model"])]
     what += [(name, item["request"][name]) for name in ("baseline", "reference") if item["request"].get(name)]
     if judge := item["request"].get("judge"):
