@@ -15,11 +15,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from pydantic import ValidationError
-from ray._private import auto_init_hook
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from dpo_core.models.adapter_folder import is_adapter
@@ -80,8 +79,6 @@ def main(spec_uri: str) -> int:
     keep_logs(spec.run_uri, spec.attempt, "driver")
     _hide_environment_from_workers()
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
-    # A thread that still trains when this process exits would connect to Ray again, and the exit would crash.
-    auto_init_hook.enable_auto_connect = False
     _in_thread(lambda: importlib.import_module(TRAINER))  # the import takes two seconds, while the file is encoded
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
     preload(ray.get_runtime_context().get_job_id(), WORKERS_IMPORT)
@@ -310,5 +307,22 @@ def _start_reporter(spec: AttemptSpec, token: str) -> Any:
     return reporter
 
 
+def _end(status: int) -> NoReturn:
+    """Ends this process at once, without Ray's disconnection.
+
+    A thread that still trains, or listens to Ray Serve, would use Ray after the disconnection. Ray then crashes the
+    process, and the exit status is lost. Ray ends the actors of a driver that is gone in any case.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    try:
+        status = main(sys.argv[1])
+    except Exception:
+        logger.exception("The attempt ended with an error that nobody expected")
+        status = 1
+    _end(status)
