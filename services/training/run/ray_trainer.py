@@ -51,4 +51,4 @@ class ReportDeaths(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         ranks = ", ".join(map(str, sorted(worker_exceptions)))
         cause = cause_of(*worker_exceptions.values())
-        self._reporter.report.remote(Message(level="warn", message=f"Training workers died (rank {ranks}): {cause}"))
+        self._reporter.report.remote(Message(level="warn", message=f"Training workers died (worker {ranks}): {cause}"))

@@ -233,7 +233,7 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
     first, second = only(Started, driver.reports())
     assert first.resumed_from == 0 < second.resumed_from
     (told,) = [m.message for m in only(Message, driver.reports()) if m.message.startswith("Training workers died")]
-    assert re.match(r"Training workers died \(rank [01].*\): one of its processes was killed or crashed", told)
+    assert re.match(r"Training workers died \(worker [01].*\): one of its processes was killed or crashed", told)
     one, two = figures(uninterrupted.reports()), figures(driver.reports())
     assert list(two) == list(range(1, NUM_STEPS + 1))
     for step in range(1, 41):  # later, float32 sums in another order have grown into another path
