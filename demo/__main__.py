@@ -237,14 +237,14 @@ def judge(client: OpenAI, console: Console, shop: Shop, prompts: Sequence[str], 
     sampling = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
     rule = {"type": "regex", "pattern": IS_COURTEOUS}
     found = evaluate(client, "compare", after, prompts, baseline=before, judge=rule, sampling=sampling)
-    wins, losses = (found["results"][name] / len(prompts) for name in ("num_wins", "num_losses"))
+    win_rate, losses = found["results"]["win_rate"], found["results"]["num_losses"] / len(prompts)
     told: Any = client.get(f"/x/evaluations/{found['id']}/items?limit={len(prompts)}", cast_to=object)
     answers = [item["found"]["answer"]["text"] for item in told["data"]]
     formed = mean(shop.is_well_formed(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
     marks = {
-        f"about half win, because half were courteous before: {wins:.0%}": 0.25 <= wins <= 0.75,
-        f"at most one in ten loses: {losses:.0%}": losses <= 0.1,
-        f"at least nine in ten are well-formed: {formed:.0%}": formed >= 0.9,
+        f"the answers after DPO win, at least {win_rate['low']:.0%} with a tie as half a win": win_rate["low"] > 0.5,
+        f"at most one answer in ten loses: {losses:.0%}": losses <= 0.1,
+        f"at least nine answers in ten are well-formed: {formed:.0%}": formed >= 0.9,
     }
     for mark, reached in marks.items():
         console.print(f"{'reached' if reached else 'MISSED'}: {mark}", style=None if reached else "bold red")
