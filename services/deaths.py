@@ -1,4 +1,5 @@
-"""Finds the reason why processes died in long messages of Ray and Python, and words it as one sentence for the user."""
+"""Searches the long messages of Ray and Python for the reason why a process died, and words it as one sentence for the
+user."""
 
 import re
 from collections.abc import Sequence

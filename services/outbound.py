@@ -1,8 +1,8 @@
 """Makes HTTP clients for hosts that users name, such as those of webhooks and training files.
 
-The clients connect to public IP addresses only, unless a prefix in the service's settings names the host. A host name
-may resolve to another address each time. Therefore each request resolves its host once, checks the addresses, and
-connects to one of the checked addresses.
+The clients connect to public IP addresses only, unless one of the URL prefixes in the service's settings names the
+host. A host name may resolve to another address each time. Therefore each request resolves its host once, checks the
+addresses, and connects to one of the checked addresses.
 """
 
 import ipaddress
@@ -27,8 +27,8 @@ LIMITS = httpx.Limits(max_keepalive_connections=0)
 def client(prefixes: Sequence[str]) -> httpx.Client:
     """Returns an HTTP client that requests only URLs under `prefixes`, also after redirects.
 
-    The client connects to public addresses only, except for hosts that `prefixes` name. It ignores the environment's
-    proxies.
+    The client connects to public addresses only, unless the URL's prefix names the host: `https://` names none, and
+    `https://data.example/` names one. It ignores the environment's proxies.
     """
 
     def check_request(request: httpx.Request) -> None:
@@ -45,9 +45,10 @@ def client(prefixes: Sequence[str]) -> httpx.Client:
 def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> httpx.AsyncClient:
     """Returns an asyncio HTTP client that requests only URLs under `prefixes`, also after redirects.
 
-    The client connects to public addresses only, except for hosts that `prefixes` name. At most `max_lookups` requests
-    wait for a name server at the same time. The client keeps no cookies and ignores the environment's proxies. Errors
-    name `setting`, the setting that lists the prefixes.
+    The client connects to public addresses only, unless the URL's prefix names the host: `https://` names none, and
+    `https://data.example/` names one. At most `max_lookups` requests wait for a name server at the same time. The
+    client keeps no cookies and ignores the environment's proxies. Errors name `setting`, the setting that lists the
+    prefixes.
     """
 
     async def check_request(request: httpx.Request) -> None:

@@ -129,8 +129,8 @@ class Batch:
 
 def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_ends: bool = False) -> Batch:
     """Lays groups (prompts with their completions) end to end in one row of tokens, and returns the tensors for one
-    forward pass. Without `share_prompts`, each completion has its own copy of the prompt. With `with_ends`, the row
-    also has the last token of each completion."""
+    forward pass. Without `share_prompts`, each completion has its own copy of the prompt. The last token of each
+    completion is left out, because nothing is predicted from it; `with_ends` keeps it."""
     ids: list[Sequence[int]] = []
     positions: list[range] = []
     segments: list[Segment] = []

@@ -13,8 +13,8 @@ Columns = Annotated[
     typer.Option(
         "--columns",
         metavar="ROLE=COLUMN",
-        help="Column of the file that holds a role: prompt=question reads the prompt from the column `question`. "
-        "Repeatable. Default: columns are recognized by their names.",
+        help="Column to read as the prompt, as the chosen answer and so on: prompt=question reads the prompt from the "
+        "column `question`. Repeatable. Default: columns are recognized by their names.",
     ),
 ]
 MaxInvalidShare = Annotated[

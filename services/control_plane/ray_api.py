@@ -149,8 +149,8 @@ class RayApi:
         """Launches an attempt (one run of a fine-tuning job) as a job in Ray.
 
         `spec_uri` is the file that says what the attempt is to do, and `token` the secret with which it reports. Ray
-        accepts a submission id only once, so the attempt starts at most once. Raises Refused if Ray would refuse the
-        launch again.
+        accepts a submission id only once, so the attempt starts at most once. Raises Refused if Ray
+        refuses the launch for a reason that another try would not change.
         """
         # Ray's job supervisor reads the second variable, and so does the driver.
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
@@ -160,7 +160,8 @@ class RayApi:
         """Launches a side job (a program beside training, such as a check of a training file) as a job in Ray.
 
         `program` is a Python module, and `request_uri` the file with its input. Ray accepts a submission id only once,
-        so the program starts at most once. Raises Refused if Ray would refuse the launch again.
+        so the program starts at most once. Raises Refused if Ray refuses the launch for a reason that another try
+        would not change.
         """
         await self._submit(submission_id, program, request_uri, {})
 

@@ -376,8 +376,8 @@ FORMATS = (
     _pairs_of("question/response_j/response_k", "question", "response_j", "response_k"),
     Format(
         "chosen/rejected texts that hold their prompt",
-        "`chosen`, `rejected`, which begin with the prompt: all that they have in common at their beginning, "
-        "without a space at its end",
+        "`chosen`, `rejected`, both with the prompt before the answer: what both begin with is the prompt, "
+        "without spaces at the prompt's end",
         "pairs",
         _SIDES_KEYS,
         _has(*readers.SIDES),

@@ -17,7 +17,11 @@ from services.cli.reading import Columns, reading
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="Find out whether a policy is better, and at what cost.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Evaluate a model: how good its answers are, alone or against another model, and how far it is from its "
+    "reference model.",
+)
 
 EvaluationId = Annotated[str, id_argument("Id of the evaluation, such as evaluation-1a2b….")]
 
@@ -181,7 +185,8 @@ def items(
     client: "OpenAI",
     evaluation_id: EvaluationId,
     form: Annotated[
-        Literal["jsonl", "csv"], typer.Option("--format", help="Format: JSON Lines, or CSV for spreadsheets.")
+        Literal["jsonl", "csv"],
+        typer.Option("--format", help="Format of the output: JSON Lines, or CSV for spreadsheets."),
     ] = "jsonl",
 ) -> None:
     """Write all items of an evaluation to standard output: prompts, answers, verdicts and scores."""

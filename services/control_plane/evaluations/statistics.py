@@ -69,13 +69,15 @@ def bootstrap(count: int, statistic: Callable[[Sequence[int]], float]) -> Estima
 
 
 def length_controlled_rate(outcomes: Sequence[float], length_differences: Sequence[float]) -> Estimate:
-    """Returns the win rate that is expected if both answers of each comparison had the same length.
+    """Returns the win rate that is expected if both answers of each comparison had the same length, with its 95%
+    interval.
 
     An outcome is 1 for a win, 0 for a loss and 0.5 for a tie. A length difference is the length of the first answer
     minus that of the other. The method is that of AlpacaEval 2.0 (arXiv 2404.04475, equation 2) for one pair of models:
     a logistic regression of the outcome on an intercept and tanh(difference / standard deviation of the differences).
-    The rate is the logistic function of the intercept. AlpacaEval's third term, the difficulty of each instruction, is
-    left out, because only comparisons of many models tell it. The interval is that of the intercept (Wald).
+    The rate is the logistic function of the intercept, and the ends of its interval are the logistic function of the
+    ends of the intercept's Wald interval. AlpacaEval's third term, the difficulty of each instruction, is left out,
+    because it can only be estimated from comparisons of many models.
     """
     spread = _deviation(length_differences)
     terms = [math.tanh(difference / spread) if spread else 0.0 for difference in length_differences]

@@ -1,4 +1,4 @@
-"""The JSON objects of files, uploads and checks, as the OpenAPI document describes them.
+"""The JSON objects of files, uploads and checks of training files, as the OpenAPI document describes them.
 
 docs/wire/objects.md says what the fields mean.
 """

@@ -178,9 +178,8 @@ class Sender:
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
         """Returns the claims (rows to send) for which there is room now, and counts them as under way.
 
-        At most AT_ONCE sends may be under way. A project may have at most as many sends under way as are still free. If
-        the endpoints of one project are slow, half of the sends therefore stay free for other projects. If the
-        endpoints of two projects are slow, a third stays free.
+        There are AT_ONCE places for sends. A project gets another place only while it holds fewer places than are free.
+        So a project with slow endpoints takes at most half of the places, and two such projects leave a third free.
         """
         sent, per_project = [], Counter[str]()
         for (project, _), count in self._under_way.items():

@@ -178,7 +178,8 @@ def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report:
         report(Message(level="warn", message=sentence))
     if spec.validation_share:
         kind = encoding.kind
-        report(Message(message=f"Held out {contents.num_held_out} {kind} for validation, selected by their prompts."))
+        held_out = f"Held out {contents.num_held_out} {kind} for validation."
+        report(Message(message=f"{held_out} Rows with the same prompt are either all held out or all trained on."))
 
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:

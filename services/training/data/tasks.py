@@ -59,11 +59,11 @@ def in_tasks(
 
 
 def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int) -> int:
-    """Returns how many processes work on items at the same time: one per core of every node that gives Ray a CPU.
+    """Returns how many processes work on items at the same time: one for each core of the nodes that lend Ray CPUs.
 
     All nodes count as having `cores` cores. `beside` is the number of training workers that run at the same time. If
-    there are such workers, the result is at most MOST_BESIDE. The processes then reserve no CPUs of Ray, so Ray would
-    not limit their number.
+    there are any, the result is at most MOST_BESIDE. This is then the only limit, because processes beside training
+    reserve no CPUs in Ray.
     """
     lent = (node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
     usable = sum(cores for each in lent if each) or cores

@@ -241,7 +241,8 @@ def test_a_share_is_held_out_by_prompts(make_spec: MakeSpec, tmp_path: Path) -> 
     prompts = [{tuple(group.prompt_ids) for group in groups} for groups in (training, held_out)]
     assert not prompts[0] & prompts[1]
     assert 10 <= len(prompts[1]) <= 40
-    sentence = f"Held out {len(held_out)} pairs for validation, selected by their prompts."
+    sentence = f"Held out {len(held_out)} pairs for validation. "
+    sentence += "Rows with the same prompt are either all held out or all trained on."
     assert reports[-1] == Message(message=sentence)
 
 
