@@ -232,7 +232,7 @@ def evaluate(client: OpenAI, kind: str, model: str, prompts: Sequence[str], **op
 
 
 def judge(client: OpenAI, console: Console, shop: Shop, prompts: Sequence[str], before: str, after: str) -> bool:
-    """Has the policy after DPO compared with the policy before by the rule of what people prefer. Returns whether the
+    """Compares the policy after DPO with the policy before it, by the rule of what people prefer. Returns whether the
     results reach the demo's marks."""
     sampling = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
     rule = {"type": "regex", "pattern": IS_COURTEOUS}

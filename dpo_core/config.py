@@ -95,8 +95,8 @@ ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the object
 
 
 def default_learning_rate(objective: Objective, *, with_adapter: bool) -> float:
-    """Returns the learning rate of a run whose user has not chosen one. Rounds it to six digits, because floating-point
-    numbers multiply with an error: 10 * 1e-6 = 9.999999999999999e-06."""
+    """Returns the learning rate of a run whose user has not chosen one. Rounds it to six significant digits, because
+    floating-point numbers multiply with an error: 10 * 1e-6 = 9.999999999999999e-06."""
     rate = objective.traits.default_learning_rate
     return float(f"{rate * ADAPTERS_RATE:.6g}") if with_adapter else rate
 

@@ -107,7 +107,7 @@ def fill(settings: Settings, name: str, number: int, *, desired: str, observed: 
 
 
 async def measure(settings: Settings, times: int) -> dict[str, list[float]]:
-    """Has the control plane do each kind of work `times` times. Returns the seconds that each time took, by the kind of
+    """Does each kind of the control plane's work `times` times. Returns the seconds that each time took, by the kind of
     work."""
     store = Store(settings.database_url)
     ray_api = RayApi(settings, store.instance)

@@ -110,7 +110,7 @@ def measure(services: Sequence[Service], options: argparse.Namespace) -> None:
 
 
 def show(name: str, path: str, script: str, services: Sequence[Service], options: argparse.Namespace) -> None:
-    """Has `wrk` send the same requests to all services at the same time, and prints the results in a line that begins
+    """Sends the same requests with `wrk` to all services at the same time, and prints the results in a line that begins
     with `name`.
 
     `script` is the Lua script with which `wrk` makes the requests to `path`. The rate and the errors are sums over the

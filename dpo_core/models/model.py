@@ -61,8 +61,8 @@ def load_policy(
 
     Raises InvalidOption for target modules that the model does not have or whose adapters would not learn, for a
     quantization without an adapter, and for a quantization of a model that cannot be quantized. Raises ValueError for
-    float16, for other quantized models, for a `source` that holds an adapter, and for a folder whose weights and config
-    do not match.
+    float16, for a model that is stored quantized in another format than MXFP4, for a `source` that holds an adapter,
+    and for a folder whose weights and config do not match.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization, in_parts)

@@ -91,7 +91,7 @@ def _launch_of(arguments: list[str]) -> Launch | None:
 
 
 def _fork(path: str, launch: Launch) -> tuple[int, TextIO]:
-    """Has a fork server run the command of `launch` in a fork. Returns the fork's process id, and a file whose next
+    """Asks a fork server to run the command of `launch` in a fork. Returns the fork's process id, and a file whose next
     line will be the fork's exit status.
 
     Starts the fork server that `launch` names, if it does not run. Raises OSError if no server answers.

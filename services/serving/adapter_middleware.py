@@ -1,4 +1,4 @@
-"""Has a request for a LoRA adapter answered with that adapter.
+"""Attaches the LoRA adapter that a request names, so that the engine answers with that adapter.
 
 One vLLM engine serves a base model and the adapters trained on it. The control plane names the adapter of a request in
 two HTTP headers. The middleware in this module attaches that adapter to the engine before the request is answered.

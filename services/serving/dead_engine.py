@@ -1,4 +1,4 @@
-"""Has clients of a replica try again while its vLLM engine is dead.
+"""Makes clients of a replica try again while its vLLM engine is dead.
 
 vLLM answers such requests with status 500. Ray Serve replaces the replica, so the same request soon succeeds.
 """

@@ -201,7 +201,7 @@ class _Slower(Exception):
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """Has the reference model score the encoded data, and returns the data with the scores.
+    """Scores the encoded data with the reference model, and returns the data with the scores.
 
     The model's deployment in vLLM scores if it finishes sooner than the trainer's own forward pass and computes the
     same log-probabilities. Otherwise the trainer scores. If the user chose the deployment and it cannot be used, raises

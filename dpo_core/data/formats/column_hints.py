@@ -81,10 +81,10 @@ def is_media(key: str) -> bool:
 
 
 def holds_answer(key: str, name: str) -> bool:
-    """Whether a column may hold the text of the answer called `name`. Other columns of the row give only the answer's
-    name. `key` is the column's name.
+    """Whether the column called `key` may hold the text of the answer called `name`.
 
-    `response_a` may hold the answer named "A". `answer_1`, or a list `answers`, may hold the answer named "1".
+    Some rows name an answer in one column, such as "A" in `winner`, and have its text in another column. `response_a`
+    may hold the answer named "A". `answer_1`, or a list `answers`, may hold the answer named "1".
     """
     plain = _plain(name)
     names = f"({_NOUN})?s?{re.escape(plain)}" + (f"|({_NOUN})s" if plain.isdecimal() else "")

@@ -335,7 +335,7 @@ FORMATS = (
     ),
     Format(
         "prompt/chosen/rejected conversations",
-        "`prompt`, `chosen`, `rejected` of messages; a text among them is the user's or the assistant's words",
+        "`prompt`, `chosen`, `rejected` as messages; a text as `prompt` is the user's words, else the assistant's",
         "pairs",
         _PAIR_KEYS,
         _answers_a_prompt,

@@ -200,7 +200,7 @@ class _Voice:
 
 
 def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -> Iterator[dict[str, Any]]:
-    """Has the service score the tasks, several in each request, and yields the results in the order of the tasks.
+    """Sends the tasks to the service, several in each request, and yields their scores in the order of the tasks.
 
     Shows the progress.
     """

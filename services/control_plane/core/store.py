@@ -297,7 +297,7 @@ class Store:
 
 
 def _drop_a_standby(context: ExceptionContext) -> None:
-    """Has SQLAlchemy drop all connections of the pool after an error that says that the server is read-only.
+    """Makes SQLAlchemy drop all connections of the pool after an error that says that the server is read-only.
 
     After a failover, such a server is a standby, and another server has replaced it.
     """

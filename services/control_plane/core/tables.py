@@ -196,7 +196,8 @@ class Upload(Owned, Base):
 
 
 def reading_of(row: File | Upload) -> Reading:
-    """Returns the options for reading the rows of the file or upload. Returns the defaults if its row has none."""
+    """Returns the options for reading the data of a file or an upload, which its database row stores; else the
+    defaults."""
     return Reading.model_validate(row.reading or {})
 
 

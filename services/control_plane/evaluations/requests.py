@@ -110,7 +110,7 @@ class EvaluationRow(BaseModel):
 
 
 class Spec(BaseModel):
-    """The description of an evaluation: its kind, models and options, without the rows of a request."""
+    """The description of an evaluation: its kind, models and options. Rows that a request brings are not part of it."""
 
     model_config = ConfigDict(extra="forbid")
     kind: Kind = Field(

@@ -134,7 +134,7 @@ class Work:
             await evaluations.put_off(session, item, self._pause, num_tries=item.num_tries)
 
     async def _retry(self, item: EvaluationItem, error: Exception) -> None:
-        """Has the item fail after an error, or has its stage tried again later.
+        """Marks the item as failed after an error, or plans another try of its stage.
 
         The item fails at once if a model refused the request. After any other error, it fails only after MOST_TRIES
         tries.

@@ -1,4 +1,4 @@
-"""Has models score groups (prompts with their completions), and computes the rewards of the completions from the
+"""Scores groups (prompts with their completions) with models, and computes the rewards of the completions from the
 scores.
 
 A policy and its reference model score a completion with its log-probability, a reward model with its outputs.
@@ -70,8 +70,8 @@ class Scoring:
     async def score_texts(
         self, model: NamedModel, groups: Sequence[Group], meter_of: Callable[[str], Meter], *, today: date | None
     ) -> Scored:
-        """Has the model encode the completions of the groups, and returns its log-probabilities or, for a reward model,
-        its outputs.
+        """Sends the groups (prompts with their completions) as texts to the model, and returns the log-probabilities of
+        the completions or, for a reward model, its outputs.
 
         `today` is the date for chat templates that write the current date into the prompt. `meter_of` returns, for the
         model's id, the meter that counts its tokens.
@@ -81,8 +81,8 @@ class Scoring:
     async def score_tokens(
         self, model: NamedModel, groups: Sequence[TokenGroup], vocabulary: str, meter_of: Callable[[str], Meter]
     ) -> Scored:
-        """Has the model compute log-probabilities of completions that are encoded already, as token ids of
-        `vocabulary`.
+        """Sends the groups as token ids of `vocabulary` to the model, and returns the log-probabilities of their
+        completions.
 
         Raises InvalidRequest if the model has another vocabulary. `meter_of` returns, for the model's id, the meter
         that counts its tokens.

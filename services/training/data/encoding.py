@@ -168,7 +168,7 @@ def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
 
 
 def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
-    """Reports to the user the contents of an encoded file, and its rows that were left out, cut to the limit of tokens,
+    """Reports to the user the contents of an encoded file, and its rows that were left out, cut to the maximum length,
     or held out for validation."""
     contents, config = encoding.report, spec.config
     report(Message(message=f"{purpose} file has {contents.num_groups} {encoding.kind} ({encoding.format} format)."))
@@ -505,7 +505,7 @@ class Model:
 
 @functools.cache
 def load(model_source: str) -> Model:
-    """Returns the tokenizer, the limit of tokens and the end tokens of a model. Each process loads them only once."""
+    """Returns the tokenizer, the maximum length and the end tokens of a model. Each process loads them only once."""
     # The import is here, because it takes eight CPU seconds and the driver does not need it.
     from transformers import AutoConfig
 

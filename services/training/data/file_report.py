@@ -173,7 +173,7 @@ class Tally:
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
         """Counts a group (a prompt with its completions) that is kept, for training or for validation (`held_out`).
 
-        `before` and `after` are the group before and after it was cut to the limit of tokens.
+        `before` and `after` are the group before and after it was cut to the maximum number of tokens.
         """
         self._counts["num_groups"] += 1
         self._counts["num_held_out" if held_out else "num_kept"] += 1

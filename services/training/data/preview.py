@@ -21,7 +21,7 @@ MOST_CHARACTERS = 2000  # most characters of a prompt or completion; a longer te
 
 class Preview(Contract):
     """Shows the first group (a prompt with its completions) of a row as the text that the model sees. If the group is
-    left out, it holds the reason instead.
+    left out of the training data, the preview holds the reason instead of the text.
 
     In training, only the tokens of the completions count in the loss.
     """

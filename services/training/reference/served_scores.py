@@ -1,4 +1,4 @@
-"""Has the reference model score a dataset. A score is the log-probability of a completion, in nats.
+"""Scores a dataset with the reference model. A score is the log-probability of a completion, in nats.
 
 The dataset consists of parts, each a file of encoded groups (prompts with completions). The scores of each part are
 written to one file. A part whose file of scores exists is not scored again. The first half of the module does this with
@@ -65,7 +65,7 @@ ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Ite
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
-    """Has the groups of a dataset scored by the function `score_parts`, and returns the dataset with the files of the
+    """Scores the groups of a dataset with the function `score_parts`, and returns the dataset with the files of the
     scores.
 
     The files are written to the folder `uri`. Parts (files of groups) whose scores are there already are not scored

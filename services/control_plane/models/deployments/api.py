@@ -100,7 +100,7 @@ async def reset(
 
 @router.post("/{model_id:path}/warm", responses=answers(DeploymentDocument))
 async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayApiPart, model_id: str) -> Response:
-    """Has a model loaded, as if a completion were requested from it. Repeat this request until the model is loaded."""
+    """Starts to load a model, as a request for a completion does. Repeat this request until the model is loaded."""
     view = await _look(ray_api)
 
     async def ask(session: AsyncSession) -> dict[str, Any]:
