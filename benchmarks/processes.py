@@ -55,8 +55,8 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[list[Life]]:
-        """Records the processes that name the folder while the `with` block runs. Yields a list, which holds the
-        processes once the block has ended."""
+        """Records the processes that name the recorder's folder, while the `with` block runs. Yields a list that is
+        empty at first, and holds the processes when the block has ended."""
         for seen in (self._lives, self._before, self._libraries, self._strangers):
             seen.clear()
         stopped, lives = Event(), list[Life]()

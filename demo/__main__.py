@@ -61,7 +61,8 @@ GIVEN_RATES = {"supervised": 2e-4, "dpo": 2e-5}  # learning rates for an adapter
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The training files of the two jobs, the prompts that both policies answer, and texts to train a tokenizer on."""
+    """The training files of the demo's two jobs (supervised and DPO), the prompts that both trained policies answer,
+    and texts to train a tokenizer on."""
 
     demonstrations: Path
     pairs: Path
@@ -148,7 +149,8 @@ def shop_rows(shop: Shop, size: Size, folder: Path) -> Rows:
 
 
 def users_rows(file: Path, folder: Path) -> Rows:
-    """Returns the user's file of pairs, demonstrations made of the pairs' chosen answers, and the first prompts.
+    """Returns the rows for a demo on the user's file of preference pairs: the file itself, demonstrations made of its
+    chosen answers, and its first prompts.
 
     The file may have any format that the service reads.
     """
@@ -181,7 +183,8 @@ def train(
 ) -> FineTuningJob:
     """Uploads a file, submits a job, shows the job's progress and returns the ended job.
 
-    Ends the demo if the job does not succeed.
+    `adapter` is the option that says whether the job trains an adapter or all weights. Ends the demo if the job does
+    not succeed.
     """
     with file.open("rb") as rows:
         stored = client.files.create(file=rows, purpose="fine-tune")
@@ -220,7 +223,8 @@ def report_curves(client: OpenAI, console: Console, supervised: FineTuningJob, d
 
 
 def evaluate(client: OpenAI, kind: str, model: str, prompts: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Evaluates a model on prompts, prints the results and returns the evaluation. Ends the demo if it fails."""
+    """Evaluates a model on prompts, prints the results and returns the evaluation. `kind` is the kind of evaluation,
+    such as `compare`, and `options` are further fields of the request. Ends the demo if the evaluation fails."""
     rows = [{"prompt": user_message(prompt)} for prompt in prompts]
     body = {"kind": kind, "model": model, "rows": rows} | options
     created: Any = client.post("/x/evaluations", body=body, cast_to=object)
@@ -232,8 +236,12 @@ def evaluate(client: OpenAI, kind: str, model: str, prompts: Sequence[str], **op
 
 
 def judge(client: OpenAI, console: Console, shop: Shop, prompts: Sequence[str], before: str, after: str) -> bool:
-    """Compares the policy after DPO with the policy before it, by the rule of what people prefer. Returns whether the
-    results reach the demo's marks."""
+    """Compares answers of the policy after DPO (`after`) with those of the policy before DPO (`before`). A courteous
+    answer wins over a curt one.
+
+    Prints which of three marks are reached: enough answers win, few lose, and enough are well-formed, as `shop` judges.
+    Returns whether all are reached.
+    """
     sampling = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
     rule = {"type": "regex", "pattern": IS_COURTEOUS}
     found = evaluate(client, "compare", after, prompts, baseline=before, judge=rule, sampling=sampling)

@@ -12,7 +12,8 @@ Curve = dict[str, list[float]]  # name of a column of the result file -> the col
 
 
 def read_curves(results: str) -> Curve:
-    """Returns the columns of a job's result file, a CSV text with a line per step. Empty cells are left out."""
+    """Returns the columns of a job's result file by name, each as a list of numbers. The file is a CSV text with a line
+    per step; empty cells are left out."""
     curves: Curve = {}
     for row in csv.DictReader(io.StringIO(results)):
         for column, value in row.items():

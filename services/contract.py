@@ -6,7 +6,8 @@ each field is defined once. Times are Unix seconds (float, UTC); URIs are `file:
 
 Sender and receiver may be of different releases, because attempts of the previous release still run while an operator
 installs the next one. A receiver therefore ignores unknown keys, and replaces a report of an unknown type by a message
-to the user. A new field needs a default. If older receivers must not ignore the new field, raise WIRE.
+to the user. A new field needs a default. If older receivers must not ignore the new field, increase the version number
+WIRE.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,13 +43,15 @@ LONGEST_TEXT = 10_000  # most characters of a sentence or name that an attempt r
 
 
 class Contract(BaseModel):
-    """Base class of the models that processes exchange. Instances are frozen, and parsing ignores unknown keys."""
+    """Base class of the data models (Pydantic) that processes exchange. Instances are frozen, and parsing ignores
+    unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class UserInput(Contract):
-    """Base class of the models that users write in requests. Parsing refuses unknown keys."""
+    """Base class of the data models (Pydantic) that describe what users write in requests. Parsing refuses unknown
+    keys."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -175,9 +178,10 @@ class TokensToScore(Contract):
 
 
 class Scored(Contract):
-    """The response to a request that has completions scored (TextsToScore or TokensToScore).
+    """The response to a request to score completions (TextsToScore or TokensToScore).
 
-    It has the token ids of the rows and, for each completion, its log-probability or a reward model's outputs.
+    It has the token ids of the prompts and completions and, for each completion, its log-probability or a reward
+    model's outputs.
     """
 
     groups: list[TokenGroup]
@@ -320,7 +324,8 @@ class JobSpec(Contract):
 class AttemptAddress(Contract):
     """Says where an attempt (one run of a job on Ray) sends its reports.
 
-    These are the first fields of `AttemptSpec`. A driver of any release can read them.
+    These are the first fields of `AttemptSpec`. The attempt's driver (the program that Ray starts) can read them
+    whatever its release is.
     """
 
     # The value 1 is not written: the first release does not know this field and refuses unknown fields.
@@ -382,7 +387,8 @@ class Recipe(Contract):
 
 
 class CheckRequest(Contract):
-    """The input of `services.training.check_program`: the data file and settings to check.
+    """The input of `services.training.check_program`: the data file to check, and the model and options with which a
+    job would read the file (`recipe`).
 
     The program writes its result, a SideJobResult, to `<folder_uri>/report.json`.
     """
@@ -425,7 +431,7 @@ Stage = Literal["downloading", "encoding", "loading reference", "scoring", "trai
 
 
 class Progress(Contract):
-    """A report of an attempt (one run of a job): how far a stage has come.
+    """A report of an attempt (one run of a job): how far the current stage, such as downloading or training, has come.
 
     `done` and `total` are bytes while files are downloaded, and rows while they are encoded or scored. The stage
     `loading reference` has no count.
@@ -438,10 +444,10 @@ class Progress(Contract):
 
 
 class ReferenceWanted(Contract):
-    """A report of an attempt (one run of a job): from now on, it needs the deployment of its reference model.
+    """A report of an attempt (one run of a job): from now on, the attempt needs the deployment of its reference model.
 
     The attempt waits until the deployment is loaded. `app_name` is the deployment's name, as the attempt's spec gives
-    it: the control plane's settings may have changed since.
+    it: the control plane's settings may have changed since the spec was written.
     """
 
     kind: Literal["reference wanted"] = "reference wanted"
@@ -449,7 +455,7 @@ class ReferenceWanted(Contract):
 
 
 class ReferenceReleased(Contract):
-    """A report of an attempt (one run of a job): it no longer needs the deployment of its reference model."""
+    """A report of an attempt (one run of a job): the attempt no longer needs the deployment of its reference model."""
 
     kind: Literal["reference released"] = "reference released"
 
@@ -535,7 +541,7 @@ class Alive(Contract):
 class SideJobResult(Contract):
     """The result of a program that ran as a Ray job beside training (a check of a file, or a merge of an adapter).
 
-    The program writes this result to the folder of its request. Either `report` or `error` is set.
+    The program writes this result to the folder that its request names. Either `report` or `error` is set.
     """
 
     finished_at: float
@@ -546,9 +552,10 @@ class SideJobResult(Contract):
 
 
 def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
-    """Parses a report with `read`, and returns a Message instead if this release cannot parse the report.
+    """Parses a report from training with `read`, and returns a Message to the user instead if this release cannot parse
+    the report.
 
-    So a report of a newer release does not stop the reading of later reports.
+    A report of a newer release therefore does not stop the reading of the reports that follow it.
     """
     try:
         return read(value)
@@ -590,7 +597,7 @@ Report = Annotated[
 
 
 class JobEvent(Contract):
-    """A report of an attempt (one run of a job), with its number in the attempt.
+    """A report of an attempt (one run of a job), with the report's number in the attempt (`seq`).
 
     Job, attempt and `seq` together identify an event, so a receiver recognizes an event that is sent twice.
     """
@@ -601,8 +608,8 @@ class JobEvent(Contract):
 
 
 class EventBatch(Contract):
-    """A list of events: the content of a file of the spool (the attempt's reports in storage), or of a post to
-    `events_url`.
+    """A list of events (numbered reports) of an attempt, which is one run of a job. Attempts post lists to
+    `events_url`, and write them to the files of their spool (their reports in storage).
 
     A post without events is a heartbeat.
     """
@@ -614,7 +621,8 @@ Desired = Literal["run", "pause", "cancel"]
 
 
 def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
-    """Parses the value of `desired` with `read`, and returns "run" instead if this release does not know the value."""
+    """Parses the state that the user wants for a job (the field `desired`) with `read`. Returns "run" if this release
+    does not know the state."""
     try:
         return read(value)
     except ValidationError:

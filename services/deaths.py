@@ -32,8 +32,8 @@ def cause_in(text: str) -> str | None:
 
 
 def killer_in(text: str) -> str | None:
-    """Returns how Ray, or the loss of a node, ended processes according to `text`, or None if `text` reports no such
-    end."""
+    """Returns the sentence part that says how processes ended, if `text` reports that Ray or the loss of a node ended
+    them. Returns None if `text` reports nothing of this kind."""
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
         held = [float(gigabytes) for gigabytes in HELD.findall(text)]

@@ -56,7 +56,8 @@ def _as_range(value: object) -> object:
 
 
 class EngineSettings(BaseModel):
-    """Holds the settings that a model's replicas and their vLLM engines get unchanged."""
+    """Holds the settings of a deployment (how a model is served) that the model's replicas and vLLM engines need to
+    know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     replicas: Annotated[Replicas, BeforeValidator(_as_range)] = Replicas()
@@ -71,7 +72,8 @@ class EngineSettings(BaseModel):
 
 
 class DeploymentSettings(EngineSettings):
-    """Holds all settings of a model's deployment: those of its engine, and those that the control plane uses."""
+    """Holds all settings of a model's deployment: those of its engine, and those from which the control plane decides
+    when and how to load the model."""
 
     mode: Mode = "auto"  # of an adapter: attached to its base's engine if it can be (auto), or merged into its base
     pinned: bool = False  # whether the model is loaded without a request, and never evicted

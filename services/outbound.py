@@ -64,9 +64,10 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 
 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if the host of `url` is a private IP address, in any notation, and no prefix names the host.
+    """Raises InvalidUri if the host of `url` is a private IP address, in any notation, and no URL in `prefixes` names
+    this host. The message names `setting`, the setting that lists the prefixes.
 
-    A host that is a name is accepted without asking a name server.
+    A host that is a name, not an address, is accepted without asking a name server.
     """
     split = urlsplit(url)
     host, port = split.hostname or "", split.port or PORTS[split.scheme]
@@ -132,7 +133,8 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
 def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str) -> list[str]:
     """Resolves the request's host, and returns the host's IP addresses.
 
-    Raises InvalidUri if an address is private, unless `named` contains the request's host and port.
+    Raises InvalidUri if an address is private, unless `named` contains the request's host and port. The message names
+    `setting`, the setting that can allow the host.
     """
     host, port = request.url.raw_host.decode(), request.url.port or PORTS[request.url.scheme]
     addresses = _resolve(host, port)

@@ -14,7 +14,8 @@ from services.contract import EventBatch
 
 
 class DamagedSegment(ValueError):
-    """Raised if a file of the spool (an attempt's reports in storage) does not match its sha256 or cannot be parsed."""
+    """Raised if a file of a spool (the reports of an attempt, one run of a job) does not match its sha256 or cannot be
+    parsed."""
 
 
 def folder(run_uri: str, attempt: int) -> str:
@@ -26,15 +27,15 @@ def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
 
 
 def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
-    """Returns the files of an attempt's spool (its reports in storage), in order: the number of each file's first
-    report, and the file's URI."""
+    """Returns the files in which an attempt (one run of a job) stored its reports, in order: for each file, the number
+    of its first report, and its URI. `run_uri` is the job's folder."""
     names = storage.list_files(folder(run_uri, attempt))
     firsts = [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
     return [(first, segment_uri(run_uri, attempt, first)) for first in sorted(firsts)]
 
 
 def write(uri: str, body: bytes) -> None:
-    """Writes a file of an attempt's spool (its reports in storage), with the file's sha256.
+    """Writes a file of a spool (the reports of an attempt, one run of a job, in storage), with the file's sha256.
 
     `body` holds the reports: an EventBatch as JSON without line feeds.
     """
@@ -42,7 +43,7 @@ def write(uri: str, body: bytes) -> None:
 
 
 def read_body(uri: str) -> bytes:
-    """Returns the content of one file of an attempt's spool (its reports in storage): an EventBatch as JSON.
+    """Returns the content of one file of a spool (the reports of an attempt, one run of a job): an EventBatch as JSON.
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if its content does not match its sha256.
     """
@@ -53,7 +54,8 @@ def read_body(uri: str) -> bytes:
 
 
 def read(uri: str) -> EventBatch:
-    """Returns the reports in one file of an attempt's spool (its reports in storage).
+    """Returns the reports in one file of a spool. The spool is an attempt's reports in storage; an attempt is one run
+    of a job.
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if the file does not match its sha256 or cannot
     be parsed.

@@ -194,9 +194,9 @@ def publish(folder: Path, uri: str) -> None:
 def fetch(uri: str, cache: Path | None = None) -> Path:
     """Returns a local path with the content of the file or folder at `uri`.
 
-    Remote content is downloaded once, to the folder `cache`. A local `uri` is returned as a path and not copied, and a
-    hub id is returned unchanged. The content at a remote `uri` must not change after the first download, because the
-    copy in the cache is named by the URI alone.
+    Remote content is downloaded once, to the folder `cache`. A local `uri` is returned as a path and not copied. The id
+    of a model on the Hugging Face hub is returned unchanged. The content at a remote `uri` must not change after the
+    first download, because the copy in the cache is named by the URI alone.
     """
     if "://" not in uri:
         return Path(uri)

@@ -26,10 +26,10 @@ def is_on() -> bool:
 
 @contextmanager
 def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
-    """Runs the block in a new span and yields the span, or yields None while tracing is off.
+    """Runs the `with` block in a new span and yields the span, or yields None while tracing is off.
 
-    The new span is a child of the span with the traceparent `parent`, or, if `parent` is None, of the span that is
-    open.
+    The new span is a child of the span with the traceparent `parent`. If `parent` is None, it is a child of the span
+    that is open.
     """
     if not is_on():
         yield None
@@ -53,8 +53,8 @@ def current() -> str | None:
 
 
 def child(parent: str, key: str) -> str:
-    """Returns the W3C traceparent for a child of the span with the traceparent `parent`. Equal arguments always give
-    the same result."""
+    """Returns the W3C traceparent for a child of the span with the traceparent `parent`. `key` is a text that
+    identifies the child. Equal arguments always give the same result."""
     version, trace_id, _, flags = parent.split("-")
     return "-".join([version, trace_id, hashlib.sha256(key.encode()).hexdigest()[:16], flags])
 

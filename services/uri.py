@@ -24,22 +24,23 @@ class InvalidUri(ValueError):
 
 
 class _Place(NamedTuple):
-    """Holds a URI or a prefix in a normalized form, in which the two can be compared."""
+    """Holds a user's URI, or a URI prefix of the settings, in a normalized form in which the two can be compared."""
 
     path: str  # begins with the scheme and host
     options: list[tuple[str, str]]  # options of Arrow's filesystem in the query, such as endpoint_override
 
 
 def check_prefix(prefix: str) -> str:
-    """Returns `prefix` unchanged. Raises InvalidUri if the prefix is not valid."""
+    """Returns the URI prefix `prefix`, which a setting lists. Raises InvalidUri if the prefix is not valid."""
     _place(prefix)
     return prefix
 
 
 def admitted(uri: str, prefixes: Sequence[str]) -> str:
-    """Returns `uri` if a prefix admits the URI, else raises InvalidUri.
+    """Returns `uri` if the URI lies under one of `prefixes` and has a valid form; else raises InvalidUri.
 
-    The URI may name one file or all files of a folder. In a `file://` URI, `..` and symlinks are resolved.
+    The URI may name one file or all files of a folder. In a `file://` URI, `..` and symlinks are resolved in the
+    result.
     """
     check(uri, prefixes)
     split = urlsplit(uri)
@@ -56,7 +57,8 @@ def admitted(uri: str, prefixes: Sequence[str]) -> str:
 
 
 def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if no prefix admits `uri`. The message names `setting`, the setting that lists the prefixes."""
+    """Raises InvalidUri if `uri` lies under none of `prefixes`. The message names `setting`, the setting that lists the
+    prefixes."""
     place = _place(uri)
     if not any(_is_under(place, _place(prefix)) for prefix in prefixes):
         listed = f"allows {', '.join(prefixes)}" if prefixes else "allows none"

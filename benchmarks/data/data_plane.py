@@ -2,12 +2,12 @@
 
     python benchmarks/data/data_plane.py --rows 10000 100000 1000000 --json results.json
 
-Random pairs of about 1 KB go through these stages of a job, each number of rows in its own process. Memory must not
-grow with the number of rows.
+Random preference pairs of about 1 KB go through these stages of a job, each number of rows in its own process. Memory
+must not grow with the number of rows.
 
     survey      checking the file, as at an upload
-    encode      `preparation.prepare` without scores of a reference: hashes the file, and has Ray tasks encode pieces
-                of the file and write them as Parquet
+    encode      `preparation.prepare` for an objective without a reference model: hashes the file, and starts Ray tasks
+                that encode pieces of the file and write them as Parquet
     cache       preparing a second job with the same file
     streamed    reading the first batch of a job while the remaining rows are still being encoded
     epoch       reading the batches of an epoch, from the start and from the middle, without training on them

@@ -69,7 +69,8 @@ def _survey(file: Path) -> Any:
 
 
 def _spec(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Returns the settings of a job's first attempt (run), as the control plane would give them to the driver.
+    """Returns the settings of a job's first attempt (its first run on Ray), as the control plane would give them to the
+    driver, the attempt's main program.
 
     The job's objective needs no reference model, so that no rows are scored.
     """
@@ -96,7 +97,8 @@ def _config(**fields: Any) -> Any:
 
 
 def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Prepares the data of the job `job` in Ray tasks, as a job's driver does, and returns the encoded dataset.
+    """Prepares the data of the job `job` in Ray tasks, as the main program of a real job does, and returns the encoded
+    dataset.
 
     A second job with the same file finds the dataset in the cache.
     """
@@ -106,8 +108,8 @@ def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 
 def _stream(file: Path, model: Path, folder: Path) -> Figures:
-    """Encodes a file and reads the first batch as soon as it is ready. Returns the seconds until the first batch was
-    read."""
+    """Encodes a file, and reads the first batch of training as soon as its rows are encoded. Returns the seconds from
+    the start until the batch was read."""
     from services.training.data.row_order import global_batches
     from services.training.preparation import prepare
 

@@ -1,4 +1,5 @@
-"""Measures the time from a job's submission to its first training step, and from its end to its policy's first answer.
+"""Measures the time from a job's submission to its first training step, and from the job's end to its policy's first
+answer.
 
     python -m benchmarks.service.first_step --rows 64 --jobs 2 --picture first-step.png
 

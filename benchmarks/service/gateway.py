@@ -1,12 +1,13 @@
-"""Measures what the control plane costs streamed answers. The same streams are asked of the engine directly and through
-the control plane, in turn.
+"""Measures what the control plane costs streamed answers: clients ask the engine for the same streams directly and
+through the control plane, in turn.
 
     python -m benchmarks.service.gateway --streams 32 --per-second 50
 
 The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`, the
 engine is vLLM on the CPU with a small random model, in a complete service; then both ways lead through Ray Serve's
-proxy. In each round, first one way and then the other, every stream's client asks a few times, each time as soon as the
-last answer is over. The clients begin one after the other, spread over the time of an answer.
+proxy. A round uses one way (directly or through the control plane), and the ways take turns. In a round, each client
+asks a few times, each time as soon as its last answer is over. The clients begin one after the other, spread over the
+time of an answer.
 """
 
 import argparse
@@ -154,7 +155,7 @@ class Way:
         self.cpu_seconds = 0.0  # of the control plane
 
     def rates(self) -> list[float]:
-        """Returns, for each round, the median over the streams of tokens per second."""
+        """Returns a number for each round: the median of the streams' speeds, in tokens per second."""
         return [median(stream.tokens / stream.seconds for stream in each) for each in self.rounds]
 
     def first(self) -> float:
@@ -172,7 +173,8 @@ async def ask_all(way: Way, options: argparse.Namespace) -> list[Stream]:
 
 
 async def ask(way: Way, tokens: int) -> Stream:
-    """Sends one request, and reads the streamed bytes as they come. Uses as little CPU as possible."""
+    """Sends one request by `way` for an answer of `tokens` tokens, reads the streamed bytes as they come, and returns
+    what was measured. Uses as little CPU as possible."""
     reader, writer = await asyncio.open_connection(way.host, way.port)
     body = json.dumps(BODY | {"max_tokens": tokens}).encode()
     head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {way.key}\r\nConnection: close\r\n"

@@ -1,10 +1,11 @@
-"""Measures whether the jobs that a service ran in the past slow it down.
+"""Measures whether the jobs that a service ran in the past slow the service down.
 
     python -m benchmarks.service.history --ended 1000000 --paused 3000
 
-The regular look at all jobs, the admission of a job, a list, a project's usage and an answer to Prometheus are timed.
-The database first holds only the paused jobs, then the ended jobs as well, each with an attempt and an event. One
-project owns all of them; it has limits of queued jobs and accelerator hours. A stand-in replaces Ray.
+Timed are the control plane's regular look at all jobs, the admission of a job, a list of jobs, a project's usage, and
+an answer to Prometheus. The database first holds only the paused jobs, then the ended jobs as well, each with an
+attempt (a run on Ray) and an event. One project owns all of them; it has limits of queued jobs and accelerator hours. A
+stand-in replaces Ray.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def main() -> None:
 
 
 async def prepare_project(settings: Settings) -> None:
-    """Gives the project that owns all jobs high limits of queued jobs and accelerator hours."""
+    """Gives the project that owns all jobs limits of queued jobs and accelerator hours that are too high to refuse a
+    job."""
     store = Store(settings.database_url)
     async with store.begin() as session:
         await session.execute(update(Project).values(max_queued_jobs=10**8, max_accelerator_hours=10**8))
@@ -97,8 +99,8 @@ async def prepare_project(settings: Settings) -> None:
 
 
 def fill(settings: Settings, name: str, number: int, *, desired: str, observed: str) -> None:
-    """Writes `number` jobs into the database, with ids that begin with `name`, and an attempt and an event of each
-    job."""
+    """Writes `number` jobs into the database, with ids that begin with `name`, and an attempt (a run) and an event of
+    each job. `desired` is the state that the user wants for the jobs, `observed` the state that they are in."""
     values = {"name": name, "number": number, "desired": desired, "observed": observed, "spec": SPEC}
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         for statement in (JOBS, ATTEMPTS, EVENTS):
@@ -107,8 +109,8 @@ def fill(settings: Settings, name: str, number: int, *, desired: str, observed: 
 
 
 async def measure(settings: Settings, times: int) -> dict[str, list[float]]:
-    """Does each kind of the control plane's work `times` times. Returns the seconds that each time took, by the kind of
-    work."""
+    """Does each kind of work that the benchmark measures, such as the admission of a job, `times` times. Returns the
+    seconds that each time took, by the kind of work."""
     store = Store(settings.database_url)
     ray_api = RayApi(settings, store.instance)
     reconciler = Reconciler(store, ray_api, settings, holder="benchmark")

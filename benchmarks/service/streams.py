@@ -149,7 +149,8 @@ def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key
 
 
 class Reader(asyncio.Protocol):
-    """Reads one event stream, and counts the events that are out of order, lost or repeated (events have numbers)."""
+    """Reads one event stream, and compares the events' numbers with their order, to count events that are out of order,
+    lost or repeated."""
 
     latencies: list[float] = []  # noqa: RUF012
 

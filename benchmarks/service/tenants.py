@@ -217,7 +217,8 @@ def work(url: str, projects: list[tuple[str, str, str]], seconds: float) -> Seen
 
 
 async def use(url: str, key: str, file: str, seen: Seen) -> None:
-    """Submits a job of one project every SUBMIT_SECONDS, and asks for the job's status in between."""
+    """Submits a job of one project every SUBMIT_SECONDS, and asks for the job's status in between. Adds the waiting
+    times, HTTP statuses and jobs to `seen`."""
     async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
 
         async def ask(name: str, method: str, path: str, **options: Any) -> httpx.Response:
@@ -255,7 +256,7 @@ def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str, atta
 
 
 class Hostile:
-    """Sends the requests of the hostile project, which tries to slow down the others."""
+    """Sends the requests of the hostile project, which tries to slow down the other projects of the service."""
 
     def __init__(self, url: str, key: str, file: str, receiver_url: str) -> None:
         self._url, self._file, self._receiver_url = url, file, receiver_url

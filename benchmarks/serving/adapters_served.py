@@ -4,9 +4,10 @@ first answer, and memory.
     python benchmarks/serving/adapters_served.py --adapters 40
 
 The base is a Llama with random weights, and each adapter has random weights of its own. The engine attaches all of them
-one after the other, each at its first request; then all are asked again. Each answer's log-probability is compared with
-that of PEFT on the same weights. The times are those of whole HTTP requests for one token at Ray Serve's proxy. Memory
-is the proportional set size (PSS) of the replica and of its engine's processes. The benchmark runs on CPUs.
+one after the other, each at the adapter's first request; then each adapter is asked a second time. Each answer's
+log-probability is compared with that of PEFT on the same weights. The times are those of whole HTTP requests for one
+token at Ray Serve's proxy. Memory is the proportional set size (PSS) of the replica and of its engine's processes. The
+benchmark runs on CPUs.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def _make_adapters(base: Path, args: argparse.Namespace) -> Iterator[Path]:
 
 @torch.inference_mode()
 def _forward(folder: Path) -> float:
-    """Returns the log-probability of the likeliest next token after the prompt, computed by PEFT with the adapter in
+    """Returns the log-probability of the likeliest token after the prompt PROMPT, computed by PEFT with the adapter in
     `folder`."""
     logits = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor([PROMPT])).logits
     return float(logits[0, -1].log_softmax(-1).max())
@@ -137,7 +138,8 @@ def _ask_all(url: str, folders: list[Path]) -> tuple[list[float], list[float]]:
 
 
 def ask(url: str, folder: Path | None) -> float:
-    """Returns the log-probability of the likeliest next token after the prompt, as the engine computes it.
+    """Asks the engine for the token that follows the prompt PROMPT, and returns the log-probability of the likeliest
+    token.
 
     The engine computes with the adapter in `folder`, or with the base model alone if `folder` is None.
     """

@@ -72,7 +72,8 @@ def run_served(args: Namespace) -> Figures:
 
 
 def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]) -> Figures:
-    """Scores the rows with one call of vLLM's `LLM.generate`, and returns the speed and memory.
+    """Scores the rows with one call of vLLM's `LLM.generate`, and returns the speed and memory. `engine` holds options
+    of `LLM`, `answers` options of its `SamplingParams`.
 
     The time excludes reading the rows and adding up the log-probabilities of tokens.
     """

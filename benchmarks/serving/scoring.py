@@ -4,11 +4,12 @@
 
 Both score the same pairs of random token ids with the same weights: a Llama with 11M random weights, unless `--model`
 names a folder. Each column of the table is measured in its own process, which loads an engine, warms the engine up with
-sixteen rows, scores all rows once and stops the engine. The columns run in order, in the next repetition in reverse
-order. The figures are medians and exclude loading. The time of raydpo includes reading the rows from Parquet, calls
-through the application's handle, and writing the sums; the time of vLLM is that of `generate` alone. With `--longest`,
-every row is one token shorter than the model's limit, because `generate` must generate a token. Peak memory is that of
-the replica's process, or of the offline process, with its engine. The benchmark runs on CPUs.
+sixteen rows, scores all rows once and stops the engine. A repetition measures all columns one after the other, every
+second repetition in reverse order. The figures are medians and exclude loading. The time of raydpo includes reading the
+rows from Parquet, calls through the application's handle, and writing the sums; the time of vLLM is that of `generate`
+alone. With `--longest`, every row is one token shorter than the model's limit, because `generate` must generate a
+token. Peak memory is that of the replica's process, or of the offline process, with its engine. The benchmark runs on
+CPUs.
 """
 
 import argparse
@@ -108,9 +109,10 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _groups(num_rows: int, mean_length: int, limit: int, vocabulary: int, *, spread: float) -> list[EncodedGroup]:
-    """Returns groups (a prompt and two completions each) of random token ids with log-normal lengths.
+    """Returns groups (a prompt and two completions each) of random token ids, of a vocabulary of `vocabulary` ids.
 
-    The prompt has three fifths of the tokens of a row, which is the prompt with one completion.
+    A row is a prompt with one completion; three fifths of its tokens are the prompt's. Rows have log-normal lengths,
+    `mean_length` tokens on average and at most `limit`; `spread` is the standard deviation of the logarithm.
     """
     rng = random.Random(0)
 

@@ -49,7 +49,7 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
     """Trains with dpo_core, and returns the figures (seconds, memory and others) of the training. `without` names a
-    part of dpo_core to leave out, see ABLATIONS."""
+    part of dpo_core to leave out (ABLATIONS lists the parts); None leaves out nothing."""
     from dpo_core import (
         Lora,
         Optim,

@@ -142,9 +142,10 @@ def _run(arguments: list[str], seconds: float) -> Found:
 
 
 def _race_all(args: argparse.Namespace, started: float) -> dict[str, dict[str, Found]]:
-    """Runs every comparison with TRL. Returns the figures by the name of the comparison and of the table's column.
+    """Runs every comparison with TRL. Returns the figures by the name of the comparison, and then by the way of
+    training (a column of the table).
 
-    Each column may take an equal share of the time that is left, and making a model may take two shares.
+    Each way of training may take an equal share of the time that is left, and making a model may take two shares.
     """
     races = RACES[args.size]
     parts_left = sum(2 + len(race.columns) for race in races.values())
@@ -235,9 +236,9 @@ def tests(args: argparse.Namespace) -> Found:
 
 def parity(args: argparse.Namespace) -> Found:
     """Compares the log-probabilities of forward passes in which completions share prompts with those of plain forward
-    passes. Returns the errors of each family of models.
+    passes (each completion alone). Returns the errors of each family of models.
 
-    The models are small, but their attention heads are as wide as those of models in use.
+    The models are small, but their attention heads are as wide as those of models that people use.
     """
     errors = {family: _errors(config, args.device) for family, config in _families(args.size).items()}
     told = "; ".join(f"{family}: {ours:.1e}, plain {plain:.1e}" for family, (ours, plain) in errors.items())
@@ -261,10 +262,10 @@ def _families(size: str) -> dict[str, Any]:
 
 
 def _errors(config: Any, device: str) -> tuple[float, float]:
-    """Returns two relative errors in bfloat16: of a forward pass in which completions share prompts, and of plain
-    forward passes.
+    """Computes log-probabilities in bfloat16 in two ways: in a forward pass in which completions share prompts, and in
+    plain forward passes (each completion alone). Returns the relative error of each.
 
-    Both are compared with the log-probabilities of plain forward passes in float32.
+    Exact values are the log-probabilities of plain forward passes in float32.
     """
     from transformers import AutoModelForCausalLM
 

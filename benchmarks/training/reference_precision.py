@@ -96,8 +96,8 @@ def _run(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, dict[st
 
 
 def _base(shop: Shop, folder: Path, seed: int) -> Path:
-    """Makes a base model in `folder` and trains it on the shop's demonstrations. Returns the folder of the trained
-    model."""
+    """Makes a base model in `folder` and trains it on demonstrations (prompts with answers) that `shop` makes. Returns
+    the folder of the trained model."""
     rows = list(shop.demonstrations(6000))
     make_base_model(folder / "random", [f"{p} {a}" for p, a in rows], hidden_size=128, num_layers=3, seed=seed)
     tokenizer, policy = load_tokenizer(folder / "random"), load_policy(folder / "random")

@@ -1,13 +1,13 @@
-"""Measures the memory of ranks (training processes) that split a model's weights, also while they load, and compares it
-with each rank's share of the weights.
+"""Measures the memory of ranks (training processes) that split a model's weights, while they load and while they train,
+and compares it with each rank's share of the weights.
 
     python benchmarks/training/sharded_memory.py --ranks 1 2 4
 
 The model is a Llama with 50M random weights, in bfloat16 on disk and trained in float32. *loading* reads the weights,
 *training* also takes two small steps, without a checkpoint. A figure is the largest of any rank, minus the rank's
 memory after it had trained a small model in the same way. Pages of the mapped safetensors file count only in *with
-file*, the kernel's VmHWM: they are the page cache of the machine, shared by all ranks, and go as soon as the weights
-are read. `--whole` also measures ranks that load the whole model and then split it.
+file*, the kernel's VmHWM: they are in the machine's page cache, which all ranks share, and are freed as soon as the
+weights are read. `--whole` also measures ranks that load the whole model and then split it.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def measure(home: Path, ranks: int, how: str) -> dict[str, Any]:
-    """Measures `ranks` processes that split a model's weights. Returns a row of the table: their peak memory in bytes,
-    and the sizes of which the peak consists.
+    """Measures the peak memory of `ranks` processes that split a model's weights. Returns a row of the table: the peaks
+    in bytes, and sizes to compare them with, such as a process's share of the weights.
 
     `how` says what each process reads: its own part of the weights ("parts") or all weights ("whole").
     """
@@ -93,11 +93,11 @@ def _sizes(folder: Path) -> tuple[int, int, int]:
 
 
 def _in_its_own_process(home: Path, ranks: int, how: str) -> list[int]:
-    """Measures the memory of `ranks` processes in a new process. Returns four peaks in bytes, each the largest of any
-    rank.
+    """Starts a new process that measures the memory of `ranks` processes. Returns four peaks in bytes, each the largest
+    of any rank (training process).
 
-    The first two are from loading the weights, the other two from training. The first of each two is without pages of
-    mapped files, the second with them.
+    The first two peaks are from loading the weights: without and with the pages of mapped files. The other two are from
+    training: without and with these pages.
     """
     # With these settings large blocks are returned to the system at once, so that what is free does not count.
     settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}

@@ -3,11 +3,11 @@
     python benchmarks/training/vs_trl.py --pairs 64 --batch-size 8 --repeats 3 --json results.json
 
 The benchmark needs torch, transformers, datasets and trl. If Ray is installed, raydpo also trains in a Ray Train
-worker. Each column of the table is measured in its own process. The columns run in order, in the next repetition in
-reverse order; the figures are medians. `reference_seconds` is the time of scoring with the reference model, if scoring
-is a separate phase, and `train_seconds` the time of the training steps; neither includes loading. Memory is the
-process's peak: VmHWM, or the memory that CUDA allocated. With `--kind ranked` a row has four completions, and TRL
-trains on the row's six pairs.
+worker. Each column of the table is one way of training, measured in its own process. A repetition measures all columns
+one after the other, every second repetition in reverse order; the figures are medians. `reference_seconds` is the time
+of scoring with the reference model, if scoring is a separate phase, and `train_seconds` the time of the training steps;
+neither includes loading. Memory is the process's peak: VmHWM, or the memory that CUDA allocated. With `--kind ranked` a
+row has four completions, and TRL trains on the row's six pairs.
 """
 
 import argparse

@@ -308,11 +308,11 @@ def _common(asked: str, dialogues: Sequence[str]) -> str:
 
 
 def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
-    """Returns an error for the first part of the group that the template leaves out; None if the template writes
-    everything.
+    """Returns an error for the first part of `group` (a prompt with its completions) that is missing from `written`, or
+    None if nothing is missing. `written` has the texts that the tokenizer's chat template made of the group.
 
-    The template may leave out the thoughts (the reasoning) of answers in the prompt, as it also does when the policy is
-    served.
+    Thoughts (the reasoning) in answers that belong to the prompt may be missing, because the template leaves them out
+    when the policy is served, too.
     """
     prompt = cast(list[Message], group.prompt)
     unread = group.tools and "tools" not in variables(tokenizer.get_chat_template(None, group.tools))

@@ -32,9 +32,11 @@ def choose_pack(
     a pack, whether the backward pass recomputes layers, and the number of tokens that fit into memory.
 
     `budget` is the memory in bytes that a pack may take; None means that it is unknown. Autograd keeps `kept` bytes for
-    each token, or `borders` bytes if layers are recomputed. `given` is the user's number of tokens, and `wanted` the
-    user's option (on, off or auto) to recompute. Otherwise the number is a power of two from `least` to `most`, so that
-    a little more or less free memory does not change it.
+    each token, or `borders` bytes if layers are recomputed. `given` is the number of tokens that the user set for a
+    pack, or None. `wanted` is the user's option to recompute layers: on, off or auto.
+
+    If `given` is None, a pack has at least `least` and at most `most` tokens. In this range, the number is rounded down
+    to a power of two, so that a little more or less free memory does not change the number.
     """
     recompute = budget is not None and budget // kept < (given or least)
     choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and recompute) else "off"

@@ -66,8 +66,9 @@ def default_home() -> Path:
 def connect(url: str | None, key_file: Path | None) -> "OpenAI":
     """Returns a client of the service's API.
 
-    The options `url` and `key_file` come before the variables RAYDPO_URL and RAYDPO_API_KEY. If neither is given, files
-    in the service's home folder have the URL and the key. Exits with an error if there is no key.
+    The options `url` and `key_file` take precedence over the variables RAYDPO_URL and RAYDPO_API_KEY. If neither the
+    option nor the variable is given, a file in the service's home folder has the value. Exits with an error if there is
+    no key.
     """
     from openai import OpenAI
 

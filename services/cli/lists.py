@@ -24,7 +24,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with every fiel
 def show_list(
     client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool, query: Mapping[str, str] | None = None
 ) -> None:
-    """Requests a list at the API's `path`, and prints its first `limit` items, with a note if there are more."""
+    """Requests the list at the API's `path`, and prints its first `limit` items as a table with `columns`, or as JSON.
+    Says so if the list has more items."""
     found = list(islice(_items(client, path, limit + 1, query or {}), limit + 1))
     if len(found) > limit:
         err.print(f"The list has more items than --limit {limit}; raise --limit to show more.")
@@ -41,7 +42,8 @@ def print_items(items: Sequence[Item], columns: Columns, as_json: bool) -> None:
 def list_command(
     app: typer.Typer, path: str, what: str, columns: Columns, *, name: str = "list"
 ) -> Callable[..., None]:
-    """Adds a command to `app` that lists the items at the API's `path`. `what` is the command's help text."""
+    """Adds a command to `app` that lists the items at the API's `path` as a table with `columns`, or as JSON. `what` is
+    the command's help text."""
 
     def list_items(client: "OpenAI", limit: Limit = 20, as_json: AsJson = False) -> None:
         show_list(client, path, columns, limit, as_json)

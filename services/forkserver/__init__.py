@@ -19,13 +19,13 @@ JOB_VARIABLE = "RAY_JOB_ID"
 
 
 def launcher_of(path: str) -> str:
-    """Returns the path of the program that Ray starts in place of Python, and that asks the server at `path` for a
-    fork."""
+    """Returns the path of the program that Ray starts in place of Python, and that asks the fork server at the socket
+    `path` for a fork."""
     return f"{path}.python"
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process `pid` exists and has not ended. A zombie has ended."""
+    """Whether the process `pid` exists and has not ended. A zombie counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

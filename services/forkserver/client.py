@@ -1,8 +1,8 @@
 """Runs a Python command in a fork of the fork server, a process that has done many imports in advance.
 
-Usage: `python -m services.forkserver.client [--wait] <script | -m module> …`. Ray's workers, and processes that a
-worker spawns with `multiprocessing`, run in forks of their Ray job's server. A command with `--wait` runs in a fork,
-too. The client runs every other command itself.
+Usage: `python -m services.forkserver.client [--wait] <script | -m module> …`. Three kinds of commands run in a fork:
+Ray's workers, processes that a worker spawns with `multiprocessing`, and commands with `--wait`. The first two use the
+fork server of their Ray job. The client itself runs every other command.
 
 For spawned processes and commands with `--wait`, the client waits for the end of the fork: it forwards SIGTERM and
 SIGINT, and ends with the fork's exit status. If the client is killed, the server kills the fork. For a worker, the
@@ -118,8 +118,8 @@ def _inherited() -> list[int]:
 
 
 def _request_fork(path: str, launch: Launch, descriptors: Sequence[int]) -> tuple[int, TextIO]:
-    """Asks the fork server at the socket `path` for a fork. Returns the fork's process id and the file from which the
-    server's further answers can be read.
+    """Asks the fork server at the socket `path` for a fork that runs the command of `launch` and gets the open files
+    `descriptors`. Returns the fork's process id, and the file from which the server's further answers can be read.
 
     Raises OSError if the server does not answer.
     """
@@ -144,7 +144,8 @@ def _read_pid(answers: TextIO) -> int:
 
 
 def _send(path: str, request: dict[str, Any], descriptors: Sequence[int] = ()) -> TextIO:
-    """Sends a request to the server at `path`. Returns the file from which the server's answers can be read."""
+    """Sends a request and the open files `descriptors` to the fork server at the socket `path`. Returns the file from
+    which the server's answers can be read."""
     body = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
@@ -154,9 +155,11 @@ def _send(path: str, request: dict[str, Any], descriptors: Sequence[int] = ()) -
 
 
 def prepare_drivers(path: str) -> None:
-    """Starts the drivers' fork server, which imports the modules of drivers. Returns before the imports are done.
+    """Starts the fork server of the drivers (the main programs of training jobs), which imports the modules that
+    drivers need. Returns before the imports are done.
 
-    Raises OSError if the first server, at `path`, does not answer.
+    The node's first fork server, which listens at `path`, starts the new one. Raises OSError if the first server does
+    not answer.
     """
     _send(path, _server_request(path, DRIVER, DRIVERS_IMPORT))
 
@@ -164,8 +167,9 @@ def prepare_drivers(path: str) -> None:
 def _start_server(path: str, name: str, modules: Sequence[str], idle_seconds: float | None = None) -> None:
     """Starts the fork server `name` at the socket `<path>.<name>`, as a fork of the server that listens at `path`.
 
-    Does not start a second server if one of this name runs. Returns when the server listens; it answers requests after
-    it has imported `modules`. Raises OSError if the first server does not answer or the new one does not listen.
+    Does not start a second server if a server of this name runs. Returns when the server listens; it answers requests
+    after it has imported `modules`. The server ends `idle_seconds` after its last fork has ended, or not at all if
+    `idle_seconds` is None. Raises OSError if the server at `path` does not answer or the new one does not listen.
     """
     pid = _read_pid(_send(path, _server_request(path, name, modules, idle_seconds)))
     _wait_until_listening(f"{path}.{name}", lambda: is_alive(pid))
@@ -179,7 +183,7 @@ def _server_request(path: str, name: str, modules: Sequence[str], idle_seconds: 
 
 
 def spawn_forks() -> None:
-    """Makes child processes that `multiprocessing` starts from now on forks of a fork server, which start faster.
+    """Makes `multiprocessing` start this process's children as forks of a fork server, which is faster, from now on.
 
     Does nothing on a node without a fork server.
     """
@@ -188,10 +192,10 @@ def spawn_forks() -> None:
 
 
 def preload(job_id: str, modules: Sequence[str], *, wait: bool = False) -> None:
-    """Asks the fork server of a Ray job to import `modules`, so that forks made later need not import them.
+    """Asks the fork server of a Ray job to import `modules`, so that forks made after this need not import them.
 
-    The server does this while it has no fork to make. Does nothing if the job has no server. With `wait`, returns when
-    the modules are imported.
+    The server imports them while it has no fork to make. Does nothing if the job has no server. With `wait`, returns
+    when the modules are imported.
     """
     if path := os.environ.get(VARIABLE):
         with suppress(OSError):
@@ -218,9 +222,10 @@ def _wait_for(pid: int, answers: TextIO) -> int:
 
 
 def start(path: str, environment: dict[str, str]) -> None:
-    """Starts the first fork server of a node. Returns when the server listens at `path`, before its imports are done.
+    """Starts the first fork server of a node, with the variables `environment` added to this process's environment.
 
-    Raises OSError if the server does not listen.
+    Returns when the server listens at the socket `path`, before the server has imported its modules. Raises OSError if
+    the server does not listen.
     """
     with open(f"{path}.log", "ab") as log:
         command = [sys.executable, "-u", "-m", "services.forkserver.server", path]

@@ -11,7 +11,7 @@ from ray._raylet import ActorClassID, UniqueID
 
 
 class _ClassIds:
-    """Draws the ids of `@ray.remote` classes from the operating system and not from Ray's random generator."""
+    """Draws the ids of `@ray.remote` classes from the operating system's random generator instead of Ray's own."""
 
     @staticmethod
     def from_random() -> ActorClassID:

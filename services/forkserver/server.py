@@ -128,8 +128,8 @@ class ForkServer:
     def serve(self, modules: Sequence[str]) -> Request | None:
         """Imports `modules`, and then answers requests until the server ends.
 
-        In each fork, returns the client's request, whose command the fork must run. In the server itself, returns None
-        at the end.
+        Returns in each fork that the server makes, and at the end in the server itself. In a fork, the result is the
+        client's request, whose command the fork must run. In the server, the result is None.
         """
         for module in modules:
             importlib.import_module(module)
@@ -146,7 +146,7 @@ class ForkServer:
         return None
 
     def _settle(self) -> None:
-        """Prepares the server's memory for forks after imports. Stops the making of forks if all forks would draw the
+        """After imports, prepares the server's memory for forks. Stops the making of forks if all forks would draw the
         same ids from Ray's random generator."""
         gc.collect()
         gc.freeze()  # the collector must not touch imported objects, as this copies memory pages that forks share
@@ -210,9 +210,11 @@ class ForkServer:
             request.client.close()
 
     def _fork(self, request: Request) -> bool:
-        """Makes a fork for the request, and answers the client. Returns True in the fork, and False in the server.
+        """Makes a fork for the request, and answers the client with the fork's process id. Returns True in the fork,
+        and False in the server.
 
-        No fork is made if a fork would be unsafe, or if the request names a fork server that runs already.
+        If the request asks for a fork server that runs already, makes no fork and answers with that server's process
+        id. If a fork would be unsafe, makes no fork and closes the connection without an answer.
         """
         client, running = request.client, self._servers.get(request.server or "")
         obstacle = self._obstacle or _obstacle_now()
@@ -300,7 +302,8 @@ def become(request: Request) -> NoReturn:
 
 
 def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
-    """Gives each open file that a client passed the descriptor number that the file has in the client.
+    """Renumbers the open files that a client passed to this fork: each file gets the descriptor number that it has in
+    the client. `files` holds the present numbers, `numbers` those of the client.
 
     Both sequences are empty for a fork that becomes a server.
     """

@@ -34,7 +34,8 @@ def start_workers_as_forks(path: str) -> None:
 
 
 def write_launcher(path: str) -> str:
-    """Writes the program that Ray starts in place of Python and that asks the server at `path` for a fork.
+    """Writes the program that Ray starts in place of Python and that asks the fork server at the socket `path` for a
+    fork.
 
     Returns the program's path.
     """

@@ -10,11 +10,12 @@ SECONDS = 10  # a working driver answers within this time
 
 
 def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
-    """Returns default values for the settings in NAMES that have no value yet, and a sentence that reports these
-    defaults.
+    """Returns default values for those of the GPU settings in NAMES that have no value yet, and a sentence that reports
+    these defaults.
 
     `configured` holds the names of the settings that have a value. Each default is one whole GPU; jobs and models take
-    turns if the machine has fewer GPUs than they need. Both results are empty on a machine without a GPU.
+    turns if the machine has fewer GPUs than they need. Both results are empty on a machine without a GPU, or if no
+    setting needs a default.
     """
     chosen = {name: 1.0 for name in NAMES if name not in configured}
     if not chosen or not (number := _count()):

@@ -215,7 +215,8 @@ def _terminate(processes: list[psutil.Process], seconds: float) -> None:
 def _free_ports(count: int) -> list[int]:
     """Returns `count` free ports.
 
-    The ports are below the range from which operating systems assign ports, so that no other process gets one.
+    The ports are below the range from which operating systems assign ports, so that the system gives none of them to
+    another process.
     """
     ports: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1_000):

@@ -76,8 +76,8 @@ class AdapterUnusable(AdapterRefused):
 
 
 class Base:
-    """The model that a vLLM engine has loaded. Compares the model's weights with those that an adapter was trained
-    on."""
+    """Represents the model that a vLLM engine has loaded, and checks whether an adapter was trained on the same
+    weights."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -143,7 +143,8 @@ class Adapters:
 
     @asynccontextmanager
     async def using(self, adapter: Adapter) -> AsyncIterator[tuple[Attachment, LoRARequest]]:
-        """Attaches the adapter unless it is attached already, and keeps it attached until the end of the `with` block.
+        """Attaches a LoRA adapter to the vLLM engine unless it is attached already, and keeps it attached until the end
+        of the `with` block.
 
         The block gets the attachment, and the value that selects the adapter in a request to vLLM. Raises
         AdapterRefused if the engine cannot answer with the adapter.
@@ -168,7 +169,7 @@ class Adapters:
             self._shrink()
 
     def forget_deleted(self, deleted: Collection[str]) -> None:
-        """Takes the ids of all adapters that were deleted recently, and stops answering with them.
+        """Stops answering with the LoRA adapters whose ids are in `deleted`: all adapters that were deleted recently.
 
         Detaches those that are attached, aborts the requests that use them, and refuses further requests for them.
         """
@@ -184,10 +185,10 @@ class Adapters:
         return attachment
 
     def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
-        """Does what follows the end of an adapter's loading, whether it failed or not.
+        """Cleans up when the loading of an adapter has ended, with or without success.
 
-        If the loading failed, the adapter is forgotten, so that the next request for it loads it again. In either case,
-        adapters beyond the limit are detached.
+        If the loading failed, forgets the adapter, so that the next request for it loads it again. In either case,
+        detaches the least recently used idle adapters if more are attached than the engine may hold.
         """
         if (loading.cancelled() or loading.exception()) and self._attached.get(adapter_id) is attachment:
             self._detach(adapter_id)
@@ -210,8 +211,8 @@ class Adapters:
             self._detach(name)
 
     def _detach(self, adapter_id: str) -> None:
-        """Takes the adapter out of the list of attached adapters now, and out of the engine when its requests have
-        ended."""
+        """Takes the adapter out of the list of attached adapters now, and out of the engine when the adapter's requests
+        have ended."""
         attachment = self._attached.pop(adapter_id)
         self._models.lora_requests.pop(adapter_id, None)  # now, because the next request may attach it again
         self._models.lora_resolver_lock.pop(adapter_id, None)

@@ -139,7 +139,8 @@ class Policy:
     ) -> list[list[float]]:
         """Returns the log-probability of each token of each completion, given the completion's prompt.
 
-        The parameters mean the same as those of `score`.
+        Prompt, completion and item of `others` with the same index belong together. An item of `others` holds ranges of
+        the completion's tokens that the result leaves out. If `adapter` is given, the model computes with this adapter.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.token_logps(prompt_ids, completion_ids, others, request)

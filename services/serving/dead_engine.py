@@ -1,6 +1,7 @@
-"""Makes clients of a replica try again while its vLLM engine is dead.
+"""Makes clients of a replica try again while the replica's vLLM engine is dead.
 
-vLLM answers such requests with status 500. Ray Serve replaces the replica, so the same request soon succeeds.
+Without this module, vLLM would answer the clients' requests with status 500. Ray Serve replaces the replica, so the
+same request soon succeeds.
 """
 
 from typing import Protocol
@@ -22,8 +23,8 @@ class Engine(Protocol):
 class RetryLater:
     """ASGI middleware that asks clients to send their request again while the vLLM engine is dead.
 
-    It then answers 503 with the header `retry-after` in place of any answer of status 500 or above. All other answers
-    pass unchanged, and so does a stream that has begun.
+    While the engine is dead, clients get status 503 with the header `retry-after` in place of any answer of status 500
+    or above. All other answers pass unchanged, and so does a stream that has begun.
     """
 
     def __init__(self, app: ASGIApp, *, engine: Engine) -> None:

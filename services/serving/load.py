@@ -44,7 +44,7 @@ class Load(AggregateStatLoggerBase):  # type: ignore[misc]
             self._steps.popleft()
 
     def as_json(self) -> dict[str, float]:
-        """Returns the counts, and the length of the period that they cover as `seconds`.
+        """Returns the counts of requests and tokens by name, and as `seconds` the length of the period that they cover.
 
         The times that requests waited for their first token are returned as a sum (`first_token_seconds`), so that the
         values of several replicas can be added.

@@ -57,11 +57,11 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         client.logger_manager.stat_loggers.append(self.load)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns the replica's HTTP server, with vLLM's own paths in ROUTES, the paths of `Scoring` and that of the
-        engine's load.
+        """Returns the replica's HTTP server. It answers vLLM's paths that ROUTES lists, the paths of `Scoring`, and a
+        path that tells the engine's load.
 
-        vLLM's paths that control the engine are left out. A request's headers may name the adapter that answers it.
-        While the engine is dead, requests are answered with 503.
+        vLLM's other paths, such as those that control the engine, are left out. A request's headers may name the
+        adapter that is to answer the request. While the engine is dead, requests are answered with 503.
         """
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
@@ -154,12 +154,14 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
 
 
 def _cpus() -> dict[str, Any]:
-    """Returns the settings of LLMConfig for CPUs. Sets the environment variables that the engine's process inherits."""
+    """Returns the settings for CPUs in LLMConfig, Ray's configuration of an engine. Sets the environment variables that
+    the engine's process inherits."""
     os.environ["OMP_NUM_THREADS"] = str(num_threads())
     os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads must not spin while other processes train
     return {"accelerator_config": {"kind": "cpu"}}
 
 
 def _gpus(num_gpus: float) -> dict[str, Any]:
-    """Returns the settings of LLMConfig for GPUs: one worker per GPU, or one worker on a share of a GPU."""
+    """Returns the settings for GPUs in LLMConfig, Ray's configuration of an engine: one worker per GPU, or one worker
+    on a share of a GPU."""
     return {"placement_group_config": {"bundle_per_worker": {"GPU": min(num_gpus, 1)}}}

@@ -24,8 +24,9 @@ CERTAIN = 1e9  # a bias that outweighs every logit
 class Reference:
     """Computes the log-probabilities of completions with a vLLM engine that also answers users' requests.
 
-    The rows that the engine scores at the same time have at most `max_tokens_in_flight` tokens together, so a user's
-    request waits for this number of tokens at most. A row with more tokens than that is scored alone.
+    A row is a prompt with one completion. The rows that the engine scores at the same time have at most
+    `max_tokens_in_flight` tokens together, so a user's request waits for this number of tokens at most. A row with more
+    tokens than that is scored alone.
     """
 
     def __init__(self, engine: EngineClient, *, max_tokens_in_flight: int) -> None:
@@ -44,7 +45,9 @@ class Reference:
         """Returns the log-probability of each completion, summed over the completion's tokens, and the number of these
         tokens.
 
-        The parameters and the exceptions are those of `token_logps`.
+        `others` holds ranges [start, stop) of each completion's tokens, which both numbers leave out. The engine
+        computes with `adapter`, if one is given. Raises ValueError for a prompt and completion that cannot be scored,
+        and ConnectionError if the engine has died.
         """
         rows = await self.token_logps(prompt_ids, completion_ids, others, adapter)
         return [Score(math.fsum(row), len(row)) for row in rows]
@@ -122,9 +125,8 @@ class Reference:
         """Returns the log-probability of each token of one completion.
 
         vLLM reports log-probabilities of the prompt, and must generate at least one token. Here the prompt of vLLM's
-        request ends before the completion's last token, and a bias makes vLLM generate this token. Without this, the
-        request would take one token more than the row has. vLLM reports the log-probabilities as they were before the
-        bias.
+        request ends before the completion's last token, and a bias makes vLLM generate this token. If all tokens were
+        in the prompt, the request would take one more. vLLM reports the log-probabilities as they were before the bias.
         """
         *head, last = completion
         params = SamplingParams(

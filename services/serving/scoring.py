@@ -1,4 +1,4 @@
-"""Defines the HTTP routes through which the control plane has completions scored by a model.
+"""Defines the HTTP routes through which the control plane asks a model to score completions.
 
 Clients cannot reach these routes. One route takes texts, because the control plane has no tokenizer, and returns token
 ids with the scores. The other route takes token ids. The control plane sends texts to a policy, and then the returned
@@ -147,6 +147,6 @@ def _on_wire(group: EncodedGroup) -> TokenGroup:
 
 
 def _count(groups: Sequence[EncodedGroup]) -> int:
-    """Returns the number of tokens in the groups. The tokens of a prompt count once for each of the prompt's
-    completions."""
+    """Returns the number of tokens in the groups (prompts with their completions). The tokens of a prompt count once
+    for each of its completions."""
     return sum(len(group.prompt_ids) + len(ids) for group in groups for ids in group.completion_ids)

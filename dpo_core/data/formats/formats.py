@@ -161,10 +161,11 @@ def detect(row: Row, formats: Sequence[Format] | None = None) -> Format:
 
 
 def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
-    """Returns advice for the end of an error message: the option `columns` should say which column of the row has which
-    standard name. The parameter `columns` maps standard names, such as `prompt`, to the row's own names.
+    """Returns advice for the end of an error message: which of the row's columns the user should name with the option
+    `columns`, and for which roles. A role, such as `prompt`, says what a column holds.
 
-    Returns None if the row could not be read even with this option.
+    `columns` holds the likely column of each role. Returns None if there is none, or if the row could not be read even
+    with these names.
     """
     if not columns or not ROLES.issuperset(columns):
         return None

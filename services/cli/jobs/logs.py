@@ -18,8 +18,7 @@ def read_logs(client: "OpenAI", job_id: str, *, attempt: int | None, source: str
     """Yields the log lines of one of a job's processes in one attempt (one run of the job on Ray).
 
     `source` names the process, such as `driver`. `attempt` is the attempt's number; None means the newest attempt. With
-    `follow`, new lines are yielded until the job ends. With `follow` and without a number, the lines of later attempts
-    are yielded, too.
+    `follow`, new lines are yielded until the job ends; if `attempt` is None, these include the lines of later attempts.
     """
     at, shown, ended_at = 0, attempt, None
     while True:

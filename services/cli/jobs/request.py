@@ -205,9 +205,11 @@ def local_files(body: Body) -> dict[str, Path]:
 
 
 def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
-    """Asks the service which job it would create from the body, and returns this job. Nothing is created or uploaded.
+    """Asks the service which job it would create from the request body `body`, and returns this job. Nothing is created
+    or uploaded.
 
-    Exits with an error if the service would refuse the body or one of the first rows of a local file.
+    `local` holds the path of each local data file, by the field of the body that names the file. Exits with an error if
+    the service would refuse the body or one of the first rows of a local file.
     """
     from openai import NotFoundError
 
@@ -247,7 +249,8 @@ def _check_first_rows(path: Path, how: Body, kind: str) -> None:
 def upload(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
     """Uploads the local data files, and returns the request body with the files' ids in place of their paths.
 
-    The body's options for reading rows are sent with each file.
+    `local` holds the path of each file, by the field of the body that names the file. The body's options for reading
+    rows are sent with each file.
     """
     for field, path in local.items():
         stored = send_file(client, path, _reading(body))

@@ -54,7 +54,7 @@ def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuning
 
 
 def message_line(told: Mapping[str, Any]) -> Text:
-    """Returns the time and message of a job's event, as a line to print on a terminal.
+    """Returns the time and message of the job's event `told`, as a line to print on a terminal.
 
     Text that the message quotes from a file is not read as markup and cannot control the terminal.
     """

@@ -210,7 +210,8 @@ def print_evaluation(item: Item) -> None:
 def result_rows(results: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str, str]]:
     """Yields the name, the value and the 95% interval of each result of an evaluation, as texts.
 
-    The names begin with `where`. Results that are null are left out, and the interval is empty if there is none.
+    The names begin with `where`. A result that is null is left out. The text of the interval is empty for a result
+    without an interval.
     """
     for name, value in results.items():
         label = f"{where} {name}".strip().replace("_", " ")

@@ -103,8 +103,8 @@ def push(
 
 
 def _tell(about: dict[str, Any]) -> None:
-    """Prints what a download holds: an adapter and the name of its base model, or a merged model and how exact the
-    merge is."""
+    """Prints what a downloaded model is: an adapter of a base model, or a merged model and how exact the merge is.
+    `about` is the content of its file raydpo.json."""
     if about["merge"]:
         difference, of = about["merge"]["largest_difference"], about["merge"]["difference_of"]
         err.print(f"merged into {about['base']}; {of} differ from the adapter's by at most {difference:.1e}")

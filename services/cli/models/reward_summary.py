@@ -11,8 +11,8 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """Counts rows, and the rows in which rewards and ratings prefer the same completions; adds up the margins of the
-    rows.
+    """Counts rows, and the rows in which rewards and ratings agree on which completions are best; adds up the margins
+    of the rows.
 
     A row's margin is the mean reward of its best-rated completions minus the mean reward of the others.
     """

@@ -98,7 +98,8 @@ class Task:
     subset: str | None
 
     def row(self) -> dict[str, Any]:
-        """Returns the group as a row of the request body."""
+        """Returns the group (a prompt and its completions) as one of the rows in the body of a request to POST
+        /x/rewards."""
         extras = {"tools": self.group.tools, "chat_template_kwargs": self.group.template_arguments}
         row = {"prompt": self.group.prompt, "completions": self.group.completions}
         return row | {name: value for name, value in extras.items() if value}
@@ -200,9 +201,9 @@ class _Voice:
 
 
 def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -> Iterator[dict[str, Any]]:
-    """Sends the tasks to the service, several in each request, and yields their scores in the order of the tasks.
+    """Sends the tasks (groups to score) to the service, several in each request, and yields their scores in order.
 
-    Shows the progress.
+    `asked` holds the request's other fields, such as the model. Shows the progress meanwhile.
     """
     began, count = time.monotonic(), 0
     with err.status("reading") as status:
@@ -215,7 +216,7 @@ def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -
 
 
 def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
-    """Yields lists of tasks, each of which fits into one request."""
+    """Splits tasks (groups to score) into lists, each of which fits into one request, and yields the lists."""
     chunk: list[Task] = []
     num_bytes = 0
     for task in tasks:
@@ -230,10 +231,12 @@ def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
 
 
 def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _Voice) -> list[dict[str, Any]]:
-    """Sends one request for the rewards of several tasks, and returns their results.
+    """Sends one request for the rewards of the tasks in `chunk`, and returns their results. `asked` holds the request's
+    other fields, such as the model.
 
-    If the service calls the request too large, sends its halves one after the other. If the service asks for a later
-    try, for example because a model is loading, waits and sends the request again. Exits after any other error.
+    If the service calls the request too large, sends half of the tasks and then the other half. If the service asks for
+    a later try, for example because a model is loading, says this through `voice`, waits and sends the request again.
+    Exits after any other error.
     """
     from openai import APIStatusError
 
@@ -265,8 +268,8 @@ def _message(error: "APIStatusError") -> str:
 
 
 def _at_line(error: "APIStatusError", chunk: Sequence[Task]) -> str:
-    """Returns the message of an error of the API. A row is named by its line in the file, not by its index in the
-    request."""
+    """Returns the message of an error with which the API answered the request for the tasks in `chunk`. The message
+    names a row by its line in the file, not by its index in the request."""
     message, rows = _message(error), (error.param or "").split(".")
     if len(rows) < 2 or rows[0] != "rows":
         return message

@@ -146,8 +146,8 @@ class _TryLater(Exception):
 
 
 def _refusal(answer: httpx.Response) -> _TryLater:
-    """Returns the exception for a refused request that may succeed later. Exits with the service's error message if
-    another try would not help."""
+    """Returns the exception for a refused request, if the same request may succeed later. Exits with the service's
+    error message if another try would not help."""
     try:
         error = answer.json()["error"]
     except (ValueError, LookupError, TypeError):

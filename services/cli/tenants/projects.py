@@ -55,7 +55,8 @@ Weight = Annotated[
 def _given(name: str | None, weight: float | None, *limits: str | None) -> dict[str, Any]:
     """Returns the body of a request that creates or changes a project, with a field for each option that the user gave.
 
-    The service, not the command, checks whether the numbers are allowed.
+    `limits` are the values of the options that limit the project, such as --max-bytes. The service, not the command,
+    checks whether the numbers are allowed.
     """
     said = {key: text for key, text in zip(LIMITS, limits, strict=True) if text is not None}
     values = {key: None if text == "none" else float(text) for key, text in said.items()}

@@ -1,4 +1,5 @@
-"""The `raydpo webhooks` commands: manage the URLs that the service calls when a job of the key's project ends."""
+"""The `raydpo webhooks` commands: manage the URLs that the service calls when a job ends, for jobs of the project that
+the user's API key belongs to."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -286,9 +286,8 @@ async def give_up_old(session: AsyncSession) -> None:
 
 
 def pause_seconds(num_sends: int) -> float:
-    """Returns how many seconds to wait after `num_sends` failed sends. The number is random by a fifth, to spread
-    retries out.
-    """
+    """Returns how many seconds to wait after `num_sends` failed sends. A random factor from 0.8 to 1.2 spreads retries
+    out."""
     pause: float = min(FIRST_PAUSE_SECONDS * 2 ** min(num_sends - 1, 30), LONGEST_PAUSE_SECONDS)
     return pause * random.uniform(0.8, 1.2)
 
