@@ -125,7 +125,8 @@ def main() -> None:
 
 
 def shop_rows(shop: Shop, size: Size, folder: Path) -> Rows:
-    """Writes generated training files and returns them with prompts. `shop` can judge answers to the prompts."""
+    """Writes training files with rows that `shop` makes to `folder`, and returns the files and prompts of the same
+    shop, so that `shop` can judge the answers to them."""
     demonstrations, pairs = list(shop.demonstrations(size.num_demonstrations)), list(shop.pairs(size.num_pairs))
     return Rows(
         demonstrations=write_rows(

@@ -1,4 +1,4 @@
-"""Shows the demo's results: both policies' answers side by side, and training curves."""
+"""Shows the demo's results: the answers of the policies before and after DPO side by side, and training curves."""
 
 import csv
 import io

@@ -1,5 +1,5 @@
-"""Measures how one engine serves many adapters of one base: whether each adapter answers as itself, the time of its
-first answer, and memory.
+"""Measures how one engine serves many adapters of one base model: whether each adapter answers with its own weights,
+the time of its first answer, and memory.
 
     python benchmarks/serving/adapters_served.py --adapters 40
 

@@ -104,7 +104,8 @@ def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]
 
 
 def _sum(answer: Any, num_tokens: int) -> float:
-    """Returns the log-probability of a completion, which is the last `num_tokens` tokens of vLLM's prompt."""
+    """Returns the log-probability of a completion from `answer`, vLLM's output for one request. The completion is the
+    last `num_tokens` tokens of the request's prompt."""
     ids, logprobs = answer.prompt_token_ids, answer.prompt_logprobs
     return sum(logprobs[place][ids[place]].logprob for place in range(len(ids) - num_tokens, len(ids)))
 

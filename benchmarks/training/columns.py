@@ -165,7 +165,7 @@ def _without_packing() -> Any:
 
 def _without_tiles() -> Any:
     """Returns a patch (of `unittest.mock`) under which dpo_core computes the logits of all completion tokens at once,
-    with PyTorch's own gradient."""
+    instead of tile by tile. PyTorch then computes their gradient."""
     from dpo_core.policy import forward
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:

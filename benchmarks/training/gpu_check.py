@@ -4,10 +4,10 @@
     python benchmarks/training/gpu_check.py --device cpu --size tiny     # the same check for a machine without a GPU
 
 Each part of the check runs in its own process. `tests` runs the tests marked `gpu`. `parity` compares bfloat16 forward
-passes in which completions share prompts with plain forward passes. Then raydpo and TRL train a model of 1B weights,
-and an adapter of rank 32 on a model of 8B weights. All weights are random. A part that exceeds its time is "not done"
-in the table. The results are a JSON file and a Markdown table. Exits with status 1 if `tests` or `parity` does not
-pass.
+passes in which completions share prompts with plain forward passes (each completion alone). Then raydpo and TRL train a
+model of 1B weights, and an adapter of rank 32 on a model of 8B weights. All weights are random. A part that exceeds its
+time is "not done" in the table. The results are a JSON file and a Markdown table. Exits with status 1 if `tests` or
+`parity` does not pass.
 """
 
 import argparse

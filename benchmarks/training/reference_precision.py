@@ -7,7 +7,7 @@ learns the same pairs in the same order. The policies differ only in the scores 
 model that they learn from. These are exact (computed in float32), or computed with the same weights in bfloat16, or
 exact plus Gaussian noise on each token, or exact plus an error that is the same in every pair.
 
-The policies are compared on pairs of held-out items, by rewards against the exact scores. `reward error` is the mean
+The policies are compared on held-out pairs, by rewards that are computed with exact scores. `reward error` is the mean
 absolute error of the scores in a pair's log-ratio, times beta. `away` is the mean distance, in nats a token, from the
 policy that learned from exact scores. The row `another order` is the distance of a policy that learned from exact
 scores in another order of the same rows. Figures are means over seeds, with the largest deviation.
@@ -130,8 +130,8 @@ def _batches(groups: Sequence[EncodedGroup], size: int) -> Iterator[list[Encoded
 
 
 def _logps(base: Path, groups: Sequence[EncodedGroup], dtype: torch.dtype) -> Logps:
-    """Returns the log-probability of each token of the groups, computed by the model in the folder `base` in the type
-    `dtype`."""
+    """Returns the log-probability of each completion token of the groups (prompts with their completions), computed by
+    the model in the folder `base` in the type `dtype`."""
     model = load_policy(base).to(dtype)
     return reference_token_logps(model, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK)
 

@@ -1,7 +1,8 @@
 """Runs PostgreSQL on this machine, with the programs of a Python wheel and all data in one folder.
 
 The PostgreSQL server runs in its own session and outlives the process that started it; the next start adopts the
-running server. If root starts the server, it runs as the system user `pgserver`, because PostgreSQL refuses root.
+running server. If root starts the server, the server runs as the system user `pgserver`, because PostgreSQL refuses
+root.
 """
 
 import os

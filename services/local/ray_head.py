@@ -202,7 +202,7 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 def _terminate(processes: list[psutil.Process], seconds: float) -> None:
-    """Ends the processes with SIGTERM and, after `seconds`, those that are left with SIGKILL."""
+    """Ends the processes with SIGTERM, and those that still run after `seconds` with SIGKILL."""
     for send in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             try:

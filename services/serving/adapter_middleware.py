@@ -23,11 +23,12 @@ of_request: ContextVar[LoRARequest | None] = ContextVar("of_request", default=No
 
 
 class AttachAdapter:
-    """ASGI middleware that attaches the adapter that a request's headers name, before vLLM reads the request's body.
+    """ASGI middleware that attaches the LoRA adapter that a request's headers name to the vLLM engine, before vLLM
+    reads the request's body.
 
-    The body names the same adapter as its `model`. Requests without these headers pass unchanged. If the engine refuses
-    the adapter, the client gets an error in OpenAI's format. If the adapter is deleted while the engine answers, the
-    answer ends immediately with such an error.
+    The body names the same adapter as its `model`. A request whose headers name no adapter passes unchanged. If the
+    engine refuses the adapter, the client gets an error in OpenAI's format. If the adapter is deleted while the engine
+    answers, the answer ends immediately with such an error.
     """
 
     def __init__(self, app: ASGIApp, *, adapters: Adapters) -> None:
@@ -70,7 +71,7 @@ def _body(refusal: AdapterRefused) -> dict[str, object]:
 
 @dataclass
 class _Answer:
-    """Passes the messages of one HTTP response on to the client, until the response's adapter is deleted.
+    """Passes the messages of one HTTP response on to the client, until the adapter that the response uses is deleted.
 
     After the deletion, an error replaces the rest of the response. A response that has begun and is no event stream is
     still sent as a whole.

@@ -15,8 +15,8 @@ def engine_args(deployment: Deployment, *, on_cpus: bool) -> dict[str, Any]:
     """Returns the arguments for vLLM's engine and for its HTTP server, by name.
 
     An engine that answers users has vLLM's own batch sizes. An engine that only computes log-probabilities of given
-    texts takes at most MOST_SCORED_TOKENS tokens in a step. It has no prefix cache, because vLLM does not use the cache
-    when it computes log-probabilities of a prompt.
+    texts takes at most MOST_SCORED_TOKENS tokens in a step. Such an engine has no prefix cache, because vLLM does not
+    use the cache when it computes log-probabilities of a prompt.
     """
     only_scores, engine = deployment.purpose == "scores", deployment.engine
     return {
@@ -47,7 +47,7 @@ def _cpus() -> dict[str, Any]:
 
 
 def _gpus(deployment: Deployment) -> dict[str, Any]:
-    """Returns the arguments for GPUs: one worker for each GPU, or one worker on a share of a GPU."""
+    """Returns the engine's arguments for GPUs: one worker for each GPU, or one worker on a share of a GPU."""
     memory = deployment.engine.gpu_memory_utilization or MEMORY_SHARE
     return {
         "tensor_parallel_size": max(1, int(deployment.num_gpus)),

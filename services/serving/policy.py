@@ -79,7 +79,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return {"replica": serve.get_replica_context().replica_id.unique_id, **self.load.as_json()}
 
     async def _logps(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the log-probability of each completion, as a list of one number, by group (prompt) and completion.
+        """Returns the log-probabilities of completions: for each group (a prompt and its completions), and in it for
+        each completion, a list of one number.
 
         If the current HTTP request names an adapter, the model computes with this adapter.
         """

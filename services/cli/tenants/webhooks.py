@@ -1,5 +1,4 @@
-"""The `raydpo webhooks` commands: manage the URLs that the service calls when a job ends, for jobs of the project that
-the user's API key belongs to."""
+"""The `raydpo webhooks` commands: manage the URLs that the service calls when a job of the user's own project ends."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
