@@ -93,9 +93,10 @@ def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
 
 
 def names_organization(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether a prefix that admits the Hugging Face dataset `uri` names an organization, and not only `hf://datasets/`.
+    """Whether one of `prefixes` under which the Hugging Face dataset `uri` lies names an organization, and not only
+    `hf://datasets/`.
 
-    If so, the operator has chosen whose datasets may be read.
+    If one does, the operator has chosen whose datasets may be read.
     """
     with_organization = [prefix for prefix in prefixes if re.match("hf://datasets/[^/]+(/|$)", prefix)]
     return any(_is_under(_place(uri), _place(prefix)) for prefix in with_organization)

@@ -50,7 +50,7 @@ class Launch:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command in a fork of the fork server, and returns the exit status of the command.
+    """Runs the command in `arguments` in a fork of the fork server, and returns the exit status of the command.
 
     If the command starts a Ray worker, returns 0 without waiting for it. If the fork server cannot run the command, or
     does not answer, replaces this process with the command.

@@ -122,10 +122,12 @@ class Policy:
         others: Sequence[Spans] = (),
         adapter: Adapter | None = None,
     ) -> list[Score]:
-        """Returns the log-probability of each completion given its prompt, summed over the completion's tokens.
+        """Returns the log-probability of each completion given its prompt, summed over the completion's tokens, and the
+        number of these tokens.
 
         Prompt, completion and item of `others` with the same index belong together. An item of `others` holds ranges of
-        the completion's tokens that the sum leaves out. If `adapter` is given, the model computes with this adapter.
+        the completion's tokens that both numbers leave out. If `adapter` is given, the model computes with this
+        adapter.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.score(prompt_ids, completion_ids, others, request)
