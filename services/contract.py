@@ -72,7 +72,8 @@ def _tolerant(kind: Any) -> BeforeValidator:
 def storable(text: str) -> str:
     """Returns the text in a form that PostgreSQL can store.
 
-    NUL becomes U+FFFD, an unpaired surrogate becomes `?`, and the text is cut to LONGEST_TEXT characters.
+    NUL becomes U+FFFD, and an unpaired surrogate becomes `?`. A text of more than LONGEST_TEXT characters is shortened
+    to this length and ends with `…`.
     """
     clean = text.encode(errors="replace").decode().replace("\0", "\ufffd")
     return clean if len(clean) <= LONGEST_TEXT else f"{clean[: LONGEST_TEXT - 1]}…"
@@ -630,6 +631,7 @@ def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
 
 
 class Wish(Contract):
-    """The response to a post of events: the state that the user now wants for the job (run, pause or cancel)."""
+    """The control plane's response when an attempt (one run of a job) posts its events: the state that the user now
+    wants for the job (run, pause or cancel)."""
 
     desired: Annotated[Desired, WrapValidator(_or_run)]
