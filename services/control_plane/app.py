@@ -192,7 +192,7 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """Answers 400 in OpenAI's form to a request that FastAPI finds invalid, and for which it would answer 422."""
+    """Answers 400, in OpenAI's form, to a request that FastAPI finds invalid. FastAPI itself would answer 422."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]  # its location begins with a part of the request: body, query or path
     if first["type"] == "json_invalid":

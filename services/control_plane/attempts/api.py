@@ -26,8 +26,8 @@ async def record(
     credentials: Bearer,
     own_token: Annotated[str | None, Header(alias=OWN_TOKEN_HEADER, min_length=32)] = None,
 ) -> Wish:
-    """Records reports that an attempt's training process sends, each once. Returns the job's desired state: run, pause
-    or cancel.
+    """Records, each once, the reports that the training process of an attempt (run of a job on Ray) sends. Returns the
+    job's desired state: run, pause or cancel.
 
     Answers 409 if the attempt has ended or a newer one has replaced it; the training process must then stop.
     """

@@ -76,8 +76,10 @@ async def give_token(session: AsyncSession, attempt: Attempt) -> str:
 
 
 async def want(session: AsyncSession, attempt: Attempt, loaded: NamedModel, app_name: str) -> None:
-    """Requests that the Ray Serve application `app_name` loads the model `loaded`, and keeps it for the attempt (run of
-    a job).
+    """Stores that the attempt (run of a job) needs the Ray Serve application `app_name`, which loads the model
+    `loaded`.
+
+    Ray Serve then loads the model, and keeps it loaded for the attempt.
     """
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     await session.execute(statement.values(reference=app_name))
@@ -90,7 +92,8 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Marks the attempt (run of a job on Ray) as ended, for `reason`. Returns False if it had ended before.
+    """Marks the attempt (run of a job on Ray) as ended, for `reason`. Returns whether it was still open before this
+    call.
 
     Later reports of the attempt are refused. `failed` says whether the end counts as a failure of the attempt.
     """
@@ -125,7 +128,7 @@ async def last_failure(session: AsyncSession, job_id: str) -> str | None:
 
 
 async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> None:
-    """Stores `reason`, why the service stops the attempt (run of a job on Ray), and adds an event to the job.
+    """Stores the reason why the service stops the attempt (run of a job on Ray), and adds an event to the job.
 
     Does nothing if a reason is stored already.
     """
@@ -177,9 +180,9 @@ async def record(
     """Records the reports of an attempt (run of a job on Ray) in order, each once, even if the attempt sends one
     several times.
 
-    If `posted`, the training process sent the reports itself, and even repeated reports show that it is alive.
-    Otherwise the reports come from the attempt's spool (its files of reports in storage), and only new reports show
-    that it is alive. Raises Fenced if the attempt has ended.
+    If `posted`, the training process sent the reports itself, and even repeated reports show that the attempt is alive.
+    If not, the service read the reports from the attempt's files of reports in storage, and only new reports show that
+    the attempt is alive. Raises Fenced if the attempt has ended.
     """
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
@@ -289,11 +292,11 @@ async def _tell_reported(
 
 
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
-    """Stores the job's progress: the current stage, the units of work done in the stage, and their total.
+    """Stores the job's progress: its current stage, such as training, with `done` of `total` units of work done.
 
     `at` is the Unix time of the report. Also stores the time and the number of done units at which the stage began,
-    from which a client can compute the speed. Encoding may still go on while the attempt (the job's run on Ray) trains
-    on the first rows; its progress is then stored separately.
+    from which a client can compute the speed. While the attempt (the job's run on Ray) trains on the first rows, other
+    rows may still be encoded; the progress of this encoding is stored separately.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}
@@ -315,8 +318,9 @@ async def _add_checkpoint(
     """Adds a checkpoint that the attempt (run of a job) reported, with its model and an event. Drops old checkpoints of
     the job.
 
-    A resumed attempt repeats training steps, so the step may have a checkpoint already. Then only the metrics of the
-    checkpoint are updated, because their last digits may differ.
+    `report` describes the checkpoint, and `event` is the message that brought the report. A resumed attempt repeats
+    training steps. If the job has a checkpoint of the same step already, only the metrics of that checkpoint are
+    updated, because their last digits may differ.
     """
     job = await session.get_one(Job, attempt.job_id)
     known = update(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == report.step)

@@ -93,8 +93,9 @@ def rest_seconds(failures: int) -> float:
 
 
 def leaves_slot(failures: int) -> bool:
-    """Whether another job may run in place of a job that waits for its next attempt after `failures` failed attempts in
-    a row."""
+    """Whether another job may run in place of a job that waits for its next attempt (run on Ray), after `failures`
+    failed attempts in a row.
+    """
     return rest_seconds(failures) >= LONG_REST_SECONDS
 
 

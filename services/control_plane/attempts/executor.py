@@ -33,8 +33,8 @@ LAUNCH_SECONDS = 900  # an attempt fails if Ray answers its launch with errors f
 class Executor:
     """Carries out decisions about jobs.
 
-    Its methods raise jobs.Stale if the job changed after the decision, and the errors of the database, storage and Ray.
-    The job then stays as it is until the next decision.
+    A method raises jobs.Stale if the job changed after the decision, and passes on errors of the database, storage and
+    Ray. After an error, the job stays as it is until the next decision.
     """
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings, *, holder: str) -> None:
@@ -86,9 +86,10 @@ class Executor:
                 await self._lose(job, attempt, submission)
 
     async def _unfit(self, job: Job) -> dict[str, str | None] | None:
-        """Returns the error of a queued job that cannot use one of its files, else None.
+        """Returns the error with which a queued job must end, because it cannot use one of its files.
 
-        The rows of a large file may be checked only after the job was submitted.
+        Returns None if the job can use all its files. This is checked again when the job starts, because the rows of a
+        large file may be checked only after the job was submitted.
         """
         if job.observed != "queued":
             return None
@@ -248,7 +249,7 @@ class Executor:
     async def _rest(self, job: Job, attempt: Attempt) -> None:
         """Ends an attempt (a run of the job on Ray) that stopped because the service asked it to.
 
-        Pauses the job if the user still wants a pause; otherwise the job continues with its next attempt.
+        If the user still wants a pause, pauses the job. If not, the job continues with its next attempt.
         """
         step = (attempt.outcome or {})["step"]
         where = f" after step {step}" if step else ""
@@ -263,7 +264,7 @@ class Executor:
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
         """Ends an attempt (a run of the job on Ray) that died without reporting an outcome.
 
-        The end counts as a failure if Ray still knows the attempt, and the user has asked for neither a pause nor a
+        The end counts as a failure if Ray still knows the attempt, unless the user has asked for a pause or a
         cancellation.
         """
         failed = submission.status == "ended" and job.desired == "run"
@@ -371,8 +372,9 @@ class Executor:
 def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
     """Returns the version of the contract between control plane and training that the job's training program must know.
 
-    A program of an older release may run on the cluster, and would not know newer options. The version is 1 for a job
-    that needs none of these options.
+    The cluster may run a training program of an older release, which does not know newer options. The version is 1 for
+    a job without newer options. `reference_adapter` is the adapter that serves as the job's reference model, if it is
+    one.
     """
     if reference_adapter is not None:
         return WIRE

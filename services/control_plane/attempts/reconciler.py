@@ -121,9 +121,10 @@ class Reconciler:
             await store.release_lease(session, "reconciler", self._holder)
 
     async def tick(self) -> None:
-        """Looks once at every job that has not ended, acts on it, and has Ray Serve load and unload models.
+        """Looks once at every job that has not ended and acts on it. Then tells Ray Serve which models to load and
+        unload.
 
-        Does nothing if another control plane holds the lease, the right to do this.
+        Does nothing if another control plane holds the lease, which is the right to handle jobs.
         """
         self._slot_is_free = False
         async with self._store.begin() as session:
@@ -198,10 +199,10 @@ class Reconciler:
             await self._put_off(job, attempt, error)
 
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
-        """Counts a failed try to handle the job, which is tried again a second or more later.
+        """Counts a failed try to handle the job. The reconciler tries again a second or more later.
 
-        After TRIES failed tries the job fails. While the database, storage or Ray are down, the number of tries is
-        unlimited.
+        `attempt` is the job's current attempt (run on Ray), and `error` the error of this try. After TRIES failed tries
+        the job fails. While the database, storage or Ray are down, the number of tries is unlimited.
         """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
         log.warning(
@@ -252,7 +253,9 @@ class Reconciler:
         return await self._ray_api.capacity() if waits else {}
 
     async def _wait(self, reasons: Sequence[tuple[Job, str]]) -> None:
-        """Stores what jobs wait for, with one transaction for all jobs whose reason has changed."""
+        """Stores what jobs wait for, in one transaction for all jobs whose reason has changed. `reasons` are pairs of a
+        job and its reason to wait.
+        """
         if new := [(job, what) for job, what in reasons if job.waits_for != what]:
             async with self._store.begin() as session:
                 await jobs.wait_for(session, new)
@@ -314,8 +317,9 @@ class Reconciler:
     ) -> eviction.Engines:
         """Returns how many GPUs the loaded and waiting models use, which limits the GPUs of the next jobs.
 
-        `view` is the state of Ray Serve. `scorers` are the applications of jobs' reference models, by job id. `on_gpus`
-        says whether any model uses GPUs.
+        `view` is the state of Ray Serve, `running` are the running jobs, and `capacity` holds the numbers of CPUs and
+        GPUs of the cluster. `scorers` are the applications of jobs' reference models, by job id. `on_gpus` says whether
+        any model uses GPUs.
         """
         if view is None or not on_gpus:
             return eviction.NO_ENGINES
@@ -338,10 +342,11 @@ class Reconciler:
         capacity: Mapping[str, float],
         scorers: Mapping[str, Reference],
     ) -> eviction.Room:
-        """Returns how many models may be loaded at a time, and how many GPUs the jobs leave to models.
+        """Returns how many models may be loaded at a time, and how many GPUs the running jobs leave to models.
 
-        `next_job` holds the job that waits for GPUs of models, if there is one. `scorers` are the applications of jobs'
-        reference models, by job id.
+        `running` are the running jobs. `next_job` holds the job that waits for GPUs of models, if there is one.
+        `capacity` holds the numbers of CPUs and GPUs of the cluster. `scorers` are the applications of jobs' reference
+        models, by job id.
         """
 
         def gpus(jobs: Sequence[Job]) -> float:
@@ -379,7 +384,8 @@ class Reconciler:
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Returns two sets of ids of jobs whose last attempt (run on Ray) failed. These jobs do not count as running.
+    """Returns two sets of ids of those jobs of `live` whose last attempt (run on Ray) failed. These jobs do not count
+    as running.
 
     The jobs of the first set still wait out a long pause before their next attempt. For the jobs of the second set this
     pause is over; they wait for their turn like queued jobs. `opened` holds the ids of the jobs that have a current

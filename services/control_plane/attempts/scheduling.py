@@ -1,18 +1,19 @@
 """Decides which queued jobs may start now, and gives the reason why each other job waits.
 
-Projects take turns. The project with the fewest running workers in proportion to its weight goes first; then the
-project with the fewest worker hours in the last day in proportion to its weight; then the project whose next job is the
-oldest. Within a project the job with the highest priority goes first, then the oldest job.
+Projects take turns. The project with the fewest running workers in proportion to its weight goes first. If these are
+equal, the project with the fewest worker hours in the last day in proportion to its weight goes first. If these are
+equal too, the project whose next job is the oldest goes first. Within a project the job with the highest priority goes
+first. If priorities are equal, the oldest job goes first.
 
-A job that waits for free workers keeps its turn: no later job starts, so that small jobs cannot starve a large one. A
-job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
+A job that waits for free workers keeps its turn: no other job starts before it, so that small jobs cannot starve a
+large one. A job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
 
-On GPUs jobs and models take turns, too. A job's reference model uses the GPUs of the job's workers, which start later.
-A job that waits for GPUs of loaded models keeps its turn, and idle models are unloaded for it. A model that has waited
-since before the last job began goes before the next job.
+Jobs and models share the GPUs. A job's reference model is loaded before the job's workers start, on the GPUs that the
+workers use afterwards. A job that waits for GPUs of loaded models keeps its turn, and idle models are unloaded for it.
+If a model has waited for GPUs since before the newest job began, the model gets GPUs before the next job.
 
-A running job whose last attempt (run on Ray) failed may wait long for its next attempt. Meanwhile it counts neither as
-running nor as holding workers. Afterwards it waits for its turn again.
+A running job whose last attempt (run on Ray) failed may wait long for its next attempt. During this wait it counts
+neither as running nor as holding workers. After the wait, the job waits for its turn as if it were queued.
 """
 
 import heapq
@@ -122,8 +123,8 @@ class _Turns:
     def __iter__(self) -> Iterator[Job]:
         """Yields the waiting jobs of all projects in the order in which they may start.
 
-        A project's position in this order is computed again only after one of its own jobs, because jobs of other
-        projects do not change it.
+        A project's position in this order is computed again only after one of its own jobs was yielded, because starts
+        of other projects' jobs do not change it.
         """
         heap = [self._place(project_id, 0) for project_id in self._queues]
         heapq.heapify(heap)
@@ -145,11 +146,11 @@ class _Turns:
 
 
 def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SCORERS) -> dict[str, float]:
-    """Returns the amounts of CPUs and GPUs that the job needs.
+    """Returns the numbers of CPUs and GPUs that the job needs.
 
-    These are the resources of its workers. If its reference model needs more GPUs, that number counts, because the
-    reference model is loaded before the workers start. `scorers` are the applications of jobs' reference models, by job
-    id.
+    The job needs what its workers need. If its reference model needs more GPUs than the workers, the GPUs of the
+    reference model count, because it is loaded before the workers start. `scorers` are the applications of jobs'
+    reference models, by job id.
     """
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model
@@ -158,8 +159,11 @@ def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SC
 
 
 def reference_model(job: Job) -> NamedModel | None:
-    """Returns the job's reference model if vLLM may still have to compute log-probabilities with it. Otherwise returns
-    None."""
+    """Returns the job's reference model if vLLM may still have to compute log-probabilities with it.
+
+    Returns None if the job has begun to train, or vLLM computes no log-probabilities for it, or its spec cannot be
+    read.
+    """
     if job.training is not None:
         return None
     try:
@@ -173,7 +177,7 @@ def _reference(job: Job, scorers: Mapping[str, Reference]) -> str | None:
     """Returns the name of the Ray Serve application that may have to compute the log-probabilities of the job's
     reference model.
 
-    Returns None if there is none. `scorers` are the applications of jobs' reference models, by job id.
+    Returns None if no application has to do so. `scorers` are the applications of jobs' reference models, by job id.
     """
     if (model := reference_model(job)) is None:
         return None

@@ -1,7 +1,7 @@
-"""Decides when the reconciler handles a job again after an error: after 0, 1, 3, 7 and more seconds, at most 60.
+"""Decides when a job is handled again after an error in handling it: after 0, 1, 3, 7 and more seconds, at most 60.
 
-The reconciler is the background task that handles all jobs. While the database, storage or Ray are down, it tries again
-without end; otherwise a limited number of times.
+The reconciler, the background task that handles all jobs, uses this. While the database, storage or Ray are down, it
+tries again without end. After other errors, it tries a limited number of times.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,10 @@ TRIES = 15  # after this many failed tries (about ten minutes), the job fails
 
 
 class Patience:
-    """Counts, for each job, how often the reconciler failed to handle the job, and says when the next try is due.
+    """Counts, for each job, the failed tries to handle the job, and says when the next try is due.
 
-    The counts are lost when this process ends. A job whose version has changed is tried again immediately.
+    The counts are lost when this process ends. A job whose version (the number of its state changes) has changed is
+    tried again immediately.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -34,9 +35,9 @@ class Patience:
         return failed_in != version or self._clock() >= due_at
 
     def fail(self, job_id: str, version: int) -> int:
-        """Counts a failed try to handle the job, and sets the time of the next try.
+        """Counts a failed try to handle the job in its current `version`, and sets the time of the next try.
 
-        Returns the number of failed tries in a row, including this one.
+        Returns the number of failed tries of this version, including this one.
         """
         failed_in, tries, _ = self._failed.get(job_id, (version, 0, 0.0))
         tries = tries + 1 if failed_in == version else 1

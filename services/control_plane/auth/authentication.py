@@ -95,8 +95,9 @@ class Authentication:
     # --- last use -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Stores in the database, every minute, when API keys were last used. Runs until cancelled, and stores the rest
-        then."""
+        """Stores in the database, every minute, when API keys were last used. Runs until cancelled; then stores the
+        last uses that are not stored yet.
+        """
         try:
             while True:
                 await asyncio.sleep(NOTE_SECONDS)

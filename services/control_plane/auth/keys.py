@@ -99,7 +99,10 @@ async def check(session: AsyncSession, caller: Caller, wanted: Limits, usual: Li
 
 
 def managed_by(caller: Caller) -> Select[Key]:
-    """Returns the SQL query for the keys that the caller may manage: all keys, or those of the caller's project."""
+    """Returns the SQL query for the API keys that the caller may manage.
+
+    An admin of the default project may manage all keys, any other caller those of its own project.
+    """
     every = select(Key)
     return every if caller.manages_all else every.where(Key.project_id == caller.project_id)
 

@@ -96,7 +96,8 @@ class Issuer:
     def _is_due(self, name: str) -> bool:
         """Whether to fetch the issuer's public keys now, to find the one with the id `name`.
 
-        This is so if the key is missing or the fetched keys are old, unless they were asked for only seconds ago.
+        Returns True if the key is missing or the fetched keys are old, unless the issuer was asked for keys only
+        seconds ago.
         """
         now = time.monotonic()
         wanted = name not in self._keys or now - self._fetched_at > FRESH_SECONDS

@@ -103,8 +103,8 @@ def _url(database_url: str, *, limits: bool = False) -> URL:
     """Returns the database's URL for SQLAlchemy. Adds default options for connecting (CONNECTING), unless the URL sets
     them itself.
 
-    With `limits`, also adds limits that the server enforces, such as the longest time of a statement (SERVER_LIMITS).
-    Connection poolers refuse these. Raises NoDatabase if the URL is not one of PostgreSQL.
+    If `limits`, also adds limits that the server enforces, such as the longest time of a statement (SERVER_LIMITS).
+    Connection poolers refuse such limits. Raises NoDatabase if the URL is not one of PostgreSQL.
     """
     example = "set DATABASE_URL to the database, such as postgresql://user:password@host/name."
     try:
@@ -134,12 +134,10 @@ def _conninfo(url: URL) -> str:
 
 
 class NoDatabase(ValueError):
-    """Raised if the database's URL leads to no PostgreSQL server that the service can use. The message says why.
+    """Raised if the database's URL does not lead to a PostgreSQL server that the service can use.
 
-    The message does not contain the URL, which has a password.
-
-    A connection pooler is one such case: poolers support neither LISTEN nor the limits on statements that the service
-    sets.
+    The message says why. It does not contain the URL, which has a password. The URL may lead to a connection pooler,
+    for example: poolers support neither LISTEN nor the limits on statements that the service sets.
     """
 
 
@@ -272,8 +270,8 @@ class Store:
     async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
         """Yields the payload of each PostgreSQL notification on the channel. Uses a connection of its own.
 
-        Also yields None at first, and after `quiet_seconds` without a notification; the caller should then read the
-        tables. Raises psycopg.OperationalError when the connection is lost.
+        Yields None when it begins to listen, and whenever `quiet_seconds` have passed without a notification. At each
+        None, the caller should read the tables. Raises psycopg.OperationalError when the connection is lost.
         """
         url = _conninfo(self._listen_url)
         connect = _Connection.connect(url, autocommit=True, application_name=f"raydpo {channel}")
@@ -388,8 +386,10 @@ def append(session: AsyncSession, row: Base) -> None:
 
 @cache
 def _columns(kind: type[Base]) -> dict[str, Any]:
-    """Returns the names of the table's columns that the database does not fill in, each with its default value in
-    Python."""
+    """Returns the columns of the table of `kind` that an INSERT must fill, because the database does not fill them in.
+
+    Maps the name of each column to its default value in Python, None if it has none.
+    """
     given = (column for column in kind.__table__.c if column.server_default is None)
     return {column.name: getattr(column.default, "arg", None) for column in given}
 
@@ -464,8 +464,8 @@ async def page(
     """Returns one page of the query's rows, sorted by the columns `keys`, and whether more rows follow.
 
     The values of all `keys` together must be unique in each row. The page begins after the row whose column `cursor`
-    has the value `after`; without `cursor`, the last of `keys` is this column. Raises InvalidRequest if no row of
-    `query` has that value.
+    has the value `after`. If `after` is None, it begins with the first row. If `cursor` is None, the last of `keys` is
+    used. Raises InvalidRequest if no row of `query` has the value `after`.
     """
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
@@ -573,10 +573,10 @@ async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: 
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
-    """Takes or renews the lease `name` for `holder`, until `seconds` from now by the database's clock. Returns True.
+    """Takes or renews the lease `name` for `holder`, until `seconds` from now by the database's clock.
 
-    A lease is the right of one process to do something that only one process may do. Returns False if another holder
-    has it.
+    A lease is the right of one process to do something that only one process may do. Returns True if `holder` now has
+    the lease, and False if another holder has it.
     """
     until = func.clock_timestamp() + timedelta(seconds=seconds)
     statement = insert(Lease).values(name=name, holder=holder, expires_at=until)

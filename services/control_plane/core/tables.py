@@ -196,8 +196,10 @@ class Upload(Owned, Base):
 
 
 def reading_of(row: File | Upload) -> Reading:
-    """Returns the options for reading the data of a file or an upload, which its database row stores; else the
-    defaults."""
+    """Returns the options for reading the data of a file or an upload, as its database row stores them.
+
+    Returns the default options if the row stores none.
+    """
     return Reading.model_validate(row.reading or {})
 
 
@@ -309,9 +311,10 @@ class Attempt(Base):
 class Event(Base):
     """An event in a job's history, which the job's user can read.
 
-    The columns (job_id, attempt, seq) are together unique, so an attempt (a run of the job on Ray) may send a report
-    twice. Events with attempt 0 come from the control plane itself. A trigger makes the ids of one job's events rise in
-    the order in which the events become visible.
+    An event comes from a report of an attempt (a run of the job on Ray) or, with attempt 0, from the control plane
+    itself. `seq` is the report's number within the attempt. An attempt may send a report twice: the columns (job_id,
+    attempt, seq) are together unique, so the second row is refused. A trigger makes the ids of one job's events rise in
+    the order in which the events become visible to readers.
     """
 
     __tablename__ = "events"
@@ -334,7 +337,7 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """A checkpoint of a job. It is complete in storage."""
+    """A checkpoint of a job, all of whose files are in storage."""
 
     __tablename__ = "checkpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -374,7 +377,7 @@ class Model(Owned, Base):
 
 
 class CheckpointPermission(Base):
-    """A permission for another project to use a trained model."""
+    """A permission for a project to use a trained model of another project."""
 
     __tablename__ = "checkpoint_permissions"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -474,8 +477,8 @@ class ModelSettings(Base):
 class Evaluation(Owned, Base):
     """An evaluation of a policy, which the control plane works on in the background.
 
-    Each of its items passes through the same stages, one after the other. The numbers of finished stages and items
-    change in the transactions that store the items' results.
+    Each of its items (prompts) passes through the same stages, such as answering and judging, one after the other. The
+    numbers of finished stages and items change in the transactions that store the items' results.
     """
 
     __tablename__ = "evaluations"
@@ -508,7 +511,8 @@ class Evaluation(Owned, Base):
 class EvaluationItem(Base):
     """An item of an evaluation: a prompt, with everything that was found out about it so far.
 
-    The transaction that stores what a stage found adds one to `stage`, so no stage counts twice.
+    An item passes through several stages, such as answering and judging. The transaction that stores the results of a
+    stage adds one to the column `stage`, so no stage counts twice.
     """
 
     __tablename__ = "evaluation_items"

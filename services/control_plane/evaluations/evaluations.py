@@ -196,7 +196,7 @@ async def store_failure(
 
 
 async def put_off(session: AsyncSession, item: EvaluationItem, seconds: float, *, num_tries: int) -> None:
-    """Stores that the next stage of the item is tried again after `seconds`.
+    """Stores that the next stage of the item is tried again after `seconds`, and has been tried `num_tries` times.
 
     Raises Ended if another control plane has changed the item.
     """
@@ -211,10 +211,9 @@ async def wait_for(session: AsyncSession, evaluation: Evaluation, what: str) -> 
 
 
 async def _change(session: AsyncSession, item: EvaluationItem, values: dict[str, Any]) -> None:
-    """Sets the columns in `values` of the item's row, if the item has neither failed nor reached a later stage since it
-    was read.
+    """Sets the columns of the item's row that `values` names.
 
-    Otherwise raises Ended.
+    Raises Ended, and changes nothing, if the item has failed or reached a later stage since it was read.
     """
     table = EvaluationItem
     same = (table.evaluation_id == item.evaluation_id, table.number == item.number, table.stage == item.stage)

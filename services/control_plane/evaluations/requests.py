@@ -110,7 +110,9 @@ class EvaluationRow(BaseModel):
 
 
 class Spec(BaseModel):
-    """The description of an evaluation: its kind, models and options. Rows that a request brings are not part of it."""
+    """The description of an evaluation: its kind, models and options. If the request contains the prompts itself, they
+    are not part of the description.
+    """
 
     model_config = ConfigDict(extra="forbid")
     kind: Kind = Field(

@@ -107,7 +107,7 @@ class EvaluationRunner:
         """Gives up this control plane's lease of the evaluation (its right to work on it), so that any control plane
         can go on.
 
-        If the work has `failed`, they can go on only after RETRY_SECONDS.
+        `failed` says whether the work ended with an error; any control plane can then go on only after RETRY_SECONDS.
         """
         name = lease_of(evaluation.id)
         try:

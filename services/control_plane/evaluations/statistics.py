@@ -27,7 +27,8 @@ class Estimate:
 
 
 def wilson(successes: float, total: int) -> Estimate:
-    """Returns the share of successes, with its interval by Wilson's score (doi 10.1080/01621459.1927.10502953).
+    """Returns the share of successes, with its 95% interval by Wilson's score method (doi
+    10.1080/01621459.1927.10502953).
 
     `total` is the number of trials, at least 1. The interval stays within 0 and 1, also if the share is 0 or 1.
     """
@@ -38,12 +39,12 @@ def wilson(successes: float, total: int) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Returns the mean of at least one value, with its interval by the percentile bootstrap."""
+    """Returns the mean of at least one value, with its 95% interval by the percentile bootstrap."""
     return bootstrap(len(values), lambda drawn: fmean(values[i] for i in drawn))
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Returns the sum of the numerators divided by the sum of the denominators, with its interval by the percentile
+    """Returns the sum of the numerators divided by the sum of the denominators, with its 95% interval by the percentile
     bootstrap.
 
     The bootstrap draws pairs of a numerator and its denominator. All denominators must be above 0.
@@ -56,8 +57,8 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
 
 
 def bootstrap(count: int, statistic: Callable[[Sequence[int]], float]) -> Estimate:
-    """Returns a statistic of `count` items with its interval by the percentile bootstrap (Efron and Tibshirani 1993,
-    section 13.3).
+    """Returns a statistic of `count` items with its 95% interval by the percentile bootstrap (Efron and Tibshirani
+    1993, section 13.3).
 
     `statistic` computes the value from a list of item indices, in which an index may repeat. The random resamples are
     the same in every call.
@@ -101,7 +102,12 @@ def length_controlled_rate(outcomes: Sequence[float], length_differences: Sequen
 
 
 def _inverse_information(rates: Sequence[float], terms: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """Returns the inverse of the negative Hessian of the penalized log-likelihood, as a matrix of two rows."""
+    """Returns the inverse of the negative Hessian of the penalized log-likelihood of a logistic regression, a 2x2
+    matrix.
+
+    The regression has an intercept and one covariate. `rates` are the predicted probabilities of the observations, and
+    `terms` the values of the covariate.
+    """
     weights = [rate * (1 - rate) for rate in rates]
     a = math.fsum(weights) + RIDGE
     b = math.fsum(weight * term for weight, term in zip(weights, terms, strict=True))

@@ -83,8 +83,8 @@ class Work:
         """Begins to work on further items of the evaluation, until ITEMS_AT_ONCE are in `busy`. Returns False if no
         item is left.
 
-        `busy` holds the tasks of items under way, by item number. During a pause, begins nothing until the items in
-        `busy` are done and the pause is over.
+        `busy` holds the tasks of items under way, by item number. While the evaluation is paused, begins nothing until
+        the items in `busy` are done and the pause is over.
         """
         if self._pause and not busy:
             await asyncio.sleep(self._pause)

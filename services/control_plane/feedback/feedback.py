@@ -48,8 +48,10 @@ async def remove(session: AsyncSession, feedback_id: str) -> None:
 
 
 def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
-    """Returns the SQL query for the votes of this kind and form. If `kind` or `form` is None, it does not limit the
-    query.
+    """Returns the SQL query for the votes of this kind and form.
+
+    `kind` is the kind of vote (`pairs`, `unpaired` or `ratings`), and `form` the form of its prompt (`messages` or
+    `text`). If one of them is None, votes with any value of it are returned.
     """
     query = select(Feedback)
     if kind is not None:
@@ -58,15 +60,19 @@ def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
 
 
 async def counts(session: AsyncSession) -> list[dict[str, Any]]:
-    """Returns the number of the project's votes of each kind and form, as JSON objects of the API."""
+    """Returns the number of the project's votes of each kind (such as `pairs`) and form (`messages` or `text`), as JSON
+    objects of the API.
+    """
     groups = (Feedback.kind, Feedback.form)
     rows = await session.execute(select(*groups, func.count()).group_by(*groups).order_by(*groups))
     return [{"kind": kind, "form": form, "num_votes": number} for kind, form, number in rows]
 
 
 async def write_rows(store: ProjectStore, kind: str, form: str, file: BinaryIO) -> int:
-    """Writes the votes of this kind and form to `file`, one line for each vote, the oldest first. Returns the number of
-    lines.
+    """Writes the project's votes of this kind (such as `pairs`) and form (`messages` or `text`) to `file`. Returns the
+    number of lines.
+
+    Each vote is one line of JSON. The oldest vote comes first.
     """
     place = tuple_(Feedback.created_at, Feedback.id)
     query, written = of_kind(kind, form).order_by(Feedback.created_at, Feedback.id).limit(AT_A_TIME), 0

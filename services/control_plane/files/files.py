@@ -129,7 +129,8 @@ async def add(
 ) -> File:
     """Adds the database row of a file whose bytes are in storage, and returns the row.
 
-    `report` is the report on the rows of a training file. Without it, a background task checks the rows later.
+    `report` is the report on the rows of a training file; if it is None, a background task checks the rows later.
+    `reading` holds the options for reading the rows. The file expires after `life_seconds`, or never if that is None.
     """
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
@@ -206,8 +207,8 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
 async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str, str]:
     """Returns which of these jobs must wait because the rows of one of their files are not checked yet.
 
-    The keys are the ids of these jobs, the values are texts for their `waits_for`. A text stays the same until the
-    check ends.
+    Maps the id of each such job to a text for its column `waits_for`, which says what the job waits for. A text stays
+    the same until the check ends.
     """
     named = {file_id for job in jobs for name in NEEDED if (file_id := job.spec.get(name))}
     query = select(File.id, File.num_bytes).where(text(UNCHECKED), File.id.in_(named))

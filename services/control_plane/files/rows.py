@@ -38,10 +38,12 @@ def _rows(lines: Iterator[bytes], columns: Mapping[str, str], first: int) -> Ite
 
 
 def _from(lines: Iterator[bytes], columns: Mapping[str, str], first: int) -> Iterator[bytes]:
-    """Yields all lines of a training file, but blank ones in place of lines before `first` that nobody needs to parse.
+    """Yields the lines of a training file, with blank lines in place of those before line `first` that need not be
+    parsed.
 
-    The first row stays, because it says which format the file has. All lines stay if one group may span several rows in
-    this format.
+    The first row stays, because it says which format the file has. In formats in which several rows may form one group
+    (a prompt with its completions), all lines stay. `columns` maps the names of the format's columns to those of the
+    file.
     """
     number, has_ended, has_format, is_joined = 0, True, False, False
     for line in lines:

@@ -36,8 +36,11 @@ class Refusals:
         self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # counted, by key, action, status, code
 
     async def note(self, request: Request, error: ApiError) -> None:
-        """Writes the refused request to the audit log, or counts it. Does nothing for errors that do not belong in the
-        log."""
+        """Writes the refused request to the audit log. Only counts it if its key has had many refusals in this minute
+        already.
+
+        Does nothing for errors that do not belong in the log.
+        """
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None or not _belongs(request, error):
             return
@@ -54,8 +57,10 @@ class Refusals:
             self._more[kind] = entry
 
     async def run(self) -> None:
-        """Writes an audit entry for each group of counted refusals, every minute. Runs until cancelled, and writes the
-        rest then."""
+        """Calls `end_minute` every minute, which writes audit entries for the refusals that were only counted.
+
+        Runs until cancelled; then writes the entries for the last refusals.
+        """
         try:
             while True:
                 await asyncio.sleep(MINUTE_SECONDS)
@@ -64,8 +69,10 @@ class Refusals:
             await self.end_minute()
 
     async def end_minute(self) -> None:
-        """Writes one audit entry for each group of refusals of the last minute that have no entry of their own, and
-        starts counting anew.
+        """Writes the audit entries for the refusals of the last minute that were only counted, and starts counting
+        anew.
+
+        Refusals with the same key, action, status and code share one entry, which holds their number.
         """
         more, self._more, self._written = self._more, {}, Counter()
         await self._write(list(more.values()))

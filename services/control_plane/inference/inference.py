@@ -1,10 +1,10 @@
 """Forwards requests for completions to the models on Ray Serve.
 
-The first request to a model also has the model loaded. If a model fails or refuses a request, the client gets an error
-in OpenAI's JSON form.
+The first request to a model asks Ray Serve to load the model, and waits until it is loaded. If a model fails or refuses
+a request, the client gets an error in OpenAI's JSON form.
 
-The database holds a mark for each model and each control plane that has requests to the model in flight. A model with a
-mark is not unloaded. Marks expire, so each control plane renews its own.
+A mark is a record in the database that a control plane has requests to a model in flight. A model with a mark is not
+unloaded. Marks expire, so each control plane renews its own.
 """
 
 import asyncio
@@ -70,8 +70,8 @@ class _Use:
         """Adds `in_flight`, which may be negative, to the number of this control plane's requests to the model in
         flight.
 
-        Before that, adds the time since the last change, divided by the number of requests, to `share`. So the requests
-        in flight share the model's time evenly.
+        `now` is the current time. First adds to `share` the time since the last change, divided by the number of
+        requests that were in flight. So the requests in flight share the model's time evenly.
         """
         if self.in_flight:
             self.share += (now - self.shared_at) / self.in_flight
@@ -182,8 +182,11 @@ class Inference:
         return _Found(model, engine, min(num_gpus, 1) if model.num_outputs else num_gpus)
 
     async def _note_use(self, found: _Found) -> None:
-        """Records every few minutes that an adapter is in use. This is needed because the engine's row in `deployments`
-        names only the adapter's base model."""
+        """Records that the adapter that a request uses is in use, at most once every few minutes for each adapter.
+
+        Does nothing if the model `found` is no adapter on the engine of its base model. This record is needed because
+        the engine's row in `deployments` names only the base model.
+        """
         if found.engine.adapter and models.must_note_use(found.model):
             async with self._store.begin() as session:
                 await models.note_use(session, found.model)
@@ -217,10 +220,11 @@ class Inference:
                 self._end(engine, answer, meter, share)
 
     def _end(self, engine: Engine, answer: Answer | None, meter: Meter, share: float) -> None:
-        """Counts a request as ended: closes the model's answer, and has the meter record the tokens and the seconds
+        """Counts a request as ended and closes the model's answer, if there is one. Tells `meter` how many seconds it
         used.
 
-        `share` is the value of the model's `_Use.share` when the request began.
+        The meter then records the tokens and the seconds. `share` is the value of the model's `_Use.share` when the
+        request began; its increase since then is the number of seconds.
         """
         use = self._uses[engine.app_name]
         use.left_at = time.monotonic()

@@ -43,9 +43,9 @@ async def admit(
 ) -> Admitted:
     """Checks a new job, and returns the job with the service's choices filled in.
 
-    `asked` holds the options of the request that may leave a choice to the service. With `local_files`, the request may
-    name files that are not uploaded yet; these are not checked. Raises InvalidRequest, NotFound, Forbidden or OverQuota
-    if the job is refused.
+    `asked` holds the request's options for which the service can choose a value (adapter, precision, quantization). If
+    `local_files`, the request may name files that are not uploaded yet; these are not checked. Raises InvalidRequest,
+    NotFound, Forbidden or OverQuota if the job is refused.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)

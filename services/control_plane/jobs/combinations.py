@@ -15,7 +15,10 @@ from services.control_plane.models.models import NamedModel
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of a job request that the user may leave to the service. The value `auto` lets the service choose."""
+    """The options of a job request whose value `auto` lets the service choose, as the user sent them.
+
+    Also holds the names of the fields in the request that compare checkpoints.
+    """
 
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"

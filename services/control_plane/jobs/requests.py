@@ -171,8 +171,10 @@ class CreateJob(BaseModel):
         )
 
     def asked(self) -> Asked:
-        """Returns the options of the body that the user may leave to the service. Raises InvalidRequest, which names
-        the wrong field.
+        """Returns what the body says about the adapter, the precision and the quantization of the job.
+
+        The value `auto` means that the service chooses. The result also holds the names of the body's fields that
+        compare checkpoints. Raises InvalidRequest, which names the wrong field.
         """
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")

@@ -37,8 +37,9 @@ class Judgement:
 class Scoring:
     """Computes the rewards of groups (prompts with their completions) with the models that score them.
 
-    If the request for a reward comes while the reference model still loads, the client repeats the request. Until then,
-    the policy's log-probabilities are kept. So the policy need not be loaded again if it was unloaded to make room.
+    If the reference model still loads when a request comes, the client must repeat the request. The log-probabilities
+    of the policy are kept until the client does so. So the policy need not be loaded again if it was unloaded to make
+    room.
     """
 
     def __init__(self, inference: Inference) -> None:
@@ -46,7 +47,8 @@ class Scoring:
         self._kept: TTLCache[tuple[str, bytes], bytes] = TTLCache(MOST_KEPT_BYTES, KEPT_SECONDS, getsizeof=len)
 
     async def judge(self, judge: Judge, groups: Sequence[Group], meter_of: Callable[[str], Meter]) -> Judgement:
-        """Returns the rewards of the groups' completions by the models of `judge`.
+        """Returns the rewards that the models of `judge` give to the completions of the groups (prompts with
+        completions).
 
         A policy's engine encodes the texts, as in training, and computes their log-probabilities; the reference model
         then gets the same token ids. The reference model is requested at the start, so that both models load at the
@@ -81,11 +83,11 @@ class Scoring:
     async def score_tokens(
         self, model: NamedModel, groups: Sequence[TokenGroup], vocabulary: str, meter_of: Callable[[str], Meter]
     ) -> Scored:
-        """Sends the groups as token ids of `vocabulary` to the model, and returns the log-probabilities of their
-        completions.
+        """Sends the groups (prompts with their completions), as token ids, to the model. Returns the log-probabilities
+        of the completions.
 
-        Raises InvalidRequest if the model has another vocabulary. `meter_of` returns, for the model's id, the meter
-        that counts its tokens.
+        `vocabulary` is the digest of the vocabulary to which the token ids belong. Raises InvalidRequest if the model
+        has another vocabulary. `meter_of` returns, for the model's id, the meter that counts its tokens.
         """
         tokens = TokensToScore(groups=list(groups), vocabulary=vocabulary).model_dump_json().encode()
         return _read(model, await self._ask(model, SCORE_TOKENS, tokens, meter_of))

@@ -78,7 +78,9 @@ class UsageRecorder:
         used.accelerator_seconds += accelerator_seconds
 
     async def run(self) -> None:
-        """Writes the sums to the database every FLUSH_SECONDS. Runs until cancelled, and writes the rest then."""
+        """Writes the sums to the database every FLUSH_SECONDS. Runs until cancelled; then writes the sums that are not
+        written yet.
+        """
         try:
             while True:
                 await asyncio.sleep(FLUSH_SECONDS)

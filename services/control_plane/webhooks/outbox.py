@@ -44,7 +44,7 @@ class Unreachable(Exception):
 
 
 class Claim(NamedTuple):
-    """A row of the outbox that this process has claimed, and sends now."""
+    """A row of the outbox (a webhook message) that this process has claimed, so that no other process sends it."""
 
     id: int
     body: dict[str, Any]
@@ -136,7 +136,7 @@ class Sender:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """Claims the rows of the outbox to send now: the oldest due row of each endpoint, up to AT_ONCE sends under
+        """Claims the rows of the outbox to send now: the oldest due row of each endpoint, until AT_ONCE sends are under
         way.
 
         A row is due if the time to send its message has come. Projects take turns. A claimed row is not due for other
@@ -176,10 +176,11 @@ class Sender:
         return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
-        """Returns the claims (rows to send) for which there is room now, and counts them as under way.
+        """Returns those claims (rows to send) that may be sent now, and counts them as under way.
 
-        There are AT_ONCE places for sends. A project gets another place only while it holds fewer places than are free.
-        So a project with slow endpoints takes at most half of the places, and two such projects leave a third free.
+        At most AT_ONCE sends are under way. A project may begin another send only while it has fewer sends under way
+        than could still begin. So a project with slow endpoints takes at most half of AT_ONCE, and two such projects
+        leave a third free.
         """
         sent, per_project = [], Counter[str]()
         for (project, _), count in self._under_way.items():
@@ -286,8 +287,11 @@ async def give_up_old(session: AsyncSession) -> None:
 
 
 def pause_seconds(num_sends: int) -> float:
-    """Returns how many seconds to wait after `num_sends` failed sends. A random factor from 0.8 to 1.2 spreads retries
-    out."""
+    """Returns how many seconds to wait before the next send of a message that failed `num_sends` times.
+
+    The number doubles with each failure, up to a limit. A random change of up to 20% spreads the sends of many
+    messages.
+    """
     pause: float = min(FIRST_PAUSE_SECONDS * 2 ** min(num_sends - 1, 30), LONGEST_PAUSE_SECONDS)
     return pause * random.uniform(0.8, 1.2)
 

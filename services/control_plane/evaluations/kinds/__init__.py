@@ -1,3 +1,4 @@
-"""The kinds of evaluations, one module for each. A module does the stages of an item and summarizes the results of all
-items.
+"""The kinds of evaluations, one module for each.
+
+Each module does the work for one item (prompt) of an evaluation, and summarizes the results of all items.
 """

@@ -25,7 +25,7 @@ WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 @dataclass(frozen=True)
 class Models:
-    """Sends the requests of an evaluation to models, by the same way as requests of clients.
+    """Sends an evaluation's requests to models, through the same code that sends clients' requests.
 
     `meter_of` returns, for a model's id, the meter that counts the model's tokens.
     """
@@ -36,22 +36,23 @@ class Models:
     vocabularies: dict[str, str] = field(default_factory=dict)  # digests, by the names of applications
 
     async def answer(self, model: NamedModel, group: Group, sampling: Sampling, number: int) -> dict[str, Any]:
-        """Returns the model's answer to the prompt of `group`, as a JSON object with `text`, `num_tokens` and
-        `is_finished`.
+        """Returns the model's answer to the prompt of `group` (a prompt with completions), as a JSON object with
+        `text`, `num_tokens` and `is_finished`.
 
         `is_finished` is false if the answer was cut off at the largest number of tokens. `number` is the number of the
-        evaluation's item, which is added to the seed.
+        evaluation's item, which is added to the seed of `sampling`.
         """
         return _answer(await self._complete(model, group, _options(sampling, number)))
 
     async def sample(
         self, model: NamedModel, group: Group, sampling: Sampling, number: int
     ) -> tuple[dict[str, Any], Scored]:
-        """Returns an answer to the prompt of `group` (a JSON object as of `answer`), and the model's log-probability of
+        """Returns an answer to the prompt of `group` (a prompt with completions), and the model's log-probability of
         this answer.
 
-        The answer is sampled from the model's whole distribution, even if the model's own config cuts it. `number` is
-        the number of the evaluation's item, which is added to the seed.
+        The answer is a JSON object like that of `answer`. It is sampled from the model's whole distribution, even if
+        the model's own config excludes some tokens, for example with top_k. `number` is the number of the evaluation's
+        item, which is added to the seed of `sampling`.
         """
         vocabulary = await self._vocabulary(model)
         options = {**_options(sampling, number), **WHOLE_DISTRIBUTION, "return_token_ids": True}
@@ -61,8 +62,10 @@ class Models:
         return _answer(answer), await self.scoring.score_tokens(model, [tokens], vocabulary, self.meter_of)
 
     async def _vocabulary(self, model: NamedModel) -> str:
-        """Returns the digest of the model's vocabulary. To get it, has the model compute log-probabilities of a short
-        text, once.
+        """Returns the digest of the model's vocabulary.
+
+        The first call for a model asks it for the log-probabilities of a short text, because the response holds the
+        digest.
         """
         if model.app_name not in self.vocabularies:
             any_text = Group("a", ("a",), 1)
@@ -84,13 +87,17 @@ class Models:
         return text
 
     async def rewards(self, judge: Judge, group: Group) -> list[Judged]:
-        """Returns the reward of each completion of the group, by the models of `judge`."""
+        """Returns the reward that the models of `judge` give to each completion of the group (a prompt with
+        completions).
+        """
         return (await self.scoring.judge(judge, [group], self.meter_of)).groups[0]
 
     async def _complete(self, model: NamedModel, group: Group, options: dict[str, Any]) -> Any:
-        """Sends the group's prompt to the model, and returns the response in the form of OpenAI's API.
+        """Sends the prompt of `group` to the model, and returns the JSON of the response, which has the form of
+        OpenAI's API.
 
-        A prompt that is a text is sent to /completions, messages to /chat/completions.
+        A prompt that is a text is sent to /completions, messages to /chat/completions. `options` are further fields of
+        the request.
         """
         asked = {"model": model.id, **options}
         if isinstance(group.prompt, str):
@@ -122,5 +129,7 @@ def _answer(answer: Any) -> dict[str, Any]:
 
 
 def completion_of(prompt: Text, text: str) -> Text:
-    """Returns the answer `text` in the form of its prompt: as a text, or as a list with one message."""
+    """Returns the answer `text` in the form of its prompt: as a text if the prompt is a text, else as a list with one
+    message.
+    """
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

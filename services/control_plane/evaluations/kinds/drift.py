@@ -60,7 +60,7 @@ async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Drift:
     """Returns the policy and the reference model that `spec` names.
 
     Raises NotFound for a model that does not exist. Raises InvalidRequest if the reference model is not known, or if
-    `sampling` would change the policy's distribution.
+    the options in `spec.sampling` would change the policy's distribution.
     """
     model = await writer_of(session, settings, spec.model, param="model")
     if (spec.sampling.temperature, spec.sampling.top_p) != (1, 1):

@@ -65,7 +65,9 @@ class Grader:
         return self.model is not None and not self.model.num_outputs
 
     async def score(self, models: Models, group: Group, text: str) -> float:
-        """Returns the score that the reward model or the rule gives to `text`, an answer to the prompt of `group`."""
+        """Returns the score that the reward model or the rule gives to `text`, an answer to the prompt of `group` (a
+        prompt with completions).
+        """
         if self.model is not None:
             answered = Group(
                 group.prompt,
@@ -80,7 +82,8 @@ class Grader:
         return rules.score(self.judge.type, text, pattern=self.judge.pattern, expected=expected)
 
     async def compare(self, models: Models, group: Group, first: str, second: str) -> list[Side]:
-        """Returns which of two answers to the prompt of `group` the judge finds better.
+        """Returns the judge's verdicts: which of two answers to the prompt of `group` (a prompt with completions) is
+        better.
 
         A model that is asked gives two verdicts: one with the answers in this order, one with the answers swapped. Any
         other judge gives one verdict.
@@ -112,7 +115,7 @@ def agreed(verdicts: list[Side]) -> Side:
 
 
 async def grader_of(session: AsyncSession, settings: Settings, judge: Judge) -> Grader:
-    """Returns the judge of answers that a request describes, with its model.
+    """Returns the judge of answers that the request's field `judge` describes, together with the judge's model.
 
     Raises NotFound if there is no such model, and InvalidRequest for a reward model with `criteria`.
     """

@@ -21,7 +21,7 @@ class Kind(Protocol):
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Returns those fields of the request that the request left out, with the values that the service chose for
+        """Returns the fields that the request for the evaluation left out, with the values that the service chose for
         them.
         """
 

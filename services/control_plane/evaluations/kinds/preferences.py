@@ -65,9 +65,10 @@ class Preferences:
 def ranked(rewards: Sequence[float], lengths: Sequence[int], ratings: Sequence[float] | None) -> Found:
     """Compares the rewards of a prompt's completions with people's ratings. Returns the results as a dictionary.
 
-    The completions are in order, the best one first. If `ratings` is None, the first one is better than all others.
-    `is_right` says whether each of the best completions has a higher reward than each of the others. `margin` is the
-    mean reward of the best ones minus that of the others. `lengths` are numbers of tokens.
+    The completions are in order, the best one first. If `ratings` is None, the first one is better than all others. In
+    the results, `is_right` says whether each of the best completions has a higher reward than each of the others.
+    `margin` is the mean reward of the best completions minus the mean reward of the others. `lengths` are the numbers
+    of tokens of the completions.
     """
     ratings = ratings or [1.0] + [0.0] * (len(rewards) - 1)
     best = [rating == max(ratings) for rating in ratings]

@@ -1,8 +1,9 @@
 """Stores which models are requested, loaded and in use, in the table `deployments`, which all control planes share.
 
-A row stands for a model's engine, the Ray Serve application that loads the model. Requests and jobs write rows to have
-models loaded. About once a second the reconciler decides which of these models Ray Serve runs (`place`). A mark is a
-record in a row that a control plane has requests to the model in flight; a model with a mark stays loaded.
+A row stands for a model's engine, the Ray Serve application that loads the model. Requests and jobs write rows to
+request models. About once a second the reconciler, the task that handles jobs, calls `place`, which decides which of
+these models Ray Serve runs. A mark is a record in a row that a control plane has requests to the model in flight; a
+model with a mark stays loaded.
 """
 
 from collections import defaultdict
@@ -65,11 +66,11 @@ class Reference:
 async def references(
     session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]
 ) -> dict[str, Reference]:
-    """Returns the Ray Serve application that computes log-probabilities with each model in `wanted`, under the same
-    keys.
+    """Returns, for each model in `wanted`, the Ray Serve application that computes log-probabilities with the model.
 
-    If a model's own engine cannot do this, because of its precision or its maximum length, the model has a second
-    engine, which only computes log-probabilities.
+    `wanted` maps keys, such as job ids, to models; the result has the same keys. If a model's own engine (the server of
+    the model) cannot compute log-probabilities, because of its precision or its maximum length, the model has a second
+    engine, which does nothing else.
     """
     engines = await engines_of(session, settings, {model.id: model for model in wanted.values()})
     chosen = await deployment_settings.of(session, settings, {engine.loaded.id for engine in engines.values()})
@@ -91,12 +92,13 @@ def _reference(engine: Engine, own: DeploymentSettings, settings: Settings) -> R
 async def scorer_named(
     session: AsyncSession, settings: Settings, model: NamedModel, name: str | None
 ) -> tuple[NamedModel, str]:
-    """Finds the application `name`, which an attempt (run of a job) uses to compute log-probabilities with its
-    reference model.
+    """Finds the application with which an attempt (run of a job) computes log-probabilities of its reference model
+    `model`.
 
-    Returns the model that the application loads, and the application's name without the service's prefix. The settings
-    of `model` may have changed since the attempt began, so that new attempts would use another application. If `name`
-    is None, the attempt is of a release that knows only the model's own engine.
+    Returns the model that the application loads, and the application's name without the service's prefix. `name` is the
+    full name that the attempt gave. It decides, because the settings of `model` may have changed since the attempt
+    began, so that new attempts would use another application. An attempt of an old release gives no name; it uses the
+    model's own engine.
     """
     hosts = await hosts_of(session, settings, model)
     for loaded in hosts:
@@ -223,8 +225,8 @@ async def unload(
 ) -> None:
     """Unloads the model's engine, if it is loaded.
 
-    Raises InvalidRequest if the model is pinned, is the reference of a running job, or is answering requests. Also
-    raises it for an adapter on the engine of its base.
+    Raises InvalidRequest if the model is pinned (always loaded), is the reference of a running job, or is answering
+    requests. Also raises InvalidRequest for an adapter for which the engine of its base model answers.
     """
     engine = await engine_of(session, settings, model)
     if engine.adapter:
