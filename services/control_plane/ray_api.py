@@ -302,7 +302,7 @@ class RayApi:
     def last_view(self, seconds: float) -> ServeView | None:
         """Returns the state of Ray Serve that `look` saw last, without asking Ray.
 
-        Returns None if `look` saw it more than `seconds` ago, or if the applications have been changed since.
+        Returns None if `look` saw it more than `seconds` ago, or if `serve` has changed the applications after that.
         """
         return self._view if self._view and time.monotonic() - self._view.seen_at <= seconds else None
 

@@ -47,11 +47,12 @@ from services.control_plane.tenants import quotas
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Adds the row of a new attempt (one run of a job on Ray) to the database, and returns the row. Clears the
-    `waits_for` of the job.
+    """Adds the row of a new attempt (one run of a job on Ray) to the database, and returns the row. Clears the job's
+    column `waits_for`.
 
-    `reference` is the Ray Serve application of the reference model, if the attempt needs it from the beginning. Call
-    this function before Ray launches the attempt, so that the database knows of every launch.
+    `number` is the attempt's number within the job, and `num_accelerators` the number of its GPUs. `reference` is the
+    Ray Serve application of the reference model, if the attempt needs it from the beginning. Call this function before
+    Ray launches the attempt, so that the database knows of every launch.
     """
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0

@@ -289,8 +289,8 @@ class Executor:
             jobs.tell(session, job.id, f"Attempt {attempt.number} of the job ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Stores in the job's `waits_for` when its next attempt (run on Ray) begins, and returns this as a clause for
-        an event.
+        """Stores in the job's column `waits_for` when its next attempt (run on Ray) begins. Returns this as a clause
+        for an event.
 
         Returns '' if no attempt follows, because too many attempts in a row have failed.
         """

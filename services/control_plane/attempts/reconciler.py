@@ -315,7 +315,7 @@ class Reconciler:
         scorers: Mapping[str, Reference],
         on_gpus: bool,
     ) -> eviction.Engines:
-        """Returns how many GPUs the loaded and waiting models use, which limits the GPUs of the next jobs.
+        """Returns how many GPUs loaded models use, and whether a waiting model gets GPUs before the next job.
 
         `view` is the state of Ray Serve, `running` are the running jobs, and `capacity` holds the numbers of CPUs and
         GPUs of the cluster. `scorers` are the applications of jobs' reference models, by job id. `on_gpus` says whether

@@ -46,7 +46,7 @@ def what_each_waits_for(
     engines: Engines = NO_ENGINES,
     scorers: Mapping[str, Reference] = NO_SCORERS,
 ) -> dict[str, str | None]:
-    """Returns, for each queued job, the reason why the job waits, or None if the job may start now.
+    """Returns, by job id, the reason why each queued job waits, or None if the job may start now.
 
     `live` are the jobs that have not ended. `shares` holds the projects' weights and limits, and `capacity` the
     resources of the cluster. `back` holds the ids of running jobs whose long wait after a failed attempt is over; these

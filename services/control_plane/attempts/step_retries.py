@@ -37,7 +37,7 @@ class Patience:
     def fail(self, job_id: str, version: int) -> int:
         """Counts a failed try to handle the job in its current `version`, and sets the time of the next try.
 
-        Returns the number of failed tries of this version, including this one.
+        Returns the number of failed tries of this version in a row, including this one.
         """
         failed_in, tries, _ = self._failed.get(job_id, (version, 0, 0.0))
         tries = tries + 1 if failed_in == version else 1

@@ -28,8 +28,11 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 def configure(log_format: LogFormat, file: Path) -> None:
-    """Sends the service's log to `file` as text, for people, or to standard error as JSON, for a program that collects
-    logs."""
+    """Sends the service's log to `file` as text, for people. If `log_format` is `json`, sends it to standard error as
+    JSON.
+
+    The JSON is for a program that collects logs.
+    """
     handler: logging.Handler
     if log_format == "json":
         handler = logging.StreamHandler()

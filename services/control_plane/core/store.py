@@ -370,7 +370,8 @@ async def now(session: AsyncSession) -> datetime:
 
 
 def append(session: AsyncSession, row: Base) -> None:
-    """Adds a row that is inserted at the end of the transaction, in one statement with all other rows added this way.
+    """Adds a row that is inserted at the end of the transaction, in one statement with all other rows that this
+    function added.
 
     Use this function for rows that no query of the transaction reads, such as a job's events. One round trip to the
     database for each of them would take most of a request's time. The row object does not get the values that the

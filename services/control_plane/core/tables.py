@@ -313,8 +313,8 @@ class Event(Base):
 
     An event comes from a report of an attempt (a run of the job on Ray) or, with attempt 0, from the control plane
     itself. `seq` is the report's number within the attempt. An attempt may send a report twice: the columns (job_id,
-    attempt, seq) are together unique, so the second row is refused. A trigger makes the ids of one job's events rise in
-    the order in which the events become visible to readers.
+    attempt, seq) are together unique, so the report gives only one event. A trigger makes the ids of one job's events
+    rise in the order in which the events become visible to readers.
     """
 
     __tablename__ = "events"

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 class Turns:
     """A limit on the number of tasks that run at the same time, which projects share fairly.
 
-    The next task to run belongs to the project with the fewest running tasks; projects with equally many take turns. A
-    project without competitors may therefore run as many tasks as the limit allows. Many waiting tasks of one project
-    delay a task of another project by one or two tasks only.
+    The next task to run belongs to the project with the fewest running tasks; projects with equally many running tasks
+    take turns. A project without competitors may therefore run as many tasks as the limit allows. Many waiting tasks of
+    one project delay a task of another project by one or two tasks only.
 
-    With `leaves_free`, a project may not run more tasks than it leaves free for other projects. A project without
-    competitors then uses at most half of the limit, and a task of another project need not wait at all. This suits
-    tasks that may take long and cost little.
+    If `leaves_free`, a project may not run more tasks than it leaves free for other projects. So a project without
+    competitors uses at most half of the limit, and the first task of another project need not wait. This suits tasks
+    that may take long and cost little.
     """
 
     def __init__(self, most: int, *, leaves_free: bool = False) -> None:

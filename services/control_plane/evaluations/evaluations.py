@@ -130,8 +130,8 @@ async def is_running(session: AsyncSession, evaluation_id: str) -> bool:
 
 
 def _waiting(evaluation: Evaluation) -> ColumnElement[bool]:
-    """Returns the SQL condition for items of the evaluation that have not failed and have not passed through all
-    stages.
+    """Returns the SQL condition for the items (prompts) of the evaluation that still have stages (such as answering or
+    judging) to pass through, and have not failed.
     """
     of = EvaluationItem.evaluation_id == evaluation.id
     return and_(of, EvaluationItem.stage < evaluation.num_stages, EvaluationItem.error.is_(None))
@@ -140,7 +140,8 @@ def _waiting(evaluation: Evaluation) -> ColumnElement[bool]:
 async def next_items(
     session: AsyncSession, evaluation: Evaluation, busy: Collection[int], most: int
 ) -> list[EvaluationItem]:
-    """Returns at most `most` items of the evaluation to work on next. Items at an earlier stage come first.
+    """Returns at most `most` items (prompts) of the evaluation to work on next. Items at an earlier stage (such as
+    answering, before judging) come first.
 
     Leaves out the items whose numbers are in `busy`, and items that are to be tried again later.
     """
@@ -151,13 +152,16 @@ async def next_items(
 
 
 async def num_waiting(session: AsyncSession, evaluation: Evaluation) -> int:
-    """Returns how many items of the evaluation have not failed and have not passed through all stages."""
+    """Returns how many items (prompts) of the evaluation still have stages (such as answering or judging) to pass
+    through, and have not failed.
+    """
     query = select(func.count()).select_from(EvaluationItem).where(_waiting(evaluation))
     return await session.scalar(query) or 0
 
 
 async def stalled_seconds(session: AsyncSession, evaluation: Evaluation) -> float:
-    """Returns how many seconds ago an item of the evaluation last finished a stage or failed.
+    """Returns how many seconds ago an item (prompt) of the evaluation last finished a stage (such as answering), or
+    failed.
 
     If no item has done so yet, returns how many seconds ago the evaluation began.
     """
@@ -168,7 +172,8 @@ async def stalled_seconds(session: AsyncSession, evaluation: Evaluation) -> floa
 async def store_stage(
     session: AsyncSession, evaluation: Evaluation, item: EvaluationItem, found: dict[str, Any]
 ) -> None:
-    """Stores that the item has finished its next stage, with the results `found` of this stage.
+    """Stores that the item (a prompt) has finished its next stage, such as answering or judging. `found` holds the
+    results of this stage.
 
     Raises Ended if the evaluation has ended, or another control plane has changed the item.
     """
@@ -186,7 +191,7 @@ async def store_stage(
 async def store_failure(
     session: AsyncSession, evaluation: Evaluation, item: EvaluationItem, code: str | None, message: str
 ) -> None:
-    """Stores that the item has failed for good, with the error's code and message.
+    """Stores that the item (a prompt of the evaluation) has failed for good, with the error's code and message.
 
     Raises Ended if the evaluation has ended, or another control plane has changed the item.
     """
@@ -196,7 +201,8 @@ async def store_failure(
 
 
 async def put_off(session: AsyncSession, item: EvaluationItem, seconds: float, *, num_tries: int) -> None:
-    """Stores that the next stage of the item is tried again after `seconds`, and has been tried `num_tries` times.
+    """Stores that the next stage of the item (a prompt) is tried again after `seconds`. `num_tries` is the number of
+    tries of this stage that failed so far.
 
     Raises Ended if another control plane has changed the item.
     """
@@ -211,9 +217,10 @@ async def wait_for(session: AsyncSession, evaluation: Evaluation, what: str) -> 
 
 
 async def _change(session: AsyncSession, item: EvaluationItem, values: dict[str, Any]) -> None:
-    """Sets the columns of the item's row that `values` names.
+    """Sets the columns that `values` names in the row of the item (a prompt of an evaluation).
 
-    Raises Ended, and changes nothing, if the item has failed or reached a later stage since it was read.
+    Raises Ended, and changes nothing, if the item has failed or reached a later stage (such as judging) since it was
+    read.
     """
     table = EvaluationItem
     same = (table.evaluation_id == item.evaluation_id, table.number == item.number, table.stage == item.stage)
@@ -231,7 +238,7 @@ async def _count(session: AsyncSession, evaluation: Evaluation, **more: int) -> 
 
 
 async def fail_waiting(session: AsyncSession, evaluation: Evaluation, code: str, message: str) -> None:
-    """Stores that all items of the evaluation that have stages left have failed for good, with this error code and
+    """Stores that all unfinished items (prompts) of the evaluation have failed for good, with this error code and
     message.
 
     Raises Ended if the evaluation has ended, or another control plane has changed an item.
@@ -241,7 +248,7 @@ async def fail_waiting(session: AsyncSession, evaluation: Evaluation, code: str,
 
 
 async def findings(session: AsyncSession, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Returns the results of each item that has passed through all stages, in the order of the items' numbers."""
+    """Returns the results of each item (prompt) of the evaluation that is finished, in the order of the items' numbers."""
     query = select(EvaluationItem.found).where(
         EvaluationItem.evaluation_id == evaluation.id, EvaluationItem.stage == evaluation.num_stages
     )
@@ -249,7 +256,9 @@ async def findings(session: AsyncSession, evaluation: Evaluation) -> list[dict[s
 
 
 async def first_error(session: AsyncSession, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns the error of the failed item with the lowest number. At least one item must have failed."""
+    """Returns the error of the failed item (prompt) of the evaluation with the lowest number. At least one item must
+    have failed.
+    """
     query = select(EvaluationItem.error).where(
         EvaluationItem.evaluation_id == evaluation.id, EvaluationItem.error.is_not(None)
     )
@@ -268,8 +277,9 @@ async def fail(session: AsyncSession, evaluation_id: str, error: ApiError) -> No
 
 
 async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: Any) -> bool:
-    """Ends the evaluation in the state `state`, and sets the columns in `values`. Returns False if it had ended
-    before.
+    """Ends the evaluation in the state `state`, and sets the columns that `values` names. Returns whether it did so.
+
+    Returns False, and changes nothing, if the evaluation had ended already.
     """
     ended = update(Evaluation).where(Evaluation.id == evaluation_id, LIVE)
     ended = ended.values(state=state, finished_at=func.clock_timestamp(), waits_for=None, **values)

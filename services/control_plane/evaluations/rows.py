@@ -81,8 +81,8 @@ def group_of(row: dict[str, Any]) -> Group:
 
 
 def labelled(group: Group) -> tuple[Text, Text] | None:
-    """Returns the best and the worst completion of the group by people's ratings. Returns None if all are rated the
-    same, or there are fewer than two.
+    """Returns the best and the worst completion of the group (a prompt with its completions) by people's ratings.
+    Returns None if all are rated the same, or there are fewer than two.
     """
     if len(group.completions) < 2 or (group.ratings and group.ratings[0] == group.ratings[-1]):
         return None

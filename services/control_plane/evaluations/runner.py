@@ -1,8 +1,8 @@
 """Runs evaluations of models in the background. Every control plane does so.
 
 To work on an evaluation, a control plane takes its lease, a row in the database that expires if it is not renewed. So
-no two control planes work on an evaluation at the same time. If one dies, another one goes on with the items (prompts)
-that are left.
+no two control planes work on an evaluation at the same time. If a control plane dies, another one goes on with the
+items (prompts) that are left.
 """
 
 import asyncio
@@ -107,7 +107,8 @@ class EvaluationRunner:
         """Gives up this control plane's lease of the evaluation (its right to work on it), so that any control plane
         can go on.
 
-        `failed` says whether the work ended with an error; any control plane can then go on only after RETRY_SECONDS.
+        `failed` says whether the work ended with an error. If it did, control planes can go on only after
+        RETRY_SECONDS.
         """
         name = lease_of(evaluation.id)
         try:

@@ -1,4 +1,6 @@
-"""Works on one evaluation until all its items (prompts) have passed through all stages, and summarizes the results."""
+"""Works on one evaluation until all its items (prompts) have passed through all stages, such as answering and judging.
+Then summarizes the results.
+"""
 
 import asyncio
 import logging
@@ -59,7 +61,8 @@ class Work:
         self._pause = 0.0
 
     async def run(self) -> None:
-        """Works on the items of the evaluation until none has stages left, and ends the evaluation.
+        """Works on the items (prompts) of the evaluation until each has failed or passed through all stages, and ends
+        the evaluation.
 
         Raises Ended if the evaluation was ended elsewhere, for example cancelled. Raises NotFound if one of its models
         was deleted.
@@ -80,8 +83,8 @@ class Work:
         await self._conclude()
 
     async def _take(self, busy: dict[int, asyncio.Task[None]]) -> bool:
-        """Begins to work on further items of the evaluation, until ITEMS_AT_ONCE are in `busy`. Returns False if no
-        item is left.
+        """Begins to work on further items (prompts) of the evaluation, until ITEMS_AT_ONCE are in `busy`. Returns False
+        if no item is left.
 
         `busy` holds the tasks of items under way, by item number. While the evaluation is paused, begins nothing until
         the items in `busy` are done and the pause is over.
@@ -118,9 +121,9 @@ class Work:
 
     async def _wait(self, item: EvaluationItem, error: Unavailable | RateLimited) -> None:
         """Pauses the evaluation, because a model is not available, or the API key may use no more tokens in this
-        minute.
+        minute. `item` is the item (prompt) whose work failed with `error`.
 
-        If no stage of any item was finished for STALLED_SECONDS, all items with stages left fail.
+        If no item has made progress for STALLED_SECONDS, all unfinished items fail.
         """
         if not self._pause:  # the first of several items that wait for the same model
             self._pause = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2**self._num_pauses)
@@ -134,7 +137,7 @@ class Work:
             await evaluations.put_off(session, item, self._pause, num_tries=item.num_tries)
 
     async def _retry(self, item: EvaluationItem, error: Exception) -> None:
-        """Marks the item as failed after an error, or plans another try of its stage.
+        """Marks the item (a prompt) as failed after an error, or plans another try of its stage (such as answering).
 
         The item fails at once if a model refused the request. After any other error, it fails only after MOST_TRIES
         tries.

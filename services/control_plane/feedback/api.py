@@ -40,7 +40,10 @@ async def create(idempotent: IdempotentPart, body: CreateFeedback) -> Response:
 async def list_feedback(
     store: StorePart, kind: Kind | None = None, form: Form | None = None, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
-    """Lists votes of this kind and form, newest first. Also counts all votes of the project by kind and form."""
+    """Lists votes, newest first. Also counts all votes of the project by kind and form.
+
+    If `kind` (such as `pairs`) or `form` (`messages` or `text`) is given, lists only votes of this kind or form.
+    """
     keys, query = [Feedback.created_at, Feedback.id], feedback.of_kind(kind, form)
     async with store.look() as session:
         rows, more = await page(session, query, keys, after=after, limit=limit)
@@ -52,8 +55,8 @@ async def list_feedback(
 async def create_file(
     request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, body: CreateFeedbackFile
 ) -> Response:
-    """Makes a training file of all votes of one kind and form that the project has so far. The oldest vote comes
-    first.
+    """Makes a training file of all votes of one kind (such as `pairs`) and form (`messages` or `text`) that the project
+    has so far. The oldest vote comes first.
     """
     with TemporaryFile() as rows:
         if not await feedback.write_rows(store, body.kind, body.form, rows):

@@ -59,7 +59,9 @@ class CreateFeedback(BaseModel):
 
 
 class CreateFeedbackFile(BaseModel):
-    """The JSON body of POST /v1/x/feedback/files, which makes a training file of the votes of one kind and form."""
+    """The JSON body of POST /v1/x/feedback/files, which makes a training file of the votes of one kind (such as
+    `pairs`) and form (`messages` or `text`).
+    """
 
     model_config = ConfigDict(extra="forbid")
     kind: Kind

@@ -156,7 +156,7 @@ async def add(
 
 
 async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -> File:
-    """Returns the file with this id. `param` is the request's field that names it.
+    """Returns the file with this id. `param` is the request's field that names the file.
 
     Raises NotFound if the file does not exist, was deleted or has expired.
     """

@@ -1,4 +1,4 @@
-"""Checks the rows of training files: small files before the response, large files in the background.
+"""Checks the rows of training files: small files before the upload is answered, large files in the background.
 
 A large file is stored unchecked. Every control plane looks for unchecked files. To check a file, it takes the file's
 lease, a row in the database that expires if it is not renewed. So no two control planes check a file at the same time,
@@ -52,8 +52,8 @@ class Died(Exception):
 
 
 async def report_of(stored: Stored, reading: Reading, *, param: str, project_id: str) -> dict[str, Any] | None:
-    """Checks the rows of a stored file before the response, and returns the report on them. Returns None for a large
-    file, which a background task checks later.
+    """Checks the rows of a stored file before the upload is answered, and returns the report on the rows. Returns None
+    for a large file, which a background task checks later.
 
     `param` is the request's field that holds the file. Raises InvalidRequest, which names the first bad line, and
     Unavailable if the process that checks the rows died.

@@ -42,8 +42,8 @@ def _from(lines: Iterator[bytes], columns: Mapping[str, str], first: int) -> Ite
     parsed.
 
     The first row stays, because it says which format the file has. In formats in which several rows may form one group
-    (a prompt with its completions), all lines stay. `columns` maps the names of the format's columns to those of the
-    file.
+    (a prompt with its completions), all lines stay. `columns` maps roles, such as prompt, to the names of the file's
+    columns.
     """
     number, has_ended, has_format, is_joined = 0, True, False, False
     for line in lines:

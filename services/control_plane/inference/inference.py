@@ -1,7 +1,7 @@
 """Forwards requests for completions to the models on Ray Serve.
 
-The first request to a model asks Ray Serve to load the model, and waits until it is loaded. If a model fails or refuses
-a request, the client gets an error in OpenAI's JSON form.
+A request to a model that is not loaded first requests the model, and waits until Ray Serve has loaded it. If a model
+fails or refuses a request, the client gets an error in OpenAI's JSON form.
 
 A mark is a record in the database that a control plane has requests to a model in flight. A model with a mark is not
 unloaded. Marks expire, so each control plane renews its own.

@@ -130,7 +130,7 @@ async def lock(session: AsyncSession, job: Job) -> Job:
 
 
 async def confirm(session: AsyncSession, job: Job) -> None:
-    """Locks the job's row. Raises Stale if the version in the database is no longer that of `job`."""
+    """Locks the job's row. Raises Stale if the job was changed in the database after `job` was read."""
     version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
     if version != job.version:
         raise Stale(f"another process has changed the job {job.id}: its version is {version}, not {job.version}")
@@ -196,7 +196,7 @@ def _state(job: Job) -> str:
 
 
 async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, event: str) -> None:
-    """Sets the job's desired state (`run`, `pause` or `cancel`), and adds one to its version.
+    """Sets the job's desired state (`run`, `pause` or `cancel`), and adds one to the job's version.
 
     Also adds `event` to the job's events and to the log of its state changes, with `actor`, who made the change. The
     caller must hold the lock of the job's row.
@@ -220,7 +220,7 @@ async def move(
     """Changes the job's observed state to `to`, sets the columns in `values`, and adds the event `event`.
 
     `actor` is the id of the API key, or the name of the control plane, that makes the change. If the job ends, adds
-    messages for its project's webhooks. Raises Stale if the version in the database is no longer that of `job`.
+    messages for its project's webhooks. Raises Stale if the job was changed in the database after `job` was read.
     """
     closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
     statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)
@@ -363,7 +363,7 @@ def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Returns the metrics under OpenAI's names, which existing programs expect. Metrics that OpenAI does not have keep
     their names.
 
-    OpenAI evaluates a sample of the validation file at most steps (`valid_…`), and the whole file at some
+    OpenAI evaluates a sample of the validation file at most steps (`valid_…`), and the whole file at some steps
     (`full_valid_…`). This service always evaluates the whole file, so each value gets both names.
     """
     named = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}

@@ -1,4 +1,6 @@
-"""Returns the metrics of a job's training steps as columns. The database summarizes them in buckets of steps."""
+"""Returns the metrics of a job's training as lists of values, one value for each bucket (a range of training steps).
+The database summarizes the steps of a bucket.
+"""
 
 from typing import Annotated, Any
 
@@ -30,9 +32,10 @@ class Range(BaseModel):
 
 
 async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, Any]:
-    """Returns the job's metrics as columns. The steps of the range `asked` are divided into buckets of equal size.
+    """Returns the job's metrics as columns: lists with one value for each bucket of steps. The range of steps in
+    `asked` is divided into buckets of equal size.
 
-    The columns of a metric hold its mean, least, greatest and last value in each bucket. A value is None if no step of
+    Each metric has four columns: its mean, least, greatest and last value in each bucket. A value is None if no step of
     the bucket has the metric. Raises InvalidRequest if the range ends before it begins.
     """
     if asked.last is not None and asked.last < asked.first:

@@ -94,7 +94,7 @@ class Watched:
         self.last = self.frames[-1][0] if self.frames else self.last
 
     def after(self, place: int) -> bytes:
-        """Returns, joined, the stream's bytes of the events in memory whose ids are greater than `place`."""
+        """Returns the bytes to send to a stream for all events in memory whose ids are greater than `place`."""
         newer = []
         for number, frame in reversed(self.frames):
             if number <= place:
@@ -229,7 +229,7 @@ class Streams:
     async def _read(self, job_id: str, place: int) -> tuple[int, bytes]:
         """Reads events of the job after the event with the id `place` from the table.
 
-        Returns the id of the last event, and the events as bytes for the stream.
+        Returns the id of the last event that was read, and the events as bytes for the stream.
         """
         async with self._reading, self._store.begin() as session:
             events = await next_events(session, job_id, place, limit=PAGE)

@@ -33,15 +33,19 @@ def implicit(beta: float, logp: float, reference_logp: float, num_tokens: int) -
     """Returns a completion's implicit reward of DPO, beta (log pi(y|x) - log pi_ref(y|x)): arXiv 2305.18290, section
     5.1.
 
-    The log-probabilities, in nats, are sums over the completion's tokens. The term of the reward that depends only on
-    the prompt is left out.
+    `logp` and `reference_logp` are the completion's log-probabilities by the policy and the reference model, in nats,
+    as sums over its tokens. The term of the reward that depends only on the prompt is left out.
     """
     log_ratio = logp - reference_logp
     return Judged(beta * log_ratio, num_tokens, log_ratio=log_ratio, logp=logp, reference_logp=reference_logp)
 
 
 def explicit(outputs: Sequence[float], num_tokens: int) -> Judged:
-    """Returns a completion's reward by a reward model: the first of the model's outputs."""
+    """Returns the reward that a reward model gives to a completion: the first of the model's `outputs` for the
+    completion.
+
+    `num_tokens` is the completion's length, which the result also holds.
+    """
     return Judged(outputs[0], num_tokens, outputs=tuple(outputs))
 
 
@@ -74,8 +78,8 @@ def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
     """Returns, for each of several independent Gaussian rewards, the probability that it is the highest.
 
     This probability is the integral of the product of the other rewards' cumulative distributions over the reward's own
-    distribution. The points of the numerical sum lie around all means; they are dense where standard deviations are
-    small.
+    distribution. The integral is computed as a sum over points around all means. The points are dense where standard
+    deviations are small.
     """
     each = max(8, GRID_POINTS // len(rewards))
     steps = [DEVIATIONS * (2 * i / (each - 1) - 1) for i in range(each)]

@@ -101,7 +101,9 @@ def _count(scored: Scored) -> int:
 
 
 def explicit_rewards(scored: Scored) -> list[list[Judged]]:
-    """Returns the reward of each completion of each group, from the outputs of a reward model."""
+    """Returns the reward of each completion of each group (prompt with its completions), from the outputs of a reward
+    model.
+    """
     return [
         [explicit(outputs, length) for outputs, length in zip(*row, strict=True)]
         for row in zip(scored.outputs, scored.num_tokens, strict=True)
@@ -109,8 +111,8 @@ def explicit_rewards(scored: Scored) -> list[list[Judged]]:
 
 
 def implicit_rewards(beta: float, policy: Scored, reference: Scored) -> list[list[Judged]]:
-    """Returns the reward of each completion of each group, from the log-probabilities of a policy and its reference
-    model.
+    """Returns the reward of each completion of each group (prompt with its completions), from the log-probabilities of
+    a policy and its reference model.
     """
     return [
         [implicit(beta, logp, reference_logp, length) for (logp,), (reference_logp,), length in zip(*row, strict=True)]

@@ -22,7 +22,9 @@ SHARED_OVER = timedelta(days=1)  # the time over which projects' worker hours ar
 
 @dataclass(frozen=True)
 class Share:
-    """A project's weight, limit and recent use, which decide when its next job starts."""
+    """A project's weight, its limit on running jobs and its recent use of workers, which decide when its next job
+    starts.
+    """
 
     max_running_jobs: int | None = None  # None: no limit
     weight: float = 1.0
@@ -84,7 +86,9 @@ async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str])
 
 
 async def shares(session: AsyncSession) -> dict[str, Share]:
-    """Returns the weight, the limit and the recent use of each project, by project id."""
+    """Returns the weight of each project, its limit on running jobs, and its worker hours in the last day, by project
+    id.
+    """
     since = func.now() - SHARED_OVER
     hours = func.extract(
         "epoch", func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.created_at, since)
@@ -100,7 +104,7 @@ async def shares(session: AsyncSession) -> dict[str, Share]:
 async def out_of_hours(session: AsyncSession) -> dict[str, str]:
     """Returns a text for each project that has used up its accelerator hours, by project id.
 
-    The text goes into the `waits_for` of the project's jobs.
+    The text goes into the column `waits_for` of the project's jobs, which says what a job waits for.
     """
     open_hours = _open_hours().group_by(Job.project_id).subquery()
     used = Project.accelerator_hours + func.coalesce(open_hours.c.hours, 0)
@@ -124,9 +128,10 @@ async def num_bytes(session: AsyncSession, project_id: str) -> int:
 
 
 async def count_hours(session: AsyncSession, attempt: Attempt) -> None:
-    """Adds the accelerator hours of an attempt (run of a job on Ray) that has just ended to the sum of its project.
+    """Adds the accelerator hours of an attempt (run of a job on Ray) that has just ended to the sum of the job's
+    project.
 
-    The sum is kept in the project's row, so that no request and no regular look reads all attempts that ever ended.
+    The sum is kept in the project's row, so that no query must read all attempts that ever ended.
     """
     if attempt.num_accelerators:
         hours = select(Attempt.num_accelerators * HOURS)

@@ -179,8 +179,8 @@ class Sender:
         """Returns those claims (rows to send) that may be sent now, and counts them as under way.
 
         At most AT_ONCE sends are under way. A project may begin another send only while it has fewer sends under way
-        than could still begin. So a project with slow endpoints takes at most half of AT_ONCE, and two such projects
-        leave a third free.
+        than AT_ONCE still leaves free. So a project with slow endpoints takes at most half of AT_ONCE, and two such
+        projects leave a third free.
         """
         sent, per_project = [], Counter[str]()
         for (project, _), count in self._under_way.items():
@@ -193,7 +193,7 @@ class Sender:
         return sent
 
     async def _deliver(self, claim: Claim) -> None:
-        """Sends the message of the claimed row. `_note_ends` stores the result. Logs any error."""
+        """Sends the message of the claimed row. Keeps the result until `_note_ends` stores it. Logs any error."""
         try:
             end = End(claim, *await self._try(claim))
             self._ends.append(end)
@@ -261,7 +261,8 @@ def _endpoint_values(end: End) -> dict[str, Any] | None:
     """Returns the parameters of the SQL statement NOTE_ENDPOINT, which stores the result of a send in the endpoint's
     row.
 
-    After a failure, nothing is sent to the endpoint for a while. Returns None if the endpoint answers as before.
+    After a failure, nothing is sent to the endpoint for a while. Returns None if there is nothing to store, because the
+    endpoint answered this message and the one before.
     """
     endpoint = end.claim.endpoint
     if not end.again:

@@ -1,4 +1,4 @@
 """The kinds of evaluations, one module for each.
 
-Each module does the work for one item (prompt) of an evaluation, and summarizes the results of all items.
+Each module does the work for each item (prompt) of an evaluation, and summarizes the results of all items.
 """

@@ -50,9 +50,9 @@ class Models:
         """Returns an answer to the prompt of `group` (a prompt with completions), and the model's log-probability of
         this answer.
 
-        The answer is a JSON object like that of `answer`. It is sampled from the model's whole distribution, even if
-        the model's own config excludes some tokens, for example with top_k. `number` is the number of the evaluation's
-        item, which is added to the seed of `sampling`.
+        The answer is a JSON object like the one that the method `answer` returns. It is sampled from the model's whole
+        distribution, even if the model's own config excludes some tokens, for example with top_k. `number` is the
+        number of the evaluation's item, which is added to the seed of `sampling`.
         """
         vocabulary = await self._vocabulary(model)
         options = {**_options(sampling, number), **WHOLE_DISTRIBUTION, "return_token_ids": True}

@@ -1,4 +1,6 @@
-"""Defines what every kind of evaluation offers: its stages, and the summary of its results."""
+"""Defines the methods of every kind of evaluation. They do the stages of an item (such as answering and judging a
+prompt), and summarize the results of all items.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,8 +14,8 @@ Found = dict[str, Any]
 class Kind(Protocol):
     """A kind of evaluation, with the models of one evaluation.
 
-    All items (prompts) pass through the first stage before any item passes through the second. Each stage should need
-    one model only, because not all models may fit into the cluster at the same time.
+    All items (prompts) pass through the first stage, such as answering, before any item passes through the second. Each
+    stage should need one model only, because not all models may fit into the cluster at the same time.
     """
 
     @property
@@ -26,7 +28,7 @@ class Kind(Protocol):
         """
 
     async def work(self, stage: int, number: int, group: Group, found: Found, models: Models) -> Found:
-        """Does one stage of an item, which is a prompt of the evaluation, and returns the results of this stage.
+        """Does one stage (such as answering or judging) of an item (a prompt of the evaluation). Returns the results.
 
         `number` is the number of the item, `group` its prompt and completions, and `found` the results of its earlier
         stages.

@@ -170,7 +170,8 @@ async def waits_for(session: AsyncSession, app_name: str) -> str | None:
 
 
 async def forget(session: AsyncSession, app_name: str) -> None:
-    """Deletes the model's row in `deployments`. The next request for the model then loads it again.
+    """Deletes the model's row in `deployments`, so that Ray Serve unloads the model. The next request for the model
+    loads it again.
 
     The row stays while the model is the reference of an attempt (one run of a job) that has not ended.
     """

@@ -74,7 +74,7 @@ class Room:
         """Returns how many GPUs all models together may use, not counting reference models, which use the GPUs of their
         jobs.
 
-        With `beside_next_job`, the GPUs that the next job waits for are left free.
+        If `beside_next_job`, the GPUs that the next job waits for are left free.
         """
         if self.gpus is None:
             return float("inf")
@@ -83,8 +83,9 @@ class Room:
 
 @dataclass
 class Plan:
-    """The result of `decide`: the models to serve, the models whose rows are deleted, and what each other model waits
-    for."""
+    """The result of `decide`: the models to serve, the models whose rows in the table `deployments` are to be deleted,
+    and what each other model waits for.
+    """
 
     serve: set[str] = field(default_factory=set)
     forget: set[str] = field(default_factory=set)
@@ -123,11 +124,10 @@ class _Served:
 
     def make_way(self, why: str, *, beside_next_job: bool) -> None:
         """Evicts (unloads) idle models until the remaining models fit into the allowed numbers of models and GPUs.
-        Reference models do not count.
 
-        If too few models are idle, busy models get no further requests. This begins when they have run for
-        TURN_SECONDS, or immediately if running jobs need the GPUs. `why` is the reason for which requests to these
-        models then wait.
+        Reference models do not count. If too few models are idle, busy models get no further requests, with the reason
+        `why`. If `beside_next_job`, the GPUs that the next job waits for are left free, and only busy models that have
+        run for TURN_SECONDS are chosen. If not, busy models are chosen immediately, because running jobs need the GPUs.
         """
         most = self._room.most_gpus(beside_next_job=beside_next_job)
         while (few := len(self._others()) > self._room.places) or _exceeds(self._gpus(), most):
@@ -135,9 +135,10 @@ class _Served:
                 return
 
     def take(self, model: Model) -> str | None:
-        """Adds a waiting model to the models to serve, and evicts idle models if it needs their room. Returns None.
+        """Adds a waiting model to the models to serve. Evicts (unloads) idle models if the model needs their room.
 
-        If there is no room for the model, returns a phrase that says what the model waits for instead.
+        Returns None if the model was added. If there is no room for it, returns a phrase that says what the model waits
+        for.
         """
         while lack := self._lacks(model):
             reason, on_gpus = lack
@@ -150,8 +151,10 @@ class _Served:
         return None
 
     def _lacks(self, model: Model) -> tuple[str, bool] | None:
-        """Returns None if the model can be loaded now. Otherwise returns a phrase that says what the model waits for,
-        and whether that is GPUs."""
+        """Returns what the model lacks to be loaded now. Returns None if it lacks nothing.
+
+        The result is a phrase that says what the model waits for, and whether it waits for GPUs.
+        """
         room = self._room
         if len(self.models) >= room.places:
             loaded = f"{len(self.models)} of at most {room.places} models are loaded"
@@ -180,7 +183,7 @@ class _Served:
         """Removes one idle model from the models to serve: a failed one if there is one, else the least recently used
         one.
 
-        With `on_gpus`, considers only models that hold GPUs. Returns False if no such model is idle.
+        If `on_gpus`, considers only models that hold GPUs. Returns False if no such model is idle.
         """
         idle = [model for model in self.models if model.is_idle and (model.gpus or not on_gpus)]
         idle.sort(key=lambda model: (model.state != "failed", -model.used, model.app_name))
@@ -190,11 +193,11 @@ class _Served:
         return bool(idle)
 
     def _ask_to_leave(self, why: str, *, at_once: bool = False) -> bool:
-        """Stops new requests to the busy model that has run longest, so that it can be unloaded. Requests for it then
-        wait, with the reason `why`.
+        """Closes the busy model that has run longest to new requests, so that it can be unloaded. `why` is the reason
+        for which new requests to this model wait.
 
-        Considers only models that have run for longer than TURN_SECONDS or, with `at_once`, all running models. Never
-        chooses reference models and pinned models. Returns False if no model can be chosen.
+        If `at_once`, considers all running models. If not, considers only models that have run for longer than
+        TURN_SECONDS. Never chooses reference models and pinned models. Returns False if no model can be chosen.
         """
         busy = [model for model in self._others() if not model.stays]
         busy = [model for model in busy if model.had_its_turn or (at_once and model.state == "running")]
