@@ -272,9 +272,9 @@ class RayApi:
         `deleted_adapters` holds, by application name, the ids of deleted adapters. The applications stop answering for
         these adapters, without a restart.
 
-        A PUT to Serve removes every application that the request leaves out, if a PUT has deployed it. Therefore the
-        request repeats the applications of other services as they were submitted; Serve leaves unchanged applications
-        alone.
+        A PUT to Ray Serve removes every application that an earlier PUT deployed and this one leaves out. Therefore the
+        request repeats the applications of other services as they were submitted. Ray Serve leaves unchanged
+        applications alone.
         """
         prefix = await self._prefix()
         status = await self._serve_status()

@@ -323,7 +323,8 @@ class Settings(BaseSettings):
     def scores_apart(self, own: DeploymentSettings) -> bool:
         """Whether a model with the settings `own` needs a second engine, which computes log-probabilities for jobs.
 
-        This is so if quantization, maximum length or number type make the engine that answers requests unfit for this.
+        Returns True if quantization, maximum length or number type make the engine that answers requests unfit to
+        compute these log-probabilities.
         """
         changed = own.quantization is not None or own.max_model_len is not None
         return changed or self.dtype_of(own) != self.reference_dtype

@@ -146,7 +146,8 @@ async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> Non
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str, own_token: str | None = None) -> None:
-    """Raises Fenced if the attempt (run of a job on Ray) has ended, or if `token` is not one of the attempt's tokens.
+    """Raises Fenced if the attempt (run of a job on Ray) with this number has ended, or if `token` is not one of the
+    attempt's tokens.
 
     If `own_token` is given, it replaces `token` from now on. Ray's list of jobs shows the token of a launch, but only
     the training process knows `own_token`.
@@ -179,7 +180,7 @@ async def record(
     posted: bool,
 ) -> None:
     """Records the reports of an attempt (run of a job on Ray) in order, each once, even if the attempt sends one
-    several times.
+    several times. `events` are the reports.
 
     If `posted`, the training process sent the reports itself, and even repeated reports show that the attempt is alive.
     If not, the service read the reports from the attempt's files of reports in storage, and only new reports show that

@@ -106,8 +106,8 @@ class Executor:
         """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
         If vLLM must compute the log-probabilities of the reference model, the same transaction requests that the model
-        is loaded. If the attempt may choose between vLLM and its own workers, the attempt requests this later, once it
-        knows that vLLM is faster.
+        is loaded. If the attempt may choose between vLLM and its training workers for this, the attempt requests the
+        model later, once it knows that vLLM is faster.
         """
         spec = JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
@@ -264,8 +264,8 @@ class Executor:
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
         """Ends an attempt (a run of the job on Ray) that died without reporting an outcome.
 
-        The end counts as a failure if Ray still knows the attempt, unless the user has asked for a pause or a
-        cancellation.
+        `submission` is what Ray says about the attempt. The end counts as a failure if Ray still knows the attempt,
+        unless the user has asked for a pause or a cancellation.
         """
         failed = submission.status == "ended" and job.desired == "run"
         reason = attempt.reason or submission.cause()

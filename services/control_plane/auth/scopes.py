@@ -10,7 +10,7 @@ INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")
 def check(caller: Caller, method: str, path: str) -> None:
     """Raises Forbidden unless the caller's API key has the scope (the permission) that the request needs.
 
-    `path` is the template of the request's route, such as `/v1/files/{file_id}`.
+    `method` is the request's HTTP method, and `path` the template of its route, such as `/v1/files/{file_id}`.
     """
     if (scope := needed(method, path)) not in caller.scopes:
         has = ", ".join(sorted(caller.scopes)) or "none"
@@ -22,7 +22,10 @@ def check(caller: Caller, method: str, path: str) -> None:
 
 
 def needed(method: str, path: str) -> Scope:
-    """Returns the scope that a request needs. `path` is the route's template, such as `/v1/files/{file_id}`."""
+    """Returns the scope (the permission) that a request needs.
+
+    `method` is the request's HTTP method, and `path` the template of its route, such as `/v1/files/{file_id}`.
+    """
     if _below(path, ADMIN):
         return "admin"
     if _below(path, INFERENCE):

@@ -13,8 +13,11 @@ def seconds(moment: datetime | None) -> int | None:
 
 
 def listing(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """Returns the JSON object of one page of a list. The client asks for the next page with `after` set to this page's
-    `last_id`."""
+    """Returns the JSON object of one page of a list. `data` are the page's objects, and `has_more` says whether more
+    follow.
+
+    The client asks for the next page with `after` set to this page's `last_id`.
+    """
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": list(data), "has_more": has_more, **ends}
 

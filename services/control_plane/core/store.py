@@ -462,7 +462,8 @@ async def page(
     cursor: InstrumentedAttribute[Any] | None = None,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:
-    """Returns one page of the query's rows, sorted by the columns `keys`, and whether more rows follow.
+    """Returns one page of the query's rows, and whether more rows follow. The rows are sorted by the columns `keys`, in
+    descending order if `descending`.
 
     The values of all `keys` together must be unique in each row. The page begins after the row whose column `cursor`
     has the value `after`. If `after` is None, it begins with the first row. If `cursor` is None, the last of `keys` is

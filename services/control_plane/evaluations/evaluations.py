@@ -41,8 +41,9 @@ async def create(
 ) -> Evaluation:
     """Adds an evaluation with an item for each row (prompt), and returns the evaluation.
 
-    `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the project has too
-    many evaluations that have not ended, and Forbidden if the project is archived.
+    `num_stages` is the number of stages (such as answering and judging) of each item. `key_id` is the id of the API key
+    to which the usage of models is charged. Raises OverQuota if the project has too many evaluations that have not
+    ended, and Forbidden if the project is archived.
     """
     project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
     if project.archived_at is not None:
@@ -248,7 +249,7 @@ async def fail_waiting(session: AsyncSession, evaluation: Evaluation, code: str,
 
 
 async def findings(session: AsyncSession, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Returns the results of each item (prompt) of the evaluation that is finished, in the order of the items' numbers."""
+    """Returns the results of all finished items (prompts) of the evaluation, in the order of the items' numbers."""
     query = select(EvaluationItem.found).where(
         EvaluationItem.evaluation_id == evaluation.id, EvaluationItem.stage == evaluation.num_stages
     )

@@ -102,7 +102,9 @@ class Work:
         return is_left
 
     async def _advance(self, item: EvaluationItem) -> None:
-        """Does the next stage of the item (a prompt of the evaluation), and stores the results or the failure."""
+        """Does the next stage (such as answering or judging) of the item (a prompt of the evaluation), and stores the
+        results or the failure.
+        """
         try:
             self._admit()
             found = await self._kind.work(item.stage, item.number, group_of(item.row), item.found, self._models)

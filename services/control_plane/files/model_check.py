@@ -21,9 +21,9 @@ CHECKING = 1  # the version of the check; raise the version when the same conten
 def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings, instance: str) -> SideJob:
     """Returns the description of the side job (a short Ray job) that checks the file with the model.
 
-    The same bytes, model and options give the same side job, so that its result can be used again. Projects do not
-    share checks, so that no project learns which files another project has checked. Services on one cluster do not
-    share checks either; `instance` is the id of this service.
+    The same bytes, model and options (`config`) give the same side job, so that its result can be used again. Projects
+    do not share checks, so that no project learns which files another project has checked. Services on one cluster do
+    not share checks either; `instance` is the id of this service.
     """
     reading, project = reading_of(file), file.project_id
     content = [

@@ -212,7 +212,8 @@ class RowChecker:
 
 
 def _next(most: int) -> Select[File]:
-    """Returns the SQL query for the files to check next: the oldest of each project, then the second oldest, and so on.
+    """Returns the SQL query for the `most` files to check next: the oldest of each project, then the second oldest, and
+    so on.
 
     Files that are being checked, or whose check failed seconds ago, are left out, but keep their position in the order
     of their project.

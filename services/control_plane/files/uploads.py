@@ -48,7 +48,7 @@ async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) 
 async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> tuple[Upload, str]:
     """Returns the upload with this id, and its state, such as `pending` or, by the database's clock, `expired`.
 
-    With `lock`, nobody else can complete, cancel or expire the upload before this transaction ends. Raises NotFound if
+    If `lock`, nobody else can complete, cancel or expire the upload before this transaction ends. Raises NotFound if
     there is no such upload.
     """
     query = select(Upload).where(Upload.id == upload_id)
@@ -69,8 +69,9 @@ async def file_of(session: AsyncSession, row: Upload) -> File | None:
 
 
 def check_pending(row: Upload, state: str, wish: str) -> None:
-    """Raises InvalidRequest unless the upload is pending. `wish` is a participle for the message, such as
-    "cancelled"."""
+    """Raises InvalidRequest unless the upload is pending. `state` is the upload's state. `wish` is a participle for the
+    message, such as "cancelled".
+    """
     if state != "pending":
         raise InvalidRequest(
             f"The upload {row.id} is {state} and cannot be {wish}; create another upload.", param="upload_id"

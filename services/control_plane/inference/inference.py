@@ -273,17 +273,17 @@ class Inference:
                 await deployments.use(session, engine.loaded)
 
     async def _enters(self, engine: Engine, view: ServeView) -> bool:
-        """If the engine runs and accepts new requests, counts one more request to it as in flight, and returns True.
+        """If the engine runs and accepts new requests, counts one more request to it as in flight.
 
-        Otherwise returns False. `view` is the state of Ray Serve.
+        Returns whether the request was counted. `view` is the state of Ray Serve.
         """
         app = view.applications.get(engine.app_name)
         return bool(app and app.state == "running" and view.base_url) and await self._enter(engine)
 
     async def _enter(self, engine: Engine) -> bool:
-        """Counts one more request to the model as in flight, and returns True.
+        """Counts one more request to the engine as in flight. Returns whether the request was counted.
 
-        Returns False, and counts nothing, if the database says that the model accepts no new requests.
+        Returns False, and counts nothing, if the database says that the engine accepts no new requests.
         """
         use = self._uses.setdefault(engine.app_name, _Use())
         use.change(1, time.monotonic())

@@ -157,8 +157,8 @@ RULES = (
 
 
 def check(given: Combination) -> None:
-    """Raises InvalidRequest if a job request has a forbidden combination of options. The error names the first one in
-    `RULES`.
+    """Raises InvalidRequest if the job request has a combination of options that one of `RULES` forbids. The error
+    describes the first such rule.
     """
     for rule in RULES:
         if rule.is_broken(given):

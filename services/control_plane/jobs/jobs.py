@@ -99,7 +99,8 @@ async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, 
     """Returns the reason, as a clause for an event, why the adapter that the job trains will have an engine (a model
     server) of its own.
 
-    Returns '' if the engine of the base model will answer for the adapter, or the job trains no such adapter.
+    Returns '' if the engine of the base model will answer for the adapter. Also returns '' if the job trains no adapter
+    or a reward model.
     """
     adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
     if adapter is None or is_reward_model:  # a reward model does not answer
@@ -272,7 +273,7 @@ def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
     """Returns the desired state, the observed state and the version that a job has after these transitions (state
     changes).
 
-    `transitions` are the job's, in order. Raises ValueError if one of them is not allowed.
+    `transitions` are all state changes of the job, in order. Raises ValueError if one of them is not allowed.
     """
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed

@@ -69,9 +69,11 @@ def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) 
 
 
 def _with_base(config: Member, base: str | None) -> Member:
-    """Returns the adapter's file adapter_config.json with a name of its base model that is useful outside the service.
+    """Returns `config`, an adapter's file adapter_config.json, with a name of the base model that is useful outside the
+    service.
 
-    A base that is a folder in storage appears with its name in the service; a base on the hub keeps its hub id.
+    If the base model is a folder in storage, the name is `base`, its name in the service. A base model on the hub keeps
+    its hub id.
     """
     fields = json.loads(storage.read_bytes(str(config.source)))
     place = str(fields.get("base_model_name_or_path"))

@@ -102,7 +102,7 @@ async def find(
 ) -> NamedModel:
     """Returns the model with this name, if the session's project may use it.
 
-    With `hold`, locks the model, so that it cannot be deleted before this transaction ends. `param` is the request's
+    If `hold`, locks the model, so that it cannot be deleted before this transaction ends. `param` is the request's
     field that names the model. Raises NotFound if there is no such model. The message lists the base models, because
     most unknown names are misspelled names of base models.
     """
@@ -173,7 +173,8 @@ async def find_to_download(session: AsyncSession, settings: Settings, model_id: 
 async def check_merged(session: AsyncSession, model: NamedModel) -> None:
     """Raises Forbidden if the model, an adapter, may not be downloaded merged into its base.
 
-    This is so if the base is a trained model of another project, because the download would contain its weights.
+    The download is forbidden if the base is a trained model of another project, because it would contain that model's
+    weights.
     """
     rows = Model.__table__.c  # models of all projects
     bases = select(rows.project_id).where(rows.source == model.base_source)

@@ -111,8 +111,8 @@ def explicit_rewards(scored: Scored) -> list[list[Judged]]:
 
 
 def implicit_rewards(beta: float, policy: Scored, reference: Scored) -> list[list[Judged]]:
-    """Returns the reward of each completion of each group (prompt with its completions), from the log-probabilities of
-    a policy and its reference model.
+    """Returns the reward of each completion of each group (prompt with its completions), from `beta` and the
+    log-probabilities of a policy and its reference model.
     """
     return [
         [implicit(beta, logp, reference_logp, length) for (logp,), (reference_logp,), length in zip(*row, strict=True)]

@@ -58,7 +58,8 @@ async def admit_job(session: AsyncSession) -> None:
 async def admit_resumption(session: AsyncSession, project_id: str) -> None:
     """Raises OverQuota if the project may not queue a paused job again now.
 
-    Only the queued jobs, not the paused ones, count against the limit here.
+    This is checked against the project's limits on jobs and accelerator hours. Only its queued jobs, not its paused
+    ones, count against the limit on jobs.
     """
     await _admit(session, project_id, ("queued",))
 

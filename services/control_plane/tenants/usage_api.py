@@ -39,7 +39,7 @@ async def list_usage(
 ) -> dict[str, Any]:
     """Lists the usage of completions, summed up by project, key, model or day.
 
-    The first and the last day are included; days are in UTC.
+    The days `from` and `to` are included; days are in UTC.
     """
     last = to or datetime.now(UTC).date()
     first = begin or max(last, date.min + timedelta(days=DAYS)) - timedelta(days=DAYS - 1)

@@ -82,8 +82,8 @@ class Grader:
         return rules.score(self.judge.type, text, pattern=self.judge.pattern, expected=expected)
 
     async def compare(self, models: Models, group: Group, first: str, second: str) -> list[Side]:
-        """Returns the judge's verdicts: which of two answers to the prompt of `group` (a prompt with completions) is
-        better.
+        """Returns the judge's verdicts: which of the answers `first` and `second` to the prompt of `group` (a prompt
+        with completions) is better.
 
         A model that is asked gives two verdicts: one with the answers in this order, one with the answers swapped. Any
         other judge gives one verdict.

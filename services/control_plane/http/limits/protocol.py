@@ -60,10 +60,10 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _expect_reading(self) -> None:
-        """Aborts the connection if the client has read too little since this method last ran. Otherwise schedules the
-        method to run again.
+        """Aborts the connection if the client has read too little of the response since this method last ran.
 
-        (A close instead of an abort would wait until the client has read the rest.)
+        If the client has read enough, schedules the method to run again. (Closing the connection instead of aborting it
+        would wait until the client has read the remaining bytes.)
         """
         stall: float = self.config.app.state.settings.stall_seconds  # type: ignore[union-attr]  # the app
         unread = self.transport.get_write_buffer_size()

@@ -3,13 +3,14 @@ time.
 
 Each control plane counts only its own requests.
 
-A key may use the amount of a whole minute in a burst; afterwards one further unit (a request or a token) is allowed
-every 1/limit of a minute. For each key, the process stores one number: the time at which the whole amount is allowed
-again (the generic cell rate algorithm). A library's counter would start a thread with a timer for the same number.
+A key may use the amount of a whole minute at once. After that, it may use one further unit (a request or a token) every
+1/limit of a minute. For each key, the process stores one number: the time from which the key may use the amount of a
+whole minute again (the generic cell rate algorithm). A library for this would store the same number, but start a thread
+with a timer.
 
 The number of a request's tokens is known only at its end. A request is therefore admitted while the key has tokens
-left, and its tokens are counted when it has ended. A key that exceeded its limit must wait until the excess is
-balanced.
+left, and its tokens are counted when it has ended. A key that exceeded its limit must wait until the excess tokens
+would have been allowed.
 """
 
 import math
@@ -51,7 +52,7 @@ class RateLimits:
         """Returns the x-ratelimit headers for a response to a request with this key, without counting the request or
         its tokens.
 
-        Raises RateLimited if the key has reached its limit.
+        Raises RateLimited if the key has reached its limit, which is `limit` per minute.
         """
         self._admit(key_id, limit, 0)
         return self._headers(key_id, limit)

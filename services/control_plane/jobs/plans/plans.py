@@ -89,7 +89,8 @@ def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int 
     """Returns how many bytes of memory each of the job's workers has; if they differ, the smallest amount.
 
     With GPUs, this is the memory of the smallest GPU. With CPUs, it is the memory of the largest machine, divided by
-    the number of workers, because Ray fills this machine first. Returns None if Ray does not report memory.
+    the number of workers, because Ray fills this machine first. `nodes` are the machines of the Ray cluster. Returns
+    None if Ray does not report their memory.
     """
     if _device(settings) == "cuda":
         return min((size for node in nodes for size in node.gpus), default=None)
@@ -97,8 +98,10 @@ def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int 
 
 
 def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
-    """Returns the bytes of memory that a worker can have at most. Returns None if this is unknown or the cluster may
-    grow."""
+    """Returns how many bytes of memory a worker can have at most on `nodes`, the machines of the Ray cluster.
+
+    Returns None if this is unknown, or the cluster may grow.
+    """
     if settings.max_cluster:
         return None
     if _device(settings) == "cuda":

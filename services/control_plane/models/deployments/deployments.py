@@ -115,11 +115,11 @@ def scorer_of(model: NamedModel) -> str:
 
 
 async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
-    """Records in the model's row that this control plane has requests to the model in flight, and returns True. The
-    model then stays loaded.
+    """Records in the model's row that this control plane has requests to the model in flight, so that the model stays
+    loaded.
 
-    `replica` is the name of this control plane. Returns False, and records nothing, if the model is not loaded or is
-    about to be unloaded.
+    `replica` is the name of this control plane. Returns True if this was recorded. Returns False, and records nothing,
+    if the model is not loaded or is about to be unloaded.
     """
     # The release before this one leaves `placed_at` empty, so an older row counts as placed without it. A new row does
     # not, because Ray Serve may still be removing an earlier application of the same name.
@@ -224,7 +224,7 @@ async def status(
 async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
-    """Unloads the model's engine, if it is loaded.
+    """Unloads the model's engine, if it is loaded. `applications` are the applications of Ray Serve, by name.
 
     Raises InvalidRequest if the model is pinned (always loaded), is the reference of a running job, or is answering
     requests. Also raises InvalidRequest for an adapter for which the engine of its base model answers.
@@ -372,7 +372,8 @@ async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
 
 
 async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_for: str | None) -> None:
-    """Records the decision about a requested model in its row: whether it is served, and what it waits for.
+    """Records the decision about a requested model in its row: whether Ray Serve runs it (`serves`), and what it waits
+    for.
 
     Updates only the columns that changed, because requests update other columns at the same time.
     """

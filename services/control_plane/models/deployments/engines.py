@@ -89,7 +89,8 @@ async def why_merged_on(
 ) -> str | None:
     """Returns the reason why the engine of a job's base model could not answer for the adapter that the job trains.
 
-    Returns None if it could. `start` is the model that the job starts from.
+    Returns None if it could. `start` is the model that the job starts from. `quantization` is that of the base model
+    during training, None for none.
     """
     base = start.root if start.adapter else start.id
     own = (await deployment_settings.of(session, settings, {base}))[base]
@@ -100,8 +101,9 @@ def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, bas
     """Returns the reason why an adapter must be merged into its base model and have an engine (a model server) of its
     own.
 
-    Returns None if the engine of the base model can answer for the adapter as well. `mode` is a setting of the
-    adapter's deployment; `base` holds the settings of the base model's deployment.
+    Returns None if the engine of the base model can answer for the adapter as well. `quantization` is that of the base
+    model during training, None for none. `mode` is a setting of the adapter's deployment, and `base` holds the settings
+    of the base model's deployment.
     """
     if mode == "merged":
         return "its deployment's mode is merged"

@@ -226,10 +226,11 @@ def engines(
     models: Collection[Model], stopping_gpus: float, room: Room, *, capacity: float, since_last_job: float
 ) -> Engines:
     """Returns how many GPUs models use, and whether a waiting model gets GPUs before the next job. The scheduler of
-    jobs needs this.
+    jobs needs both.
 
-    `stopping_gpus` is the number of GPUs of models that Ray Serve is removing. `capacity` is the number of GPUs in the
-    cluster. `since_last_job` is the number of seconds since the last job began.
+    `stopping_gpus` is the number of GPUs of models that Ray Serve is removing. `room` holds the numbers of models and
+    GPUs that are allowed. `capacity` is the number of GPUs in the cluster. `since_last_job` is the number of seconds
+    since the last job began.
     """
     loaded = [model for model in models if model.state != "waiting"]
     others = [model for model in loaded if not model.is_reference]

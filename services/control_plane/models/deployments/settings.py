@@ -27,7 +27,7 @@ async def of(
 ) -> dict[str, DeploymentSettings]:
     """Returns the deployment settings of the models with these ids, by id.
 
-    With `without_choice`, ignores what clients chose for these models through the API. What they chose for the base
+    If `without_choice`, ignores what clients chose for these models through the API. What they chose for the base
     models still counts, because trained models inherit it.
     """
     models = Model.__table__.c  # models of all projects
