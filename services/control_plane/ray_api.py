@@ -334,8 +334,8 @@ class RayApi:
         return status
 
     def _http_options(self) -> dict[str, Any]:
-        """Returns the host and the port at which Ray Serve is to listen, in case this service's request starts Ray
-        Serve.
+        """Returns the host and the port at which Ray Serve is to listen. They matter only if this service's request
+        starts Ray Serve.
 
         If Ray's own address is on loopback, Ray Serve listens only there.
         """

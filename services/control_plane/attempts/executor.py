@@ -196,10 +196,10 @@ class Executor:
             await attempts.mark_launched(session, attempt)
 
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
-        """Ends an attempt (run of the job on Ray) that was not launched, because Ray refused it or did not take it.
-        `reason` says why.
+        """Ends an attempt (run of the job on Ray) that was not launched, because Ray refused it or did not start it in
+        time.
 
-        The end counts as a failure, so that the number of such attempts is limited.
+        `reason` says what happened. The end counts as a failure, so that the number of such attempts is limited.
         """
         async with self._store.begin() as session:
             await self._close(session, job, attempt, reason, failed=True)

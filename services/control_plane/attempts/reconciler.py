@@ -58,8 +58,8 @@ QUIET_SECONDS = 10.0  # after this long without a report, the attempt's spool is
 class Reconciler:
     """The background task that handles all jobs.
 
-    Every control plane runs one. Only the one that holds the lease acts; the lease is a row in the database that
-    expires if it is not renewed.
+    Every control plane runs one. Only the control plane that holds the lease acts. The lease is a row in the database
+    that expires if it is not renewed.
     """
 
     def __init__(
@@ -246,8 +246,8 @@ class Reconciler:
     async def _capacity(self, live: Sequence[Job], back: Collection[str], on_gpus: bool) -> dict[str, float]:
         """Returns the cluster's CPUs and GPUs. Returns {}, without asking Ray, if nobody needs these numbers now.
 
-        They are needed if a job waits for its turn, or if models use GPUs (`on_gpus`). `live` are the jobs that have
-        not ended, and `back` the ids of running jobs that wait for their turn again.
+        The numbers are needed if a job waits for its turn, or if models use GPUs (`on_gpus`). `live` are the jobs that
+        have not ended, and `back` the ids of running jobs that wait for their turn again.
         """
         waits = back or on_gpus or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}

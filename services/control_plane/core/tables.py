@@ -256,7 +256,7 @@ class Job(Owned, Base):
 class Transition(Base):
     """A change of a job's desired or observed state.
 
-    Rows never change. The rows of a job, in order, give its state.
+    Rows never change. Applied in order, the rows of a job give the job's current state.
     """
 
     __tablename__ = "transitions"

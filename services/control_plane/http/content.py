@@ -44,7 +44,7 @@ async def answer(request: Request, content: Content) -> Response:
     """Returns the response with the whole content, or with the part that the headers `Range` and `If-Range` ask for.
 
     A client that sends `Want-Repr-Digest: sha-256=1` (RFC 9530) gets the digest of the whole content in `Repr-Digest`.
-    Raises RangeNotSatisfiable if the content has none of the bytes.
+    Raises RangeNotSatisfiable if the content has none of the bytes that are asked for.
     """
     span, status = range(content.num_bytes), 200
     headers = {"accept-ranges": "bytes", "etag": f'"{content.etag}"', **_attached(content.filename)}

@@ -73,8 +73,8 @@ class IdempotentRequest:
 
         `work` must not commit; if it raises, nothing is stored. `changes` is the id of the object that `work` changes,
         None if `work` creates an object. A retry without an Idempotency-Key runs `work` again if another request has
-        changed the object since. `content` identifies a body that is not JSON. `secret` is the name of a field of the
-        response that is not stored; a retry gets null in this field.
+        changed the object since the first send. `content` is a text that identifies a body that is not JSON. `secret`
+        is the name of a field of the response that is not stored; a retry gets null in this field.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())

@@ -149,8 +149,9 @@ def _progress(row: Job) -> dict[str, Any] | None:
 
 
 def _estimated_finish(row: Job) -> int | None:
-    """Returns the Unix time at which training will end. Returns None before training, because its speed is not known
-    yet."""
+    """Returns the Unix time at which training will end. Returns None before training has begun, because the speed of
+    training is not known yet.
+    """
     progress = _progress(row) or {}
     eta = progress.get("eta_seconds") if progress.get("stage") == "training" else None
     return None if eta is None else int(time.time() + eta)

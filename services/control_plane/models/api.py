@@ -50,8 +50,8 @@ async def content(
 ) -> Response:
     """Returns the files of a trained model as a tar of a Hugging Face folder.
 
-    With the header `Range`, returns only these bytes of the tar. If `format` is `merged`, an adapter is first merged
-    into its base model. Until the merge has finished, the answer is 503 with `retry-after`.
+    With the header `Range`, returns only the bytes of the tar that the header names. If `format` is `merged`, an
+    adapter is first merged into its base model. Until the merge has finished, the answer is 503 with `retry-after`.
     """
     async with store.look() as session:
         model = await models.find_to_download(session, settings, model_id)

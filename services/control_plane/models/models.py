@@ -86,7 +86,7 @@ async def list_page(
     """Returns one page of models, and whether more models follow. Base models come first, then trained models, newest
     first.
 
-    The page begins after the model with the id `after`, or at the beginning for None.
+    The page begins after the model with the id `after`. If `after` is None, it begins with the first model.
     """
     first = [] if after else bases(settings)
     if after in settings.models:

@@ -54,8 +54,8 @@ class EventStream(StreamingResponse):
 async def stream(
     store: StorePart, streams: StreamsPart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> EventStream:
-    """Streams the job's events until the job ends. With the header `Last-Event-ID`, only the events after the one it
-    names.
+    """Streams the job's events until the job ends. With the header `Last-Event-ID`, sends only the events after the
+    event that the header names.
     """
     async with store.look() as session:
         await jobs.find(session, job_id)

@@ -53,7 +53,7 @@ class Claim(NamedTuple):
 
     @property
     def place(self) -> tuple[str, str]:
-        """Returns the ids of the project and of the endpoint. Sends under way are counted and limited for each such
+        """Returns the ids of the message's project and endpoint. The number of sends under way is limited for each such
         pair.
         """
         return self.endpoint.project_id, self.endpoint.id

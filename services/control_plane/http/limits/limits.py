@@ -255,8 +255,8 @@ def _declared(headers: Mapping[str, str]) -> int:
 
 
 def _is_stream(scope: Scope, message: Message) -> bool:
-    """Whether the answer is a stream of a job's events. Returns False for streamed completions, because a model works
-    on them all the time.
+    """Whether the answer is a stream of a job's events. Returns False for streamed completions: they stay under the
+    limit on requests, because a model works on them all the time.
     """
     kinds = (value for name, value in message["headers"] if name == b"content-type")
     return scope["path"] not in ASKING_MODELS and any(kind.startswith(b"text/event-stream") for kind in kinds)

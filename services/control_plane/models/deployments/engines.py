@@ -1,7 +1,7 @@
 """Finds the engine (the server of a model on Ray Serve) that answers requests for a model.
 
-This is the model's own engine or, for many adapters, the engine of the base model. An engine that attaches an adapter
-answers for the adapter, too.
+For most models, this is the model's own engine. An engine can also answer for adapters of its model that it attaches,
+which means that it loads them beside the model.
 """
 
 from collections.abc import Mapping

@@ -95,8 +95,10 @@ async def chosen(session: AsyncSession, model_id: str) -> dict[str, Any]:
 
 
 async def choose(session: AsyncSession, model_id: str, values: Mapping[str, Any] | None) -> None:
-    """Stores the settings that a client chose for the model, in place of earlier ones. None deletes the earlier ones,
-    so that the model has the defaults again."""
+    """Stores the settings `values` that a client chose for the model, in place of earlier ones.
+
+    If `values` is None, deletes the earlier ones, so that the model has the defaults again.
+    """
     await session.execute(delete(ModelSettings).where(ModelSettings.model_id == model_id))
     if values is not None:
         await session.execute(insert(ModelSettings).values(model_id=model_id, values=dict(values)))
