@@ -30,7 +30,7 @@ WRITERS_KEPT = timedelta(days=1)  # how long a batch's number is kept; no write 
 
 @dataclass(frozen=True)
 class Account:
-    """The project, key, model and day to which usage is charged."""
+    """The project, API key, model and day to which usage is charged."""
 
     project_id: str
     key_id: str

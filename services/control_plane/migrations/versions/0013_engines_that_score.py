@@ -1,4 +1,4 @@
-"""Adds the column that marks engines that only compute log-probabilities with reference models"""
+"""Adds the column that marks engines (model servers) that only compute log-probabilities with reference models"""
 
 from collections.abc import Sequence
 

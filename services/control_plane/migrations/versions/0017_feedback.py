@@ -1,4 +1,4 @@
-"""Adds votes on completions.
+"""Adds the table of users' votes on completions.
 
 Revision ID: 0017 Revises: 0016
 """

@@ -1,4 +1,4 @@
-"""Adds evaluations and their items
+"""Adds the tables of evaluations and of their items (prompts)
 
 Revision ID: 0018 Revises: 0017
 """

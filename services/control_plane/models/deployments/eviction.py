@@ -167,7 +167,7 @@ class _Served:
         return f"GPUs: {jobs}, {len(others)} loaded models use some of them, and this model needs {model.gpus:g}", True
 
     def _would_help(self, model: Model) -> bool:
-        """Whether evicting other models could ever make room for this model."""
+        """Whether evicting (unloading) other models could ever make room for this model."""
         pinned = sum(other.gpus for other in self.models if other.pinned and not other.is_reference)
         return model.is_reference or not _exceeds(pinned + model.gpus, self._room.most_gpus(beside_next_job=True))
 
