@@ -233,8 +233,8 @@ class Executor:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
     async def _stop(self, job: Job, attempt: Attempt) -> None:
-        """Asks Ray to stop the attempt (run of the job). Stores the reason with an event, unless the user cancelled the
-        job.
+        """Asks Ray to stop the attempt (run of the job). Unless the user cancelled the job, also stores why the attempt
+        is stopped, and adds an event about it.
 
         The reconciler calls this method about once a second until the attempt has ended. Only the first call adds an
         event.
