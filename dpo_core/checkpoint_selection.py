@@ -37,11 +37,11 @@ def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
 
 
 def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | None) -> bool:
-    """Whether the training run should stop early, because at least `early_stop.patience` evaluations have passed since
-    the last gain. Always false if `early_stop` is None.
+    """Whether the training run should stop early: the last `early_stop.patience` evaluations in `found`, or more,
+    brought no gain. Always false if `early_stop` is None.
 
-    A gain is a value that is better than the value of the previous gain by at least `early_stop.min_gain`, and not
-    equal to it.
+    A gain is a value of `metric` that is better than the value of the previous gain by at least `early_stop.min_gain`,
+    and not equal to it.
     """
     if early_stop is None:
         return False
@@ -57,7 +57,7 @@ def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | 
 
 def kept(steps: Iterable[int], found: Sequence[Evaluation], metric: Metric, keep: Keep) -> set[int]:
     """Returns the steps of the checkpoints to keep: the last `keep` of `steps`, and the step with the best value of
-    `metric`. Returns all steps if `keep` is "all"."""
+    `metric` among the evaluations in `found`. Returns all steps if `keep` is "all"."""
     if keep == "all":
         return set(steps)
     top = best(found, metric)

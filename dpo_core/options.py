@@ -434,7 +434,8 @@ class FDpo:
 @options
 class Lipo:
     """Listwise Preference Optimization (LiPO-lambda), arXiv 2402.01878: compares the ranked completions of a row in
-    pairs, which ratings and places weight."""
+    pairs. The ratings of two completions, and their places in the order of the policy's rewards, decide how much the
+    pair counts."""
 
     traits: ClassVar = ON_RANKINGS
     type: Literal["lipo"] = "lipo"

@@ -45,14 +45,14 @@ def text_or_messages(row: Row, pointer: str, value: object) -> Text:
 
 
 def completion_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """Returns the completion in `value`, in the same form as `prompt`: as messages or as a text. Raises InvalidRow if
-    the completion is empty or has another form."""
+    """Returns the completion in `value`: as a list of messages if `prompt` is such a list, as a text if `prompt` is a
+    text. Raises InvalidRow if the completion is empty, or not of the same type as `prompt`."""
     return completion_of(row, pointer, value) if isinstance(prompt, list) else filled(row, pointer, value)
 
 
 def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """Returns the rejected completion in `value`, in the same form as `prompt`: as messages or as a text. The
-    completion may be empty; the model then reads only the end-of-sequence token."""
+    """Returns the rejected completion in `value`: as a list of messages if `prompt` is such a list, as a text if
+    `prompt` is a text. The completion may be empty; the model then reads only the end-of-sequence token."""
     if isinstance(prompt, list):
         return completion_of(row, pointer, value, may_be_empty=True)
     return string_of(row, pointer, value)
@@ -88,8 +88,8 @@ def parted(
     """Splits the two conversations in `sides` into the prompt with which both begin, and two completions. `columns`
     names the conversations' columns in the row, for error messages.
 
-    The first message in which the conversations differ must be the assistant's; otherwise InvalidRow is raised.
-    `may_be_empty` says of each completion whether it may be empty.
+    Raises InvalidRow if the first message in which the conversations differ is not the assistant's. `may_be_empty` says
+    of each completion whether it may be empty.
     """
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)

@@ -31,9 +31,9 @@ class ToolCall(TypedDict):
 
 
 def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | None:
-    """Returns the tools that the dictionary `holder` has under the key `tools`; `pointer` is its place in the row.
-    Returns None if there are no tools. An empty list also gives None, because some templates would write a heading for
-    it."""
+    """Returns the tools that the dictionary `holder` has under the key `tools`; `pointer` is the JSON pointer of
+    `holder` in the row. Returns None if there are no tools. Also returns None for an empty list, because some chat
+    templates would write a heading for it."""
     if holder.get("functions") not in (None, []):
         remedy = 'is OpenAI\'s older form of tools; use tools instead, each {"type": "function", "function": …}.'
         raise row.invalid(f"{pointer}/functions", "unsupported", remedy)

@@ -218,8 +218,9 @@ def _behind(
 def _tokens_of(
     span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int]:
-    """Returns the range of token `ids` of a completion that stands for `span`, a range of characters in the
-    completion's `text`. A token with characters on both sides of a border counts as after the border."""
+    """Returns the range of a completion's tokens that stand for `span`, a range of characters in the completion. `text`
+    is the completion's text, `ids` are its tokens, and `tail` is the end of the prompt before it. If a token has
+    characters on both sides of an end of `span`, this end of the range is before the token."""
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
     start, stop = (len(commonprefix([list(part), list(ids)])) for part in starts)  # noqa: RUF071 (ids are meant)

@@ -107,7 +107,8 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
 
 def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dialogue: str) -> Spans:
     """Returns the ranges of characters in `dialogue` that do not come from the assistant: messages of a tool or a user
-    between the assistant's answers. `dialogue` is the text of the group's prompt followed by this completion.
+    between the assistant's answers. `dialogue` is the text of the group's prompt followed by `completion`. `apply` is a
+    function that returns the chat template's texts for lists of messages.
 
     The words with which the template asks for an answer belong to these ranges, because a served policy is given these
     words and does not write them. Raises InvalidRow for a template that writes a message differently once other
@@ -308,8 +309,8 @@ def _common(asked: str, dialogues: Sequence[str]) -> str:
 
 
 def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
-    """Returns an error for the first part of `group` (a prompt with its completions) that is missing from `written`, or
-    None if nothing is missing. `written` has the texts that the tokenizer's chat template made of the group.
+    """Returns an error for the first part of the group that the template leaves out; None if the template writes
+    everything. `written` has the texts that the template wrote for the group.
 
     Thoughts (the reasoning) in answers that belong to the prompt may be missing, because the template leaves them out
     when the policy is served, too.

@@ -49,7 +49,7 @@ class Unread:
 
 def load_structure(found: Found, device: str | torch.device, adapter: Lora | Path | None) -> PreTrainedModel:
     """Returns a model without weights: its parameters are on the meta device until `read_parts` reads them. The
-    parameters of a new adapter and of a reward model's new head have values at once: they are drawn at random on the
+    parameters of a new adapter and of a reward model's new head already have values: they are drawn at random on the
     CPU, as for a model that is loaded whole.
 
     `adapter` is either the options of a new adapter or the folder of a trained one. Raises NeedsWeights for a model

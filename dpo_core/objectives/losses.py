@@ -83,9 +83,10 @@ def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
 def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
     """Returns LiPO's loss of each group (a prompt with its completions), [G] for G groups; arXiv 2402.01878.
 
-    The loss is the sum of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}) over all completions i and j of which i
-    is rated higher. s = beta h, with the log-ratio h of a completion. G = 2^psi - 1, with the rating psi scaled to [0,
-    1] in the group. D = log(1 + place), with the place of the completion by s, from 1 for the highest.
+    The loss is the sum of |g_i - g_j| |1/d_i - 1/d_j| log(1 + e^{-(s_i - s_j)}) over all completions i and j of which i
+    is rated higher. s = beta h, with the log-ratio h of a completion. g = 2^psi - 1, with the rating psi scaled to [0,
+    1] in the group. d = log(1 + n), where the completion has the n-th highest s in the group. The paper calls g and d G
+    and D.
     """
     s = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     ratings = measures.by_group(measures.ratings, math.nan)
@@ -145,7 +146,7 @@ def ipo(objective: o.Ipo, measures: Measures) -> Tensor:
     """Returns the loss of each of G pairs, [G]: (delta - 1 / (2 beta))^2. The paper calls beta tau.
 
     delta is the log-ratio of the chosen minus that of the rejected completion. With `length_average` a completion's
-    log-ratio is a mean over its tokens, otherwise a sum.
+    log-ratio is a mean over its tokens, without it a sum.
     """
     chosen, rejected = measures.chosen, measures.rejected
     delta = (
@@ -226,11 +227,11 @@ def sppo(objective: o.Sppo, measures: Measures) -> Tensor:
 
 @loss
 def aot(objective: o.Aot, measures: Measures) -> Tensor:
-    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (u_(i) - v_(i))), where u and v are sorted over the
-    global batch, and (i) is the place in this order.
+    """Returns the loss of each of G pairs, [G]: -log sigmoid(beta (u_(i) - v_(i))), where u_(i) and v_(i) are the i-th
+    smallest u and the i-th smallest v in the global batch.
 
-    With `paired`, u is log pi(w) - log pi(l) of a pair under the policy, and v is the same under the reference.
-    Otherwise u is h_w and v is h_l, the log-ratios of the chosen completion w and the rejected completion l. A pair of
+    With `paired`, u is log pi(w) - log pi(l) of a pair under the policy, and v is the same under the reference. Without
+    `paired`, u is h_w and v is h_l, the log-ratios of the chosen completion w and the rejected completion l. A pair of
     weight 2 counts as two pairs of weight 1, because quantiles of weighted values are compared.
     """
     chosen, rejected = measures.chosen, measures.rejected

@@ -28,15 +28,16 @@ def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: flo
 def choose_pack(
     budget: int | None, kept: int, borders: int, *, given: int | None, wanted: str, least: int, most: int
 ) -> tuple[int, Literal["on", "off"], int]:
-    """Returns three decisions about packs (the groups that one forward pass computes together): the number of tokens in
-    a pack, whether the backward pass recomputes layers, and the number of tokens that fit into memory.
+    """Returns three decisions about packs (a pack is the groups that one forward pass computes together): the number of
+    tokens in a pack, whether the backward pass recomputes layers, and the number of tokens that fit into memory.
 
-    `budget` is the memory in bytes that a pack may take; None means that it is unknown. Autograd keeps `kept` bytes for
-    each token, or `borders` bytes if layers are recomputed. `given` is the number of tokens that the user set for a
-    pack, or None. `wanted` is the user's option to recompute layers: on, off or auto.
+    `budget` is the memory in bytes that a pack may take; None means that it is unknown. `kept` is the number of bytes
+    that autograd keeps for each token if layers are not recomputed, and `borders` the number if they are. `given` is
+    the number of tokens in a pack that the user has set; None means that the user has set none. `wanted` is the user's
+    option to recompute layers: on, off or auto.
 
-    If `given` is None, a pack has at least `least` and at most `most` tokens. In this range, the number is rounded down
-    to a power of two, so that a little more or less free memory does not change the number.
+    If `given` is None, the number of tokens in a pack is the largest power of two that fits into memory, but at least
+    `least` and at most `most`. It is a power of two so that a little more or less free memory does not change it.
     """
     recompute = budget is not None and budget // kept < (given or least)
     choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and recompute) else "off"

@@ -175,8 +175,9 @@ def _masks(
 
 
 def _mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns which query sees which key, as booleans [length - prefix, length]. Rows are the queries from position
-    `prefix` on, columns are the keys from position 0 on."""
+    """Returns which query of a segment (a range of tokens) sees which key, as booleans [length - prefix, length]. The
+    keys are `length` tokens: the first `prefix` tokens are the prompt, the others are the segment, whose tokens are the
+    queries. With a `window`, a query sees only the last `window` keys up to itself."""
     queries = torch.arange(prefix, length, device=device)[:, None]
     keys = torch.arange(length, device=device)
     seen = keys <= queries

@@ -56,9 +56,12 @@ def _first(fits: Callable[[int], bool], least: int) -> int:
 
 
 def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
-    """Distributes groups over `num_packs` packs (a pack is the groups of one forward pass): the longest group first,
-    each into the pack that has the fewest tokens so far. Returns the packs as lists of indices into `costs`, the tokens
-    of each group. Returns None if a pack would have more than `most` tokens."""
+    """Distributes groups (prompts with their completions) over `num_packs` packs; a pack is the groups of one forward
+    pass. `costs` has the number of tokens of each group, and `longest_first` the groups' indices into `costs`, the
+    longest group first. In this order, each group goes into the pack that has the fewest tokens so far.
+
+    Returns the packs as lists of indices into `costs`. Returns None if a pack would have more than `most` tokens.
+    """
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     loads = [(0, number) for number in range(num_packs)]
     for i in longest_first:

@@ -141,7 +141,7 @@ class Measures:
         return self.by_group(values, 0.0).sum(1)
 
     def places(self, places: Sequence[int]) -> Tensor:
-        """Turns a list of row numbers of `table` into an index tensor on the device of `table`."""
+        """Turns `places`, a list of row numbers of `table`, into an index tensor on the device of `table`."""
         return torch.tensor(places).to(self.table.device, non_blocking=True)
 
     @cached_property

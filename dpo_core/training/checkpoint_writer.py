@@ -112,7 +112,8 @@ class Writer:
         self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
     ) -> dict[str, FileDigest]:
         """Writes the files of this rank (process of the run) into the folder `partial`, and returns their digests by
-        path. Ranks other than rank 0 then publish their files at once; rank 0 does so later."""
+        path. Ranks other than rank 0 also publish their files; rank 0 publishes its files later, after the manifest is
+        written."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
         if self._shard is not None:
