@@ -141,7 +141,8 @@ def _may_split(spec: AttemptSpec, device: "torch.device") -> bool:
 def _named(policy: "PreTrainedModel", source: str) -> "PreTrainedModel":
     """Sets the name of the base model in the config of the policy's adapter to `source`, and returns the policy.
 
-    Otherwise the name would be the path of this node's copy of the base model, which does not exist on other nodes.
+    Without this change, the name would be the path of this node's copy of the base model, which does not exist on other
+    nodes.
     """
     for config in getattr(policy, "peft_config", {}).values():
         config.base_model_name_or_path = source

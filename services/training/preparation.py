@@ -1,5 +1,5 @@
-"""Prepares a job's data: encodes the training file as token ids and, if the job's objective needs it, has the reference
-model score the rows.
+"""Prepares a job's data: encodes the training file as token ids and, if the job's objective needs it, scores the rows
+with the reference model.
 
 A score is the log-probability of a completion under the reference model. Either the model's deployment in vLLM or the
 trainer's own forward pass computes it. A cache stores the results, so that jobs with the same file and settings share
@@ -113,7 +113,8 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
 def _prepare_file(
     spec: AttemptSpec, purpose: str, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Encodes the training file of `spec`. If the objective needs a reference model, also has it score the rows.
+    """Encodes the training file of `spec`. If the objective needs a reference model, also scores the rows with this
+    model.
 
     Returns the data to train on, and the data held out for validation. `purpose` names the file in messages, such as
     Training.

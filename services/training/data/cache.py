@@ -80,7 +80,8 @@ def find_or_make(
     """Returns the cache entry at `uri`, and whether the entry existed before.
 
     If the entry is missing, `make` makes it. If several jobs need the same entry at the same time, one of them makes it
-    and the others wait. `check` must raise DamagedPart for a damaged entry, which is then made again.
+    and the others wait. `entry` is the type of the entry's manifest. `check` must raise DamagedPart for a damaged
+    entry; such an entry is made again. `report` tells the user about a damaged entry, and about waiting.
     """
     waiting = False
     while True:

@@ -152,8 +152,8 @@ def read_part(dataset: Dataset, part: Part) -> Iterator[EncodedGroup]:
 
 
 def read_numbered(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[EncodedGroup]:
-    """Yields the groups (prompts with their completions) in `parts` that have the given numbers. The groups of all
-    parts together are numbered in order, from 0.
+    """Yields the groups (prompts with their completions) in `parts`, files of prepared data, whose numbers are in
+    `numbers`. The groups of all parts together are numbered in order, from 0.
 
     Raises DamagedPart if a file is missing or was changed.
     """

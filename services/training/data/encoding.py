@@ -169,7 +169,7 @@ def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
 
 def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
     """Reports to the user the contents of an encoded file, and its rows that were left out, cut to the maximum length,
-    or held out for validation."""
+    or held out for validation. `purpose` names the file in the messages, such as Training."""
     contents, config = encoding.report, spec.config
     report(Message(message=f"{purpose} file has {contents.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(contents, encoding.limit, config.truncation)))

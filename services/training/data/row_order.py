@@ -7,9 +7,9 @@ in this order, so global batches do not depend on the number of workers. A resum
 later step.
 
 The number of steps must be known at the first step, but the number of groups is known only when all rows are encoded.
-So it is estimated from the groups per row in the first window. The estimate is the number of places in an epoch. Each
-window gets places in proportion to its rows, and its groups are spread evenly over its places. A step has the groups on
-its `batch_size` places. If the file has only one window, every place has one group.
+The number of groups is therefore estimated from the groups per row in the first window. The estimate is the number of
+places in an epoch. Each window gets places in proportion to its rows, and its groups are spread evenly over its places.
+A step has the groups on its `batch_size` places. If the file has only one window, every place has one group.
 """
 
 import random

@@ -62,8 +62,8 @@ def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int
     """Returns how many processes work on items at the same time: one for each core of the nodes that lend Ray CPUs.
 
     All nodes count as having `cores` cores. `beside` is the number of training workers that run at the same time. If
-    there are any, the result is at most MOST_BESIDE. This is then the only limit, because processes beside training
-    reserve no CPUs in Ray.
+    there are any, one core is left to each of them, and the result is at most MOST_BESIDE; Ray sets no further limit,
+    because processes beside training reserve no CPUs in Ray.
     """
     lent = (node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
     usable = sum(cores for each in lent if each) or cores

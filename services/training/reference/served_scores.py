@@ -1,9 +1,9 @@
 """Scores a dataset with the reference model. A score is the log-probability of a completion, in nats.
 
 The dataset consists of parts, each a file of encoded groups (prompts with completions). The scores of each part are
-written to one file. A part whose file of scores exists is not scored again. The first half of the module does this with
-any function that scores. The second half has functions that score with the reference's deployment in Ray Serve, with
-many calls at the same time.
+written to one file. A part whose file of scores exists is not scored again. `score` writes the files; it is given a
+function that computes the scores. `by_deployment` returns such a function, which makes many calls at the same time to
+the reference's deployment in Ray Serve.
 """
 
 import logging
@@ -123,7 +123,7 @@ def await_reference(app_name: str, report: Callable[[Report], None], adapter: Ad
 
 
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
-    """Returns a function that has the reference model's deployment score parts (files of groups).
+    """Returns a function that scores parts (files of groups) by calls to the reference model's deployment.
 
     `connect` returns the functions that call the deployment. If a replica dies during a call, `connect` is called again
     and the call is repeated. With `heads`, each completion also gets the log-probability of its head: its first tokens

@@ -78,10 +78,10 @@ def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> floa
 
 
 def _use_cores(*, alone: bool) -> None:
-    """Sets how many CPU cores torch uses in this task: all cores if no other task scores at the same time (`alone`),
-    otherwise one core.
+    """Sets how many CPU cores torch uses in this Ray task: all cores if no other task scores at the same time
+    (`alone`), one core if others do.
 
-    Without this, Ray would always set one core, because each task reserves one CPU.
+    If this function is not called, Ray sets one core, because each task reserves one CPU.
     """
     import torch
 

@@ -157,7 +157,7 @@ class Log:
     def store(self) -> None:
         """Writes the last segment (the newest file of the log) to storage, if it has changed.
 
-        A failure is only logged. The next call then tries again, if the segment is still the last one.
+        If writing fails, the method only logs the error. The next call tries again, unless a newer segment has begun.
         """
         if self._size == self._stored:
             return

@@ -272,10 +272,9 @@ class Reporter:
     def _send(self, client: httpx.Client, body: bytes) -> httpx.Response:
         """Posts `body` to the control plane and returns the response.
 
-        The attempt was launched with a token that others can see. With it, the attempt registers a new token that only
-        it knows. Each post offers the new token until the control plane refuses the offer. The refusal means that the
-        control plane has the new token already, even if an earlier answer was lost. From then on, posts use the new
-        token.
+        The attempt was launched with a token that others can see. Posts with this launch token offer the control plane
+        a new token that only the attempt knows. If the control plane refuses the offer, it has the new token already,
+        even if its earlier answer was lost. After the refusal, posts use the new token.
         """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)

@@ -136,7 +136,7 @@ def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
     """Yields the reports of the job that are in storage, file by file: first those of the first attempt, at last those
     of this attempt.
 
-    Yields None if there is no further file yet. The caller may then ask for the next file again.
+    Yields None whenever no further file is there yet. After a None, the caller may ask again for the next file.
     """
     for attempt in range(1, spec.attempt + 1):
         next_seq, lost = 0, False
