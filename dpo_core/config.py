@@ -188,8 +188,8 @@ class TrainConfig:
         check(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
     def settled(self, *, with_adapter: bool = False) -> "TrainConfig":
-        """Returns a copy of the options with the number of epochs and the learning rate decided. The default learning
-        rate of an adapter is higher than that of a whole model."""
+        """Returns a copy of the options with the number of epochs and the learning rate decided. `with_adapter` says
+        whether the run trains an adapter, which has a higher default learning rate than a whole model."""
         traits = self.objective.traits
         default_rate = default_learning_rate(self.objective, with_adapter=with_adapter)
         rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)
@@ -199,7 +199,8 @@ class TrainConfig:
     def resolved(self, num_groups: int, *, with_adapter: bool = False) -> "TrainConfig":
         """Returns a copy of the options with a value for every option that depends on the data: epochs, learning rate,
         batch size and checkpoint interval. `num_groups` is the number of training groups (prompts with their
-        completions)."""
+        completions). `with_adapter` says whether the run trains an adapter, which has a higher default learning
+        rate."""
         run = self.settled(with_adapter=with_adapter)
         assert run.n_epochs is not None
         batch = min(run.batch_size or max(8, min(64, num_groups // 50)), num_groups)

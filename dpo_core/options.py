@@ -42,8 +42,8 @@ def check(valid: bool, field: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a numeric option, written into the option's annotation. An object of a class with the decorator
-    `options` checks this limit when it is made. The value None is not checked."""
+    """A limit on a numeric option, written into the option's annotation. When an object of a class with the decorator
+    `options` is made, it checks this limit. The value None is not checked."""
 
     words: str  # the end of the sentence "it must be …"
     admits: Callable[[float], bool]
@@ -59,10 +59,10 @@ class Doc:
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
     """Class decorator: makes a class of options a frozen, keyword-only dataclass that checks its values. pydantic
-    refuses unknown keys for it.
+    refuses unknown keys for such a class.
 
-    Each new instance checks the `Limit` of every option. Then it calls the class's own `__post_init__`, which may check
-    several options together.
+    Each new instance first checks the `Limit` of every option, and then calls the class's own `__post_init__`, which
+    may check several options together.
     """
     limits = [
         (name, limit)

@@ -63,7 +63,8 @@ def _read_each(
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
     """Whether two neighbouring lines of a file belong to one group (a prompt with its completions): each line rates one
-    answer, and both answer the same prompt. A file must not be cut between such lines."""
+    answer, and both answer the same prompt. A file must not be cut between such lines. `columns` gives the file's own
+    column for each standard name, such as {"prompt": "question"}."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 

@@ -33,8 +33,9 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line of a file: its line number, and its dictionary. The method `renamed` gives columns other names.
-    `columns` then has the original names, because errors use the names in the file."""
+    """One parsed line of a file: its line number, and its dictionary. The method `renamed` returns a row in which
+    columns have other names. In such a row `columns` has the original names, because errors use the names in the
+    file."""
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
@@ -99,8 +100,8 @@ def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | Inv
 
 @dataclass(frozen=True)
 class _Flaw:
-    """Stands, in a parsed value, for a part of the JSON that must be refused. `_refuse_flaws` raises the error later,
-    because the JSON pointer of the part is known only then."""
+    """Stands, in a parsed value, for a part of the JSON that must be refused. `_refuse_flaws` raises the error after
+    the parsing, when the JSON pointer of the part is known."""
 
     code: str
     what: str

@@ -274,8 +274,8 @@ def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall
 
 
 def _needed(calls: Sequence[ToolCall]) -> str:
-    """Returns the end of an error message: the tool of the first of `calls` has not answered its call, and the user
-    should add the answer."""
+    """Returns words that end an error message after the word "before", such as "the tool 'search' has answered its
+    call; add its answer as a tool message." The tool is that of the first of `calls`."""
     return f"the tool {shown(calls[0]['function']['name'])} has answered its call; add its answer as a tool message."
 
 

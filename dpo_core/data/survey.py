@@ -1,5 +1,5 @@
-"""Reports on a file of preference data: its format, its counts of rows and groups, and all its errors. Uses only the
-standard library."""
+"""Reports on a file of preference data: its format, its counts of rows and groups (prompts with their completions), and
+all its errors. Uses only the standard library."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -71,8 +71,8 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The length of the head of each completion in the group. A head is the first tokens of a completion that count
-        in the loss: as many as the group's shortest completion has of such tokens."""
+        """The length of the head of each completion in the group (a prompt with its completions). A head is the first
+        tokens of a completion that count in the loss: as many as the group's shortest completion has of such tokens."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
@@ -105,8 +105,8 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
 def encode_groups(
     groups: Iterable[Group], tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None
 ) -> Iterator[EncodedGroup | InvalidRow]:
-    """Yields for each group its token ids, or the error of a group that cannot be encoded. Raises UnusableTemplate if
-    the tokenizer has no usable chat template.
+    """Yields for each group (a prompt with its completions) its token ids, or the error of a group that cannot be
+    encoded. Raises UnusableTemplate if the tokenizer has no usable chat template.
 
     `today` is the date that some chat templates write; None means the day on which this process first encoded a group.
     The template and the tokenizer are called for many groups together, and the tokenizer reads each prompt once.

@@ -42,7 +42,8 @@ class UnusableTemplate(ValueError):
 
 @dataclass(frozen=True)
 class WrittenGroup:
-    """The texts of a group's prompt and of its completions, as the model reads them."""
+    """The texts of a group (a prompt with its completions), as the model reads them: one of the prompt, and one of each
+    completion."""
 
     prompt: str
     completions: list[str]
@@ -160,8 +161,9 @@ def _apply(
     *,
     asks: bool = False,
 ) -> list[str]:
-    """Returns the text that the chat template writes for each dialogue (a list of messages). With `asks`, each text
-    ends with the generation prompt, the words with which the template asks for an answer.
+    """Returns the text that the chat template writes for each dialogue (a list of messages). `options` are further
+    arguments of the template. With `asks`, each text ends with the generation prompt, the words with which the template
+    asks for an answer.
 
     The template gets a message's thoughts (its reasoning) under each key that any template reads. If the template reads
     only lists of parts, it gets a message's content as such a list.
@@ -234,8 +236,9 @@ def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
-    """Yields for each completion of the group a list of messages: those of the prompt, then those of the completion.
-    Removes an EOS token at the end of the completion, because the chat template writes its own."""
+    """Yields for each completion of the group (a prompt with its completions) a list of messages: those of the prompt,
+    then those of the completion. Removes an EOS token at the end of the completion, because the chat template writes
+    its own."""
     eos = tokenizer.eos_token
     for completion in group.completions:
         assert isinstance(group.prompt, list)
@@ -273,8 +276,8 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
 
 
 def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow:
-    """Cuts the texts that the chat template wrote for a group into the prompt and the completions. Returns an error if
-    the template writes the prompt differently when an answer follows.
+    """Cuts the texts that the chat template wrote for a group (a prompt with its completions) into the prompt and the
+    completions. Returns an error if the template writes the prompt differently when an answer follows.
 
     The prompt includes the words with which the template asks for an answer, as far as all completions begin with these
     words.
@@ -309,8 +312,8 @@ def _common(asked: str, dialogues: Sequence[str]) -> str:
 
 
 def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
-    """Returns an error for the first part of the group that the template leaves out; None if the template writes
-    everything. `written` has the texts that the template wrote for the group.
+    """Returns an error for the first part of the group (a prompt with its completions) that the template leaves out;
+    None if the template writes everything. `written` has the texts that the template wrote for the group.
 
     Thoughts (the reasoning) in answers that belong to the prompt may be missing, because the template leaves them out
     when the policy is served, too.
@@ -350,7 +353,8 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
 
 def _required_text(message: Message) -> str:
     """Returns the text that the chat template must write for a message of the prompt. For a message of the assistant
-    this is its content without thoughts (the reasoning before the answer), for any other message all its content."""
+    this is its content without thoughts (the reasoning before the answer). For any other message it is all its
+    content."""
     content = message["content"]
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
 

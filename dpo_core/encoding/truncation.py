@@ -8,12 +8,12 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
-    """Returns the group shortened so that its prompt and any one completion together have at most `max_length` tokens;
-    None if the group must be left out.
+    """Returns the group (a prompt with its completions) shortened so that its prompt and any one completion together
+    have at most `max_length` tokens; None if the group must be left out.
 
     `how` is the way of cutting. `drop` leaves out every longer group. `keep_start` cuts the ends of completions, which
-    then lack the end-of-sequence token. `keep_end` cuts the start of the prompt, behind the tokenizer's BOS, so that
-    the longest completion fits; all completions keep the same prompt. A group is also left out if the cut would leave
+    then lack the end-of-sequence token. `keep_end` cuts the start of the prompt so that the longest completion fits,
+    but keeps the tokenizer's BOS; all completions keep the same prompt. A group is also left out if the cut would leave
     no token of the prompt or of a completion.
     """
     longest = max(map(len, group.completion_ids))

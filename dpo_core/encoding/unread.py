@@ -19,8 +19,8 @@ def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | 
     The template must be able to write the group.
 
     The names are `messages/name`, `messages/tool_call_id`, and `chat_template_kwargs/` followed by a key.
-    `tool_call_id` says which call a tool's result answers. It is yielded only if the results come in another order than
-    the calls.
+    `tool_call_id` says which call a tool's result answers. The name `messages/tool_call_id` is yielded only if the
+    results come in another order than the calls.
     """
     if isinstance(group.prompt, str):
         return

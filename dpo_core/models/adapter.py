@@ -212,8 +212,8 @@ def _model_name(name: str) -> str:
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
-    """Raises InvalidOption if the model has an adapter on its head (`head`), or on a linear layer that is not in
-    `linears`. Training on texts cannot change layers outside `linears`."""
+    """Raises InvalidOption if the model has an adapter on its output layer (`head`), or on a linear layer that is not
+    in `linears`. Training on texts cannot change layers outside `linears`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():

@@ -54,7 +54,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether the model's weights are sharded over ranks (the processes of the run). All ranks must then take part in
-    every forward pass."""
+    """Whether the model's weights are sharded over ranks (the processes of the run). If they are, all ranks must take
+    part in every forward pass."""
     # During a forward only the root's weights are whole: FSDP gathers the layers one by one.
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

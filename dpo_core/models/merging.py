@@ -44,8 +44,8 @@ def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Compa
 
 @torch.no_grad()
 def _outputs(model: Any, rewards: bool) -> Tensor:
-    """Returns a model's outputs on some random texts. These are rewards if `rewards` is true (a reward model),
-    otherwise the log-probabilities of all possible next tokens."""
+    """Returns a model's outputs on some random texts. If `rewards` is true, the model is a reward model and the outputs
+    are rewards. If it is false, they are the log-probabilities of all possible next tokens."""
     size = model.config.get_text_config().vocab_size
     texts = torch.randint(size, (NUM_TEXTS, TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
     logits = torch.cat([model(input_ids=text[None], use_cache=False).logits.float() for text in texts])

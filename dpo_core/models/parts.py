@@ -205,7 +205,7 @@ def _hollow(model: PreTrainedModel) -> dict[int, nn.Parameter]:
 
 
 def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
-    """Returns an empty DTensor on the meta device that is sharded like `own`.
+    """Returns an empty DTensor on the meta device, with the dtype `dtype`, that is sharded like `own`.
 
     transformers cannot read a weight of several experts on a rank (process of the run) that has no part of it. Such a
     rank gets a part along the last dimension instead, and drops this part later.

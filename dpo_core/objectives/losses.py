@@ -476,8 +476,8 @@ def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns a mean of `values` [G, k, k] for each of G groups, [G]. The mean is over the pairs (i, j) of the group's
-    completions of which j is rated lower than i."""
+    """Returns a mean of `values` [G, k, k] for each of G groups (prompts with their completions), [G]. The mean is over
+    the pairs (i, j) of the group's completions of which j is rated lower than i."""
     return (values * measures.worse).sum((1, 2)) / measures.worse.sum((1, 2))
 
 
@@ -499,16 +499,18 @@ def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
 
 
 def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
-    """Returns the number by which the summed losses of a global batch are divided: for `supervised` the number of
-    tokens in the loss, for all other objectives the number of groups."""
+    """Returns the number by which the summed losses of a global batch are divided: the number of tokens that count in
+    the loss if the objective is `supervised`, and the number of groups (prompts with their completions) if it is any
+    other objective."""
     if isinstance(objective, o.Supervised):
         return sum(sum(group.num_learned) for group in groups)
     return len(groups)
 
 
 def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None:
-    """Raises ValueError if the objective cannot learn from one of the groups. Some objectives need completions that
-    answer other prompts; raises ValueError if the global batch `groups` has none for such an objective."""
+    """Raises ValueError if the objective cannot learn from one of the groups (prompts with their completions). Some
+    objectives need completions that answer other prompts; raises ValueError if the global batch `groups` has none for
+    such an objective."""
     for group in groups:
         if problem := _problem(objective, group):
             raise ValueError(f"Line {group.line} {problem}")

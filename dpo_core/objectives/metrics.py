@@ -1,5 +1,5 @@
 """Computes the metrics of a training step, such as rewards, margins, accuracies and lengths. The metrics are means over
-the global batch, in which all groups have the same weight.
+the global batch, in which all groups (prompts with their completions) have the same weight.
 
 The metrics have the names under which TRL logs them.
 """
@@ -57,14 +57,14 @@ def _has_ordered_pair(measures: Measures) -> bool:
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns the mean of `values` [G, k, k], for G groups with k completions each. It is over all groups and all pairs
-    (i, j) of a group's completions of which j is rated lower than i."""
+    """Returns the mean of `values` [G, k, k], for G groups with k completions each. The mean is over all groups and all
+    pairs (i, j) of a group's completions of which j is rated lower than i."""
     return (values * measures.worse).sum(dtype=measures.table.dtype) / measures.worse.sum()
 
 
 def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
     """Returns the row numbers in the table of `measures` of the chosen completions (under `chosen`) and of the rejected
-    ones (under `rejected`). If there are no completions of one kind, its key is left out."""
+    ones (under `rejected`). If there are no chosen completions, or no rejected ones, their key is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
     completions = (completion for group in measures.groups for completion in enumerate(group.ranked()))

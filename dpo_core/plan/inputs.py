@@ -27,8 +27,9 @@ class Shapes:
 
     @property
     def caps_attention(self) -> bool:
-        """Whether the model caps its attention scores, as Gemma 2 does. If so, completions cannot share a prompt in
-        memory: each is computed behind its own copy of the prompt, and autograd keeps the attention probabilities."""
+        """Whether the model caps its attention scores, as Gemma 2 does. If it does, completions cannot share a prompt
+        in memory: each is computed behind its own copy of the prompt, and autograd keeps the attention
+        probabilities."""
         return bool(self.text.get("attn_logit_softcapping"))
 
     def number(self, *names: str) -> int:

@@ -23,9 +23,9 @@ Segments = tuple[tuple[int, int, int, int], ...]  # start and stop of the prefix
 
 @contextmanager
 def shared_prompts(policy: PreTrainedModel) -> Iterator[None]:
-    """Replaces the policy's attention by `segment_attention` in the `with` block. There, the policy's forward takes the
-    argument `segments`, which says which completion sees which prompt. Raises ValueError if the policy's attention
-    cannot be replaced."""
+    """Replaces the policy's attention by `segment_attention` in the `with` block. In the block, the policy's forward
+    takes the argument `segments`, which says which completion sees which prompt. Raises ValueError if the policy's
+    attention cannot be replaced."""
     before = policy.config._attn_implementation
     policy.set_attn_implementation(NAME)
     if policy.config._attn_implementation != NAME:

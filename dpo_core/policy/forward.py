@@ -22,8 +22,8 @@ LEAST_FILL = 0.75  # the least share of tokens, not padding, in a padded batch
 
 @dataclass(frozen=True)
 class Logits:
-    """How a model turns its head's outputs into logits: it multiplies the outputs by `scale`, then limits them to the
-    range from -`cap` to `cap` with tanh."""
+    """How a model turns the outputs of its head (the output layer) into logits: it multiplies the outputs by `scale`,
+    then limits them to the range from -`cap` to `cap` with tanh."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -36,8 +36,8 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def readings(config: PretrainedConfig) -> list[Logits]:
-    """Returns all ways in which a model may turn its head's outputs into logits, judging by the factors and caps in the
-    model's config. The likeliest way is first.
+    """Returns all ways in which a model may turn the outputs of its head (the output layer) into logits, judging by the
+    factors and caps in the model's config. The likeliest way is first.
 
     The config alone does not decide: HyperCLOVA X multiplies by a factor by which other architectures divide, and some
     model classes ignore factors and caps in their config.
@@ -64,8 +64,8 @@ def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared
     """Returns, for each of R targets (tokens that count in the loss), its log-probability, [R], and whether it was the
     likeliest token, [R].
 
-    If completions share prompts (`shared`), one forward pass computes the whole batch. Otherwise it is computed in
-    padded batches.
+    `logits` says how the model turns its head's outputs into logits. If completions share prompts (`shared`), one
+    forward pass computes all of them. If they do not, completions of similar lengths are padded and computed together.
     """
     hidden = _hidden(model, batch, shared=shared)
     head = cast(Any, model).get_output_embeddings()
@@ -83,8 +83,8 @@ def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Ten
     """Returns a reward model's outputs at the last token of each of K completions, [K, outputs]. transformers and vLLM
     read rewards at the same token.
 
-    If completions share prompts (`shared`), one forward pass computes the whole batch. Otherwise it is computed in
-    padded batches.
+    If completions share prompts (`shared`), one forward pass computes all of them. If they do not, completions of
+    similar lengths are padded and computed together.
     """
     hidden = _hidden(model, batch, shared=shared)
     outputs: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))

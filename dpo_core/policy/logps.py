@@ -155,7 +155,7 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
     """Overwrites a tile of `logits` with the gradient of the loss with respect to these logits, and returns it.
     `normalizer` is the log-sum-exp of each row's logits; `grad` is the loss's gradient with respect to the
-    log-probabilities."""
+    log-probabilities; `soft_cap` is the limit of the logits, None if they have none."""
     cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
     place, here = _place(targets, logits)
     slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])

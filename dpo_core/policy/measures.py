@@ -20,8 +20,8 @@ NUM_MEASURES = 3
 
 @dataclass(frozen=True)
 class Completions:
-    """The log-probabilities, under the policy and under the reference, and the lengths of n completions. These may be
-    the best completion of each group (a prompt with its completions), for example."""
+    """The log-probabilities, under the policy and under the reference, and the lengths of n completions. The n
+    completions may be, for example, the best completion of each group (a prompt with its completions)."""
 
     logps: Tensor  # [n] summed over the completion, in nats
     head_logps: Tensor  # [n] summed over as many first tokens as the group's shortest completion has
@@ -69,8 +69,8 @@ class Measures:
 
     @cached_property
     def starts(self) -> Tensor:
-        """The number of the row in `table` that holds the best completion of each of G groups, [G]. It is the group's
-        first row."""
+        """The number of the row in `table` that holds the best completion of each of G groups (prompts with their
+        completions), [G]. It is the group's first row."""
         return self.places([0, *accumulate(self.sizes[:-1])])
 
     @cached_property
@@ -92,15 +92,15 @@ class Measures:
 
     @cached_property
     def worse(self) -> Tensor:
-        """Whether completion j of a group is rated lower than completion i of the same group. The result is [group, i,
-        j]."""
+        """Whether completion j of a group (a prompt with its completions) is rated lower than completion i of the same
+        group. The result is [group, i, j]."""
         ratings = self.by_group(self.ratings, math.nan)
         return ratings[:, :, None] > ratings[:, None, :]
 
     @cached_property
     def margins(self) -> Tensor:
-        """The margin of each of G groups, [G]: by how much the reward of the chosen completion should exceed that of
-        the rejected one. 0 for a group without a margin."""
+        """The margin of each of G groups (prompts with their completions), [G]: by how much the reward of the chosen
+        completion should exceed that of the rejected one. 0 for a group without a margin."""
         return self._tensor([group.margin or 0.0 for group in self.groups])
 
     @cached_property
@@ -127,8 +127,8 @@ class Measures:
         return self.table[:, NUM_CORRECT]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:
-        """Returns `values`, one for each completion, as a matrix with a row for each group, [G, k]. k is the size of
-        the largest group; the rows of smaller groups end with `fill`."""
+        """Returns `values`, one for each completion, as a matrix with a row for each group (a prompt with its
+        completions), [G, k]. k is the size of the largest group; the rows of smaller groups end with `fill`."""
         num_groups, most = len(self.sizes), max(self.sizes)
         if len(values) == num_groups * most:
             return values.view(num_groups, most)
@@ -136,8 +136,8 @@ class Measures:
         return padded.index_copy(0, self._places_by_group, values).view(num_groups, most)
 
     def group_sums(self, values: Tensor) -> Tensor:
-        """Returns for each of G groups the sum of `values` over its completions, [G]. `values` has one value for each
-        completion."""
+        """Returns for each of G groups (prompts with their completions) the sum of `values` over its completions, [G].
+        `values` has one value for each completion."""
         return self.by_group(values, 0.0).sum(1)
 
     def places(self, places: Sequence[int]) -> Tensor:

@@ -25,7 +25,8 @@ ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of lay
 @dataclass(frozen=True)
 class Manner:
     """How to compute a model's outputs: the factor and the cap of its logits, whether completions can share one copy of
-    a prompt, and whether they can be computed in batches. If they cannot, it holds the reason in words."""
+    a prompt, and whether they can be computed in batches. For each of these two that is not possible, it holds the
+    reason in words."""
 
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
@@ -98,10 +99,12 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
     """Computes a small example in two ways: all completions together, and one after the other by the model's own
-    forward. Returns in words how the results differ; an empty text if they agree.
+    forward. Returns a text and an index. The text says how the results of the two ways differ; it is empty if they
+    agree.
 
-    The second result is an index into `readings(config)`, the ways in which the model may turn its head's outputs into
-    logits: it is the way with which the results agree.
+    The index is that of an element of `readings(config)`, the ways in which the model may turn its head's outputs into
+    logits: the one with which the results agree, or 0 if they differ. `shared` says whether completions that are
+    computed together share one copy of their prompt.
     """
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
@@ -122,8 +125,9 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
-    """Returns a batch with two groups: a prompt with two completions that is longer than the attention windows of a
-    miniature, and a prompt with one completion."""
+    """Returns a batch with two groups. The first is a prompt with two completions, and is longer than the attention
+    windows of a miniature. The second is a prompt with one completion. With `share_prompts`, the two completions share
+    one copy of their prompt."""
     ids = _ids(model)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)

@@ -27,9 +27,9 @@ class Scorer(nn.Module):
     model gives them.
 
     If the architecture allows it, the scorer computes each prompt once for all its completions. The constructor tests
-    this: it compares the results on a few tokens with those of the model's own forward. If they differ, every
-    completion follows its own copy of the prompt. Completions are then computed in padded batches of similar lengths,
-    or one at a time.
+    this: it compares the results on a few tokens with those of the model's own forward. If the results differ, every
+    completion follows its own copy of the prompt, and completions are computed in padded batches of similar lengths, or
+    one at a time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,22 +51,22 @@ class Scorer(nn.Module):
             logger.warning(sentence, type(model).__name__, no_sharing, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:
-        """Returns the number of tokens of the group that the model computes. The prompt counts once. If completions
-        cannot share their prompt, it counts once for each completion."""
+        """Returns the number of tokens of the group (a prompt with its completions) that the model computes. The prompt
+        counts once. If completions cannot share their prompt, it counts once for each completion."""
         copies = 1 if self.shares_prompts else len(group.completion_ids)
         return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
 
     def count_shared_tokens(self, group: EncodedGroup) -> int:
-        """Returns the number of tokens of the group that the model need not compute, because the completions share one
-        copy of the prompt."""
+        """Returns the number of tokens of the group (a prompt with its completions) that the model need not compute,
+        because the completions share one copy of the prompt."""
         return (len(group.completion_ids) - 1) * len(group.prompt_ids) if self.shares_prompts else 0
 
     def plan(
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
-        """Distributes the groups over ranks (processes) and packs (a pack is the groups of one forward pass), such that
-        all ranks compute about the same number of tokens. `[rank][pack]` of the result is a list of indices into
-        `groups`."""
+        """Distributes the groups (prompts with their completions) over ranks (processes) and packs (a pack is the
+        groups of one forward pass), such that all ranks compute about the same number of tokens. `[rank][pack]` of the
+        result is a list of indices into `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
@@ -81,9 +81,9 @@ class Scorer(nn.Module):
         """Computes the log-probabilities or rewards of the completions in the batch. Returns [K, NUM_MEASURES] float32:
         a row for each of K completions.
 
-        The columns are the log-probability of the completion, the log-probability of its head (as many first tokens as
-        the group's shortest completion has), and the number of its tokens that the model found the likeliest of all
-        tokens. For a reward model the columns are the outputs of its head, and zeros.
+        For a language model the columns are the log-probability of the completion, the log-probability of its first
+        tokens (as many as the group's shortest completion has), and the number of its tokens that the model found the
+        likeliest of all tokens. For a reward model the columns are the outputs of the model's head, and zeros.
         """
         if self.rewards:
             outputs = self._outputs(batch)
@@ -110,8 +110,8 @@ def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
     """Returns copies of the groups (prompts with their completions) with the reference's log-probabilities of their
-    completions. The reference may be the policy itself with an adapter that is being trained; this adapter is then off
-    meanwhile."""
+    completions. The reference may be the policy itself with an adapter that is being trained; the adapter is off while
+    the function computes. A forward pass has at most `max_tokens_per_pack` tokens, unless a single group is longer."""
     admit(groups, reference)
     scorer = Scorer(reference)
     scored = list(groups)
@@ -130,7 +130,8 @@ def reference_token_logps(
 ) -> list[list[list[float]]]:
     """Returns the reference's log-probability of each token that counts in the loss, in nats, as lists by group (a
     prompt with its completions), completion and token. The reference may be the policy itself with an adapter that is
-    being trained; this adapter is then off meanwhile."""
+    being trained; the adapter is off while the function computes. A forward pass has at most `max_tokens_per_pack`
+    tokens, unless a single group is longer."""
     admit(groups, reference)
     scorer = Scorer(reference)
     logps_by_group: list[list[list[float]]] = [[] for _ in groups]

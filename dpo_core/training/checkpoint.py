@@ -161,9 +161,10 @@ def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision:
     """Checks that a training run can continue from the checkpoint in `folder`. Returns the checkpoint's manifest, and
     the config for the run.
 
-    The returned config is `config` with two more options decided, unless the user has set them: the pack size and the
-    recomputation of activations, as the checkpoint's run chose them. Raises DamagedCheckpoint for a damaged checkpoint,
-    and ValueError if a run with this config, number of steps and precision cannot continue from it.
+    The returned config is `config` with two more options decided, unless the user has set them: the number of tokens in
+    one forward pass and the recomputation of activations, as the checkpoint's run chose them. Raises DamagedCheckpoint
+    for a damaged checkpoint, and ValueError if a run with this config, number of steps and precision cannot continue
+    from it.
     """
     manifest = verify(folder)
     if not manifest.has_optimizer:

@@ -35,8 +35,8 @@ class Writer:
 
     A save waits until the previous checkpoint is written. If writing fails in the background, the next call raises the
     error. Every rank (process of the run) that holds a part of the optimizer's state writes this part. `folder` may be
-    shared by the ranks, or each rank may have its own. Each rank that has written files then calls `publish` with the
-    step and the checkpoint's folder. Rank 0 calls it last, after it has written the manifest. The end of a `with` block
+    shared by the ranks, or each rank may have its own. Each rank that has written files calls `publish` with the step
+    and the checkpoint's folder. Rank 0 calls it last, after it has written the manifest. The end of a `with` block
     waits until the last checkpoint is written.
     """
 

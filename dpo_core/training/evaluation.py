@@ -24,8 +24,8 @@ Batches = Iterable[Sequence[EncodedGroup]]
 def evaluate(
     objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
 ) -> dict[str, float]:
-    """Returns the loss and metrics of all groups in `batches`, as if they were one global batch. The names of the
-    metrics begin with `eval/`.
+    """Returns the loss and metrics of all groups (prompts with their completions) in `batches`, as if they were one
+    global batch. The names of the metrics begin with `eval/`.
 
     The results do not depend on how the groups are cut into batches and packs (groups that one forward pass computes
     together) and distributed over ranks (processes). If an objective computes a value over a global batch, the value is

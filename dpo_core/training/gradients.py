@@ -42,8 +42,8 @@ def make_packs(
     scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
 ) -> list[Pack]:
     """Distributes the groups (prompts with their completions) of an optimizer step over ranks (processes) and packs,
-    and returns the packs of this rank. A pack is the groups of one forward pass. If the model is sharded, every rank
-    gets the same number of packs, and some may be empty."""
+    and returns the packs of this rank. A pack is the groups of one forward pass; `seed` decides the adapter's dropout
+    in it. If the model is sharded, every rank gets the same number of packs, and some may be empty."""
     runs_together = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
@@ -58,8 +58,8 @@ def make_packs(
 
 
 def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> int | None:
-    """Returns half the number of tokens of the largest pack (the groups of one forward pass) on any rank, as a limit
-    for smaller packs. Returns None if packs cannot be smaller, because each has only one group."""
+    """Returns half the number of tokens of the largest pack (the groups of one forward pass) on any rank (process of
+    the run), as a limit for smaller packs. Returns None if packs cannot be smaller, because each has only one group."""
     ranks = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)
     packs = [pack for packs in ranks for pack in packs]
     if max(map(len, packs)) < 2:
@@ -189,8 +189,9 @@ def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
 def _differentiate(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
-    """Returns what the groups in `measures` contribute to the loss of the global batch, and the gradient of this
-    contribution with respect to the measures (log-probabilities or rewards) of their completions."""
+    """Returns what the groups (prompts with their completions) in `measures` contribute to the loss of the global
+    batch, and the gradient of this contribution with respect to the measures (log-probabilities or rewards) of their
+    completions."""
     leaf = measures.table.clone().requires_grad_()
     loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
     (slope,) = torch.autograd.grad(loss, leaf)

@@ -73,13 +73,14 @@ def train(
     policy has one; dropout outside the adapter is off.
 
     `config` must have no undecided options, see `TrainConfig.resolved`. `global_batches` is a list with one batch for
-    each step of the run, or a function that takes a step number and returns the batches of all later steps. The number
-    is 0 or, if the run continues from the checkpoint `resume`, this checkpoint's step. Every rank (process of the run)
-    must be given the same batches, and computes its share of them. The loss is a mean over the groups (prompts with
-    their completions) of a batch. A list must have `total_steps` batches, each with `batch_size` groups or fewer;
-    otherwise it is refused. The batches of a function are not checked. A group longer than `max_length` is refused. A
-    `max_length` beyond the model's positions is refused, too. The options `n_epochs` and `truncation` only record how
-    the batches were made. The option `seed` records this, too, and decides an adapter's dropout.
+    each step of the run, or a function that takes a step number and returns the batches of all later steps. The
+    function is called with 0 or, if the run continues from the checkpoint `resume`, with this checkpoint's step. Every
+    rank (process of the run) must be given the same batches, and computes its share of them. The loss is a mean over
+    the groups (prompts with their completions) of a batch. A list must have `total_steps` batches, each with
+    `batch_size` groups or fewer; otherwise it is refused. The batches of a function are not checked. A group longer
+    than `max_length` is refused. A `max_length` beyond the model's positions is refused, too. The options `n_epochs`,
+    `truncation` and `seed` record how the batches were made; only `seed` has an effect on training: it decides an
+    adapter's dropout.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
     while training continues. When it is written, `publish` is called with the step and the folder. All checkpoints are
@@ -136,7 +137,7 @@ def train(
 
 def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
     """Raises an error unless `batches` is a function, or a list that fits the run: it must have `total_steps` batches,
-    each with at most `batch_size` groups. The error is a TypeError or a ValueError."""
+    each with at most `batch_size` groups (prompts with their completions). The error is a TypeError or a ValueError."""
     if callable(batches):
         return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint
@@ -229,8 +230,8 @@ class _Run:
             self.statistics = Statistics(**manifest.statistics)
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
-        """Takes one optimizer step on `groups`, a global batch, and returns the metrics of the step. If `groups` is
-        empty, changes no weight and returns the metrics of the previous step."""
+        """Takes one optimizer step on the global batch `groups` (prompts with their completions), and returns the
+        metrics of the step. If `groups` is empty, changes no weight and returns the metrics of the previous step."""
         started, self.shortage = time.perf_counter(), None
         self.step += 1
         if not groups:
@@ -267,7 +268,7 @@ class _Run:
         the loss.
 
         If memory runs out, begins again with packs of half the size. If packs cannot be smaller, the backward pass
-        recomputes activations. Later steps keep both changes. They do not change the results.
+        recomputes activations. Later steps keep the smaller packs and the recomputation. Neither changes the results.
         """
         statistics, seed = vars(self.statistics).copy(), self.config.seed * 2**32 + self.step
         while True:

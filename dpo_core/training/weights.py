@@ -44,8 +44,8 @@ class Weights:
 
     @property
     def in_float32(self) -> dict[str, nn.Parameter]:
-        """The parameters that the saved model holds in half precision, by name. The value is the float32 tensor that
-        the optimizer updates in place of the parameter."""
+        """The parameters that the saved model holds in half precision, by name. The value for each name is the float32
+        tensor that the optimizer updates in place of the parameter."""
         return {name: p for name, p in self.stepped.items() if _is_half(self.dtypes[name])}
 
     @torch.no_grad()

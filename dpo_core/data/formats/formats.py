@@ -70,9 +70,9 @@ class Format:
         return groups
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
-        """Yields the groups of the row, with the row's system prompt, tools, template arguments, weight and margin in
-        them. Raises InvalidRow if a column in `unread`, columns that this format does not read, has contents that the
-        groups do not contain."""
+        """Yields the groups (prompts with their completions) of the row, with the row's system prompt, tools, template
+        arguments, weight and margin in them. Raises InvalidRow if a column in `unread`, columns that this format does
+        not read, has contents that the groups do not contain."""
         weight, margin = (positive_number(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
         arguments = template_arguments(row) if self._takes_arguments else None
@@ -164,8 +164,7 @@ def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
     """Returns advice for the end of an error message: which of the row's columns the user should name with the option
     `columns`, and for which roles. A role, such as `prompt`, says what a column holds.
 
-    `columns` holds the likely column of each role. Returns None if there is none, or if the row could not be read even
-    with these names.
+    Returns None if the row could not be read even with these names.
     """
     if not columns or not ROLES.issuperset(columns):
         return None
