@@ -120,8 +120,8 @@ def read_spec(written: bytes) -> AttemptSpec:
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Reports to the control plane why this driver (a job's main program) does not run the attempt. Returns the
-    driver's exit status."""
+    """Reports to the control plane why this driver (a job's main program) does not run its attempt (one run of the
+    job). Returns the driver's exit status."""
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)
@@ -130,8 +130,8 @@ def refuse(address: AttemptAddress, report: Failed) -> int:
 
 
 def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Runs an attempt of a job: prepares the data, trains, and exports the trained model. Returns the attempt's last
-    report.
+    """Runs an attempt of a job (one run of it on Ray): prepares the data, trains, and exports the trained model.
+    Returns the attempt's last report.
 
     A failure that only the user can fix is returned as Failed and not raised.
     """
@@ -143,8 +143,8 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Runs an attempt of a job: prepares the data, trains, and exports the trained model. Returns the attempt's last
-    report.
+    """Runs an attempt of a job (one run of it on Ray): prepares the data, trains, and exports the trained model.
+    Returns the attempt's last report.
 
     Training begins when all data are prepared. If the data can be streamed, it begins earlier, when the first rows are
     prepared. Raises JobFailed for a failure that only the user can fix.
@@ -204,7 +204,8 @@ def _train(spec: AttemptSpec, source: Prepared | Stream, reporter: Any) -> Succe
 def train(
     spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
 ) -> Succeeded | Failed | Paused:
-    """Runs the training workers with Ray Train until training ends. Returns the attempt's last report.
+    """Runs the training workers with Ray Train until training ends. Returns the last report of the attempt (one run of
+    a job).
 
     On success, the report has the URI of the trained model. Workers store checkpoints themselves, so the folder in
     which Ray Train stores its files is only temporary.
@@ -282,7 +283,7 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
 def _hide_environment_from_workers() -> None:
     """Hides the environment variables of the driver (the job's main program) from training workers.
 
-    The variables hold the secret token of the attempt, and would slow the start of workers.
+    The variables hold the secret token of the attempt (one run of the job), and would slow the start of workers.
     """
     if config := os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR):
         without_environment = {key: value for key, value in json.loads(config).items() if key != "runtime_env"}
@@ -290,7 +291,7 @@ def _hide_environment_from_workers() -> None:
 
 
 def _runtime_env() -> dict[str, Any] | None:
-    """Returns Ray's runtime environment for every process that this attempt starts.
+    """Returns Ray's runtime environment for every process that this attempt (one run of a job) starts.
 
     Returns None on a node with a fork server, because processes there inherit the environment of that server.
     """
@@ -301,7 +302,8 @@ def _runtime_env() -> dict[str, Any] | None:
 
 
 def _start_reporter(spec: AttemptSpec, token: str) -> Any:
-    """Starts the Ray actor that sends the attempt's reports, and returns its handle. The actor ends with the driver."""
+    """Starts the Ray actor that sends the reports of this attempt (one run of a job), and returns the actor's handle.
+    The actor ends with the driver, the job's main program."""
     reporter = local_actor(Reporter, concurrency_groups={WATCH: 1}).remote(spec, token)
     ray.get(reporter.flush.remote())
     return reporter
@@ -311,7 +313,7 @@ def _end(status: int) -> NoReturn:
     """Ends this process at once, without Ray's disconnection.
 
     A thread that still trains, or listens to Ray Serve, would use Ray after the disconnection. Ray then crashes the
-    process, and the exit status is lost. Ray ends the actors of a driver that is gone in any case.
+    process, and the exit status is lost. Without the disconnection, Ray ends the actors of this process all the same.
     """
     logging.shutdown()
     sys.stdout.flush()

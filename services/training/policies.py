@@ -31,9 +31,9 @@ REFERENCE = "The reference model cannot be used"
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
     """Loads the model that the job starts from, ready to train.
 
-    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If the workers
-    share one copy of the weights, each having a part, the returned model has no weights until `train` has split it.
-    Raises JobFailed for a model that transformers does not know or that cannot be trained.
+    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If each worker
+    is to hold only a part of the weights, the returned model has no weights until `train` has split it over the
+    workers. Raises JobFailed for a model that transformers does not know or that cannot be trained.
     """
     # The imports of models are in functions, because they take eight CPU seconds and the driver works without them.
     from dpo_core.models.model import load_merged

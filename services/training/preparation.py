@@ -76,11 +76,11 @@ class Scored(Contract):
 def prepare(
     spec: AttemptSpec, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> Prepared:
-    """Prepares the data of a job, and returns where they are. Data that an earlier attempt or the cache has are used
-    again.
+    """Prepares the data of a job, and returns where they are. Data that an earlier attempt (run of the job) has
+    prepared, or that are in the cache, are used again.
 
-    If the objective needs no reference, training can begin before all rows are encoded. `begin` is then called, with a
-    stream of the data, when enough rows are encoded.
+    If the objective needs no reference, `begin` is called with a stream of the data as soon as enough rows are encoded,
+    so that training can begin before all rows are.
     """
     uri = storage.join(spec.run_uri, "prepared")
     if earlier := cache.find(uri, Prepared, _check, report):
@@ -205,9 +205,10 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
     """Scores the encoded data with the reference model, and returns the data with the scores.
 
     The model's deployment in vLLM scores if it finishes sooner than the trainer's own forward pass and computes the
-    same log-probabilities. Otherwise the trainer scores. If the user chose the deployment and it cannot be used, raises
-    JobFailed. It cannot be used if its log-probabilities differ, or if it cannot attach the adapter that is the
-    reference.
+    same log-probabilities. If one of these conditions does not hold, the trainer scores.
+
+    If the user chose the deployment and it cannot be used, raises JobFailed. A deployment cannot be used if its
+    log-probabilities differ from the trainer's, or if it cannot attach the adapter that is the reference.
     """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_reference).options(num_cpus=1).remote(spec, encoding.limit))
@@ -354,8 +355,8 @@ def _by_deployment(
 
 
 def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
-    """Starts a Ray task that computes the reference model's log-probabilities of the groups' tokens with the trainer's
-    own forward pass. Returns the task's future.
+    """Starts a Ray task that computes the reference model's log-probabilities of the tokens in `groups` with the
+    trainer's own forward pass. Returns the task's future.
 
     The task runs on a CPU if no GPU is free, because the reference model's deployment in vLLM may have the only GPU.
     """

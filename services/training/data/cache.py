@@ -42,8 +42,8 @@ def model_digest(source: str, *, weights: bool) -> str:
     """Returns a digest of a model's files, so that prepared data are used again only with the same model.
 
     With `weights`, the digest covers the weights and the model's config, because log-probabilities depend on these
-    files. Without, it covers the tokenizer, chat template and config, because token ids depend on these. For an
-    adapter, the digest also covers the base model (the model under the adapter).
+    files. Without `weights`, it covers the tokenizer, chat template and config, because token ids depend on these. For
+    an adapter, the digest also covers the base model (the model under the adapter).
     """
     folder = _folder(source)
     base = policies.base_of(source)
@@ -140,8 +140,8 @@ def save(uri: str, entry: Contract) -> None:
 
 
 class _Claim:
-    """A Ray actor that means, by its name, that one driver is making a certain cache entry. It has no methods. Only one
-    living actor can have this name, so only one driver can make the entry.
+    """A Ray actor that means, by its name, that one driver (a job's main program) is making a certain cache entry. It
+    has no methods. Only one living actor can have this name, so only one driver can make the entry.
 
     The actor ends with the driver that started it.
     """
@@ -150,7 +150,8 @@ class _Claim:
 def _claim(uri: str) -> Any:
     """Claims the right to make the cache entry at `uri`, so that no other job makes it at the same time.
 
-    Returns the actor that holds the claim, or None if another driver of the cluster has claimed the entry already.
+    Returns the actor that holds the claim, or None if another driver (a job's main program) of the cluster has claimed
+    the entry already.
     """
     name = f"prepare {key(uri=uri)}"
     try:

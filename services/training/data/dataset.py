@@ -107,11 +107,12 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
-    """Writes the reference model's scores (log-probabilities) for the groups of `part` to a file in the folder `uri`.
+    """Writes the reference model's scores (log-probabilities) for `groups`, the groups (prompts with their completions)
+    of the file `part`, to another file in the folder `uri`.
 
-    Returns `part` with the sha256 of this file. The sha256 is also written to a file of its own, because the manifest
-    is written much later. With `heads`, the log-probability of each completion's head is written, too. A head is the
-    first tokens of a completion that count in the loss, as many as the group's shortest completion has.
+    Returns `part` with the sha256 of the new file. The sha256 is also written to a third file, because the manifest is
+    written much later. With `heads`, the log-probability of each completion's head is written, too. A head is the first
+    tokens of a completion that count in the loss, as many as the group's shortest completion has.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -172,8 +173,8 @@ def _write(uri: str, table: Any) -> str:
 
 
 def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
-    """Yields the URI and sha256 of each file of a part: of the file with its groups and, if the groups have scores, of
-    the file with the scores."""
+    """Yields the URI and sha256 of each file of a part: the file with its groups (prompts with their completions) and,
+    if the groups have scores, the file with the scores."""
     yield storage.join(data.uri, part.name), part.sha256
     if data.scores_uri is not None and part.scores_sha256 is not None:
         yield storage.join(data.scores_uri, part.name), part.scores_sha256
@@ -202,7 +203,8 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
 class _Groups:
     """Reads groups (prompts with completions) from a table, by the number of their row in the table.
 
-    It slices whole columns, because asking Arrow for the lists one by one is 30 times slower.
+    The class slices whole columns of token ids, because reading the lists of ids one by one from Arrow is 30 times
+    slower.
     """
 
     def __init__(self, table: Any) -> None:

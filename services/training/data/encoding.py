@@ -81,8 +81,8 @@ class Encoded(Contract):
 
 
 class Encoding(Contract):
-    """Holds the result of encoding a whole file: the groups to train on, the groups held out for validation, and counts
-    of rows and tokens for the user."""
+    """Holds the result of encoding a whole file: the groups (prompts with their completions) to train on, the groups
+    (prompts with their completions) held out for validation, and counts of rows and tokens for the user."""
 
     training: Dataset
     held_out: Dataset
@@ -112,7 +112,8 @@ def encode(
     encode_pieces: Callable[[Sequence[Piece]], Iterable[Encoded]],
     report: Callable[[Report], None],
 ) -> Encoding:
-    """Encodes the training file of `spec` as groups of token ids, and writes them to the folder `folder_uri`.
+    """Encodes the training file of `spec` as groups (prompts with their completions) of token ids, and writes them to
+    the folder `folder_uri`.
 
     `encode_pieces` must call the function `encode_piece` on each piece (a range of the file's lines), in any process
     and order. Raises JobFailed if the file cannot be used.
@@ -186,8 +187,8 @@ def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
     """Returns the name of the training file's format, and the kind of feedback in its rows, such as pairs. Both are
     those of the first row that can be used.
 
-    Raises JobFailed if the first row cannot be used. If the job may leave such rows out, raises JobFailed only if none
-    of the first NUM_FIRST rows can be used.
+    Raises JobFailed if the first row cannot be used. If the job leaves out rows that cannot be used, raises JobFailed
+    only if none of the first NUM_FIRST rows can be used.
     """
     drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
@@ -430,7 +431,8 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Returns the texts that the user wrote in the group: the prompt, the tools and the completions.
+    """Returns the texts that the user wrote in the group (a prompt with its completions): the prompt, the tools and the
+    completions.
 
     A BOS token at the start of the prompt is removed, and so is an EOS token at the end of a completion.
     """
@@ -457,8 +459,8 @@ def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the prompt of the group ends with the words with which the chat template begins an answer, such as
-    <think>."""
+    """Whether the prompt of the group (a prompt with its completions) ends with the words with which the chat template
+    begins an answer, such as <think>."""
     words = prefill(tokenizer).strip()
     return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
 
@@ -483,7 +485,8 @@ def _words(text: Text) -> str:
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
-    """Whether groups with this prompt are held out for validation. About the share `share` of all groups is held out.
+    """Whether groups with this prompt (a group is a prompt with its completions) are held out for validation. About the
+    share `share` of all groups is held out.
 
     The prompt alone decides, so that no prompt is in both the training and the validation data.
     """

@@ -17,7 +17,8 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """Counts the groups or rows of a file that have one property in common, and names the lines of the first ten."""
+    """Counts the groups (prompts with their completions) or rows of a file that have one property in common, and names
+    the lines of the first ten."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -27,8 +28,8 @@ class Lines(Contract):
 
 
 class Reason(Lines):
-    """Counts the groups or rows of a data file that were left out for one reason, with a sentence about the first of
-    them."""
+    """Counts the groups (prompts with their completions) or rows of a data file that were left out for one reason, with
+    a sentence about the first of them."""
 
     sentence: str = ""
 
@@ -70,8 +71,8 @@ class EncodingReport(Contract):
 
 
 def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
-    """Adds up the counts of several pieces (ranges of lines) of a file. The result takes no more memory for a larger
-    file."""
+    """Adds up the counts of several pieces (ranges of lines) of a file. The size of the result does not grow with the
+    size of the file."""
     total = EncodingReport()
     for report in reports:
         total = _add(total, report)
@@ -142,8 +143,8 @@ class Tally:
         self._special_tokens.append(line)
 
     def mark_unasked(self, line: int) -> None:
-        """Counts a group whose prompt does not end with the words with which the chat template begins an answer, such
-        as <think>."""
+        """Counts a group (a prompt with its completions) whose prompt does not end with the words with which the chat
+        template begins an answer, such as <think>."""
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
@@ -161,8 +162,8 @@ class Tally:
         self._unread.setdefault(what, []).append(line)
 
     def see(self, group: EncodedGroup) -> None:
-        """Counts the lengths of a newly encoded group. The method must be called before the group is cut to the limit
-        of tokens."""
+        """Counts the lengths of a newly encoded group (a prompt with its completions). The method must be called before
+        the group is cut to the limit of tokens."""
         sides = _sides(group)
         for side, length in sides.items():
             self._lengths[side].append(length)
@@ -254,7 +255,7 @@ _REASONS = {
 
 
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
-    """Returns sentences for the user about rows and groups that were left out or cut.
+    """Returns sentences for the user about rows and groups (prompts with their completions) that were left out or cut.
 
     `kind` is the word for a group, such as pairs. `limit` is the most tokens of a group, and `remedy` the advice if
     groups are longer.
@@ -279,8 +280,8 @@ def num_invalid(report: EncodingReport) -> int:
 
 
 def marked(report: EncodingReport, kind: str) -> list[str]:
-    """Returns warnings for the user about groups that are used but may be wrong. `kind` is the word for a group, such
-    as pairs."""
+    """Returns warnings for the user about groups (prompts with their completions) that are used but may be wrong.
+    `kind` is the word for a group, such as pairs."""
     marks = (
         (
             report.special_tokens,

@@ -38,6 +38,7 @@ def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | Non
     file.
 
     Each row is yielded as a piece (a range of lines). If several rows form one group, the piece has all of them.
+    `columns` gives the file's own column for each standard name, such as {"prompt": "question"}.
     """
     wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
     place = start = 0

@@ -27,8 +27,9 @@ def num_places(data: Data, seed: int) -> int:
     """Returns the number of places in an epoch. A place is a position for about one group (a prompt with its
     completions).
 
-    The number is estimated from the first windows, until one has groups; a window is eight ranges of lines of the file.
-    If the file has only one window, the number is exactly that of its groups. Waits until these windows are encoded.
+    A window is eight ranges of lines of the file. The number is estimated from the first window; if it has no groups,
+    from the first windows up to one that has. If the file has only one window, the number is exactly that of its
+    groups. The function waits until the windows that it needs are encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
@@ -40,8 +41,8 @@ def num_places(data: Data, seed: int) -> int:
 
 
 def num_steps(num_places: int, config: TrainConfig) -> int:
-    """Returns the number of optimizer steps in all epochs. `num_places` is the number of positions for groups in an
-    epoch. The last batch of an epoch may be smaller than the others."""
+    """Returns the number of optimizer steps in all epochs. `num_places` is the number of positions for groups (prompts
+    with their completions) in an epoch. The last batch of an epoch may be smaller than the others."""
     n_epochs, batch_size = _decided(config)
     return n_epochs * -(-num_places // batch_size)
 
@@ -118,8 +119,8 @@ def _batches(
 ) -> Iterator[list[EncodedGroup]]:
     """Yields for each of `steps` the list of its groups (prompts with completions).
 
-    `groups` has each group with its place, that is, its position in the epoch. The places of step n begin at n ·
-    `batch_size`.
+    `groups` has each group with its place, that is, its position in the epoch. A None in place of a group means that
+    all groups before this place have come. The places of step n begin at n · `batch_size`.
     """
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:

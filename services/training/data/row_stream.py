@@ -43,8 +43,8 @@ class Stream:
         return parts
 
     def held_out(self) -> Dataset | None:
-        """Returns the groups that are held out for validation, or None if there are none. Waits until all rows of the
-        file are encoded."""
+        """Returns the groups (prompts with their completions) that are held out for validation, or None if there are
+        none. Waits until all rows of the file are encoded."""
         dataset: Dataset | None = ray.get(self.arrivals.held_out.remote())
         return dataset
 
@@ -73,7 +73,7 @@ def stream_encoder(
     """Returns a function that encodes a file's pieces (ranges of lines) in training order and yields the results.
 
     When the first window (eight pieces) is encoded and further windows follow, the function calls `begin` with a stream
-    of the data, so that training can begin. From then on, a line that cannot be used raises JobFailed immediately.
+    of the data, so that training can begin. After this call, a line that cannot be used raises JobFailed immediately.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:

@@ -2,7 +2,8 @@
 forward pass.
 
 In training, a difference between the two would count as reward from the first step on: beta times the difference
-between the two margins of a pair. The comparison uses a sample of groups (prompts with their completions).
+between a pair's margin by the one and its margin by the other. The comparison uses a sample of groups (prompts with
+their completions).
 """
 
 import math
@@ -97,8 +98,8 @@ def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False)
 
 
 def _margin(group: Sequence[Sequence[float]]) -> float:
-    """Returns the margin of a group: the log-probability of its best completion minus that of its worst one. `group`
-    has the log-probabilities of the tokens of each completion.
+    """Returns the margin of a group (a prompt with its completions): the log-probability of its best completion minus
+    that of its worst one. `group` has the log-probabilities of the tokens of each completion.
 
     For a group with one completion, returns this completion's log-probability.
     """

@@ -33,7 +33,7 @@ REPORT_SECONDS = 5.0
 
 
 class Answer(Protocol):
-    """The result of a call to the reference model's deployment, which may not have arrived yet."""
+    """The result of a call to the reference model's deployment. The result may not have arrived yet."""
 
     def result(self) -> Any: ...
 
@@ -53,7 +53,8 @@ class Ask(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """Holds the two functions that call the reference model's deployment, once it is ready."""
+    """Holds two functions that call the reference model's deployment: `score` scores whole completions, and
+    `token_logps` returns the log-probability of each token."""
 
     score: Ask  # answers with a Score for each row
     token_logps: Ask  # answers with a list of log-probs for each row
@@ -65,8 +66,8 @@ ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Ite
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
-    """Scores the groups of a dataset with the function `score_parts`, and returns the dataset with the files of the
-    scores.
+    """Scores the groups (prompts with their completions) of a dataset with the function `score_parts`, and returns the
+    dataset with the files of the scores.
 
     The files are written to the folder `uri`. Parts (files of groups) whose scores are there already are not scored
     again. The progress is reported with `report`.

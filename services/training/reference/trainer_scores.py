@@ -47,7 +47,8 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
 
 def check_reference(spec: AttemptSpec, limit: int) -> None:
     """Raises JobFailed if the job cannot use its reference model: if the tokenizer differs from that of the model from
-    which the job starts, or if the reference cannot read `limit` tokens, the most that a group of the job may have."""
+    which the job starts, or if the reference cannot read `limit` tokens, the most that a group (a prompt with its
+    completions) of the job may have."""
     start, reference = load(spec.model_source), load(spec.reference_model)
     differing = len(start.tokenizer.get_vocab().items() ^ reference.tokenizer.get_vocab().items())
     if differing:

@@ -1,10 +1,10 @@
 """Copies a process's output to storage: `python -m services.training.reports.logs <folder uri> <pid> <file>…`.
 
-Ray writes the output of the driver and the workers to files on their node, which are lost with the node. This program
-follows such files and copies whole lines, without secrets, to files `<folder uri>/<number of first byte>.log`, called
-segments. It writes the last segment again until the segment is full. The program ends when the process `pid` has ended,
-even if that process was killed. Before it ends, it copies the last lines. Of a very long log, only the beginning and
-the end are kept.
+Ray writes the output of a job's driver (its main program) and of its workers to files on their node, which are lost
+with the node. This program follows such files and copies whole lines, without secrets, to files `<folder uri>/<number
+of first byte>.log`, called segments. It writes the last segment again until the segment is full. The program ends when
+the process `pid` has ended, even if that process was killed. Before it ends, it copies the last lines. Of a very long
+log, only the beginning and the end are kept.
 """
 
 import logging

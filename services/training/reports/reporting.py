@@ -145,7 +145,7 @@ class Reporter:
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def command(self) -> Command:
         """Returns the current command for the training workers, such as run or pause. Also records that a worker has
-        asked."""
+        asked for the command."""
         self._worker_at = time.monotonic()
         return self._command_now()
 
@@ -153,7 +153,8 @@ class Reporter:
     def beat(self) -> tuple[Command, bool]:
         """Records that the driver (the job's main program) is alive.
 
-        Returns the current command for the driver, and whether training workers have asked for commands lately, too.
+        Returns the driver's current command, such as run or pause, and whether training workers have lately asked for
+        their command.
         """
         now = self._driver_at = time.monotonic()
         return self._command_now(), now - self._worker_at < WORKER_SECONDS
@@ -241,7 +242,8 @@ class Reporter:
         """Posts the file of reports at `uri` to the control plane, or a heartbeat if `uri` is None.
 
         Returns False if the post must be tried again. Posting a file twice does no harm, because the control plane
-        recognizes reports by their numbers. The command in the control plane's answer becomes the attempt's command.
+        recognizes reports by their numbers. The command in the control plane's answer becomes the command of this
+        attempt (one run of the job).
         """
         try:
             answer = self._send(client, spool.read_body(uri) if uri else HEARTBEAT)
@@ -272,9 +274,9 @@ class Reporter:
     def _send(self, client: httpx.Client, body: bytes) -> httpx.Response:
         """Posts `body` to the control plane and returns the response.
 
-        The attempt was launched with a token that others can see. Posts with this launch token offer the control plane
-        a new token that only the attempt knows. If the control plane refuses the offer, it has the new token already,
-        even if its earlier answer was lost. After the refusal, posts use the new token.
+        The attempt (one run of a job) was launched with a token that others can see. Posts with this launch token offer
+        the control plane a new token that only the attempt knows. If the control plane refuses the offer, it has the
+        new token already, even if its earlier answer was lost. After the refusal, posts use the new token.
         """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)
@@ -284,8 +286,8 @@ class Reporter:
         return client.post(self._events_url, content=body, headers=self._headers)
 
     def _beat_in_spool(self) -> None:
-        """If posts had no answer for UNHEARD_SECONDS, writes a heartbeat (a sign that the attempt is alive) to storage,
-        where the control plane finds it."""
+        """If posts had no answer for UNHEARD_SECONDS, writes a heartbeat (a sign that this run of the job is alive) to
+        storage, where the control plane finds it."""
         if time.monotonic() - self._answered_at > UNHEARD_SECONDS:
             self._answered_at = time.monotonic()
             self.report(Alive())

@@ -22,8 +22,8 @@ class StageSpans:
         self._first = self._last = 0  # first and last number of the span's steps, rows or bytes
 
     def add(self, report: Report, at: float) -> None:
-        """Takes the attempt's next report, and writes a span of the trace if this report ends a stage or a part of
-        training.
+        """Takes the next report of an attempt (one run of a job), and writes a span of the trace if this report ends a
+        stage or a part of training.
 
         `at` is the report's time in Unix seconds.
         """
@@ -43,7 +43,7 @@ class StageSpans:
             self._name, self._began, self._first = name, at, done + 1
 
     def end(self) -> None:
-        """Ends the current span of the trace, and writes it. Does nothing if there is none."""
+        """Ends the current span of the trace, and writes it. Does nothing if no span has begun."""
         if self._name and self._last >= self._first:
             tracing.record(
                 self._name,

@@ -56,8 +56,8 @@ def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
 
 
 class Commands:
-    """Ends the attempt early if a command such as cancel demands this, and tells the reporter every second that the
-    driver is alive.
+    """Ends the attempt (one run of a job) early if a command such as cancel demands this, and tells the reporter every
+    second that the driver is alive.
 
     `reporter` is the actor that sends the attempt's reports, and `followers` are the actors that send metrics to other
     services. The object exists in the driver, the attempt's main program.
@@ -70,7 +70,7 @@ class Commands:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def stop_handling(self) -> None:
-        """Ignores commands from now on, so that the attempt can end by itself.
+        """Ignores commands from now on, so that the attempt (one run of a job) can end by itself.
 
         If a command is ending the attempt already, this method never returns.
         """
@@ -103,8 +103,8 @@ class Commands:
         threading.Thread(target=self._pause_within, args=(128 + signum,), daemon=True).start()
 
     def _pause_within(self, status: int) -> None:
-        """Asks the training workers to pause, and ends the attempt with the exit status `status` shortly before Ray
-        sends SIGKILL, even if the workers have not paused by that time."""
+        """Asks the training workers to pause, and ends the attempt (one run of a job) with the exit status `status`
+        shortly before Ray sends SIGKILL, even if the workers have not paused by that time."""
         grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
         logger.warning("Ray sent SIGTERM, so this process saves a checkpoint and ends within %.0f s.", grace)
         self._reporter.pause.remote()

@@ -7,7 +7,7 @@ from services.deaths import cause_in
 
 
 def cause_of(*errors: BaseException) -> str:
-    """Returns, as text for the user, why an attempt or its workers died with these errors.
+    """Returns, as text for the user, why an attempt (one run of a job) or its workers died with these errors.
 
     If a worker was killed, the text names the kill, and not the errors that other workers then had.
     """

@@ -43,7 +43,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
 class ReportDeaths(UserCallback):  # type: ignore[misc]
     """Tells the user why training workers died, whenever some die. Ray Train then starts new workers, or ends the
-    attempt."""
+    attempt (this run of the job)."""
 
     def __init__(self, reporter: Any) -> None:
         self._reporter = reporter

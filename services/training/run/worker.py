@@ -51,7 +51,7 @@ def work(
     spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
 ) -> Succeeded | Failed | Paused:
     """Runs one training worker until the last step, until a failure that only the user can fix, or until a pause.
-    Returns the attempt's last report.
+    Returns the last report of the attempt (one run of the job).
 
     On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
     checkpoint. The config of `spec` must have no undecided options. `reporter` is the handle of the attempt's Reporter,
@@ -316,7 +316,7 @@ def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
 def _scratch(spec: AttemptSpec) -> Iterator[Path]:
     """Yields a temporary folder for this worker on its node.
 
-    First removes the folders that killed attempts of the job have left, which may be large.
+    First removes the folders that killed attempts (earlier runs of the job) have left, which may be large.
     """
     prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
     for abandoned in Path(tempfile.gettempdir()).glob(f"{prefix}*"):

@@ -1,9 +1,9 @@
 """Finds the files of a dataset on the Hugging Face hub: `hf://datasets/<organization>/<name>[@<revision>]/<path>`.
 
 The environment variable HF_ENDPOINT sets the address of the hub. The token in HF_TOKEN is sent only for organizations
-that a prefix in the setting `dataset_uris` names. Otherwise every user could read all data that the token's owner may
-read. All files come from one commit, even if a revision such as a branch moves during the download. This is why
-pyarrow's own `hf://` is not used: it resolves the revision with each request.
+that a prefix in the setting `dataset_uris` names. If it were sent for all, every user could read all data that the
+token's owner may read. All files come from one commit, even if a revision such as a branch moves during the download.
+This is why pyarrow's own `hf://` is not used: it resolves the revision with each request.
 """
 
 import time
@@ -25,7 +25,8 @@ Answer = TypeVar("Answer")
 
 
 def client(uri: str, prefixes: Sequence[str]) -> httpx.Client:
-    """Returns an HTTP client that downloads files from the hub.
+    """Returns an HTTP client that downloads files from the Hugging Face hub. It sends the token in HF_TOKEN if one of
+    `prefixes`, the setting `dataset_uris`, names the organization in `uri`.
 
     The client may connect to every address, also to private ones, because the operator and not the user chose the hub.
     """
@@ -33,15 +34,17 @@ def client(uri: str, prefixes: Sequence[str]) -> httpx.Client:
 
 
 def _token(uri: str, prefixes: Sequence[str]) -> bool | None:
-    """Returns the `token` argument for the hub's Python client: None if the token in HF_TOKEN may be sent for this URI
-    (if it is set), False if no token may be sent."""
+    """Returns the `token` argument for the hub's Python client. This is None if the client may send the token in
+    HF_TOKEN (if it is set) for this URI, because one of `prefixes` names the URI's organization. It is False if the
+    client must send no token."""
     return None if names_organization(uri, prefixes) else False
 
 
 def find(uri: str, prefixes: Sequence[str]) -> list[Remote]:
     """Returns the files that the hub URI `uri` names, sorted by name: one file, or several files of a folder.
 
-    Raises InvalidUri if there are no such files, or if the hub refuses access.
+    Raises InvalidUri if there are no such files, or if the hub refuses access. `prefixes` is the setting
+    `dataset_uris`, which decides whether the token in HF_TOKEN may be sent.
     """
     try:
         place = parse_hf_uri(uri)

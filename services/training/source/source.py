@@ -33,11 +33,13 @@ class _File(NamedTuple):
 
 @contextmanager
 def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report], None]) -> Iterator[AttemptSpec]:
-    """Yields the attempt's spec with a `training_uri` that names one uncompressed file of JSON Lines.
+    """Yields the spec (the settings of one run of a job) with a `training_uri` that names one uncompressed file of JSON
+    Lines.
 
-    If the training file already is one uncompressed file of JSON Lines, this is the file itself. Otherwise it is a copy
-    in the folder `folder_uri`, which is deleted when the `with` block ends normally. Raises JobFailed for errors that
-    the user can fix, and OSError if the training file changes during the block.
+    If the training file already is one uncompressed file of JSON Lines, `training_uri` names the training file itself.
+    If it is not, `training_uri` names a copy in the folder `folder_uri`. The folder is deleted when the `with` block
+    ends normally. Raises JobFailed for errors that the user can fix, and OSError if the training file changes during
+    the block.
     """
     try:
         files = [_File("training_file", spec.training_uri)]
@@ -73,7 +75,8 @@ def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file"
 
 
 def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[[Report], None]) -> list[_File]:
-    """Returns the files of a dataset that `uri` names. There is at least one.
+    """Returns the files of a dataset that `uri` names, at least one. Raises InvalidUri if `prefixes`, the setting
+    `dataset_uris`, does not allow the URI, or if a file cannot be read.
 
     Files at http, https and hf URIs are downloaded to `folder_uri`.
     """

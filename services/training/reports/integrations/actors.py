@@ -1,7 +1,8 @@
 """Starts and closes the followers of an attempt (one run of a job): Ray actors that send the job's metrics to W&B,
 MLflow and TensorBoard.
 
-Followers run on the driver's node, because the driver's environment has the addresses and keys of these services.
+Followers run on the node of the driver (the job's main program), because the driver's environment has the addresses and
+keys of these services.
 """
 
 import os
@@ -66,8 +67,8 @@ def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
 def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
     """Waits until the followers (actors that send metrics) have sent all steps, and closes them.
 
-    The function must be called before the attempt's last report. `status` is how the job ended; it is None if another
-    attempt will resume the job. A follower that has died is reported to the user.
+    The function must be called before the last report of the attempt (one run of the job). `status` is how the job
+    ended; it is None if another attempt will resume the job. A follower that has died is reported to the user.
     """
     if not followers:
         return

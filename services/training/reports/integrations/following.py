@@ -31,9 +31,10 @@ Open = Callable[[AttemptSpec, Path], Sink]
 
 
 class Follower:
-    """A Ray actor that copies a job's metrics to one sink (W&B, MLflow or TensorBoard) during one attempt.
+    """A Ray actor that copies a job's metrics to one sink (W&B, MLflow or TensorBoard) during one attempt (one run of
+    the job).
 
-    Errors are never raised. The user is told about the first one.
+    Its methods never raise an error; the follower tells the user about the first one.
     """
 
     def __init__(self, name: str, open_sink: Open, spec: AttemptSpec, report: Callable[[Report], None]) -> None:
@@ -46,9 +47,10 @@ class Follower:
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
         """Waits up to `timeout_seconds` until all metrics of the job's reports in storage are copied to the service.
-        Then ends the copying.
+        After this time, ends the copying.
 
-        `status`, how the job ended, is passed to Sink.close. Afterwards the follower reports nothing to the user.
+        `status`, how the job ended, is passed to Sink.close. After this call the follower reports nothing more to the
+        user.
         """
         self._status = status
         self._closing.set()
@@ -133,8 +135,8 @@ class Follower:
 
 
 def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
-    """Yields the reports of the job that are in storage, file by file: first those of the first attempt, at last those
-    of this attempt.
+    """Yields the reports of the job that are in storage, file by file: first those of the first attempt (run of the
+    job), at last those of this attempt.
 
     Yields None whenever no further file is there yet. After a None, the caller may ask again for the next file.
     """

@@ -18,7 +18,7 @@ JOB_TAG = "raydpo.job"
 class MlflowSink:
     """Writes a job's metrics to one MLflow run, which a tag with the job's id identifies.
 
-    Later attempts of the job continue the same run.
+    Later attempts of the job (its later runs on Ray) continue the same MLflow run.
     """
 
     def __init__(self, options: Mlflow, spec: AttemptSpec, folder: Path) -> None:

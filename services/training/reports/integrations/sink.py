@@ -31,8 +31,9 @@ class Sink(Protocol):
         for the same run."""
 
     def write(self, steps: Sequence[Step]) -> None:
-        """Writes the metrics of steps after `last_step`, in order. The caller must not pass a step twice."""
+        """Writes the metrics of `steps`, in order, to the run in the service. All of these steps must come after
+        `last_step`, the last step that the run has."""
 
     def close(self, status: Status | None) -> None:
-        """Ends the run in the service. `status` is how the job ended; it is None if another attempt may continue the
-        run."""
+        """Ends the run in the service. `status` is how the job ended; it is None if another attempt of the job may
+        continue the run."""

@@ -18,8 +18,8 @@ INIT_SECONDS = 60.0
 class WandbSink:
     """Writes a job's metrics to one Weights & Biases run, or to a file of this run if the cluster has no key for W&B.
 
-    Online, a later attempt continues after the last step that the W&B server has. Offline there is no server to ask, so
-    each attempt writes the run's file from step 1.
+    An attempt is one run of the job on Ray. With a key, a later attempt continues after the last step that the W&B
+    server has. Without a key there is no server to ask, so each attempt writes the file from step 1.
     """
 
     def __init__(self, options: Wandb, run_id: str, spec: AttemptSpec, folder: Path) -> None:
