@@ -434,8 +434,7 @@ class FDpo:
 @options
 class Lipo:
     """Listwise Preference Optimization (LiPO-lambda), arXiv 2402.01878: compares the ranked completions of a row in
-    pairs. The ratings of two completions, and their places in the order of the policy's rewards, decide how much the
-    pair counts."""
+    pairs, which ratings and places weight."""
 
     traits: ClassVar = ON_RANKINGS
     type: Literal["lipo"] = "lipo"

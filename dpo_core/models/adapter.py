@@ -279,8 +279,8 @@ def linears_in(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """Returns the names from `linears` of the layers on which an adapter can be trained. Leaves out the head, routers,
-    and layers whose weights the kernels of Mamba read directly."""
+    """Returns the names from `linears` of the layers on which an adapter can be trained. Leaves out the head (the
+    output layer), routers, and layers whose weights the kernels of Mamba read directly."""
     head = model.get_output_embeddings()
     return [
         name

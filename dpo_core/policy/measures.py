@@ -146,8 +146,8 @@ class Measures:
 
     @cached_property
     def _places_by_group(self) -> Tensor:
-        """The position of each of K completions, [K], in a list that has equally many places for every group: as many
-        as the largest group has completions."""
+        """The index of each of K completions, [K], in a flat list in which every group (a prompt with its completions)
+        has equally many entries: as many as the largest group has completions."""
         most = max(self.sizes)
         return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 

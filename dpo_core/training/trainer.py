@@ -267,8 +267,9 @@ class _Run:
         each) of this rank (process of the run), the log-probabilities or rewards of all completions of all ranks, and
         the loss.
 
-        If memory runs out, begins again with packs of half the size. If packs cannot be smaller, the backward pass
-        recomputes activations. Later steps keep the smaller packs and the recomputation. Neither changes the results.
+        If memory runs out, computes the gradients again with packs of half the size. If packs cannot be smaller, the
+        backward pass recomputes activations. Later steps keep the smaller packs and the recomputation. Neither changes
+        the results.
         """
         statistics, seed = vars(self.statistics).copy(), self.config.seed * 2**32 + self.step
         while True:

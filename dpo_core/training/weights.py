@@ -1,5 +1,5 @@
-"""Holds the trained parameters of a policy: their gradients, their float32 copies if they are in half precision, and
-their division over ranks (processes)."""
+"""Holds the trained parameters of a policy, with their gradients, their float32 copies if they are in half precision,
+and their division over ranks (processes)."""
 
 from collections.abc import Mapping
 from itertools import chain, compress
