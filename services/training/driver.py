@@ -174,7 +174,8 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
     """Prepares the job's data, and returns where the data are. If storage is full, waits until there is room.
 
-    If training can begin before all data are prepared, the function sets the future `stream` to a stream of the data.
+    If training can begin before all data are prepared, the function sets the result of the future `stream` to a Stream,
+    from which workers can read while rows are still being encoded.
     """
 
     def try_once() -> Prepared:
@@ -310,10 +311,10 @@ def _start_reporter(spec: AttemptSpec, token: str) -> Any:
 
 
 def _end(status: int) -> NoReturn:
-    """Ends this process at once, without Ray's disconnection.
+    """Ends this process at once, with the exit status `status`, and without disconnecting from Ray.
 
-    A thread that still trains, or listens to Ray Serve, would use Ray after the disconnection. Ray then crashes the
-    process, and the exit status is lost. Without the disconnection, Ray ends the actors of this process all the same.
+    If the process disconnected first, a thread that still trains or listens to Ray Serve would use Ray after that. Ray
+    would then crash the process, and the exit status would be lost. Ray ends the actors of this process in any case.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -66,8 +66,8 @@ class Prepared(Contract):
 
 
 class Scored(Contract):
-    """Says where the encoded data of a file and the reference model's scores of them are. The cache stores this
-    description."""
+    """Says where the encoded data of a file and the reference model's scores (log-probabilities) of them are. The cache
+    stores this description."""
 
     training: Dataset
     held_out: Dataset
@@ -79,8 +79,8 @@ def prepare(
     """Prepares the data of a job, and returns where they are. Data that an earlier attempt (run of the job) has
     prepared, or that are in the cache, are used again.
 
-    If the objective needs no reference, `begin` is called with a stream of the data as soon as enough rows are encoded,
-    so that training can begin before all rows are.
+    If the objective needs no reference, `begin` is called as soon as enough rows are encoded. It gets a Stream, from
+    which workers can read while the other rows are being encoded, so that training can begin early.
     """
     uri = storage.join(spec.run_uri, "prepared")
     if earlier := cache.find(uri, Prepared, _check, report):

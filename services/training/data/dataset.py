@@ -234,7 +234,8 @@ class _Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def places(self, row: int) -> range:
-        """Returns the range of the long array at which the list of the given row is."""
+        """Returns where the list of the given row is in the long array that holds all lists, as a range of
+        positions."""
         return range(self._offsets[row], self._offsets[row + 1])
 
     def ids(self, row: int) -> list[int]:

@@ -72,8 +72,9 @@ def stream_encoder(
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
     """Returns a function that encodes a file's pieces (ranges of lines) in training order and yields the results.
 
-    When the first window (eight pieces) is encoded and further windows follow, the function calls `begin` with a stream
-    of the data, so that training can begin. After this call, a line that cannot be used raises JobFailed immediately.
+    When the first window (eight pieces) is encoded and further windows follow, the function calls `begin` with a
+    Stream, from which workers can read while the other pieces are being encoded, so that training can begin. After this
+    call, a line that cannot be used raises JobFailed immediately.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:

@@ -99,8 +99,8 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 
 
 class Reporter:
-    """Numbers, stores and posts the reports of one attempt (one run of a job). Each attempt has one Reporter, which
-    runs as a Ray actor."""
+    """Numbers the reports of one attempt (one run of a job), stores them, and posts them to the control plane. Each
+    attempt has one Reporter, which runs as a Ray actor."""
 
     def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)

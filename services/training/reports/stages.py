@@ -13,7 +13,7 @@ SECONDS = 60.0
 
 class StageSpans:
     """Turns the reports of an attempt (one run of a job) into spans of an OpenTelemetry trace. Each stage has one span;
-    training has one for each of its parts."""
+    training has one for each of its parts, a hundred steps or a minute."""
 
     def __init__(self, traceparent: str | None) -> None:
         self._parent = traceparent

@@ -17,7 +17,7 @@ def cause_of(*errors: BaseException) -> str:
 
 
 def _inner(error: BaseException) -> list[BaseException]:
-    """Returns the errors of workers, or of the controller, that an error of Ray Train contains. For any other error,
-    returns a list with the error itself."""
+    """Returns the errors that an error of Ray Train contains: those of its workers, or of its controller. For any other
+    error, returns a list with the error itself."""
     workers: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     return list(workers.values()) or [getattr(error, "controller_failure", error)]

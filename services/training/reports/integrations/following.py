@@ -46,8 +46,8 @@ class Follower:
         self._thread.start()
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
-        """Waits up to `timeout_seconds` until all metrics of the job's reports in storage are copied to the service.
-        After this time, ends the copying.
+        """Tells the follower to end once all metrics of the job's reports in storage are copied to the service, and
+        waits for this at most `timeout_seconds`.
 
         `status`, how the job ended, is passed to Sink.close. After this call the follower reports nothing more to the
         user.

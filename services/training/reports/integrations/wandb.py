@@ -18,8 +18,8 @@ INIT_SECONDS = 60.0
 class WandbSink:
     """Writes a job's metrics to one Weights & Biases run, or to a file of this run if the cluster has no key for W&B.
 
-    An attempt is one run of the job on Ray. With a key, a later attempt continues after the last step that the W&B
-    server has. Without a key there is no server to ask, so each attempt writes the file from step 1.
+    When another attempt resumes the job and the cluster has a key, it continues after the last step that the W&B server
+    has. Without a key there is no server to ask, so each attempt at the job writes the file from step 1.
     """
 
     def __init__(self, options: Wandb, run_id: str, spec: AttemptSpec, folder: Path) -> None:
