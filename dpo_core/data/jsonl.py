@@ -197,9 +197,9 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
 
 
 def _constant(name: str) -> "float | _Flaw":
-    """Returns the value for a constant that Python parses but JSON does not have. NaN becomes nan, because tables write
-    NaN into empty cells; readers that need a number refuse nan later. Any other constant becomes a `_Flaw`, an
-    error."""
+    """Returns the value for `name`, a constant such as NaN that Python parses but JSON does not have. NaN becomes nan,
+    because tables write NaN into empty cells; readers that need a number refuse nan later. Any other constant becomes a
+    `_Flaw`, an error."""
     return (
         math.nan
         if name == "NaN"

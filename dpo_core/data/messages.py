@@ -64,7 +64,8 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
     """Returns the messages of a completion from `value`. The first and the last message must be the assistant's;
-    messages of tools or users may be between them. Raises InvalidRow for any other value."""
+    messages of tools or users may be between them. Raises InvalidRow for any other value, and for an empty completion
+    unless `may_be_empty`."""
     messages = _list_of(row, pointer, value)
     if len(messages) > 1:
         _unanswered(row, pointer, messages)

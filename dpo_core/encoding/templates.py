@@ -56,8 +56,8 @@ def write_groups(
     """Returns for each group (a prompt with its completions) its texts as the model reads them, or the error of a group
     that the template cannot write.
 
-    The template is called once for all groups. If this call fails, the template is called for each group alone, to find
-    the groups that it cannot write.
+    `today` is the date that some chat templates write. The template is called once for all groups. If this call fails,
+    the template is called for each group alone, to find the groups that it cannot write.
     """
     line = groups[0].line
     endless = (
@@ -250,8 +250,8 @@ def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[l
 
 
 def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerBase") -> WrittenGroup | InvalidRow:
-    """Returns the texts of the group's prompt and completions, or an error if the chat template leaves out a part of
-    the group.
+    """Returns the texts of the group's prompt and completions, made from `rendered`, the texts that the chat template
+    wrote, or an error if the chat template leaves out a part of the group.
 
     If the group has texts and not messages, each completion gets one EOS at its end, and the prompt a BOS at its start
     if the tokenizer adds one. In a group with messages the template writes both tokens.
@@ -276,8 +276,8 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
 
 
 def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow:
-    """Cuts the texts that the chat template wrote for a group (a prompt with its completions) into the prompt and the
-    completions. Returns an error if the template writes the prompt differently when an answer follows.
+    """Cuts the texts in `rendered`, which the chat template wrote for a group (a prompt with its completions), into the
+    prompt and the completions. Returns an error if the template writes the prompt differently when an answer follows.
 
     The prompt includes the words with which the template asks for an answer, as far as all completions begin with these
     words.

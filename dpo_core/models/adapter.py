@@ -108,7 +108,8 @@ def _head_weights(model: Any) -> list[nn.Parameter]:
 
 def base_file(base: str, model: nn.Module) -> bytes:
     """Returns the contents of base_model.json, a file beside a saved adapter that identifies the base: the model under
-    the adapter. The contents are the fingerprint `base` of the base, and whether the base of `model` is in NF4."""
+    the adapter. The contents are `base`, the fingerprint (digest) of this model, and whether the model under the
+    adapter of `model` is in NF4."""
     quantization = {"quantization": "nf4"} if hasattr(model, BEFORE_NF4) else {}
     return json.dumps({"sha256_of_samples": base, **quantization}).encode()
 

@@ -156,8 +156,8 @@ def _load(
 def _structure(
     found: Found, device: str | torch.device, adapter: Lora | Path | None, quantization: Quantization | None, seed: int
 ) -> PreTrainedModel | None:
-    """Builds the model without weights; each rank (process of the run) later reads only its part of them. If the model
-    must be loaded whole, logs a warning and returns None."""
+    """Returns the model that `found` describes, without weights; each rank (process of the run) later reads only its
+    part of the weights. If the model must be loaded whole, logs a warning and returns None."""
     try:
         if quantization:
             raise NeedsWeights(f"its layers are rounded to {quantization}")

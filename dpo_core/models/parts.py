@@ -75,8 +75,8 @@ def load_structure(found: Found, device: str | torch.device, adapter: Lora | Pat
 
 
 def _move_drawn(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Moves the parameters that already have values, because they were drawn on the CPU, to the device. Ranks
-    (processes of the run) exchange weights on the device, and NCCL takes no CPU tensors."""
+    """Moves to the device those parameters that were drawn at random on the CPU and therefore have values already.
+    Ranks (processes of the run) exchange weights on the device, and NCCL takes no CPU tensors."""
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
@@ -93,8 +93,8 @@ def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> Path |
     Returns the folder of the trained adapter that is on the model; None if there is none. The caller must check this
     adapter with `check_base` once all ranks have their weights, because the check gathers the weights.
 
-    The weights come from `checkpoint`, the folder of a saved model. If it is None, they come from the folder or hub id
-    for which the model was built. Raises UnusableModel if the weights do not match the model.
+    The weights come from `checkpoint`, the folder of a saved model. If `checkpoint` is None, they come from the folder
+    or hub id for which the model was built. Raises UnusableModel if the weights do not match the model.
     """
     unread: Unread = getattr(model, UNREAD)
     found = unread.found if checkpoint is None else replace(unread.found, source=checkpoint)

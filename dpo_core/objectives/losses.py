@@ -268,7 +268,8 @@ def discopop(objective: o.Discopop, measures: Measures) -> Tensor:
     """Returns the loss of each of G pairs, [G]: (1 - m) (-log sigmoid(r)) + m e^{-r}, m = sigmoid(r / tau) and r = beta
     delta.
 
-    delta is the log-ratio of the chosen minus that of the rejected completion.
+    delta is the log-ratio of the chosen minus that of the rejected completion. beta and tau are options of the
+    objective.
     """
     logits = objective.beta * _deltas(measures)
     mix = (logits / objective.tau).sigmoid()

@@ -78,8 +78,9 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
-    """Returns the memory that a training worker needs. `tokens` is the number of tokens in its largest pack (groups of
-    one forward pass); `several` says whether the worker computes more than one pack in an optimizer step."""
+    """Returns the memory that a training worker needs if each weight is split into `shards` parts. `tokens` is the
+    number of tokens in its largest pack (groups of one forward pass); `several` says whether the worker computes more
+    than one pack in an optimizer step."""
     size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
     completions = tokens * rows.completions / rows.computed
     learned = int(completions * (1 if run.rewards else rows.completion))  # tokens for which the head computes logits

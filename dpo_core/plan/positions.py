@@ -37,8 +37,8 @@ def positions_in(config: object) -> int | None:
 
 def check_max_length(max_length: int, positions: int | None, what: str = "the model") -> None:
     """Raises InvalidOption if the option `max_length` is more than `positions`, the most tokens that one text of the
-    model can have. `what` names the model in the error. The default of `max_length` is never refused; it then means
-    `positions`."""
+    model can have. `what` names the model in the error. The default of `max_length` is never refused: if it is more
+    than `positions`, it means `positions`."""
     if positions is not None and max_length > positions and max_length != MAX_LENGTH:
         problem = f"max_length is {max_length}, but {what} has only {positions} positions"
         raise InvalidOption("max_length", f"{problem}; set it to {positions} or less, or leave it out.")

@@ -53,8 +53,8 @@ def segment_attention(
     results for T tokens, [1, T, heads, width], and None in place of attention weights.
 
     A segment is a range of the T tokens: a prompt with its first completion, or a further completion of this prompt.
-    One call computes all segments if flash attention suits the tensors; otherwise each segment needs a call of its own.
-    Raises ValueError for arguments that this attention does not support, such as a mask.
+    One call computes all segments if flash attention suits the tensors; if it does not, each segment needs a call of
+    its own. Raises ValueError for arguments that this attention does not support, such as a mask.
     """
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)

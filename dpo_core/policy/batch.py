@@ -106,8 +106,8 @@ class Batch:
     """The tensors of one pack (groups that one forward pass computes together). T tokens lie in one row, the stream; R
     of the predicted tokens count in the loss; there are K completions.
 
-    The last token of a completion predicts nothing, so the stream leaves it out. A batch made `with_ends` includes it,
-    because a reward model's reward is read there.
+    The last token of a completion predicts nothing, so the stream leaves it out. If `collate` makes the batch with
+    `with_ends`, the stream includes it, because a reward model's reward is read there.
     """
 
     input_ids: Tensor  # [T]

@@ -131,8 +131,8 @@ def _cuts(length: int, size: int) -> list[slice]:
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, columns: slice) -> Tensor:
-    """Returns the logits of a tile (of `rows` and the part `columns` of the vocabulary), in float32 or wider. The
-    tensor is new, so the caller may overwrite it."""
+    """Returns the logits of a tile (of `rows` and the part `columns` of the vocabulary), in float32 or wider.
+    `soft_cap` is the limit of the logits, None if they have none. The tensor is new, so the caller may overwrite it."""
     tile_bias = None if bias is None else bias[columns]
     if _keeps_float32(rows):
         logits = _product(rows, weight[columns].T)

@@ -152,8 +152,8 @@ class Measures:
         return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 
     def _of_groups(self, name: str) -> Tensor | None:
-        """Returns the attribute `name` of all groups, which is a list with a number for each completion, as one tensor
-        [K]. Returns None if a group has no such list."""
+        """Returns the attribute `name` of all groups (prompts with their completions), which is a list with a number
+        for each completion, as one tensor [K]. Returns None if a group has no such list."""
         values = [getattr(group, name) for group in self.groups]
         return None if None in values else self._tensor([number for numbers in values for number in numbers])
 

@@ -28,8 +28,8 @@ class Pack:
     """Some groups (prompts with their completions) of an optimizer step, which one forward and one backward pass
     compute together.
 
-    If the model is sharded, all ranks (processes of the run) must run every forward pass together. A rank without
-    groups for a pack then runs a group of another pack and drops the result.
+    If the model is sharded, all ranks (processes of the run) must run every forward pass together. A rank of a sharded
+    model that has no groups for a pack runs a group of another pack and drops the result.
     """
 
     groups: Sequence[EncodedGroup]  # empty for a pack that only takes part in the forwards of other ranks
@@ -42,8 +42,9 @@ def make_packs(
     scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
 ) -> list[Pack]:
     """Distributes the groups (prompts with their completions) of an optimizer step over ranks (processes) and packs,
-    and returns the packs of this rank. A pack is the groups of one forward pass; `seed` decides the adapter's dropout
-    in it. If the model is sharded, every rank gets the same number of packs, and some may be empty."""
+    and returns the packs of this rank. A pack is the groups of one forward pass, at most `max_tokens_per_pack` tokens
+    or one group; `seed` decides the adapter's dropout in it. If the model is sharded, every rank gets the same number
+    of packs, and some may be empty."""
     runs_together = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
@@ -59,7 +60,8 @@ def make_packs(
 
 def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> int | None:
     """Returns half the number of tokens of the largest pack (the groups of one forward pass) on any rank (process of
-    the run), as a limit for smaller packs. Returns None if packs cannot be smaller, because each has only one group."""
+    the run), as a limit for smaller packs. `max_tokens_per_pack` is the limit so far. Returns None if packs cannot be
+    smaller, because each has only one group."""
     ranks = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)
     packs = [pack for packs in ranks for pack in packs]
     if max(map(len, packs)) < 2:

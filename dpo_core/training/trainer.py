@@ -76,11 +76,10 @@ def train(
     each step of the run, or a function that takes a step number and returns the batches of all later steps. The
     function is called with 0 or, if the run continues from the checkpoint `resume`, with this checkpoint's step. Every
     rank (process of the run) must be given the same batches, and computes its share of them. The loss is a mean over
-    the groups (prompts with their completions) of a batch. A list must have `total_steps` batches, each with
-    `batch_size` groups or fewer; otherwise it is refused. The batches of a function are not checked. A group longer
-    than `max_length` is refused. A `max_length` beyond the model's positions is refused, too. The options `n_epochs`,
-    `truncation` and `seed` record how the batches were made; only `seed` has an effect on training: it decides an
-    adapter's dropout.
+    the groups (prompts with their completions) of a batch. A list is refused unless it has `total_steps` batches, each
+    with `batch_size` groups or fewer. The batches of a function are not checked. A group longer than `max_length` is
+    refused. A `max_length` beyond the model's positions is refused, too. The options `n_epochs`, `truncation` and
+    `seed` record how the batches were made; only `seed` has an effect on training: it decides an adapter's dropout.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
     while training continues. When it is written, `publish` is called with the step and the folder. All checkpoints are

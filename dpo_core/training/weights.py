@@ -109,8 +109,8 @@ def agree_on_weights(policy: nn.Module) -> None:
 
 
 def shard(scorer: Scorer, sharding: Sharding) -> None:
-    """Splits the policy's weights, gradients and optimizer state over ranks (processes of the run). FSDP2 does this; it
-    gathers each layer from all ranks when the layer is computed.
+    """Splits the policy's weights, gradients and optimizer state over ranks (processes of the run), as the option
+    `sharding` says. FSDP2 does this; it gathers each layer from all ranks when the layer is computed.
 
     A policy in half precision computes in half precision, while the shards of its trained weights are float32. Raises
     InvalidOption for a policy that cannot be split.

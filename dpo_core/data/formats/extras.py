@@ -123,8 +123,8 @@ def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterato
 
 
 def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
-    """Raises InvalidRow if the completions of `group` (a prompt with its completions) are only names of the real
-    answers. The real answers are then in `unread`, the columns that the row's format does not read.
+    """Raises InvalidRow if the completions of `group` (a prompt with its completions) are only names of answers, and
+    the answers themselves are in `unread`, the columns that the row's format does not read.
 
     For example, the completions are "A" and "B", and the answers are in the columns `response_a` and `response_b`.
     """

@@ -260,7 +260,7 @@ def _beside_messages(**kinds: type) -> Test:
 def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
     """Returns the format of a public data set. Its rows must have all of `columns` (names, with spaces between them),
     and may have a system prompt, arguments of the chat template, and a weight. `reader` turns the rows into groups
-    (prompts with their completions), and `kind` says which feedback they hold."""
+    (prompts with their completions), and `kind` says which feedback they hold, such as pairs."""
     keys = columns.split()
     row = ", ".join(f"`{key}`" for key in keys)
     return Format(name, row, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)

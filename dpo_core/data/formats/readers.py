@@ -42,8 +42,9 @@ LABELS = ("label", "kto_tag")
 
 
 def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
-    """Reads a row with a conversation, and yields a group (a prompt with its completions) for each message of the
-    assistant: the earlier messages are its prompt. Skips messages of the assistant whose key `weight` is 0."""
+    """Reads a row with a conversation in its column `column`, and yields a group (a prompt with its completions) for
+    each message of the assistant: the earlier messages are its prompt. Skips messages of the assistant whose key
+    `weight` is 0."""
     messages = messages_of(row, f"/{column}", row.value[column])
     weights = [message.pop("weight", 1) for message in messages]
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
