@@ -101,7 +101,7 @@ def main(spec_uri: str) -> int:
 
 
 def read_spec(written: bytes) -> AttemptSpec:
-    """Parses the settings of an attempt (one run of a job) from JSON.
+    """Parses `written`, the settings of an attempt (one run of a job) as JSON, and returns the settings.
 
     Raises JobFailed if this release cannot read the settings, because a control plane of another release wrote them.
     """

@@ -117,7 +117,7 @@ def _prepare_file(
     model.
 
     Returns the data to train on, and the data held out for validation. `purpose` names the file in messages, such as
-    Training.
+    Training. `begin` is called with a Stream of the data as soon as training can begin on the first rows.
     """
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
@@ -251,8 +251,8 @@ def _precision_of(spec: AttemptSpec) -> str:
 
 
 def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
-    """Returns the URI at which the measured speed of a model in vLLM is stored. `weights` is the digest of the model's
-    weights, and `dtype` the dtype in which vLLM computes."""
+    """Returns the URI, in the cache at `cache_uri`, at which the measured speed of a model in vLLM is stored. `weights`
+    is the digest of the model's weights, and `dtype` the dtype in which vLLM computes."""
     return storage.join(cache_uri, "rates", f"{cache.key(weights=weights, dtype=dtype)}.json")
 
 
@@ -311,7 +311,8 @@ def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
     """Waits for the reference model's deployment in vLLM, compares it with the trainer, and returns a function that
-    scores data with the deployment.
+    scores data with the deployment. `app_name` is the deployment's name, and `rate_uri` the URI at which its speed is
+    stored.
 
     Raises _Disagrees if the two compute different log-probabilities for a sample of the data. Raises _Slower if the
     deployment would finish scoring later than the trainer.

@@ -139,7 +139,7 @@ class Tally:
 
     def mark_special(self, line: int) -> None:
         """Counts a group (a prompt with its completions) in which the user's own text contains special tokens of the
-        tokenizer."""
+        tokenizer. `line` is the number of the group's line in the file."""
         self._special_tokens.append(line)
 
     def mark_unasked(self, line: int) -> None:
@@ -148,12 +148,13 @@ class Tally:
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
-        """Counts a group (a prompt with its completions) whose text has characters that the tokenizer does not know."""
+        """Counts a group (a prompt with its completions) whose text has characters that the tokenizer does not know.
+        `line` is the number of the group's line in the file."""
         self._unknown.append(line)
 
     def mark_unended(self, line: int) -> None:
         """Counts a group (a prompt with its completions) if one of its completions ends with none of the model's end
-        tokens."""
+        tokens. `line` is the number of the group's line in the file."""
         self._unended.append(line)
 
     def mark_unread(self, what: str, line: int) -> None:

@@ -27,9 +27,9 @@ def num_places(data: Data, seed: int) -> int:
     """Returns the number of places in an epoch. A place is a position for about one group (a prompt with its
     completions).
 
-    A window is eight ranges of lines of the file. The number is estimated from the first window; if it has no groups,
-    from the first windows up to one that has. If the file has only one window, the number is exactly that of its
-    groups. The function waits until the windows that it needs are encoded.
+    A window is eight ranges of lines of the file. The number is estimated from the first window. If the first window
+    has no groups, further windows are added until one has groups. If the file has only one window, the number is
+    exactly that of its groups. The function waits until the windows that it needs are encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):

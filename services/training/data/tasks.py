@@ -29,7 +29,8 @@ def in_tasks(
     """Calls `work` on each item in Ray, and yields each result as soon as it is done.
 
     `beside` is the number of training workers that run at the same time and wait for the results. If there are such
-    workers, one core is left to each of them, and the work on the items begins in the order of `items`.
+    workers, one core is left to each of them, and the work on the items begins in the order of `items`. If there are
+    none, each call reserves `num_gpus` GPUs.
     """
     if not items:
         return

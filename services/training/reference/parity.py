@@ -81,8 +81,8 @@ def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False)
     """Compares log-probabilities of tokens by the reference model's deployment (`served`) with those by the trainer,
     and returns the differences.
 
-    Both must have the same groups in the same order. `beta` turns a log-ratio into a reward, and `rounds` says whether
-    one side computes in bfloat16.
+    `served` and `trainer` must be of the same groups (prompts with their completions) in the same order. `beta` turns a
+    log-ratio into a reward, and `rounds` says whether one side computes in bfloat16.
     """
     both = [list(zip(*sides, strict=True)) for sides in zip(served, trainer, strict=True)]
     tokens = [abs(a - b) for group in both for completion in group for a, b in zip(*completion, strict=True)]

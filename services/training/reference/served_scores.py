@@ -92,7 +92,8 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 
 def await_reference(app_name: str, report: Callable[[Report], None], adapter: Adapter | None = None) -> Reference:
-    """Waits until the reference model's deployment is ready, and returns the functions that call it.
+    """Waits until the reference model's deployment, called `app_name`, is ready, and returns the functions that call
+    it.
 
     The functions score with `adapter`, if one is given. Raises RuntimeError if the deployment cannot be loaded, or if
     loading takes longer than LOADING_SECONDS.
@@ -160,7 +161,8 @@ def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iter
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
     """Asks the reference model's deployment for the log-probability, in nats, of each token that counts in the loss.
-    Returns lists by group (a prompt with its completions), completion and token."""
+    `connect` returns the functions that call the deployment. Returns lists by group (a prompt with its completions),
+    completion and token."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 
@@ -170,7 +172,8 @@ def _ask_all(
     """Sends all groups (prompts with their completions) to the reference model's deployment, with several calls at the
     same time. Yields each group with its answers.
 
-    A group has one answer for each of its completions.
+    A group has one answer for each of its completions. `connect` returns the functions that call the deployment, and
+    `call_of` chooses one of them.
     """
     ask = call_of(connect())
     in_flight: deque[tuple[list[EncodedGroup], Answer]] = deque()

@@ -119,8 +119,8 @@ def _work(
 def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> int:
     """Returns the step of the checkpoint that becomes the policy (the trained model).
 
-    This is the best of the evaluated checkpoints if the user asked for it and there are evaluations. Otherwise it is
-    the checkpoint of `last`, the last step of training.
+    This is the best of the evaluated checkpoints if the user asked for it and there are evaluations. If the user did
+    not ask for it, or if there are no evaluations, it is the checkpoint of `last`, the last step of training.
     """
     top = best(evaluations, spec.config.best_metric) if spec.policy == "best" else None
     return top.step if top else last
@@ -297,7 +297,8 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
 
 
 def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
-    """Removes the optimizer's state from older checkpoints, from which no job resumes.
+    """Removes the optimizer's state from older checkpoints, from which no job resumes. `published` is the step of the
+    newest checkpoint.
 
     A failure does not stop training: the user is warned, and the removal is tried again after the next checkpoint.
     """

@@ -60,8 +60,8 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
 def unpacked(uri: str, to_uri: str) -> str:
     """Returns a URI at which the content of an uploaded file is as uncompressed JSON Lines.
 
-    If the file is compressed or a table, its lines are written to `to_uri`, and `to_uri` is returned. Otherwise `uri`
-    is returned. Raises JobFailed for a damaged file.
+    If the file is compressed or a table, its lines are written to `to_uri`, and `to_uri` is returned. If it is
+    uncompressed JSON Lines already, `uri` is returned. Raises JobFailed for a damaged file.
     """
     try:
         return _as_one([_File("training_file", uri)], to_uri, lambda report: None)
@@ -135,7 +135,8 @@ def _download(
 def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
     """Returns the URI of one uncompressed file that has the lines of all `files`.
 
-    If there is only one file and it is uncompressed, its URI is returned. Otherwise the lines are written to `uri`.
+    If there is only one file and it is uncompressed, its URI is returned. If there are several, or if the one is
+    compressed, the lines are written to `uri`, and `uri` is returned.
     """
     if len(files) == 1:
         with storage.open_input(files[0].uri) as file:
