@@ -90,8 +90,8 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
     """Returns the files, by name, that say how the model turns images and sounds into inputs. Reads the files from the
-    folder or hub id from which the model was loaded. If this is not there any more, logs a warning and returns an empty
-    dictionary."""
+    folder or hub id from which the model was loaded. If this folder or hub id is not there any more, logs a warning and
+    returns an empty dictionary."""
     if not model.name_or_path:
         return {}
     try:

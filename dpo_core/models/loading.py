@@ -108,7 +108,7 @@ def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
     """Returns the option that makes transformers convert a model in MXFP4 to full precision; None for a model that is
-    not quantized. This is needed for gpt-oss, which is published only in MXFP4.
+    not quantized. The option is needed for gpt-oss, which is published only in MXFP4.
 
     Raises UnusableModel for a model that is quantized in another way.
     """

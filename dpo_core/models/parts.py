@@ -40,7 +40,7 @@ class NeedsWeights(Exception):
 @dataclass(frozen=True)
 class Unread:
     """What is needed to read the weights of a model that has none yet: where they are, and the device on which the
-    model will compute. It is an attribute of this model."""
+    model will compute. The object is an attribute of this model."""
 
     found: Found
     device: torch.device

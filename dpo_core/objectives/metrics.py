@@ -15,8 +15,8 @@ from dpo_core.policy.measures import Measures
 
 def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
     """Returns the metrics of the groups in `measures` as scalars, by name. A group is a prompt with its completions. If
-    it has more than two, metrics of `chosen` are those of the best completion, and metrics of `rejected` are means over
-    the others."""
+    a group has more than two completions, metrics of `chosen` are those of the best completion, and metrics of
+    `rejected` are means over the others."""
     if isinstance(objective, o.Supervised):
         return {"mean_token_accuracy": measures.num_correct.sum() / measures.all.lengths.sum()}
     if objective.traits.num_outputs:

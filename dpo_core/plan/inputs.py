@@ -21,8 +21,8 @@ class Shapes:
 
     @property
     def text(self) -> dict[str, Any]:
-        """The config of the model that reads texts. A multimodal model's config has values for it under `text_config`;
-        these replace the values of the whole config."""
+        """The config of the model that reads texts. The config of a multimodal model has values for its text model
+        under `text_config`; in the result they replace the values of the whole config."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
     @property

@@ -100,8 +100,9 @@ def _dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _measure(scorer: Scorer, pack: Pack) -> Any:
-    """Runs the forward pass of a pack of groups. Returns the log-probabilities or rewards of its completions, a row for
-    each. Every call with the same pack returns the same values, because the pack's seed decides the dropout."""
+    """Runs the forward pass of a pack, the groups (prompts with their completions) that it computes together. Returns
+    the log-probabilities or rewards of its completions, a row for each. Every call with the same pack returns the same
+    values, because the pack's seed decides the dropout."""
     torch.manual_seed(pack.seed)
     return scorer(pack.batch)
 
@@ -179,8 +180,8 @@ def _backward_of_whole_batch(
 def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
     """Calls `compute`. If memory runs out on one rank (process of the run), raises MemoryRanOut on all ranks.
 
-    This does not work for a sharded model: its ranks exchange weights within `compute`, so a rank whose memory runs out
-    cannot tell the others. Its error then ends the run.
+    The function cannot do so for a sharded model: its ranks exchange weights within `compute`, so a rank whose memory
+    runs out cannot tell the others. Its error then ends the run.
     """
     if is_sharded(scorer.model):
         compute()

@@ -135,8 +135,9 @@ def train(
 
 
 def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
-    """Raises an error unless `batches` is a function, or a list that fits the run: it must have `total_steps` batches,
-    each with at most `batch_size` groups (prompts with their completions). The error is a TypeError or a ValueError."""
+    """Raises an error unless `batches` is a function, or a list that fits the run. A list must have `total_steps`
+    batches, each with at most `batch_size` groups (prompts with their completions). The error is a TypeError or a
+    ValueError."""
     if callable(batches):
         return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint
