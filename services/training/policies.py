@@ -49,8 +49,8 @@ def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
 
 
 def load_reference(source: str, weights: Weights, device: "torch.device") -> "PreTrainedModel":
-    """Loads the reference model, with which a job compares the trained model. All its weights are frozen. It is a full
-    model, or an adapter on its base model.
+    """Loads the reference model, with which a job compares the trained model. The reference is a full model, or an
+    adapter on its base model; all its weights are frozen.
 
     `source` says where the model is, and `weights` how the job trains: the precision, and the quantization if any.
     Raises JobFailed for a model that cannot be used.

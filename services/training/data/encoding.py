@@ -279,8 +279,8 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
     """Encodes the rows of one piece (a range of lines of the file), and returns counts of rows and tokens, and the
     files that were written.
 
-    The groups of token ids are written to the folder `folder_uri`; if it is None, they are not written. If the model or
-    a line cannot be used, the result names the reason, and no files are written.
+    The groups of token ids are written to the folder `folder_uri`; if `folder_uri` is None, they are not written. If
+    the model or a line cannot be used, the result names the reason, and no files are written.
     """
     model = load(recipe.model_source)
     limit = min(recipe.max_length, model.positions)
@@ -449,7 +449,8 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer can encode the character, so that decoding gives exactly this character again.
 
-    It cannot if decoding gives the unknown token, a small letter for a capital one, or a space for a line feed.
+    The tokenizer cannot do so if decoding gives the unknown token, a small letter for a capital one, or a space for a
+    line feed.
     """
     ids = tokenizer(f"a{character}b", add_special_tokens=False).input_ids
     if character.isspace() and character not in "\n\t":

@@ -152,7 +152,7 @@ def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[
     there are no validation data.
 
     If the data are a Stream (still being encoded), the returned function waits until the groups held out for validation
-    are known. It returns None if there are none.
+    are known. The returned function returns None if there are no such groups.
     """
     if validation is None:
         return None
@@ -279,7 +279,7 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
     """Copies this worker's files of a checkpoint to storage, while training goes on.
 
     Rank 0 (the first worker) copies after all other workers. It first stores all reports, and reports the checkpoint
-    last. If this process dies in between, neither a report nor the checkpoint is lost.
+    last. If this process dies while it copies, neither a report nor the checkpoint is lost.
     """
     uri = checkpoint_uri(spec, step)
 
