@@ -328,8 +328,8 @@ class Sppo:
 
 @options
 class Aot:
-    """Alignment via Optimal Transport, arXiv 2406.05882: sorts two kinds of values over the global batch, and compares
-    those at the same place in the order. `paired` chooses the kinds."""
+    """Alignment via Optimal Transport, arXiv 2406.05882: compares the i-th smallest of one value with the i-th smallest
+    of another value over the pairs of the global batch. `paired` says which values."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
     type: Literal["aot"] = "aot"
@@ -434,7 +434,7 @@ class FDpo:
 @options
 class Lipo:
     """Listwise Preference Optimization (LiPO-lambda), arXiv 2402.01878: compares the ranked completions of a row in
-    pairs, which ratings and places weight."""
+    pairs. Ratings, and places in the order of the rewards, decide how much a pair counts."""
 
     traits: ClassVar = ON_RANKINGS
     type: Literal["lipo"] = "lipo"

@@ -164,7 +164,8 @@ def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
     """Returns advice for the end of an error message: which of the row's columns the user should name with the option
     `columns`, and for which roles. A role, such as `prompt`, says what a column holds.
 
-    Returns None if the row could not be read even with these names.
+    The parameter `columns` holds the likely column of each role. Returns None if it is empty, or if the row could not
+    be read even with these columns.
     """
     if not columns or not ROLES.issuperset(columns):
         return None
