@@ -93,8 +93,8 @@ def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
 
 
 def names_organization(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether one of `prefixes` under which the Hugging Face dataset `uri` lies names an organization, and not only
-    `hf://datasets/`.
+    """Whether the Hugging Face dataset `uri` lies under one of `prefixes` that names an organization, such as
+    `hf://datasets/ORG/`. The prefix `hf://datasets/` names none.
 
     If one does, the operator has chosen whose datasets may be read.
     """

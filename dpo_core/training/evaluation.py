@@ -45,9 +45,7 @@ def evaluate(
         seen += map(_outline, groups)
         tables.append(table)
     if not seen:
-        raise ValueError(
-            "The validation data have no groups to evaluate on; add some, or leave the validation data out."
-        )
+        raise ValueError("The validation data have no rows to evaluate on; add some, or leave the validation data out.")
     table = torch.cat(tables)
     all_reduce_sum(table)
     measures = Measures(seen, table.cpu())  # comparing many large rankings may need more memory than a GPU has

@@ -410,7 +410,7 @@ def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> 
         if app.get("deployed_app_config") is None:
             sentence = (
                 f"Ray Serve does not report the config of its application '{name}', "
-                "so a change of models would remove it."
+                "and a change of this service's models would therefore remove that application."
             )
             raise httpx.HTTPError(sentence)
         configs.append(app["deployed_app_config"])

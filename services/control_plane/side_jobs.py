@@ -162,7 +162,7 @@ async def _read(job: SideJob, attempt: int) -> SideJobResult | None:
 
 
 async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: RayApi, most: int) -> None:
-    """Adds the row of an attempt (run of a side job) that is about to run, in the storage folder `folder`.
+    """Records in the database that an attempt (run of a side job) is about to start. `folder` is its folder in storage.
 
     Raises RateLimited if `most` side jobs of the project run already.
     """

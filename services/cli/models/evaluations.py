@@ -52,7 +52,7 @@ def create(
     file: Annotated[
         str,
         typer.Option(
-            help="File of rows whose prompts are taken: a local file, which is uploaded, or the id of an uploaded file."
+            help="File with the prompts to evaluate on: a local file, which is uploaded, or the id of an uploaded file."
         ),
     ],
     baseline: Annotated[

@@ -56,7 +56,8 @@ QUIET_SECONDS = 10.0  # after this long without a report, the attempt's spool is
 
 
 class Reconciler:
-    """The background task that handles all jobs.
+    """The background task that moves all jobs forward: it starts their attempts (runs on Ray), follows them and records
+    how they end.
 
     Every control plane runs one. Only the control plane that holds the lease acts. The lease is a row in the database
     that expires if it is not renewed.
@@ -384,12 +385,12 @@ class Reconciler:
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Returns two sets of ids of those jobs of `live` whose last attempt (run on Ray) failed. These jobs do not count
-    as running.
+    """Returns two sets of ids of running jobs that do not count as running, because they wait long for their next
+    attempt (run on Ray) after a failed one.
 
-    The jobs of the first set still wait out a long pause before their next attempt. For the jobs of the second set this
-    pause is over; they wait for their turn like queued jobs. `opened` holds the ids of the jobs that have a current
-    attempt.
+    For the jobs of the first set, the pause before the next attempt is not over. For those of the second set it is
+    over; they wait for their turn like queued jobs. `live` are all jobs that have not ended, and `opened` the ids of
+    the jobs with a current attempt, which are in neither set.
     """
     resting, back = set[str](), set[str]()
     for job in live:

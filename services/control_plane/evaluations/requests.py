@@ -96,7 +96,8 @@ class EvaluationRow(BaseModel):
     prompt: Annotated[Any, WithJsonSchema(_TEXT)] = Field(description="A text, or messages.")
     completions: Annotated[Any, WithJsonSchema({"type": "array", "items": _TEXT})] = Field(
         default=None,
-        description="Completions in the form of the prompt, the best one first, if people have ranked any.",
+        description="Completions that people have ranked, the best one first. They are texts if the prompt is a text, "
+        "else messages.",
     )
     system: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
         default=None, description="System prompt; the texts of the row are then read as messages."
@@ -137,7 +138,7 @@ class Spec(BaseModel):
     )
     sampling: Sampling = Field(default_factory=Sampling, description="How answers are sampled.")
     file: Text | None = Field(
-        default=None, description="Id of an uploaded file whose prompts are taken. Send this or `rows`."
+        default=None, description="Id of an uploaded file with the prompts to evaluate on. Send this or `rows`."
     )
     max_items: int = Field(
         default=200,

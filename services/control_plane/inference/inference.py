@@ -1,10 +1,10 @@
 """Forwards requests for completions to the models on Ray Serve.
 
-A request to a model that is not loaded first requests the model, and waits until Ray Serve has loaded it. If a model
-fails or refuses a request, the client gets an error in OpenAI's JSON form.
+If a request's model is not loaded, the control plane has Ray Serve load it, and the request waits. If a model fails or
+refuses a request, the client gets an error in OpenAI's JSON form.
 
-A mark is a record in the database that a control plane has requests to a model in flight. A model with a mark is not
-unloaded. Marks expire, so each control plane renews its own.
+While a control plane has unanswered requests to a model, it keeps a row in the database, called a mark. A model with a
+mark is not unloaded. Marks expire, so each control plane renews its own.
 """
 
 import asyncio

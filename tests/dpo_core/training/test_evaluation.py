@@ -120,7 +120,7 @@ def test_nothing_is_evaluated_if_validation_returns_none(policy, tokenizer, pair
 
 
 def test_validation_without_groups_is_refused(policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(ValueError, match="The validation data have no groups to evaluate on; add some"):
+    with pytest.raises(ValueError, match="The validation data have no rows to evaluate on; add some"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=list)
 
 
