@@ -50,6 +50,7 @@ from services.control_plane.jobs.plans import api as plans_api
 from services.control_plane.models import api as models_api
 from services.control_plane.models import sharing_api
 from services.control_plane.models.deployments import api as deployments_api
+from services.control_plane.models.deployments.recent import RecentModels
 from services.control_plane.page import api as page_api
 from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams
@@ -123,7 +124,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     ray_api = RayApi(settings, store.instance)
     app.state.store, app.state.ray_api = store, ray_api
-    app.state.inference = Inference(store, ray_api, settings)
+    app.state.recent_models = RecentModels()
+    app.state.inference = Inference(store, ray_api, settings, app.state.recent_models)
     app.state.scoring = Scoring(app.state.inference)
     app.state.authentication, app.state.rate_limits = Authentication(store, settings), RateLimits()
     app.state.token_limits, app.state.usage = RateLimits("tokens"), UsageRecorder(store)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from cachetools import TTLCache
 from fastapi import Response
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,6 +29,7 @@ from services.control_plane.models import models
 from services.control_plane.models.deployments import deployments
 from services.control_plane.models.deployments import settings as deployment_settings
 from services.control_plane.models.deployments.engines import Engine, engine_of
+from services.control_plane.models.deployments.recent import Found, RecentModels
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import RayApi, ServeView
 from services.control_plane.settings import Settings
@@ -44,8 +44,6 @@ ASK_SECONDS = 2.0  # how often waiting requests have their model's row in `deplo
 STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; a mark expires after MARK_SECONDS
 LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, because the next request often follows soon
 VIEW_SECONDS = 2.0  # a model that ran so recently is asked without looking at Ray Serve first
-FOUND_SECONDS = 1.0  # for how long a change or deletion of a model may go unnoticed
-MAX_FOUND = 10_000
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
 
 
@@ -78,28 +76,17 @@ class _Use:
         self.in_flight, self.shared_at = self.in_flight + in_flight, now
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What the database says about a model that a request names."""
-
-    model: NamedModel
-    engine: Engine
-    num_gpus: float  # of the engine
-
-
 class Inference:
     """Forwards requests for completions to the Ray Serve applications of models, and keeps models with requests
     loaded."""
 
-    def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
-        self._store, self._ray_api, self._settings = store, ray_api, settings
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings, recent: RecentModels) -> None:
+        self._store, self._ray_api, self._settings, self._recent = store, ray_api, settings, recent
         self._upstream = Upstream(
             connections=settings.max_requests, silence_seconds=ANSWER_SECONDS, wait_seconds=POOL_SECONDS
         )
         self._replica = secrets.token_hex(4)  # the name of this control plane in its marks
         self._marking = asyncio.Lock()
-        # By project and the model's name. Reading them anew takes longer than all the rest of a request.
-        self._found: TTLCache[tuple[str, str], _Found] = TTLCache(MAX_FOUND, FOUND_SECONDS)
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
@@ -143,12 +130,12 @@ class Inference:
         answer on in pieces, as it arrives. Raises NotFound for an unknown model, InvalidRequest for a reward model, and
         Unavailable if the model is not ready in time.
         """
-        found = self._found.get((caller.project_id, name))
+        found = self._recent.get(caller.project_id, name)
         if found is None:
             async with caller.look() as session:
                 found = await self._look_up(session, await models.find(session, self._settings, name))
             await self._note_use(found)
-            self._found[caller.project_id, name] = found
+            self._recent.keep(caller.project_id, name, found)
         if found.model.num_outputs:
             message = (
                 f"The model '{name}' is a reward model, which scores texts and cannot write any; "
@@ -175,13 +162,13 @@ class Inference:
         await self._note_use(found)
         return bytes((await self._forwarded(found, path, body, meter, streams=False)).body)
 
-    async def _look_up(self, session: AsyncSession, model: NamedModel) -> _Found:
+    async def _look_up(self, session: AsyncSession, model: NamedModel) -> Found:
         engine = await engine_of(session, self._settings, model)
         own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
         num_gpus = self._settings.num_gpus_of(own)
-        return _Found(model, engine, min(num_gpus, 1) if model.num_outputs else num_gpus)
+        return Found(model, engine, min(num_gpus, 1) if model.num_outputs else num_gpus)
 
-    async def _note_use(self, found: _Found) -> None:
+    async def _note_use(self, found: Found) -> None:
         """Records that the adapter that a request uses is in use, at most once every few minutes for each adapter.
 
         Does nothing if the model `found` is no adapter on the engine of its base model. This record is needed because
@@ -191,7 +178,7 @@ class Inference:
             async with self._store.begin() as session:
                 await models.note_use(session, found.model)
 
-    async def _forwarded(self, found: _Found, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
+    async def _forwarded(self, found: Found, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
         engine, meter.num_gpus = found.engine, found.num_gpus
         base_url = await self._wait_until_served(engine)
         share = self._uses[engine.app_name].share

@@ -15,6 +15,7 @@ from services.control_plane.http.dependencies import IdempotentPart, RayApiPart,
 from services.control_plane.models import downloads, models
 from services.control_plane.models.deployments import deployments
 from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models.deployments.recent import RecentPart
 from services.control_plane.models.documents import ModelDocument
 from services.control_plane.models.downloads import Format
 from services.control_plane.models.models import NamedModel
@@ -72,7 +73,7 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 
 @router.delete("/{model_id:path}")
-async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str) -> Response:
+async def delete(idempotent: IdempotentPart, settings: SettingsPart, recent: RecentPart, model_id: str) -> Response:
     """Deletes a trained model: removes it from the lists, stops its engine, and deletes its weights."""
     removed: list[NamedModel] = []
 
@@ -85,6 +86,7 @@ async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: s
         return deleted("model", model_id)
 
     response = await idempotent.act(remove, changes=model_id)
+    recent.forget()
     for model in removed:
         await remove_bytes(model.source)
         await remove_bytes(downloads.merged_folder(model, settings))

@@ -17,6 +17,7 @@ from services.control_plane.core.tables import CheckpointPermission
 from services.control_plane.http.dependencies import IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.validation import Text
 from services.control_plane.models import models, sharing
+from services.control_plane.models.deployments.recent import RecentPart
 from services.control_plane.models.documents import PermissionDocument
 from services.control_plane.models.responses import permission_object
 
@@ -68,9 +69,13 @@ async def list_permissions(
 
 
 @router.delete("/{permission_id}")
-async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str, permission_id: str) -> Response:
+async def delete(
+    idempotent: IdempotentPart, settings: SettingsPart, recent: RecentPart, model_id: str, permission_id: str
+) -> Response:
     async def revoke(session: AsyncSession) -> dict[str, Any]:
         await sharing.revoke(session, await models.find_own(session, settings, model_id), permission_id)
         return deleted("checkpoint.permission", permission_id)
 
-    return await idempotent.act(revoke, changes=model_id)
+    response = await idempotent.act(revoke, changes=model_id)
+    recent.forget()
+    return response

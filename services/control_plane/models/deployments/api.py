@@ -26,6 +26,7 @@ from services.control_plane.models.deployments import checks, deployments
 from services.control_plane.models.deployments import settings as deployment_settings
 from services.control_plane.models.deployments.documents import DeploymentDocument
 from services.control_plane.models.deployments.engines import engine_of
+from services.control_plane.models.deployments.recent import RecentPart
 from services.control_plane.models.deployments.responses import deployment_object
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import RayApi, ServeView
@@ -62,6 +63,7 @@ async def change(
     settings: SettingsPart,
     caller: CallerPart,
     ray_api: RayApiPart,
+    recent: RecentPart,
     model_id: str,
     body: DeploymentSettings,
 ) -> Response:
@@ -79,12 +81,19 @@ async def change(
         await deployment_settings.choose(session, model.id, body.model_dump(mode="json", exclude_unset=True))
         return deployment_object(await _status(session, settings, view, model), None)
 
-    return await idempotent.act(choose, changes=model_id)
+    response = await idempotent.act(choose, changes=model_id)
+    recent.forget()
+    return response
 
 
 @router.delete("/{model_id:path}", responses=answers(DeploymentDocument))
 async def reset(
-    idempotent: IdempotentPart, settings: SettingsPart, caller: CallerPart, ray_api: RayApiPart, model_id: str
+    idempotent: IdempotentPart,
+    settings: SettingsPart,
+    caller: CallerPart,
+    ray_api: RayApiPart,
+    recent: RecentPart,
+    model_id: str,
 ) -> Response:
     """Resets the settings of a model's deployment to their defaults. The model itself stays."""
     view = await _look(ray_api)
@@ -95,7 +104,9 @@ async def reset(
         await deployment_settings.choose(session, model.id, None)
         return deployment_object(await _status(session, settings, view, model), None)
 
-    return await idempotent.act(forget, changes=model_id)
+    response = await idempotent.act(forget, changes=model_id)
+    recent.forget()
+    return response
 
 
 @router.post("/{model_id:path}/warm", responses=answers(DeploymentDocument))

@@ -1,0 +1,47 @@
+"""Remembers for a second what the database says about models, so that most completions need not read it."""
+
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from cachetools import TTLCache
+from fastapi import Depends, Request
+
+from services.control_plane.models.deployments.engines import Engine
+from services.control_plane.models.models import NamedModel
+
+SECONDS = 1.0  # for how long another control plane's change or deletion of a model may go unnoticed
+MOST = 10_000
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the database says about a model that a request names."""
+
+    model: NamedModel
+    engine: Engine
+    num_gpus: float  # of the engine
+
+
+class RecentModels:
+    """The models that completions asked for in the last second, by project and by the model's name."""
+
+    def __init__(self) -> None:
+        self._found: TTLCache[tuple[str, str], Found] = TTLCache(MOST, SECONDS)
+
+    def get(self, project_id: str, name: str) -> Found | None:
+        return self._found.get((project_id, name))
+
+    def keep(self, project_id: str, name: str, found: Found) -> None:
+        self._found[project_id, name] = found
+
+    def forget(self) -> None:
+        """Forgets all models. Every request that changes what a name leads to calls this, so that the client sees the
+        change in its next request."""
+        self._found.clear()
+
+
+async def _recent(request: Request) -> RecentModels:
+    return cast(RecentModels, request.app.state.recent_models)
+
+
+RecentPart = Annotated[RecentModels, Depends(_recent)]
