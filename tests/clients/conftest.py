@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dpo_core.config import TrainConfig
 from services.control_plane.core.store import migrate
 from tests.clients.programs import Address, FlakyProxy
 from tests.services.control_plane.attempts.crashes import LivelyRay, Plane
@@ -16,7 +17,13 @@ WORDS = ["In", " aisle", " four", "."]
 
 
 class ServingRay(LivelyRay):
-    """A stand-in for Ray whose attempts report as if they trained, and whose models all give the same answer."""
+    """A stand-in for Ray whose attempts report as if they trained, and whose models all give the same answer.
+
+    A job of many epochs takes long enough to be paused.
+    """
+
+    def steps(self, config: TrainConfig) -> int:
+        return super().steps(config) * (config.n_epochs or 1)
 
     def get(self, path: str) -> tuple[int, Any]:
         status, answer = super().get(path)

@@ -180,6 +180,7 @@ def test_a_model_that_is_not_up_is_asked_again(
 
     assert run([PAIR]).exit_code == 0  # so that there is an application
     monkeypatch.setattr("services.control_plane.ray_api.VIEW_SECONDS", 0.0)
+    monkeypatch.setattr("services.control_plane.inference.inference.VIEW_SECONDS", 0.0)
     monkeypatch.setattr(fake_ray, "get", get_once_failed)
     monkeypatch.setattr(rewards._Voice, "say", lambda _, text: told.append(text))
     monkeypatch.setattr(rewards, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))

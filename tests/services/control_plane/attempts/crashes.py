@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from dpo_core.config import TrainConfig
 from services import storage
 from services.contract import AttemptSpec, CheckpointSaved, Paused, Started, StepMetrics, Succeeded
 from services.training.reports.reporting import Reporter
@@ -51,6 +52,9 @@ class LivelyRay(FakeRay):
         threading.Thread(target=self._run, args=(submission_id, uri, token), daemon=True).start()
         return status, answer
 
+    def steps(self, config: TrainConfig) -> int:
+        return self._steps
+
     def metrics(self, step: int) -> dict[str, float]:
         return {"loss": 1 / step}
 
@@ -60,10 +64,10 @@ class LivelyRay(FakeRay):
     def _run(self, submission_id: str, uri: str, token: str) -> None:
         spec = AttemptSpec.model_validate_json(storage.read_bytes(uri))
         reporter = Reporter(spec, token, period_seconds=0.1)
-        steps = self._steps
+        config = spec.config.resolved(12)
+        steps = self.steps(config)
         dies_at = random.randrange(1, steps) if spec.attempt == 1 and random.random() < self._dying else None
         first = self._saved[spec.job_id] + 1
-        config = spec.config.resolved(12)
         reporter.report(Started(config=config, num_groups=12, total_steps=steps, resumed_from=first - 1))
         for step in range(first, steps + 1):
             time.sleep(self._step_seconds * random.uniform(0.5, 1.5))
