@@ -188,12 +188,13 @@ def ended(api: httpx.Client, evaluation_id: str, *, seconds: float = 60) -> dict
         time.sleep(0.05)
 
 
-def until(holds: Callable[[], object], *, seconds: float = 60) -> None:
-    """Waits until `holds` returns something true."""
+def until(holds: Callable[[], Any], *, seconds: float = 60) -> Any:
+    """Waits until `holds` returns something true, and returns that."""
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not (found := holds()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return found
 
 
 def results(api: httpx.Client, **body: Any) -> dict[str, Any]:
