@@ -1,6 +1,7 @@
 import { useState } from "preact/hooks";
 import { api, ask, Failure, type Project as ProjectObject } from "../../api/client";
 import { AskFirst } from "../../parts/dialog/dialog";
+import { Fact } from "../../parts/fact/fact";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { moment } from "../../parts/words/words";
 import { LIMITS, shown } from "./limits";
@@ -54,19 +55,15 @@ export function Project({ id }: { id: string }) {
                 {LIMITS.map(({ name, label }) => {
                   const { used, limit } = usage.limits[name]!;
                   return (
-                    <div key={name}>
-                      <dt>{label}</dt>
-                      <dd>
-                        {shown(name, used)} {limit === null ? <small>no limit</small> : `of ${shown(name, limit)}`}
-                      </dd>
-                    </div>
+                    <Fact key={name} name={label}>
+                      {shown(name, used)} {limit === null ? <small>no limit</small> : `of ${shown(name, limit)}`}
+                    </Fact>
                   );
                 })}
                 {Object.entries(usage.jobs).map(([state, number]) => (
-                  <div key={state}>
-                    <dt>Jobs {state}</dt>
-                    <dd>{number}</dd>
-                  </div>
+                  <Fact key={state} name={`Jobs ${state}`}>
+                    {number}
+                  </Fact>
                 ))}
               </dl>
             </section>

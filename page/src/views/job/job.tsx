@@ -3,6 +3,7 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 import { Failure, type Job as JobObject } from "../../api/client";
 import { rangeOf } from "../../parts/curve/steps";
 import { AskFirst } from "../../parts/dialog/dialog";
+import { Fact } from "../../parts/fact/fact";
 import { FailureNote } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { hasEnded, ProgressLine, Status } from "../../parts/status/status";
@@ -132,10 +133,9 @@ function Facts({ job }: { job: JobObject }) {
         {facts.map(
           ([name, value]) =>
             value && (
-              <div key={name}>
-                <dt>{name}</dt>
-                <dd>{value.startsWith("file-") ? <a href={href(["data", value])}>{value}</a> : value}</dd>
-              </div>
+              <Fact key={name} name={name}>
+                {value.startsWith("file-") ? <a href={href(["data", value])}>{value}</a> : value}
+              </Fact>
             ),
         )}
       </dl>

@@ -1,4 +1,5 @@
 import type { Job } from "../../api/client";
+import { Fact } from "../../parts/fact/fact";
 
 type Values = Record<string, unknown>;
 
@@ -28,12 +29,9 @@ function List({ values }: { values: [string, unknown][] }) {
   return (
     <dl>
       {values.map(([name, value]) => (
-        <div key={name}>
-          <dt>
-            <code>{name}</code>
-          </dt>
-          <dd>{typeof value === "string" ? value : JSON.stringify(value)}</dd>
-        </div>
+        <Fact key={name} name={<code>{name}</code>}>
+          {typeof value === "string" ? value : JSON.stringify(value)}
+        </Fact>
       ))}
     </dl>
   );

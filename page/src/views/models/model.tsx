@@ -1,8 +1,8 @@
-import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
 import { api, Failure, type Deployment, type Model as ModelObject } from "../../api/client";
 import { AskFirst } from "../../parts/dialog/dialog";
 import { Download } from "../../parts/download/download";
+import { Fact } from "../../parts/fact/fact";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
 import { moment } from "../../parts/words/words";
@@ -104,15 +104,6 @@ function Facts({ model }: { model: ModelObject }) {
         {adapter !== "none" && <Fact name="Adapter">{told(adapter)}</Fact>}
       </dl>
     </section>
-  );
-}
-
-function Fact({ name, children }: { name: string; children: ComponentChildren }) {
-  return (
-    <div>
-      <dt>{name}</dt>
-      <dd>{children}</dd>
-    </div>
   );
 }
 

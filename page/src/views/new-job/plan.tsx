@@ -1,5 +1,6 @@
 import { useEffect, useState } from "preact/hooks";
 import { api, ask, type Failure, type Plan as PlanObject } from "../../api/client";
+import { Fact } from "../../parts/fact/fact";
 import { useLoaded } from "../../parts/loading/loading";
 import { bytes, whole } from "../../parts/words/words";
 import { textOf, type Body } from "./draft";
@@ -81,10 +82,9 @@ function Figures({ plan }: { plan: PlanObject }) {
         {facts.map(
           ([name, value]) =>
             value && (
-              <div key={name}>
-                <dt>{name}</dt>
-                <dd>{value}</dd>
-              </div>
+              <Fact key={name} name={name}>
+                {value}
+              </Fact>
             ),
         )}
       </dl>
