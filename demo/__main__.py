@@ -266,6 +266,8 @@ def print_how_to_chat(console: Console, service: Service, client: OpenAI, policy
     console.print(f"  export RAYDPO_HOME={service.home}", highlight=False, soft_wrap=True)
     console.print(f"  {command} models", highlight=False, soft_wrap=True)
     console.print(f'  {command} chat {policy} "{prompt}"', highlight=False, soft_wrap=True, emoji=False)
+    page = str(client.base_url).removesuffix("v1/")
+    console.print(f"Or open {page} in a browser, and paste the key there.")
     console.print(f"To stop the service, run: kill {service.pid}")
 
 

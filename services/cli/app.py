@@ -100,6 +100,9 @@ def up(
             "Hugging Face hub. Repeatable.",
         ),
     ] = None,
+    opens: Annotated[
+        bool, typer.Option("--open", help="Open the service's web page in your browser when the service is ready.")
+    ] = False,
 ) -> None:
     """Run the service in the foreground until Ctrl-C.
 
@@ -112,6 +115,6 @@ def up(
 
     gc.enable()
     try:
-        serve(home or default_home(), host=host, port=port, ray_address=ray_address, models=model or [])
+        serve(home or default_home(), host=host, port=port, ray_address=ray_address, models=model or [], opens=opens)
     except Refused as error:
         fail(str(error))

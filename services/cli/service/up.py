@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import tomllib
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -31,10 +32,12 @@ class Refused(Exception):
     """Raised if the service cannot run as the user asked. The message names the reason and the remedy."""
 
 
-def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: Sequence[str]) -> None:
+def serve(
+    home: Path, *, host: str, port: int, ray_address: str | None, models: Sequence[str], opens: bool = False
+) -> None:
     """Runs the service until SIGINT or SIGTERM, then stops every process that this call started.
 
-    Raises Refused if the service cannot start.
+    If `opens` is true, opens the service's web page in the user's browser when the service is ready. Raises Refused if the service cannot start.
     """
     home = home.expanduser().resolve()
     sources = dict(_model(argument) for argument in models)
@@ -54,7 +57,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
             server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
             gc.freeze()  # loaded objects live until the process ends; collecting garbage among them delays requests
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-                runner.run(_serve(server, settings, listening, url))
+                runner.run(_serve(server, settings, listening, url, opens))
     except (StackError, NoDatabase) as error:
         raise Refused(str(error)) from error
     except KeyboardInterrupt:
@@ -63,8 +66,8 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
         listening.close()
 
 
-async def _serve(server: Server, settings: Settings, listening: socket.socket, url: str) -> None:
-    announcing = asyncio.create_task(_announce(settings, url))
+async def _serve(server: Server, settings: Settings, listening: socket.socket, url: str, opens: bool) -> None:
+    announcing = asyncio.create_task(_announce(settings, url, opens))
     try:
         await server.serve(sockets=[listening])
     finally:
@@ -73,8 +76,10 @@ async def _serve(server: Server, settings: Settings, listening: socket.socket, u
         raise Refused(f"the service did not start; {settings.home / 'raydpo.log'} says why.")
 
 
-async def _announce(settings: Settings, url: str) -> None:
-    """Waits until the service answers, then prints the API's URL, the file of the API key and the base models."""
+async def _announce(settings: Settings, url: str, opens: bool) -> None:
+    """Waits until the service answers, then prints the URLs of the API and of the web page, the file of the API key and
+    the base models. Opens the page if `opens` is true.
+    """
     # The requests go to this process, so no certificates are needed, which take long to load.
     async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
         while True:
@@ -84,8 +89,26 @@ async def _announce(settings: Settings, url: str) -> None:
     (settings.home / "url").write_text(f"{url}/v1")
     out.print(f"ready {url}/v1")
     key_file = settings.home / "api.key"
-    out.print(f"api key: {'as configured' if _configured(settings.home, 'api_key') else key_file}")
+    configured = _configured(settings.home, "api_key")
+    out.print(f"page: {url}/ (to sign in, paste {'your API key' if configured else f'what `cat {key_file}` prints'})")
+    out.print(f"api key: {'as configured' if configured else key_file}")
     out.print("base models: " + (", ".join(settings.models) or "none; start with --model NAME=SOURCE"))
+    if opens and not await asyncio.to_thread(_open, f"{url}/"):
+        out.print(f"no browser could be opened here; open {url}/ in yours")
+
+
+def _open(url: str) -> bool:
+    """Opens the URL in the user's browser. Returns False if there is none.
+
+    The API key is not part of the URL: browsers keep URLs, and every user of the machine sees a command's arguments.
+    """
+    try:
+        browser = webbrowser.get()
+    except webbrowser.Error:
+        return False
+    if type(browser) is webbrowser.GenericBrowser and "BROWSER" not in os.environ:
+        return False  # a text browser, which would take this terminal, and runs no scripts
+    return browser.open(url)
 
 
 async def _is_ready(client: httpx.AsyncClient) -> bool:

@@ -1,4 +1,5 @@
 import signal
+import time
 
 import httpx
 import psutil
@@ -17,6 +18,7 @@ def test_up_greets_once_it_answers_and_a_signal_stops_all_of_it(up, home, base_m
     said = service.wait_until_ready()
     assert "base models: tiny, qwen" in said
     assert f"api key: {home}/api.key" in said
+    assert f"page: {service.url.removesuffix('v1')} (to sign in, paste what `cat {home}/api.key` prints)" in said
     key = (home / "api.key").read_text()
     assert key.startswith("rd-")
     assert (home / "api.key").stat().st_mode & 0o777 == 0o600
@@ -25,6 +27,30 @@ def test_up_greets_once_it_answers_and_a_signal_stops_all_of_it(up, home, base_m
     assert service.stop(*signals).endswith("stopped\n")
     assert service.child.returncode == 0
     assert not left_of(home)
+
+
+@pytest.mark.slow
+def test_open_shows_the_page_in_the_browser_and_tells_it_no_key(up, tmp_path, monkeypatch):
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$@" > {opened}.part && mv {opened}.part {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    service = up("--open")
+    service.wait_until_ready()
+    while not opened.exists():
+        time.sleep(0.05)
+    assert opened.read_text() == f"{service.url.removesuffix('v1')}\n"
+
+
+@pytest.mark.slow
+def test_without_a_browser_open_says_which_address_to_open(up, tmp_path, monkeypatch):
+    for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    service = up("--open")
+    service.wait_until_ready()
+    said = service.child.stdout.readline()
+    assert said == f"no browser could be opened here; open {service.url.removesuffix('v1')} in yours\n"
 
 
 @pytest.mark.slow
