@@ -1,6 +1,7 @@
 """Defines a TCP proxy between a client and a server, which can refuse, delay and cut connections."""
 
 import asyncio
+import random
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -13,19 +14,24 @@ class Proxy:
     """Passes each connection on to `target`, which is (host, port) or the path of a Unix socket.
 
     If `refusing` is true, new connections are closed immediately. `delay_seconds` is the wait before each chunk of data
-    is passed on. If `cut_after` is set, a connection is closed after this number of bytes from the client.
+    is passed on. If `cut_after` is set, a connection is closed after this number of bytes from the client; if
+    `truncate_after` is set, after this number of bytes from the server. Of `fail_one_in` connections one is closed
+    immediately, at random. The proxy listens at the address `host`.
     """
 
     def __init__(self, target: tuple[str, int] | str | None = None, *, host: str = "127.0.0.1") -> None:
         self.refusing, self.delay_seconds = False, 0.0
         self.cut_after: int | None = None
+        self.truncate_after: int | None = None
+        self.fail_one_in: int | None = None
+        self.host = host
         self._target = target
         self._passing: set[asyncio.Event] = set()  # of each connection
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, host, 0, backlog=1000))
         self.port = int(self._server.sockets[0].getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
 
@@ -39,7 +45,8 @@ class Proxy:
 
     def pass_on(self) -> None:
         """Passes everything on again, as at the start, and also what was held back by `swallow`."""
-        self.refusing, self.delay_seconds, self.cut_after = False, 0.0, None
+        self.refusing, self.delay_seconds = False, 0.0
+        self.cut_after = self.truncate_after = self.fail_one_in = None
         self._run(self._pass_on())
 
     def close(self) -> None:
@@ -80,7 +87,8 @@ class Proxy:
         task.add_done_callback(lambda _: answer.close())
 
     async def _serve(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
-        server = None if self.refusing else await self._connect()
+        fails = self.refusing or (self.fail_one_in and random.randrange(self.fail_one_in) == 0)
+        server = None if fails else await self._connect()
         if server is None:
             return
         source, request = server
@@ -89,7 +97,10 @@ class Proxy:
         passing.set()
         self._passing.add(passing)
         try:
-            await _first_end(self._pump(client, request, passing, self.cut_after), self._pump(source, answer, passing))
+            await _first_end(
+                self._pump(client, request, passing, self.cut_after),
+                self._pump(source, answer, passing, self.truncate_after),
+            )
         finally:
             self._passing.discard(passing)
             request.close()
