@@ -310,12 +310,18 @@ def _start_reporter(spec: AttemptSpec, token: str) -> Any:
     return reporter
 
 
-def _end(status: int) -> NoReturn:
-    """Ends this process at once, with the exit status `status`, and without disconnecting from Ray.
+def run_and_end(spec_uri: str) -> NoReturn:
+    """Runs the attempt (one run of a job) whose settings are at `spec_uri`, and then ends this process at once, without
+    disconnecting from Ray.
 
     If the process disconnected first, a thread that still trains or listens to Ray Serve would use Ray after that. Ray
     would then crash the process, and the exit status would be lost. Ray ends the actors of this process in any case.
     """
+    try:
+        status = main(spec_uri)
+    except Exception:
+        logger.exception("The attempt ended with an error that nobody expected")
+        status = 1
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -323,9 +329,4 @@ def _end(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    try:
-        status = main(sys.argv[1])
-    except Exception:
-        logger.exception("The attempt ended with an error that nobody expected")
-        status = 1
-    _end(status)
+    run_and_end(sys.argv[1])

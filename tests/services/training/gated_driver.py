@@ -28,4 +28,4 @@ def encode_behind_the_gate(recipe: Recipe, folder_uri: str | None, piece: Piece)
 if __name__ == "__main__":
     encoding.ROWS_PER_PIECE = 1
     preparation.encode_piece = encode_behind_the_gate
-    sys.exit(driver.main(sys.argv[1]))
+    driver.run_and_end(sys.argv[1])
