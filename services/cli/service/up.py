@@ -37,7 +37,8 @@ def serve(
 ) -> None:
     """Runs the service until SIGINT or SIGTERM, then stops every process that this call started.
 
-    If `opens` is true, opens the service's web page in the user's browser when the service is ready. Raises Refused if the service cannot start.
+    If `opens` is true, opens the service's web page in the user's browser when the service is ready. Raises Refused if
+    the service cannot start.
     """
     home = home.expanduser().resolve()
     sources = dict(_model(argument) for argument in models)
