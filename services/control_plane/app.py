@@ -11,7 +11,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 import psycopg
 from fastapi import Depends, FastAPI, Request
@@ -25,6 +25,7 @@ from services.control_plane.attempts import api as attempts_api
 from services.control_plane.attempts.reconciler import Reconciler
 from services.control_plane.auth.authentication import Authentication
 from services.control_plane.core.errors import ApiError, InvalidRequest, Unavailable, envelope
+from services.control_plane.core.leases import Leaseholder
 from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.telemetry import AUTH_FAILURES
 from services.control_plane.core.turns import Turns
@@ -135,20 +136,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining, app.state.storing = Turns(JOINED_AT_ONCE), Turns(STORED_AT_ONCE)
-    reconciler, row_checker = Reconciler(store, ray_api, settings, holder=holder), RowChecker(store, holder=holder)
     evaluation_runner = EvaluationRunner(
-        store,
-        settings,
-        app.state.inference,
-        app.state.scoring,
-        app.state.usage,
-        app.state.token_limits,
-        holder=holder,
+        store, settings, app.state.inference, app.state.scoring, app.state.usage, app.state.token_limits
     )
     parts = (
-        reconciler,
-        row_checker,
-        evaluation_runner,
+        Reconciler(store, ray_api, settings, holder=holder),
         sender,
         streams,
         app.state.inference,
@@ -157,6 +149,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.usage,
     )
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
+    for kind in (RowChecker(store), evaluation_runner):
+        leaseholder = Leaseholder[Any](store, kind, holder=holder)
+        tasks.append(asyncio.create_task(leaseholder.run(), name=type(kind).__name__))
     for task in tasks:
         task.add_done_callback(_end_process)
     try:

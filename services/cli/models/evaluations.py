@@ -1,4 +1,6 @@
-"""The `raydpo evaluations` commands: create, list, show, cancel and download evaluations of policies."""
+"""The `raydpo evaluations` commands: create, list, show, pause, resume, cancel, delete and download evaluations of
+policies.
+"""
 
 import sys
 import time
@@ -134,7 +136,7 @@ def wait_until_ended(client: "OpenAI", evaluation_id: str) -> Item:
     with Status("", console=err) as status:
         while True:
             found: Any = client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)
-            if found["status"] not in ("queued", "running"):
+            if found["status"] not in ("queued", "running", "paused"):
                 return dict(found)
             status.update(safe(_state(found)))
             time.sleep(LOOK_SECONDS)
@@ -174,10 +176,31 @@ def show(client: "OpenAI", evaluation_id: EvaluationId, as_json: AsJson = False)
 
 
 @api_command(app)
+def pause(client: "OpenAI", evaluation_id: EvaluationId) -> None:
+    """Pause an evaluation. The answers, verdicts and scores so far are kept."""
+    client.post(f"/x/evaluations/{evaluation_id}/pause", cast_to=object)
+    out.print(f"paused {evaluation_id}")
+
+
+@api_command(app)
+def resume(client: "OpenAI", evaluation_id: EvaluationId) -> None:
+    """Continue a paused evaluation where it was."""
+    client.post(f"/x/evaluations/{evaluation_id}/resume", cast_to=object)
+    out.print(f"resumed {evaluation_id}")
+
+
+@api_command(app)
 def cancel(client: "OpenAI", evaluation_id: EvaluationId) -> None:
     """Cancel an evaluation that has not ended. The answers, verdicts and scores so far are kept."""
     client.post(f"/x/evaluations/{evaluation_id}/cancel", cast_to=object)
     out.print(f"cancelled {evaluation_id}")
+
+
+@api_command(app)
+def delete(client: "OpenAI", evaluation_id: EvaluationId) -> None:
+    """Delete an evaluation that has ended, with its answers, verdicts, scores and results."""
+    client.delete(f"/x/evaluations/{evaluation_id}", cast_to=object)
+    out.print(f"deleted {evaluation_id}")
 
 
 @api_command(app)

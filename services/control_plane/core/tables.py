@@ -499,7 +499,7 @@ class Evaluation(Owned, Base):
     results: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     __table_args__ = (
-        CheckConstraint(f"state IN {('queued', 'running', *EVALUATION_ENDS)}"),
+        CheckConstraint(f"state IN {('queued', 'running', 'paused', *EVALUATION_ENDS)}"),
         CheckConstraint(f"(state IN {EVALUATION_ENDS}) = (finished_at IS NOT NULL)"),
         CheckConstraint("(state = 'succeeded') = (results IS NOT NULL)"),
         CheckConstraint("(state = 'failed') = (error IS NOT NULL)"),

@@ -1,9 +1,10 @@
-"""The routes below /v1/x/evaluations, which create, list, show and cancel evaluations of models, and list their items.
+"""The routes below /v1/x/evaluations, which create, list, show, pause, resume, cancel and delete evaluations of models,
+and list their items.
 
 An item is one prompt of an evaluation, with the results for this prompt.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dpo_core.data.groups import Group
 from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.errors import InvalidRequest
-from services.control_plane.core.responses import listing
+from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import ProjectStore, page
 from services.control_plane.core.tables import Evaluation, EvaluationItem, reading_of
 from services.control_plane.evaluations import evaluations, rows
@@ -26,6 +27,7 @@ from services.control_plane.evaluations.responses import as_csv, as_jsonl, colum
 from services.control_plane.evaluations.work import kind_of
 from services.control_plane.files import files
 from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
+from services.control_plane.http.idempotency import IdempotentRequest
 
 router = APIRouter(prefix="/x/evaluations")
 
@@ -105,11 +107,39 @@ async def retrieve(store: StorePart, evaluation_id: str) -> dict[str, Any]:
 @router.post("/{evaluation_id}/cancel", responses=answers(EvaluationDocument))
 async def cancel(idempotent: IdempotentPart, evaluation_id: str) -> Response:
     """Cancels an evaluation that has not ended. The results so far are kept."""
+    return await _change(evaluations.cancel, idempotent, evaluation_id)
 
+
+@router.post("/{evaluation_id}/pause", responses=answers(EvaluationDocument))
+async def pause(idempotent: IdempotentPart, evaluation_id: str) -> Response:
+    """Pauses an evaluation that has not ended. The results so far are kept."""
+    return await _change(evaluations.pause, idempotent, evaluation_id)
+
+
+@router.post("/{evaluation_id}/resume", responses=answers(EvaluationDocument))
+async def resume(idempotent: IdempotentPart, evaluation_id: str) -> Response:
+    """Queues a paused evaluation again. It goes on where it was."""
+    return await _change(evaluations.resume, idempotent, evaluation_id)
+
+
+async def _change(
+    change: Callable[[AsyncSession, str], Awaitable[Evaluation]], idempotent: IdempotentRequest, evaluation_id: str
+) -> Response:
     async def act(session: AsyncSession) -> dict[str, Any]:
-        return evaluation_object(await evaluations.cancel(session, evaluation_id))
+        return evaluation_object(await change(session, evaluation_id))
 
     return await idempotent.act(act, changes=evaluation_id)
+
+
+@router.delete("/{evaluation_id}")
+async def delete(idempotent: IdempotentPart, evaluation_id: str) -> Response:
+    """Deletes an evaluation that has ended, with its items and results."""
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        await evaluations.remove(session, evaluation_id)
+        return deleted("evaluation", evaluation_id)
+
+    return await idempotent.act(remove, changes=evaluation_id)
 
 
 After = Annotated[int | None, Query(ge=-1, lt=2**31)]

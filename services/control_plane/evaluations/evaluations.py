@@ -1,22 +1,39 @@
 """Creates evaluations, and makes all changes of them and of their items.
 
 An item is one prompt of an evaluation. Every item passes through the same stages, such as an answer and its score. An
-evaluation is queued, then running, and ends succeeded, failed or cancelled. The results of an item's stage, and the
-counts of the evaluation, change in one transaction, and only if the item still is at that stage and the evaluation
-still runs. So nothing counts twice, even if two control planes work on the evaluation at the same time.
+evaluation is queued, then running, and ends succeeded, failed or cancelled; until then it can be paused, and is queued
+again when it is resumed. The results of an item's stage, and the counts of the evaluation, change in one transaction,
+and only if the item still is at that stage and the evaluation has not ended. So nothing counts twice, even if two
+control planes work on the evaluation at the same time.
 """
 
 import secrets
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, insert, literal, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    TextClause,
+    and_,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.contract import storable
 from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
-from services.control_plane.core.store import hold_lease, now, project_of
+from services.control_plane.core.leases import take
+from services.control_plane.core.store import now, project_of
 from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem, Lease
 from services.control_plane.evaluations.requests import Spec
 from services.control_plane.tenants import projects
@@ -24,12 +41,13 @@ from services.control_plane.tenants import projects
 MOST_LIVE = 100  # evaluations of a project that have not ended
 LEASE = "evaluation "  # the name of an evaluation's lease is this text and the evaluation's id
 LIVE = text(f"state NOT IN {EVALUATION_ENDS}")  # as in the index
+ACTIVE = and_(LIVE, Evaluation.state != "paused")
 CLAIMS = func.pg_try_advisory_xact_lock(func.hashtextextended("claims of evaluations", 0))
 
 
 class Ended(Exception):
-    """Raised if there is no more work to do, because the evaluation has ended or another control plane has done the
-    same work.
+    """Raised if there is no more work to do, because the evaluation has ended or was paused, or another control plane
+    has done the same work.
     """
 
 
@@ -88,19 +106,53 @@ async def cancel(session: AsyncSession, evaluation_id: str) -> Evaluation:
     return await find(session, evaluation_id)
 
 
+async def pause(session: AsyncSession, evaluation_id: str) -> Evaluation:
+    """Pauses the evaluation, and returns it. The results so far are kept.
+
+    Pausing a paused evaluation changes nothing. Raises InvalidRequest if the evaluation has ended.
+    """
+    evaluation = await find(session, evaluation_id)
+    values = {"state": "paused", "waits_for": None}
+    if not await _set(session, evaluation_id, LIVE, values):
+        evaluation = await find(session, evaluation_id)
+        raise InvalidRequest(f"The evaluation {evaluation_id} has already {evaluation.state}; it cannot be paused.")
+    return await find(session, evaluation_id)
+
+
+async def resume(session: AsyncSession, evaluation_id: str) -> Evaluation:
+    """Queues the paused evaluation again, and returns it. Raises InvalidRequest if it is not paused."""
+    evaluation = await find(session, evaluation_id)
+    since = case((Evaluation.progressed_at.is_not(None), func.clock_timestamp()))  # the pause is no standstill
+    values = {"state": "queued", "progressed_at": since}
+    if not await _set(session, evaluation_id, Evaluation.state == "paused", values):
+        message = f"The evaluation {evaluation_id} is {evaluation.state}; only a paused evaluation can be resumed."
+        raise InvalidRequest(message)
+    return await find(session, evaluation_id)
+
+
+async def remove(session: AsyncSession, evaluation_id: str) -> None:
+    """Deletes the evaluation and its items (prompts with results). Raises InvalidRequest if it has not ended."""
+    evaluation = await find(session, evaluation_id)
+    if evaluation.state not in EVALUATION_ENDS:
+        message = f"The evaluation {evaluation_id} is {evaluation.state}; cancel it before you delete it."
+        raise InvalidRequest(message)
+    await session.execute(delete(EvaluationItem).where(EvaluationItem.evaluation_id == evaluation_id))
+    await session.execute(delete(Evaluation).where(Evaluation.id == evaluation_id))
+
+
 # --- the background --------------------------------------------------------------------------
 
 
-async def claim(session: AsyncSession, holder: str, *, most: int, seconds: float) -> Evaluation | None:
-    """Takes the lease of the next evaluation for `holder`, a control plane, for `seconds`. Returns the evaluation.
+async def claim(session: AsyncSession, holder: str, *, most: int) -> Evaluation | None:
+    """Takes the lease of the next evaluation for `holder`, a control plane, and returns the evaluation.
 
-    A lease is the right to work on the evaluation. In each project, only the `most` oldest evaluations that have not
-    ended may run. Projects take turns. Returns None if there is no evaluation to take.
+    A lease is the right to work on the evaluation. In each project, only the `most` oldest evaluations that are neither
+    paused nor ended may run. Projects take turns. Returns None if there is no evaluation to take.
     """
     if not await session.scalar(select(CLAIMS)):
         return None
     row = await session.scalar(_next(most))
-    if row is None or not await hold_lease(session, lease_of(row.id), holder, seconds=seconds):
+    if row is None or not await take(session, lease_of(row.id), holder):
         return None
     begun = func.coalesce(Evaluation.started_at, func.clock_timestamp())
     values = {
@@ -108,7 +160,7 @@ async def claim(session: AsyncSession, holder: str, *, most: int, seconds: float
         "started_at": begun,
         "progressed_at": func.coalesce(Evaluation.progressed_at, func.clock_timestamp()),
     }
-    started = update(Evaluation).where(Evaluation.id == row.id, LIVE).values(**values).returning(Evaluation.id)
+    started = update(Evaluation).where(Evaluation.id == row.id, ACTIVE).values(**values).returning(Evaluation.id)
     if await session.scalar(started) is None:
         return None
     return await find(session, row.id)
@@ -116,7 +168,7 @@ async def claim(session: AsyncSession, holder: str, *, most: int, seconds: float
 
 def _next(most: int) -> Select[Evaluation]:
     place = func.row_number().over(partition_by=Evaluation.project_id, order_by=(Evaluation.created_at, Evaluation.id))
-    live = select(Evaluation.id, place.label("place")).where(LIVE).subquery()
+    live = select(Evaluation.id, place.label("place")).where(ACTIVE).subquery()
     leased = exists().where(Lease.name == literal(LEASE) + Evaluation.id, Lease.expires_at > func.clock_timestamp())
     query = select(Evaluation).join(live, live.c.id == Evaluation.id).where(~leased, live.c.place <= most)
     return query.order_by(live.c.place, Evaluation.created_at, Evaluation.id).limit(1)
@@ -232,7 +284,7 @@ async def _change(session: AsyncSession, item: EvaluationItem, values: dict[str,
 
 async def _count(session: AsyncSession, evaluation: Evaluation, **more: int) -> None:
     values = {name: getattr(Evaluation, name) + number for name, number in more.items()}
-    counted = update(Evaluation).where(Evaluation.id == evaluation.id, Evaluation.state == "running")
+    counted = update(Evaluation).where(Evaluation.id == evaluation.id, LIVE)
     counted = counted.values(**values, progressed_at=func.clock_timestamp(), waits_for=None).returning(Evaluation.id)
     if await session.scalar(counted.execution_options(synchronize_session=False)) is None:
         raise Ended
@@ -282,7 +334,14 @@ async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: 
 
     Returns False, and changes nothing, if the evaluation had ended already.
     """
-    ended = update(Evaluation).where(Evaluation.id == evaluation_id, LIVE)
-    ended = ended.values(state=state, finished_at=func.clock_timestamp(), waits_for=None, **values)
-    statement = ended.returning(Evaluation.id).execution_options(synchronize_session=False)
+    ending = {"state": state, "finished_at": func.clock_timestamp(), "waits_for": None}
+    return await _set(session, evaluation_id, LIVE, ending | values)
+
+
+async def _set(
+    session: AsyncSession, evaluation_id: str, condition: ColumnElement[bool] | TextClause, values: dict[str, Any]
+) -> bool:
+    """Sets columns of the evaluation, if the condition holds for it. Returns whether it holds."""
+    changed = update(Evaluation).where(Evaluation.id == evaluation_id, condition).values(**values)
+    statement = changed.returning(Evaluation.id).execution_options(synchronize_session=False)
     return await session.scalar(statement) is not None

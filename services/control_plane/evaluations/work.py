@@ -14,6 +14,7 @@ from services.control_plane.core.errors import ApiError, NotFound, RateLimited, 
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Evaluation, EvaluationItem
 from services.control_plane.evaluations import evaluations
+from services.control_plane.evaluations.evaluations import Ended
 from services.control_plane.evaluations.kinds import compare, drift, preferences, score
 from services.control_plane.evaluations.kinds.asking import Models
 from services.control_plane.evaluations.kinds.kind import Kind
@@ -64,8 +65,8 @@ class Work:
         """Works on the items (prompts) of the evaluation until each has failed or passed through all stages, and ends
         the evaluation.
 
-        Raises Ended if the evaluation was ended elsewhere, for example cancelled. Raises NotFound if one of its models
-        was deleted.
+        Raises Ended if the evaluation was paused, or ended elsewhere, for example cancelled. Raises NotFound if one of
+        its models was deleted.
         """
         busy: dict[int, asyncio.Task[None]] = {}
         try:
@@ -86,8 +87,9 @@ class Work:
         """Begins to work on further items (prompts) of the evaluation, until ITEMS_AT_ONCE are in `busy`. Returns False
         if no item is left.
 
-        `busy` holds the tasks of items under way, by item number. While the evaluation is paused, begins nothing until
-        the items in `busy` are done and the pause is over.
+        `busy` holds the tasks of items under way, by item number. While the work waits for a model, begins nothing
+        until the items in `busy` are done and the wait is over. Raises Ended if the user has paused the evaluation and
+        nothing is under way.
         """
         if self._pause and not busy:
             await asyncio.sleep(self._pause)
@@ -95,6 +97,10 @@ class Work:
         if self._pause or len(busy) >= ITEMS_AT_ONCE:
             return True
         async with self._store.begin() as session:
+            if not await evaluations.is_running(session, self._evaluation.id):
+                if not busy:
+                    raise Ended
+                return True
             items = await evaluations.next_items(session, self._evaluation, list(busy), ITEMS_AT_ONCE - len(busy))
             is_left = bool(items or busy) or await evaluations.num_waiting(session, self._evaluation) > 0
         for item in items:
@@ -122,7 +128,7 @@ class Work:
             self._num_pauses = 0
 
     async def _wait(self, item: EvaluationItem, error: Unavailable | RateLimited) -> None:
-        """Pauses the evaluation, because a model is not available, or the API key may use no more tokens in this
+        """Lets the evaluation wait, because a model is not available, or the API key may use no more tokens in this
         minute. `item` is the item (prompt) whose work failed with `error`.
 
         If no item has made progress for STALLED_SECONDS, all unfinished items fail.

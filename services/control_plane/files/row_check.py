@@ -1,8 +1,8 @@
 """Checks the rows of training files: small files before the upload is answered, large files in the background.
 
 A large file is stored unchecked. Every control plane looks for unchecked files. To check a file, it takes the file's
-lease, a row in the database that expires if it is not renewed. So no two control planes check a file at the same time,
-and if a control plane dies, another one repeats its check.
+lease. So no two control planes check a file at the same time, and if a control plane dies, another one repeats its
+check.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 from sqlalchemy import Select, exists, func, literal, select, text, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.contract import Reading
-from services.control_plane.core import store
 from services.control_plane.core.errors import InvalidRequest, Unavailable
-from services.control_plane.core.store import Store
+from services.control_plane.core.leases import take
+from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.tables import UNCHECKED, File, Lease, reading_of
 from services.control_plane.core.turns import Turns
 from services.control_plane.files.check_program import check_rows
@@ -36,10 +36,6 @@ log = logging.getLogger(__name__)
 IN_PROCESS_BYTES = 4 * 2**20  # checking this many bytes takes 0.1 s, less than starting a process
 AT_ONCE = 4  # the most processes at the same time, each of 90 MiB, even if there are more cores
 AT_ONCE_BYTES = 512 * 2**20  # checking this many bytes takes 12 s; proxies cut responses off after 60 s
-TICK_SECONDS = 1.0
-BEAT_SECONDS = 2.0
-LEASE_SECONDS = 15.0
-RETRY_SECONDS = 30.0
 GIVEN_UP_AFTER = timedelta(days=1)
 LEASE = "check of "  # the name of a file's lease is this text and the file's id
 
@@ -116,41 +112,19 @@ async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] |
 
 
 class RowChecker:
-    """The background task that checks the rows of large files. Every control plane runs one, which checks one file at a
-    time."""
+    """The background work that checks the rows of large files, one file at a time."""
 
-    def __init__(self, store: Store, *, holder: str) -> None:
-        self._store, self._holder = store, holder
+    at_once = 1
 
-    async def run(self) -> None:
-        """Looks for unchecked files every second and checks them, until cancelled."""
-        while True:
-            try:
-                await self.tick()
-            except (SQLAlchemyError, OSError) as error:
-                log.warning("The database does not answer, so the check of uploaded files is tried again: %s", error)
-            await asyncio.sleep(TICK_SECONDS)
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._num_checked: dict[str, int] = {}  # bytes that were checked so far, by the ids of files under way
 
-    async def tick(self) -> None:
-        """Checks one unchecked file, if there is one that no other control plane is checking."""
-        async with self._store.begin() as session:
-            row = await self._claim(session)
-        if row is None:
-            return
-        failed = False
-        try:
-            await self._check(row)
-        except Exception as error:  # an error with one file must not stop the checks of others
-            log.warning("The check of an uploaded file failed and is tried again in %d s: %r", RETRY_SECONDS, error)
-            failed = True
-        finally:
-            async with self._store.begin() as session:
-                await store.release_lease(session, _lease(row), self._holder)
-                if failed:
-                    await store.hold_lease(session, _lease(row), "nobody", seconds=RETRY_SECONDS)
+    def lease_of(self, row: File) -> str:
+        return f"{LEASE}{row.id}"
 
-    async def _claim(self, session: AsyncSession) -> File | None:
-        """Takes the lease of an unchecked file, which gives this control plane the right to check it. Returns the
+    async def claim(self, session: AsyncSession, holder: str) -> File | None:
+        """Takes the lease of an unchecked file for `holder`, which gives it the right to check the file. Returns the
         file's row.
 
         Returns None if every unchecked file is taken. Also marks files as refused whose check has not succeeded for a
@@ -162,53 +136,50 @@ class RowChecker:
             .values(refusal="The service could not check the file's rows for a day; upload the file again.")
         )
         for row in await session.scalars(_next(20)):
-            if await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS):
+            if await take(session, self.lease_of(row), holder):
                 return row
         return None
 
-    async def _check(self, row: File) -> None:
-        """Checks the file's rows, and stores the result. Meanwhile renews the file's lease, the right to check it."""
-        num_checked = 0
+    async def work(self, row: File) -> None:
+        """Checks the file's rows, and stores the result."""
 
         def tell(num_bytes: int) -> None:
-            nonlocal num_checked
-            num_checked = num_bytes
+            self._num_checked[row.id] = num_bytes
 
-        checking = asyncio.create_task(_run_check(row.uri, row.num_bytes, reading_of(row), row.project_id, tell))
         try:
-            while not (await asyncio.wait({checking}, timeout=BEAT_SECONDS))[0]:
-                if not await self._beat(row, num_checked):
-                    return
-            await self._conclude(row, **await checking)
+            outcome = await _run_check(row.uri, row.num_bytes, reading_of(row), row.project_id, tell)
         finally:
-            checking.cancel()
-            await asyncio.gather(checking, return_exceptions=True)
+            self._num_checked.pop(row.id, None)
+        await self._conclude(row, **outcome)
+
+    async def goes_on(self, session: AsyncSession, row: File) -> bool:
+        """Stores how many bytes of the file have been checked. Returns False if the file was deleted meanwhile."""
+        return await _write(session, row, num_checked=self._num_checked.get(row.id, 0))
+
+    async def interrupted(self, session: AsyncSession, row: File, error: Exception) -> None:
+        """Does nothing: `claim` refuses the file after a day."""
 
     async def _conclude(self, row: File, **outcome: Any) -> None:
         try:
-            await self._write(row, **outcome, num_checked=row.num_bytes)
+            async with self._store.begin() as session:
+                await _write(session, row, **outcome, num_checked=row.num_bytes)
         except DBAPIError as error:
-            if not store.refuses_value(error):
+            if not refuses_value(error):
                 raise
             refusal = (
                 "The report on the file's rows cannot be stored, because the file has NUL characters or the like; "
                 "remove them."
             )
-            await self._write(row, refusal=refusal, num_checked=row.num_bytes)
+            async with self._store.begin() as session:
+                await _write(session, row, refusal=refusal, num_checked=row.num_bytes)
 
-    async def _beat(self, row: File, num_checked: int) -> bool:
-        """Renews this control plane's lease (its right to check the file), and stores how many bytes have been checked.
 
-        Returns False if the lease was lost, or the file was deleted; the check must then stop.
-        """
-        async with self._store.begin() as session:
-            held = await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS)
-        return held and await self._write(row, num_checked=num_checked)
-
-    async def _write(self, row: File, **values: Any) -> bool:
-        async with self._store.begin() as session:
-            statement = update(File).where(text(UNCHECKED), File.id == row.id).values(**values).returning(File.id)
-            return await session.scalar(statement) is not None
+async def _write(session: AsyncSession, row: File, **values: Any) -> bool:
+    """Sets columns of a file that is not checked yet. Returns False, and changes nothing, if it was checked or
+    deleted.
+    """
+    statement = update(File).where(text(UNCHECKED), File.id == row.id).values(**values).returning(File.id)
+    return await session.scalar(statement) is not None
 
 
 def _next(most: int) -> Select[File]:
@@ -223,7 +194,3 @@ def _next(most: int) -> Select[File]:
     leased = exists().where(Lease.name == literal(LEASE) + File.id, Lease.expires_at > func.clock_timestamp())
     query = select(File).join(unchecked, unchecked.c.id == File.id).where(~leased)
     return query.order_by(unchecked.c.place, File.created_at, File.id).limit(most)
-
-
-def _lease(row: File) -> str:
-    return f"{LEASE}{row.id}"

@@ -61,6 +61,16 @@ def test_two_models_are_compared_on_a_file_and_the_results_printed(raydpo: Calla
     table = list(csv.DictReader(io.StringIO(raydpo("items", evaluation_id, "--format", "csv"))))
     assert [row["found.outcome"] for row in table] == ["win"] * 4
     assert "has already succeeded" in raydpo("cancel", evaluation_id, status=1)
+    assert raydpo("delete", evaluation_id) == f"deleted {evaluation_id}\n"
+
+
+def test_an_evaluation_is_paused_and_resumed(raydpo: Callable[..., str], file: str, engines: Engines) -> None:  # noqa: F811
+    engines.delay = 0.2
+    evaluation_id = raydpo("create", "score", "--model", POLICY, "--judge", "length", "--file", file).strip()
+    assert raydpo("pause", evaluation_id) == f"paused {evaluation_id}\n"
+    assert "paused" in raydpo("show", evaluation_id)
+    assert raydpo("resume", evaluation_id) == f"resumed {evaluation_id}\n"
+    assert "only a paused evaluation can be resumed" in raydpo("resume", evaluation_id, status=1)
 
 
 @pytest.mark.parametrize(("judge", "value"), [("length", "3"), ("exact", "0"), ("regex:[13]$", "0.5")])

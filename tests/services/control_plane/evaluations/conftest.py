@@ -15,7 +15,8 @@ import pytest
 from dpo_core.config import TrainConfig
 from dpo_core.options import Dpo
 from services.contract import JobSpec
-from services.control_plane.evaluations import runner, work
+from services.control_plane.core import leases
+from services.control_plane.evaluations import work
 from services.control_plane.settings import BaseModel, Settings
 from tests.services.control_plane.conftest import FakeRay
 
@@ -139,7 +140,7 @@ def settings(offline: Settings, fake_ray: FakeRay, engines: Engines) -> Iterator
     }
     models = {name: BaseModel(source=f"/nowhere/{name}") for name in ("tiny", "fair", "first")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "TICK_SECONDS", 0.05)
+        patch.setattr(leases, "TICK_SECONDS", 0.05)
         patch.setattr(work, "LOOK_SECONDS", 0.05)
         patch.setattr(work, "RETRY_SECONDS", 0.05)
         patch.setattr(work, "PAUSE_SECONDS", 0.1)

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import time
 from typing import Any
 
 import httpx
 import psycopg
 import pytest
 
-from services.control_plane.evaluations import evaluations
+from services.control_plane.evaluations import evaluations, work
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, new_project
 from tests.services.control_plane.evaluations.conftest import (
@@ -149,6 +150,44 @@ def test_a_cancelled_evaluation_keeps_what_was_found_and_ends_once(api: httpx.Cl
     assert (again.status_code, "already cancelled" in again.text) == (400, True)
     answers = [item["found"] for item in api.get(f"/x/evaluations/{made['id']}/items").json()["data"]]
     assert any("answer" in found for found in answers)
+
+
+def test_a_paused_evaluation_asks_nothing_and_goes_on_where_it_was(api: httpx.Client, engines: Engines) -> None:
+    engines.delay = 0.02
+    made, route = created(api, **SCORE | {"rows": chats(60)}), "/x/evaluations/{evaluation_id}"
+    until(lambda: api.get(f"/x/evaluations/{made['id']}").json()["progress"] > 0.1)
+    paused = check("post", f"{route}/pause", api.post(f"/x/evaluations/{made['id']}/pause"))
+    assert (paused["status"], paused["waits_for"]) == ("paused", None)
+    assert api.post(f"/x/evaluations/{made['id']}/pause").json()["status"] == "paused"
+    assert until(lambda: quiet(engines), seconds=120) < 60
+    check("post", f"{route}/resume", api.post(f"/x/evaluations/{made['id']}/resume"))
+    found = ended(api, made["id"])
+    assert (found["status"], found["num_completed"]) == ("succeeded", 60)
+    assert len(engines.asked) <= 60 + 2 * work.ITEMS_AT_ONCE  # those that were on their way
+    for wish in ("pause", "resume"):
+        refused = api.post(f"/x/evaluations/{made['id']}/{wish}")
+        assert (refused.status_code, "succeeded" in refused.text) == (400, True)
+
+
+def quiet(engines: Engines) -> int:
+    """Returns how often the engines were asked, if they were not asked for a second; else 0."""
+    before = len(engines.asked)
+    time.sleep(1)
+    return before if len(engines.asked) == before else 0
+
+
+def test_a_deleted_evaluation_is_gone_with_its_items(api: httpx.Client, engines: Engines, settings: Settings) -> None:
+    engines.delay = 0.2
+    made = created(api, **SCORE)
+    refused = api.delete(f"/x/evaluations/{made['id']}")
+    assert (refused.status_code, "cancel it before" in refused.text) == (400, True)
+    ended(api, made["id"])
+    deleted = api.delete(f"/x/evaluations/{made['id']}").json()
+    assert deleted == {"id": made["id"], "object": "evaluation", "deleted": True}
+    assert api.get(f"/x/evaluations/{made['id']}").status_code == 404
+    with psycopg.connect(settings.database_url) as connection:
+        query = "SELECT count(*) FROM evaluation_items WHERE evaluation_id = %s"
+        assert connection.execute(query, (made["id"],)).fetchone() == (0,)
 
 
 def test_a_project_has_only_so_many_evaluations_at_once(

@@ -38,7 +38,7 @@ def test_of_each_project_only_the_oldest_evaluations_are_claimed_and_projects_ta
             found = []
             for _ in range(5):
                 async with store.begin() as session:
-                    claimed = await evaluations.claim(session, "test", most=2, seconds=60)
+                    claimed = await evaluations.claim(session, "test", most=2)
                     found.append(claimed and claimed.id)
             return found
         finally:

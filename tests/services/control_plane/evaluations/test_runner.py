@@ -7,8 +7,9 @@ import httpx
 import psycopg
 import pytest
 
+from services.control_plane.core import leases
 from services.control_plane.core.store import migrate
-from services.control_plane.evaluations import work
+from services.control_plane.evaluations import runner, work
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, serving
 from tests.services.control_plane.evaluations.conftest import POLICY, Engines, add_policy, chats, created, ended, until
@@ -33,6 +34,32 @@ def test_a_model_that_is_deleted_meanwhile_ends_the_evaluation(
             connection.execute("UPDATE models SET deleted_at = NULL")
     assert (found["status"], found["error"]["code"]) == ("failed", "model_not_found")
     assert POLICY in found["error"]["message"]
+
+
+def unreadable(*_: object) -> object:
+    raise KeyError("unforeseen")
+
+
+def test_an_unexpected_error_is_told_and_tried_again(
+    api: httpx.Client, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RETRY_SECONDS", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "kind_of", unreadable)
+        made = created(api, **SCORE)
+        told = until(lambda: api.get(f"/x/evaluations/{made['id']}").json()["waits_for"])
+        assert "because of an error of its own (KeyError)" in told
+    found = ended(api, made["id"])
+    assert (found["status"], found["num_completed"], found["waits_for"]) == ("succeeded", 3, None)
+
+
+def test_an_error_that_lasts_a_day_ends_the_evaluation(api: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(work, "STALLED_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "kind_of", unreadable)
+    found = ended(api, created(api, **SCORE)["id"])
+    assert (found["status"], found["error"]["code"]) == ("failed", "evaluation_stalled")
+    assert "(KeyError)" in found["error"]["message"]
 
 
 def test_a_key_with_a_limit_of_tokens_does_not_exceed_it(

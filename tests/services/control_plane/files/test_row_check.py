@@ -16,6 +16,8 @@ import psycopg
 import pyarrow as pa
 import pytest
 
+from services.control_plane.core import leases
+from services.control_plane.core.leases import Leaseholder
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.files import row_check
 from services.control_plane.settings import Settings
@@ -129,9 +131,9 @@ def test_projects_take_turns_with_their_checks_and_those_put_off_keep_nobody_wai
     async def looked_at(count: int) -> list[str]:
         """Runs `count` ticks of the checker, and returns the files whose checks were begun, in order."""
         opened, told = Store(offline.database_url), list[str]()
-        row_checker = row_check.RowChecker(opened, holder="a test")
+        row_checker = Leaseholder(opened, row_check.RowChecker(opened), holder="a test")
         for _ in range(count):
-            await row_checker.tick()
+            await row_checker.run_once()
             with psycopg.connect(offline.database_url) as rows:
                 names = rows.execute("SELECT right(name, 8) FROM leases WHERE name LIKE 'check of %'").fetchall()
             (new,) = {str(name) for (name,) in names} - set(told)
@@ -148,11 +150,11 @@ def test_projects_take_turns_with_their_checks_and_those_put_off_keep_nobody_wai
 def test_a_check_against_a_model_of_a_file_that_is_not_checked_is_told_how_far_that_is(
     api: httpx.Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def nothing(self: Any) -> None:
+    async def nothing(*_: Any) -> None:
         return None
 
-    monkeypatch.setattr(row_check.RowChecker, "tick", nothing)
-    time.sleep(row_check.TICK_SECONDS)
+    monkeypatch.setattr(row_check.RowChecker, "claim", nothing)
+    time.sleep(leases.TICK_SECONDS)
     unchecked(settings, "proj_other", "file-of-another")
     unchecked(settings, "proj_default", "file-first", "file-second", "file-third")
 
@@ -189,13 +191,13 @@ def test_what_a_check_found_and_the_database_refuses_is_a_refusal_of_the_file(
 
 ENDING = """
 import asyncio
-from services.control_plane.files.row_check import RowChecker
+from services.control_plane.core.leases import Leaseholder
 
 async def ends(self):
     await asyncio.sleep(1)
     raise RuntimeError("unforeseen")
 
-RowChecker.run = ends
+Leaseholder.run = ends
 """
 
 

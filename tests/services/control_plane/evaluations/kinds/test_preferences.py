@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from services.control_plane.evaluations import runner, work
+from services.control_plane.core import leases
+from services.control_plane.evaluations import work
 from services.control_plane.evaluations.kinds.preferences import ranked
 from tests.services.control_plane.evaluations.conftest import results
 from tests.services.control_plane.rewards.conftest import BETA, models, rows, settings  # noqa: F401  # fixtures
@@ -25,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("rows", "quick")]
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "TICK_SECONDS", 0.05)
+        patch.setattr(leases, "TICK_SECONDS", 0.05)
         patch.setattr(work, "LOOK_SECONDS", 0.05)
         yield
 

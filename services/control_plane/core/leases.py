@@ -1,0 +1,139 @@
+"""Runs work in the background that only one control plane may do at a time.
+
+To do a piece of work, such as a check of a file, a control plane takes its lease: a row in the database that expires if
+it is not renewed. If a control plane dies, its leases expire, and another control plane repeats or continues the work.
+"""
+
+import asyncio
+import logging
+from typing import Generic, Protocol, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.store import Store, hold_lease, release_lease
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0  # how often a control plane looks for work
+BEAT_SECONDS = 2.0  # how often it renews its leases
+LEASE_SECONDS = 15.0
+RETRY_SECONDS = 30.0  # after an error that nobody expected
+NOBODY = "nobody"  # holds the lease of work that is tried again later
+
+Piece = TypeVar("Piece")
+
+
+class LeasedWork(Protocol[Piece]):
+    """A kind of background work that comes in pieces, each of which has a lease. A piece is, for example, a file to
+    check.
+    """
+
+    @property
+    def at_once(self) -> int:
+        """Returns the most pieces on which one control plane works at the same time."""
+
+    def lease_of(self, piece: Piece) -> str:
+        """Returns the name of the piece's lease."""
+
+    async def claim(self, session: AsyncSession, holder: str) -> Piece | None:
+        """Takes the lease of the next piece for `holder`, with `take`, and returns the piece. Returns None if there is
+        nothing to do.
+        """
+
+    async def work(self, piece: Piece) -> None:
+        """Does the piece's work, or what is left of it. May be cancelled at any time."""
+
+    async def goes_on(self, session: AsyncSession, piece: Piece) -> bool:
+        """Whether the work on the piece should go on. Called every few seconds while the work is under way."""
+
+    async def interrupted(self, session: AsyncSession, piece: Piece, error: Exception) -> None:
+        """Records that the work on the piece failed with an error that nobody expected. It is tried again after
+        RETRY_SECONDS.
+        """
+
+
+async def take(session: AsyncSession, name: str, holder: str) -> bool:
+    """Takes or renews the lease `name` for `holder`, and returns whether `holder` has it now."""
+    return await hold_lease(session, name, holder, seconds=LEASE_SECONDS)
+
+
+class Leaseholder(Generic[Piece]):
+    """Does one kind of work, on behalf of the control plane with the name `holder`."""
+
+    def __init__(self, store: Store, kind: LeasedWork[Piece], *, holder: str) -> None:
+        self._store, self._kind, self._holder = store, kind, holder
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Looks for pieces of work every second and works on them, until cancelled."""
+        try:
+            while True:
+                try:
+                    while len(self._running) < self._kind.at_once and (piece := await self._claim()) is not None:
+                        task = asyncio.create_task(self._hold(piece), name=self._kind.lease_of(piece))
+                        self._running.add(task)
+                        task.add_done_callback(self._running.discard)
+                except (SQLAlchemyError, OSError) as error:
+                    log.warning("The database does not answer, so work in the background waits: %s", error)
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def run_once(self) -> None:
+        """Does one piece of work, if there is one."""
+        if (piece := await self._claim()) is not None:
+            await self._hold(piece)
+
+    async def _claim(self) -> Piece | None:
+        async with self._store.begin() as session:
+            return await self._kind.claim(session, self._holder)
+
+    async def _hold(self, piece: Piece) -> None:
+        """Works on the piece while this control plane holds its lease, and gives the lease up afterwards."""
+        failure: Exception | None = None
+        work, beat = asyncio.create_task(self._kind.work(piece)), asyncio.create_task(self._beat(piece))
+        try:
+            await asyncio.wait((work, beat), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        except Exception as error:  # an error with one piece must not stop the others
+            what = self._kind.lease_of(piece)
+            log.warning("The work '%s' failed and is tried again in %d s", what, RETRY_SECONDS, exc_info=error)
+            failure = error
+        finally:
+            work.cancel()
+            beat.cancel()
+            await asyncio.gather(work, beat, return_exceptions=True)
+            await self._give_up(piece, failure)
+
+    async def _beat(self, piece: Piece) -> None:
+        """Renews the lease of the piece every few seconds. Returns when the lease was lost, or the work should not go
+        on.
+        """
+        is_held, name = True, self._kind.lease_of(piece)
+        while is_held:
+            await asyncio.sleep(BEAT_SECONDS)
+            try:
+                async with self._store.begin() as session:
+                    is_held = await take(session, name, self._holder) and await self._kind.goes_on(session, piece)
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("The lease '%s' could not be renewed: %s", name, error)
+
+    async def _give_up(self, piece: Piece, failure: Exception | None) -> None:
+        """Gives up the lease of the piece, so that any control plane can take it: at once or, after a failure, when
+        RETRY_SECONDS have passed.
+        """
+        name = self._kind.lease_of(piece)
+        try:
+            async with self._store.begin() as session:
+                await release_lease(session, name, self._holder)
+                if failure is not None:
+                    await hold_lease(session, name, NOBODY, seconds=RETRY_SECONDS)
+            if failure is not None:
+                async with self._store.begin() as session:
+                    await self._kind.interrupted(session, piece, failure)
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("The lease '%s' could not be given up and ends by itself: %s", name, error)
