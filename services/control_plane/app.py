@@ -53,6 +53,7 @@ from services.control_plane.models import sharing_api
 from services.control_plane.models.deployments import api as deployments_api
 from services.control_plane.models.deployments.recent import RecentModels
 from services.control_plane.page import api as page_api
+from services.control_plane.page import sign_in_api
 from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams
 from services.control_plane.ray_api import RayApi
@@ -95,6 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for routes in (*owned, api_keys, tenants_api, audit_api, usage_api, unsupported):
         app.include_router(routes.router, prefix="/v1", dependencies=checks)
+    app.include_router(sign_in_api.router, prefix="/v1", dependencies=[Depends(check_query)])
     app.include_router(attempts_api.router)
     app.include_router(health.router)
     app.include_router(metrics.router)

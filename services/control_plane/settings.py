@@ -56,6 +56,18 @@ class BaseModel(pydantic.BaseModel):
     deployment: DeploymentSettings = DeploymentSettings()  # how it is served; models trained from it inherit most
 
 
+Scope = Literal["read", "write", "inference", "admin"]  # a kind of permission
+
+
+class Role(pydantic.BaseModel):
+    """What a person may do whose OpenID Connect token has the value `value` in the claim `oidc_roles_claim`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    value: str
+    project: str
+    scopes: list[Scope] = Field(min_length=1)
+
+
 class DeploymentLimits(pydantic.BaseModel):
     """The limits on how a project may serve the models that it trained."""
 
@@ -143,7 +155,25 @@ class Settings(BaseSettings):
         "only API keys are accepted.",
     )
     oidc_audience: str | None = Field(
-        default=None, description="Audience that an OpenID Connect token must name. Set it together with `oidc_issuer`."
+        default=None,
+        description="Audience that OpenID Connect tokens of programs must name. `oidc_issuer` needs this setting, "
+        "`oidc_client_id` or both.",
+    )
+    oidc_client_id: str | None = Field(
+        default=None,
+        description="Id of the web page as a client of `oidc_issuer`. If set, people can sign in to the page at the "
+        "issuer, and the issuer's ID tokens for this client are accepted. If unset, people sign in with an API key.",
+    )
+    oidc_client_secret: SecretStr | None = Field(
+        default=None,
+        description="Secret of the client `oidc_client_id`, if the issuer wants one. Only the service sends it, never "
+        "the page.",
+    )
+    oidc_requested_scopes: str = Field(
+        default="openid profile",
+        pattern=r"(^| )openid( |$)",
+        description="OAuth scopes that the page asks the issuer for, with spaces between them. Some issuers tell "
+        "groups only for `groups`, and renew a sign-in only for `offline_access`.",
     )
     oidc_project_claim: str = Field(
         default="project", description="Name of the claim that holds the project's id in an OpenID Connect token."
@@ -152,6 +182,17 @@ class Settings(BaseSettings):
         default="scope",
         description="Name of the claim that holds the scopes in an OpenID Connect token: a list of strings, or "
         "one string with spaces between the scopes.",
+    )
+    oidc_roles_claim: str = Field(
+        default="groups",
+        description="Name of the claim whose values `oidc_roles` maps: a list of strings, or one string.",
+    )
+    oidc_roles: list[Role] = Field(
+        default_factory=list,
+        description="What people and programs with an OpenID Connect token may do, by the values of the claim "
+        '`oidc_roles_claim`: tables such as `{value = "ml-team", project = "proj_default", scopes = ["read"]}`. The '
+        "first one whose value a token has decides the project; scopes of later ones with the same project are added. "
+        "If set, `oidc_project_claim` and `oidc_scopes_claim` are not read.",
     )
     requests_per_minute: int | None = Field(
         default=None,
@@ -293,9 +334,13 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
-    def _issuer_has_audience(self) -> Self:
-        if (self.oidc_issuer is None) != (self.oidc_audience is None):
-            raise ValueError("oidc_issuer and oidc_audience go together; set both, or neither")
+    def _issuer_is_whole(self) -> Self:
+        if self.oidc_issuer is not None and not self.oidc_audiences:
+            raise ValueError("oidc_issuer needs oidc_audience, oidc_client_id or both; set one of them")
+        if self.oidc_issuer is None and (self.oidc_audiences or self.oidc_roles):
+            raise ValueError("oidc_audience, oidc_client_id and oidc_roles need oidc_issuer; set it, or unset them")
+        if self.oidc_client_secret is not None and self.oidc_client_id is None:
+            raise ValueError("oidc_client_secret needs oidc_client_id; set both, or neither")
         return self
 
     @model_validator(mode="after")
@@ -311,6 +356,11 @@ class Settings(BaseSettings):
                 "one fewer than max_loaded_models; unpin a model, or raise max_loaded_models"
             )
         return self
+
+    @property
+    def oidc_audiences(self) -> list[str]:
+        """Returns the audiences of which an OpenID Connect token must name one."""
+        return [name for name in (self.oidc_audience, self.oidc_client_id) if name is not None]
 
     def num_gpus_of(self, own: DeploymentSettings) -> float:
         """Returns the number of GPUs for each replica of a model that is served with the settings `own`."""

@@ -139,6 +139,7 @@ def test_the_chart_takes_the_settings_that_it_does_not_make_itself(chart: helm_p
         "advertised_url",
         "models",
         "max_cluster",
+        "oidc_client_secret",  # a Secret that `pod.extraEnv` names
     }
     found = {"ray_url", "ray_token", "serve_url"}
     assert set(schema["properties"]["settings"]["properties"]) == set(Settings.model_fields) - made - found

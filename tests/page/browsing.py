@@ -19,7 +19,7 @@ expect.set_options(timeout=120_000)  # a guard against hanging, on a machine tha
 
 def sign_in(page: Page, key: str = API_KEY) -> None:
     page.get_by_label("API key").fill(key)
-    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("button", name="Sign in", exact=True).click()
 
 
 def look_at(page: Page, name: str) -> None:

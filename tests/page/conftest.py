@@ -114,6 +114,10 @@ class Service:
     def __init__(self, plane: Plane, ray: PageRay, engine: Engine, storage_url: str) -> None:
         self.plane, self.ray, self.engine, self.url, self.storage_url = plane, ray, engine, plane.url, storage_url
 
+    def logged(self) -> str:
+        """Returns all that the service has printed, and its log, which has a line for each request."""
+        return self.plane.log.read_text() + self.plane.log.with_name("raydpo.log").read_text()
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -129,7 +133,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def service(browser: Browser, database_url: str) -> Iterator[Service]:
+def more_settings() -> dict[str, str]:
+    """Environment variables of the service that a module of tests needs besides the usual ones."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def service(browser: Browser, database_url: str, more_settings: dict[str, str]) -> Iterator[Service]:
     ray = PageRay(step_seconds=0.05, dying=0, steps=80)
     ray.machines = [{"mem": [16 * 2**30, 8 * 2**30, 0.0, 0], "gpus": []}]
     migrate(database_url)
@@ -142,7 +152,7 @@ def service(browser: Browser, database_url: str) -> Iterator[Service]:
             "RAYDPO_MODELS": json.dumps({"small": str(small), "polite": "/nowhere/polite"}),
             "RAYDPO_SERVE_URL": engine.url,
             "RAYDPO_MAX_RUNNING_JOBS": "2",
-        }
+        } | more_settings
         plane = Plane(Path(folder) / "home", settings, f"http://127.0.0.1:{ray.server.server_port}")
         plane.start()
         plane.wait()

@@ -1,7 +1,6 @@
 /** Asks a model, and yields its answer as it is written. */
 
-import { key } from "../parts/session/session";
-import { Failure } from "./client";
+import { bearer, Failure } from "./client";
 import { framesOf } from "./frames";
 
 export interface Question {
@@ -57,7 +56,7 @@ export async function* ask(
   };
   const answer = await fetch(form === "messages" ? "/v1/chat/completions" : "/v1/completions", {
     method: "POST",
-    headers: { authorization: `Bearer ${key.value}`, "content-type": "application/json" },
+    headers: { authorization: await bearer(), "content-type": "application/json" },
     body: JSON.stringify(body),
     signal,
   });

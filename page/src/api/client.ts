@@ -2,7 +2,7 @@
 
 import createClient from "openapi-fetch";
 import type { components, paths } from "./schema";
-import { key } from "../parts/session/session";
+import { forget, remember, session, type Session } from "../parts/session/session";
 
 type Documents = components["schemas"];
 export type Job = Documents["JobDocument"];
@@ -28,13 +28,44 @@ export type Method = Documents["MethodDocument"];
 export type Option = Documents["OptionDocument"];
 export type Plan = Documents["PlanDocument"];
 
+type Token = Documents["TokenDocument"];
+
+/** For the routes that need no token. */
+export const open = createClient<paths>({ baseUrl: location.origin });
+
 export const api = createClient<paths>({ baseUrl: location.origin });
 api.use({
-  onRequest({ request }) {
-    request.headers.set("authorization", `Bearer ${key.value}`);
+  async onRequest({ request }) {
+    request.headers.set("authorization", await bearer());
     return request;
   },
 });
+
+const RENEWED_SECONDS = 30; // a token is replaced when it is valid for less than this
+let renewing: Promise<void> | undefined; // requests that come meanwhile wait for it
+
+/** Returns the header `Authorization` of the next request. A token that is about to expire is replaced before that. */
+export async function bearer(): Promise<string> {
+  const issued = session.value?.issued;
+  if (issued?.refreshToken && issued.expiresAt - Date.now() / 1000 < RENEWED_SECONDS) {
+    renewing ??= renew(issued.refreshToken).finally(() => (renewing = undefined));
+    await renewing;
+  }
+  return `Bearer ${session.value?.token ?? ""}`;
+}
+
+async function renew(refreshToken: string) {
+  try {
+    remember(sessionOf(await ask(open.POST("/v1/x/sign-in/refresh", { body: { refresh_token: refreshToken } }))));
+  } catch (error) {
+    if (error instanceof Failure && error.status === 401) forget({ byItself: true });
+    throw error;
+  }
+}
+
+export function sessionOf({ token, name, expires_at, refresh_token }: Token): Session {
+  return { token, issued: { name, expiresAt: expires_at, refreshToken: refresh_token } };
+}
 
 /** Why a request failed, in the words of the service, or in our own if it did not answer. */
 export class Failure extends Error {

@@ -1,7 +1,6 @@
 /** Follows the events of a job. A connection that is lost is made again after the last event that came. */
 
-import { key } from "../parts/session/session";
-import { Failure, type Job, type JobEvent } from "./client";
+import { bearer, Failure, type Job, type JobEvent } from "./client";
 import { framesOf, type Frame } from "./frames";
 
 export interface Progress {
@@ -52,7 +51,7 @@ async function* frames(
 ): AsyncGenerator<Frame> {
   const silence = new AbortController();
   let timer = setTimeout(() => silence.abort(), SILENCE_MS);
-  const headers = { authorization: `Bearer ${key.value}`, ...(place && { "last-event-id": place }) };
+  const headers = { authorization: await bearer(), ...(place && { "last-event-id": place }) };
   const signal = AbortSignal.any([leaving, silence.signal]);
   try {
     const answer = await fetch(`/v1/x/jobs/${encodeURIComponent(jobId)}/stream`, { headers, signal });

@@ -1,6 +1,6 @@
 import type { JSX } from "preact";
 import { useEffect } from "preact/hooks";
-import { forget, key } from "../parts/session/session";
+import { forget, isSignedIn, session } from "../parts/session/session";
 import { href, route } from "../parts/route/route";
 import { SignIn } from "../views/sign-in/sign-in";
 import { Jobs } from "../views/jobs/jobs";
@@ -37,11 +37,11 @@ function showJobs(id?: string) {
 export function App() {
   const [name = "jobs", ...rest] = route.value.path;
   const view = VIEWS.find((each) => each.name === name);
-  const title = key.value ? (view?.title ?? "Not found") : "Sign in";
+  const title = isSignedIn.value ? (view?.title ?? "Not found") : "Sign in";
   useEffect(() => {
     document.title = `${[rest[0], title].filter(Boolean).join(" · ")} · raydpo`;
   }, [title, rest[0]]);
-  if (!key.value) return <SignIn />;
+  if (!isSignedIn.value) return <SignIn />;
   return (
     <>
       <a class="skip" href="#main" onClick={toMain}>
@@ -58,7 +58,8 @@ export function App() {
             </a>
           ))}
         </nav>
-        <button class="quiet" onClick={forget}>
+        {session.value?.issued && <span class="who">{session.value.issued.name}</span>}
+        <button class="quiet" onClick={() => forget()}>
           Sign out
         </button>
       </header>

@@ -21,6 +21,7 @@ from services.control_plane.core.tables import Project
 from services.control_plane.settings import Settings
 
 if TYPE_CHECKING:
+    from services.control_plane.auth.code_flow import CodeFlow
     from services.control_plane.auth.oidc import Issuer
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Authentication:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
         self._issuer = _issuer(settings) if settings.oidc_issuer else None
+        self.code_flow = _code_flow(self._issuer, settings) if self._issuer and settings.oidc_client_id else None
         self._known: TTLCache[str, Caller] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
         self._unknown: TTLCache[str, bool] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
         self._keys = Batcher(self._look_up)
@@ -86,8 +88,8 @@ class Authentication:
             living = select(Project.id).where(Project.id == caller.project_id, Project.archived_at.is_(None))
             if await session.scalar(living) is None:
                 message = (
-                    f"The token names the project '{caller.project_id}', which does not exist or is archived; "
-                    "use another token."
+                    f"The token's claim '{caller.project_claim}' leads to the project '{caller.project_id}', which "
+                    "does not exist or is archived; ask the service's operator."
                 )
                 raise Unauthorized(message, code="invalid_api_key")
         return caller
@@ -123,3 +125,9 @@ def _issuer(settings: Settings) -> "Issuer":
     from services.control_plane.auth.oidc import Issuer  # the import of its cryptography takes a tenth of a start
 
     return Issuer(settings)
+
+
+def _code_flow(issuer: "Issuer", settings: Settings) -> "CodeFlow":
+    from services.control_plane.auth.code_flow import CodeFlow
+
+    return CodeFlow(issuer, settings)

@@ -8,15 +8,15 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, get_args
+from typing import get_args
 
 from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.tables import DEFAULT_PROJECT, Key, Project
+from services.control_plane.settings import Scope
 
-Scope = Literal["read", "write", "inference", "admin"]
 MAX_KEYS = 100  # the most valid keys that a project's own admin may create; each key has its own requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
@@ -27,6 +27,8 @@ class Caller:
     request.
 
     If `requests_per_minute` or `tokens_per_minute` is None, the setting of the same name limits the caller.
+    `project_claim` and `scopes_claim` are the names of the token's claims that decided the project and the scopes; None
+    for an API key.
     """
 
     key_id: str
@@ -34,6 +36,8 @@ class Caller:
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    project_claim: str | None = None
+    scopes_claim: str | None = None
 
     @property
     def manages_all(self) -> bool:

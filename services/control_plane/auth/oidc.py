@@ -7,12 +7,13 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import httpx
 import jwt
 
-from services.control_plane.auth.keys import Caller, Scope, known
+from services.control_plane.auth.keys import Caller, known
 from services.control_plane.core.errors import Unauthorized, Unavailable
 from services.control_plane.settings import Settings
 
@@ -33,7 +34,8 @@ class Issuer:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._http = httpx.AsyncClient(timeout=5)
+        self.http = httpx.AsyncClient(timeout=5)
+        self._about: Mapping[str, Any] = {}
         self._keys: dict[str, jwt.PyJWK] = {}
         self._fetched_at = self._asked_at = -math.inf
         self._asking = asyncio.Lock()
@@ -44,34 +46,47 @@ class Issuer:
         return text.count(".") == 2
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self.http.aclose()
 
     async def caller(self, token: str) -> Caller:
         """Checks a JWT, and returns the caller that it names. Does not check that the caller's project exists.
 
         Raises Unauthorized if the token is not valid, and Unavailable if the issuer does not answer.
         """
+        claims = await self.claims(token, self._settings.oidc_audiences)
+        return self._caller_by_role(claims) if self._settings.oidc_roles else self._caller_by_claims(claims)
+
+    async def claims(self, token: str, audiences: Collection[str]) -> dict[str, Any]:
+        """Checks a JWT, which must name one of the audiences, and returns its claims.
+
+        Raises Unauthorized if the token is not valid, and Unavailable if the issuer does not answer.
+        """
         try:
-            claims = await self._claims(token)
+            header = jwt.get_unverified_header(token)
+            return jwt.decode(
+                token,
+                await self._key(str(header.get("kid"))),
+                algorithms=ALGORITHMS,
+                audience=audiences,
+                issuer=self._settings.oidc_issuer,
+                leeway=LEEWAY_SECONDS,
+                options={"require": REQUIRED},
+            )
         except jwt.PyJWTError as error:
             raise Unauthorized(
-                f"The token in the header `Authorization` is not accepted: {error}. "
-                "Send a new token from the issuer, or an API key.",
+                f"The token is not accepted: {error}. Send a new token from the issuer, or an API key.",
                 code="invalid_api_key",
             ) from None
-        return Caller(f"oidc:{claims['sub']}", self._project(claims), self._scopes(claims))
 
-    async def _claims(self, token: str) -> dict[str, Any]:
-        header = jwt.get_unverified_header(token)
-        return jwt.decode(
-            token,
-            await self._key(str(header.get("kid"))),
-            algorithms=ALGORITHMS,
-            audience=self._settings.oidc_audience,
-            issuer=self._settings.oidc_issuer,
-            leeway=LEEWAY_SECONDS,
-            options={"require": REQUIRED},
-        )
+    async def endpoint(self, name: str) -> str:
+        """Returns the URL of the issuer's endpoint `name`, such as `token_endpoint`, from its discovery document.
+
+        Raises Unavailable if the issuer has never answered, or has no such endpoint.
+        """
+        await self._update(None)
+        if not isinstance(url := self._about.get(name), str):
+            raise self.unavailable()
+        return url
 
     async def _key(self, name: str) -> jwt.PyJWK:
         """Returns the issuer's public key with the id `name`. Fetches the issuer's keys first if they are old or lack
@@ -79,28 +94,39 @@ class Issuer:
 
         PyJWT's own client would block all requests of this process while it waits for the issuer.
         """
-        if self._is_due(name) and not (name in self._keys and self._asking.locked()):
+        await self._update(name)
+        if key := self._keys.get(name):
+            return key
+        if not self._keys:
+            raise self.unavailable()
+        raise jwt.InvalidKeyError("it is signed with a key that the issuer has not published")
+
+    def unavailable(self) -> Unavailable:
+        """Returns the error for a request that needs the issuer while it does not answer."""
+        message = f"The issuer of the tokens does not answer. Try again in {PAUSE_SECONDS} seconds, or use an API key."
+        return Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
+
+    async def _update(self, name: str | None) -> None:
+        """Fetches the issuer's discovery document and public keys if they are old or missing, or lack the key `name`.
+
+        None as the name means any key.
+        """
+        if self._is_due(name) and not (self._has(name) and self._asking.locked()):
             async with self._asking:
                 if self._is_due(name):
                     await self._ask()
                     self._asked_at = time.monotonic()
-        if key := self._keys.get(name):
-            return key
-        if not self._keys:
-            message = (
-                f"The issuer of the tokens does not answer. Try again in {PAUSE_SECONDS} seconds, or use an API key."
-            )
-            raise Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
-        raise jwt.InvalidKeyError("it is signed with a key that the issuer has not published")
 
-    def _is_due(self, name: str) -> bool:
-        """Whether to fetch the issuer's public keys now, to find the one with the id `name`.
+    def _has(self, name: str | None) -> bool:
+        return bool(self._keys) if name is None else name in self._keys
 
-        Returns True if the key is missing or the fetched keys are old, unless the issuer was asked for keys only
-        seconds ago.
+    def _is_due(self, name: str | None) -> bool:
+        """Whether to ask the issuer now, to find the key with the id `name`, or any key.
+
+        Returns True if the key is missing or the fetched keys are old, unless the issuer was asked only seconds ago.
         """
         now = time.monotonic()
-        wanted = name not in self._keys or now - self._fetched_at > FRESH_SECONDS
+        wanted = not self._has(name) or now - self._fetched_at > FRESH_SECONDS
         return wanted and now - self._asked_at > PAUSE_SECONDS
 
     async def _ask(self) -> None:
@@ -115,24 +141,42 @@ class Issuer:
             log.warning("The public keys of the OpenID issuer %s could not be fetched: %r", issuer, error)
             return
         usable = [key for key in published.keys if key.public_key_use in ("sig", None)]
-        self._keys = {key.key_id: key for key in usable if key.key_id}
+        self._keys, self._about = {key.key_id: key for key in usable if key.key_id}, about
         self._fetched_at = time.monotonic()
 
     async def _get(self, url: str) -> Any:
-        return (await self._http.get(url)).raise_for_status().json()
+        return (await self.http.get(url)).raise_for_status().json()
 
-    def _project(self, claims: dict[str, Any]) -> str:
-        name = self._settings.oidc_project_claim
+    def _caller_by_role(self, claims: Mapping[str, Any]) -> Caller:
+        """Returns the caller with the project and the scopes that the setting `oidc_roles` gives to the values of a
+        claim.
+
+        Raises Unauthorized, which names the claim, if none of its values is in the setting.
+        """
+        name, given = self._settings.oidc_roles_claim, claims.get(self._settings.oidc_roles_claim)
+        values = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+        roles = [role for role in self._settings.oidc_roles if role.value in values]
+        if not roles:
+            has = f"has {', '.join(map(repr, values))[:200]}" if values else "is missing or empty"
+            raise Unauthorized(
+                f"The token gives no role: its claim '{name}' {has}, and none of that is in the setting oidc_roles. "
+                "Ask the service's operator for a role.",
+                code="invalid_api_key",
+            )
+        project = roles[0].project
+        scopes = frozenset(scope for role in roles if role.project == project for scope in role.scopes)
+        return Caller(f"oidc:{claims['sub']}", project, scopes, project_claim=name, scopes_claim=name)
+
+    def _caller_by_claims(self, claims: Mapping[str, Any]) -> Caller:
+        """Returns the caller with the project that one claim names, and the scopes that another one lists.
+
+        The claim of scopes is a list of words, or a text with spaces between the words. Words that are no scopes of
+        this service are ignored. Raises Unauthorized if the claim of the project is missing.
+        """
+        name, scopes_claim = self._settings.oidc_project_claim, self._settings.oidc_scopes_claim
         if not isinstance(project_id := claims.get(name), str):
             message = f"The token names no project; its claim '{name}' must be the id of a project."
             raise Unauthorized(message, code="invalid_api_key")
-        return project_id
-
-    def _scopes(self, claims: dict[str, Any]) -> frozenset[Scope]:
-        """Returns the scopes (permissions) that a token gives: the words of its scopes claim that are scopes of this
-        service.
-
-        The claim is a list of words, or a text with spaces between the words.
-        """
-        given = claims.get(self._settings.oidc_scopes_claim)
-        return known(given.split() if isinstance(given, str) else given if isinstance(given, list) else [])
+        given = claims.get(scopes_claim)
+        scopes = known(given.split() if isinstance(given, str) else given if isinstance(given, list) else [])
+        return Caller(f"oidc:{claims['sub']}", project_id, scopes, project_claim=name, scopes_claim=scopes_claim)

@@ -1,7 +1,8 @@
 """Checks that an API key has the scope (the kind of permission) that a route needs."""
 
-from services.control_plane.auth.keys import Caller, Scope
+from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden
+from services.control_plane.settings import Scope
 
 ADMIN = ("/v1/x/keys", "/v1/x/projects", "/v1/x/audit", "/v1/x/usage", "/v1/fine_tuning/checkpoints")
 INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")
@@ -14,10 +15,12 @@ def check(caller: Caller, method: str, path: str) -> None:
     """
     if (scope := needed(method, path)) not in caller.scopes:
         has = ", ".join(sorted(caller.scopes)) or "none"
-        message = (
-            f"{method} {path} needs a key with the scope '{scope}', but your key has the scopes {has}; "
-            "ask an admin for a key."
+        given = (
+            f"your key has the scopes {has}; ask an admin for a key."
+            if caller.scopes_claim is None
+            else f"your token has the scopes {has}, from its claim '{caller.scopes_claim}'; ask the service's operator."
         )
+        message = f"{method} {path} needs a key with the scope '{scope}', but {given}"
         raise Forbidden(message, code="missing_scope")
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from services.control_plane.auth.keys import Scope
+from services.control_plane.settings import Scope
 
 
 class ProjectDocument(TypedDict):

@@ -11,8 +11,8 @@ from pydantic import (
     field_validator,
 )
 
-from services.control_plane.auth.keys import Scope
 from services.control_plane.http.validation import Text
+from services.control_plane.settings import Scope
 
 Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 

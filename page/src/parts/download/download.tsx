@@ -1,7 +1,6 @@
 import { useState } from "preact/hooks";
-import { Failure } from "../../api/client";
+import { bearer, Failure } from "../../api/client";
 import { FailureNote } from "../loading/loading";
-import { key } from "../session/session";
 import { bytes } from "../words/words";
 
 /** A button that saves the weights of a model. The key goes in a header, so a plain link would not do. */
@@ -32,7 +31,7 @@ export function Download({ model }: { model: string }) {
 }
 
 async function weightsOf(model: string, received: (numBytes: number) => void): Promise<Blob> {
-  const headers = { authorization: `Bearer ${key.value}` };
+  const headers = { authorization: await bearer() };
   const answer = await fetch(`/v1/models/${encodeURIComponent(model)}/content`, { headers });
   if (!answer.ok) throw Failure.answered(answer.status, await answer.json().catch(() => undefined));
   let numBytes = 0;

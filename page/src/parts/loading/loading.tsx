@@ -1,7 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { Failure } from "../../api/client";
-import { forget } from "../session/session";
+import { forget, isSignedIn } from "../session/session";
 
 export interface Loaded<Value> {
   value?: Value; // stays while it is loaded anew
@@ -41,8 +41,8 @@ export function FailureNote({ failure, again }: { failure: Failure; again?: () =
   return (
     <div class="failure" role="alert">
       <p>{failure.message}</p>
-      {failure.status === 401 ? (
-        <button onClick={forget}>Sign in with another key</button>
+      {failure.status === 401 && isSignedIn.value ? (
+        <button onClick={() => forget()}>Sign in again</button>
       ) : (
         again && <button onClick={again}>Try again</button>
       )}

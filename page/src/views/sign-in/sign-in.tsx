@@ -1,42 +1,68 @@
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { Failure } from "../../api/client";
-import { FailureNote } from "../../parts/loading/loading";
-import { remember } from "../../parts/session/session";
+import { hasIssuer, hasReturned, leaveForIssuer, returnFromIssuer } from "../../api/sign-in";
+import { FailureNote, useLoaded } from "../../parts/loading/loading";
+import { hasEnded, remember } from "../../parts/session/session";
+
+let isReturning = hasReturned; // until the code of the issuer is exchanged, once
 
 export function SignIn() {
+  const issuer = useLoaded(hasIssuer, []);
   const [failure, setFailure] = useState<Failure>();
-  const [isAsking, setAsking] = useState(false);
+  const [isBusy, setBusy] = useState(isReturning);
 
-  async function submit(event: SubmitEvent) {
-    event.preventDefault();
-    const fields = new FormData(event.currentTarget as HTMLFormElement);
-    const value = String(fields.get("key")).trim();
-    setAsking(true);
+  async function attempt(act: () => Promise<void>) {
+    setBusy(true);
     setFailure(undefined);
     try {
-      await check(value);
-      remember(value, fields.has("kept"));
+      await act();
     } catch (error) {
       setFailure(Failure.of(error));
+      setBusy(false);
     }
-    setAsking(false);
+  }
+
+  useEffect(() => {
+    if (!isReturning) return;
+    isReturning = false;
+    void attempt(async () => remember(await returnFromIssuer()));
+  }, []);
+
+  function submit(event: SubmitEvent) {
+    event.preventDefault();
+    const fields = new FormData(event.currentTarget as HTMLFormElement);
+    const token = String(fields.get("key")).trim();
+    void attempt(async () => {
+      await check(token);
+      remember({ token }, fields.has("kept"));
+    });
   }
 
   return (
     <main class="sign-in">
       <h1>raydpo</h1>
+      {hasEnded.value && <p class="note">Your sign-in has ended. Sign in again to go on where you were.</p>}
+      {failure && <FailureNote failure={failure} />}
+      {issuer.failure && <FailureNote failure={issuer.failure} again={issuer.again} />}
+      {issuer.value && (
+        <div class="panel">
+          <button class="main" disabled={isBusy} onClick={() => attempt(leaveForIssuer)}>
+            Sign in with your organization
+          </button>
+          <p class="hint">Its sign-in page sends you back here. You may also use an API key.</p>
+        </div>
+      )}
       <form class="panel" onSubmit={submit}>
         <label for="key">API key</label>
         <input id="key" name="key" type="password" autocomplete="off" spellcheck={false} required autofocus />
         <p class="hint">
-          <code>raydpo up</code> prints the file that holds the first key. An admin makes further keys.
+          <code>raydpo up</code> prints the command that shows the first key. An admin makes further keys.
         </p>
         <label class="check">
           <input name="kept" type="checkbox" /> Keep the key in this browser after the tab is closed
         </label>
-        {failure && <FailureNote failure={failure} />}
-        <button class="main" disabled={isAsking}>
-          {isAsking ? "Checking…" : "Sign in"}
+        <button class={issuer.value ? undefined : "main"} disabled={isBusy}>
+          {isBusy ? "Signing in…" : "Sign in"}
         </button>
       </form>
     </main>

@@ -1,73 +1,39 @@
 """Tests tokens of an OpenID Connect issuer, a server on loopback that publishes real keys."""
 
 import asyncio
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from services.control_plane.auth import oidc
 from services.control_plane.auth.keys import Caller
 from services.control_plane.auth.oidc import Issuer
 from services.control_plane.core.errors import Unauthorized, Unavailable
-from services.control_plane.settings import Settings
+from services.control_plane.settings import Role, Settings
 from tests.services.control_plane.conftest import api_of, new_project
-from tests.services.web import Web, running_web
-
-AUDIENCE = "raydpo"
-
-
-class Idp:
-    """An issuer of tokens. Some of its keys are published, others are not."""
-
-    def __init__(self, web: Web) -> None:
-        self.web, self.url = web, f"{web.url}/realms/a"
-        self.keys: dict[str, Any] = {
-            "rsa": rsa.generate_private_key(public_exponent=65537, key_size=2048),
-            "ec": ec.generate_private_key(ec.SECP256R1()),
-            "hidden": rsa.generate_private_key(public_exponent=65537, key_size=2048),
-        }
-        about = {"issuer": self.url, "jwks_uri": f"{web.url}/keys"}
-        web.files["/realms/a/.well-known/openid-configuration"] = json.dumps(about).encode()
-        self.publish("rsa", "ec")
-
-    def publish(self, *names: str) -> None:
-        published = []
-        for name in names:
-            algorithm = jwt.get_algorithm_by_name("ES256" if name == "ec" else "RS256")
-            public = algorithm.to_jwk(self.keys[name].public_key(), as_dict=True)
-            published.append({**public, "kid": name, "use": "sig"})
-        self.web.files["/keys"] = json.dumps({"keys": published}).encode()
-
-    def token(self, key: str = "rsa", *, alg: str | None = None, kid: str | None = None, **changes: Any) -> str:
-        claims = {
-            "iss": self.url,
-            "aud": AUDIENCE,
-            "sub": "ada",
-            "exp": time.time() + 300,
-            "project": "proj_default",
-            "scope": "openid read write",
-        }
-        kept = {name: value for name, value in {**claims, **changes}.items() if value is not None}
-        algorithm = alg or ("ES256" if key == "ec" else "RS256")
-        secret = "x" * 64 if algorithm == "HS256" else None if algorithm == "none" else self.keys[key]
-        return jwt.encode(kept, secret, algorithm=algorithm, headers={"kid": kid or key})
+from tests.services.idp import AUDIENCE, CLIENT, Idp
+from tests.services.web import running
 
 
 @pytest.fixture(scope="module")
 def idp() -> Iterator[Idp]:
-    with running_web() as web:
-        yield Idp(web)
+    with running(Idp()) as idp:
+        yield idp
 
 
 @pytest.fixture(scope="module")
 def settings(offline: Settings, idp: Idp) -> Settings:
-    return offline.model_copy(update={"oidc_issuer": idp.url, "oidc_audience": AUDIENCE})
+    return offline.model_copy(update={"oidc_issuer": idp.issuer, "oidc_audience": AUDIENCE})
+
+
+ROLES = [
+    Role(value="ml", project="proj_shop", scopes=["read"]),
+    Role(value="ml leads", project="proj_shop", scopes=["admin"]),
+    Role(value="lab", project="proj_lab", scopes=["write"]),
+]
 
 
 def ask(base_url: str, token: str, path: str = "/files", method: str = "GET") -> httpx.Response:
@@ -80,7 +46,9 @@ def test_a_token_of_the_issuer_works_as_its_claims_say(base_url: str, idp: Idp, 
     token = idp.token(key)
     assert ask(base_url, token).status_code == 200
     assert ask(base_url, token, "/fine_tuning/jobs/ftjob-none/cancel", "POST").status_code == 404
-    assert ask(base_url, token, "/x/keys").status_code == 403
+    refused = ask(base_url, token, "/x/keys")
+    assert refused.status_code == 403
+    assert "your token has the scopes read, write, from its claim 'scope'" in refused.json()["error"]["message"]
     assert ask(base_url, idp.token(key, scope=["admin"]), "/x/keys").status_code == 200
     assert ask(base_url, idp.token(key, scope=None)).status_code == 403
 
@@ -108,7 +76,7 @@ def test_a_token_is_of_its_project_while_that_lives(api: httpx.Client, base_url:
         ({"alg": "HS256", "kid": "rsa"}, "alg value is not allowed"),
         ({"alg": "none", "kid": "rsa"}, "alg value is not allowed"),
         ({"project": None}, "its claim 'project' must be the id of a project"),
-        ({"project": "proj_none"}, "'proj_none', which does not exist"),
+        ({"project": "proj_none"}, "claim 'project' leads to the project 'proj_none', which does not exist"),
     ],
 )
 def test_any_other_token_is_a_wrong_key(base_url: str, idp: Idp, changes: dict[str, Any], said: str) -> None:
@@ -139,27 +107,49 @@ def callers(settings: Settings, tokens: list[str], before_each: Any = lambda num
     return asyncio.run(find())
 
 
+def test_roles_come_from_the_values_of_a_claim(settings: Settings, idp: Idp) -> None:
+    by_role = settings.model_copy(update={"oidc_roles": ROLES, "oidc_client_id": CLIENT})
+    groups = [["ml"], ["strangers", "ml"], ["lab", "ml", "ml leads"], "ml leads", ["ml leads", "lab"]]
+    tokens = [idp.token(aud=aud, groups=each) for each in groups for aud in (AUDIENCE, CLIENT)]
+    found = [(caller.project_id, caller.scopes) for caller in callers(by_role, tokens)][::2]
+    shop, leads = ("proj_shop", {"read"}), ("proj_shop", {"read", "admin"})
+    assert found == [shop, shop, leads, ("proj_shop", {"admin"}), ("proj_shop", {"admin"})]
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (["strangers", "guests"], "its claim 'groups' has 'strangers', 'guests'"),
+        (None, "its claim 'groups' is missing or empty"),
+        ({"ml": True}, "its claim 'groups' is missing or empty"),
+    ],
+)
+def test_a_token_without_a_role_is_refused_by_its_claim(settings: Settings, idp: Idp, groups: Any, said: str) -> None:
+    with pytest.raises(Unauthorized, match=said):
+        callers(settings.model_copy(update={"oidc_roles": ROLES}), [idp.token(groups=groups)])
+
+
 def test_keys_are_kept_through_an_outage_and_fetched_again_when_they_rotate(
     settings: Settings, idp: Idp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(oidc, "PAUSE_SECONDS", 0)
-    idp.web.requests.clear()
+    idp.requests.clear()
 
     def change(number: int) -> None:
         if number == 2:
-            idp.web.statuses["/realms/a/.well-known/openid-configuration"] = [500] * 2
+            idp.statuses["/realms/a/.well-known/openid-configuration"] = [500] * 2
             monkeypatch.setattr(oidc, "FRESH_SECONDS", 0)  # the keys are due, and the issuer is down
         if number == 4:
             idp.publish("hidden")
 
     found = callers(settings, [idp.token(), idp.token(), idp.token(), idp.token(), idp.token("hidden")], change)
     assert [caller.key_id for caller in found] == ["oidc:ada"] * 5
-    assert [path for path, _ in idp.web.requests].count("/keys") == 2
+    assert [path for path, _ in idp.requests].count("/keys") == 2
     idp.publish("rsa", "ec")
 
 
 def test_strangers_cannot_make_it_ask_the_issuer_more_often(settings: Settings, idp: Idp) -> None:
-    idp.web.requests.clear()
+    idp.requests.clear()
 
     async def flood() -> None:
         issuer = Issuer(settings)
@@ -170,17 +160,31 @@ def test_strangers_cannot_make_it_ask_the_issuer_more_often(settings: Settings, 
         await issuer.close()
 
     asyncio.run(flood())
-    assert len(idp.web.requests) == 2
+    assert len(idp.requests) == 2
 
 
 def test_an_issuer_that_never_answered_makes_tokens_unknown_not_wrong(settings: Settings, idp: Idp) -> None:
     with pytest.raises(Unavailable):
-        callers(settings.model_copy(update={"oidc_issuer": f"{idp.web.url}/nowhere"}), [idp.token()])
+        callers(settings.model_copy(update={"oidc_issuer": f"{idp.url}/nowhere"}), [idp.token()])
 
 
 def test_without_the_settings_a_token_is_a_wrong_key(offline: Settings, idp: Idp) -> None:
     assert offline.oidc_issuer is None
-    with pytest.raises(ValueError, match="oidc_issuer and oidc_audience go together"):
-        Settings(**{**offline.model_dump(), "oidc_issuer": "https://issuer.example"})
-    with pytest.raises(ValueError, match="oidc_issuer"):
+    with pytest.raises(ValueError, match="http"):
         Settings(**{**offline.model_dump(), "oidc_issuer": "http://issuer.example", "oidc_audience": "a"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"oidc_issuer": "https://issuer.example"}, "oidc_issuer needs oidc_audience, oidc_client_id or both"),
+        ({"oidc_client_id": "a"}, "need oidc_issuer"),
+        ({"oidc_roles": ROLES}, "need oidc_issuer"),
+        ({"oidc_issuer": "https://a.b", "oidc_audience": "a", "oidc_client_secret": "b"}, "needs oidc_client_id"),
+        ({"oidc_roles": [{"value": "a", "project": "b", "scopes": ["all"]}]}, "oidc_roles.0.scopes.0"),
+        ({"oidc_requested_scopes": "profile"}, "oidc_requested_scopes"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(offline: Settings, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Settings(**{**offline.model_dump(), **given})

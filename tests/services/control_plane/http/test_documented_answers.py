@@ -141,6 +141,10 @@ def test_projects(api: httpx.Client) -> None:
     check("post", "/x/projects/{project_id}/archive", api.post(f"{path}/archive"))
 
 
+def test_signing_in(api: httpx.Client) -> None:
+    assert check("get", "/x/sign-in", api.get("/x/sign-in"))["oidc"] is None
+
+
 def test_keys_usage_and_the_audit_log(api: httpx.Client, settings: Settings) -> None:
     key = check("post", "/x/keys", api.post("/x/keys", json={"name": "documented"}))
     assert check("get", "/x/keys", api.get("/x/keys"))["data"]

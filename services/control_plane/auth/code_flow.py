@@ -1,0 +1,93 @@
+"""Signs people in at the OpenID Connect issuer, by the authorization code flow with PKCE.
+
+The web page sends its reader to the issuer, which sends the reader back with a code. The service exchanges the code for
+tokens, so that the page talks to no other host, and the client's secret stays here.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from services.control_plane.auth.oidc import Issuer
+from services.control_plane.core.errors import Unauthorized
+from services.control_plane.settings import Settings
+
+AT_ONCE = 8  # the most exchanges at the same time; anybody may send one, and each asks the issuer
+LONGEST = 300  # the most characters that an error quotes of the issuer's
+
+
+@dataclass(frozen=True)
+class SignedIn:
+    """Holds the tokens of a person who signed in. `id_token` serves in place of an API key until `expires_at`, in Unix
+    seconds.
+
+    `refresh_token` gets the next ID token; None: the issuer gave none.
+    """
+
+    id_token: str
+    refresh_token: str | None
+    expires_at: int
+    name: str
+
+
+class CodeFlow:
+    """Exchanges codes and refresh tokens for ID tokens, at the issuer's token endpoint."""
+
+    def __init__(self, issuer: Issuer, settings: Settings) -> None:
+        self._issuer, self._settings = issuer, settings
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    async def request(self) -> dict[str, str]:
+        """Returns the issuer's authorization endpoint, and the parameters of every request to it.
+
+        Raises Unavailable if the issuer does not answer.
+        """
+        return {
+            "authorization_endpoint": await self._issuer.endpoint("authorization_endpoint"),
+            "client_id": self._settings.oidc_client_id or "",
+            "scope": self._settings.oidc_requested_scopes,
+        }
+
+    async def exchange(self, form: Mapping[str, str], nonce: str | None) -> SignedIn:
+        """Sends the form to the token endpoint, and returns the tokens of the answer.
+
+        `form` holds a grant as RFC 6749 defines it. `nonce` is the value that the ID token must repeat; None if the
+        grant is a refresh token. Raises Unauthorized if the issuer refuses the grant or its ID token is not valid, and
+        Unavailable if the issuer does not answer.
+        """
+        async with self._turns:
+            told = await self._post(await self._issuer.endpoint("token_endpoint"), form)
+        token = told.get("id_token")
+        if not isinstance(token, str):
+            raise _refused("it gave no ID token")
+        claims = await self._issuer.claims(token, [self._settings.oidc_client_id or ""])
+        if nonce is not None and claims.get("nonce") != nonce:
+            raise _refused("its ID token belongs to another sign-in")
+        refresh_token = told.get("refresh_token") or form.get("refresh_token")  # an issuer may keep the old one
+        name = next(str(claims[each]) for each in ("name", "preferred_username", "email", "sub") if claims.get(each))
+        return SignedIn(token, refresh_token, int(claims["exp"]), name)
+
+    async def _post(self, url: str, form: Mapping[str, str]) -> Mapping[str, Any]:
+        client, secret = self._settings.oidc_client_id or "", self._settings.oidc_client_secret
+        credentials = (quote(client, safe=""), quote(secret.get_secret_value(), safe="")) if secret else None
+        try:
+            answer = await self._issuer.http.post(
+                url, data={**form, "client_id": client}, auth=credentials or httpx.USE_CLIENT_DEFAULT
+            )
+            told = answer.json()
+        except (httpx.HTTPError, ValueError):
+            raise self._issuer.unavailable() from None
+        if answer.status_code >= 500 or not isinstance(told, dict):
+            raise self._issuer.unavailable()
+        if answer.status_code >= 400:
+            said = [str(told[name])[:LONGEST] for name in ("error", "error_description") if told.get(name)]
+            raise _refused(": ".join(said) or f"status {answer.status_code}")
+        return told
+
+
+def _refused(reason: str) -> Unauthorized:
+    return Unauthorized(f"The issuer did not sign you in: {reason}. Sign in again.", code="sign_in_refused")
