@@ -149,7 +149,7 @@ class Reconciler:
         holders = {job.id for job in live if job.observed == "running"} - resting - back
         held_back = spent | unchecked
         contenders = [job for job in live if job.id in holders or job.id not in held_back.keys() | resting]
-        engines = await self._engines(view, [job for job in live if job.id in holders], capacity, scorers, on_gpus)
+        engines = await self._engines(view, [job for job in live if job.id in holders], capacity, scorers)
         waits = held_back | (
             what_each_waits_for(contenders, shares, capacity, self._settings, back, engines, scorers)
             if view is not None
@@ -314,15 +314,14 @@ class Reconciler:
         running: Sequence[Job],
         capacity: Mapping[str, float],
         scorers: Mapping[str, Reference],
-        on_gpus: bool,
     ) -> eviction.Engines:
-        """Returns how many GPUs loaded models use, and whether a waiting model gets GPUs before the next job.
+        """Returns which models are pinned, how many GPUs loaded models use, and whether a waiting model gets GPUs
+        before the next job.
 
         `view` is the state of Ray Serve, `running` are the running jobs, and `capacity` holds the numbers of CPUs and
-        GPUs of the cluster. `scorers` are the applications of jobs' reference models, by job id. `on_gpus` says whether
-        any model uses GPUs.
+        GPUs of the cluster. `scorers` are the applications of jobs' reference models, by job id.
         """
-        if view is None or not on_gpus:
+        if view is None:
             return eviction.NO_ENGINES
         async with self._store.begin() as session:
             wished = await deployments.wishes(session, self._settings, view.applications)

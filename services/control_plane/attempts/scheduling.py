@@ -8,6 +8,9 @@ first. If priorities are equal, the oldest job goes first.
 A job that waits for free workers keeps its turn: no other job starts before it, so that small jobs cannot starve a
 large one. A job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
 
+A job starts only if its reference model can be loaded: at most `max_loaded_models` models are loaded, and reference
+models of other jobs and pinned models stay loaded.
+
 Jobs and models share the GPUs. A job's reference model is loaded before the job's workers start, on the GPUs that the
 workers use afterwards. A job that waits for GPUs of loaded models keeps its turn, and idle models are unloaded for it.
 If a model has waited for GPUs since before the newest job began, the model gets GPUs before the next job.
@@ -50,19 +53,20 @@ def what_each_waits_for(
 
     `live` are the jobs that have not ended. `shares` holds the projects' weights and limits, and `capacity` the
     resources of the cluster. `back` holds the ids of running jobs whose long wait after a failed attempt is over; these
-    jobs take turns like queued jobs. `engines` says how many GPUs models use. `scorers` are the applications of jobs'
-    reference models, by job id.
+    jobs take turns like queued jobs. `engines` says which places and GPUs models use. `scorers` are the applications of
+    jobs' reference models, by job id.
     """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
     held = sum((Counter(needs(job, settings, scorers)) for job in running), Counter[str]())
     references = {name for job in running if (name := _reference(job, scorers))}
-    num_running, first = len(running), None
+    num_running, first, places = len(running), None, settings.max_loaded_models
     waits: dict[str, str | None] = {}
     waiting = [job for job in live if job.desired == "run" and (job.observed == "queued" or job.id in back)]
     turns = _Turns(running, waiting, shares)
     for job in turns:
         needed, limit = needs(job, settings, scorers), shares.get(job.project_id, Share()).max_running_jobs
+        reference = {name} if (name := _reference(job, scorers)) else set[str]()
         if limit is not None and per_project[job.project_id] >= limit:
             waits[job.id] = (
                 "another job of its project to end, "
@@ -73,6 +77,12 @@ def what_each_waits_for(
         elif beside_pinned := _beyond(needed, _without_pinned(capacity, engines)):
             pinned = f"models that always stay loaded use {engines.pinned_gpus:g} GPUs"
             waits[job.id] = f"GPUs, because {pinned}, and the job needs {beside_pinned}"
+        elif reference and len(reference | engines.pinned) > places:
+            pinned = f"{len(engines.pinned)} models always stay loaded (pinned)"
+            waits[job.id] = (
+                "a place for its reference model, "
+                f"because {pinned}, and at most {places} may be loaded (setting max_loaded_models)"
+            )
         elif num_running >= settings.max_running_jobs:
             waits[job.id] = (
                 "another job to end, "
@@ -83,11 +93,11 @@ def what_each_waits_for(
             waits[job.id] = f"its turn, because {goes_first} goes first"
         elif short := _beyond(Counter(needed) + held, capacity):
             first, waits[job.id] = job, f"running jobs to end, because together with them the job needs {short}"
-        elif (reference := _reference(job, scorers)) and len(references | {reference}) > settings.max_loaded_models:
-            first, most = job, settings.max_loaded_models
+        elif reference and len(references | reference | engines.pinned) > places:
+            first = job
+            of_whom = "their reference models" + (" and pinned models" if engines.pinned - references else "")
             waits[job.id] = (
-                "running jobs to end, "
-                f"because their reference models are all {most} that may be loaded (max_loaded_models)"
+                f"running jobs to end, because {of_whom} are all {places} that may be loaded (max_loaded_models)"
             )
         elif needed.get("GPU") and engines.go_first:
             first, waits[job.id] = job, FOR_MODELS_TURN
@@ -95,7 +105,7 @@ def what_each_waits_for(
             first, waits[job.id] = job, FOR_MODELS
         else:
             waits[job.id] = None
-            references |= {reference} if reference else set()
+            references |= reference
             held += Counter(needed)
             per_project[job.project_id] += 1
             num_running += 1

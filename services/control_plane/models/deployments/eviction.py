@@ -212,10 +212,11 @@ def _exceeds(gpus: float, most: float) -> bool:
 
 @dataclass(frozen=True)
 class Engines:
-    """The numbers of GPUs that models use. The scheduler of jobs needs them, because jobs and models share the GPUs."""
+    """The places and GPUs that models use. The scheduler of jobs needs them, because jobs share both with models."""
 
     gpus: float = 0.0  # GPUs of models that no job needs as its reference
-    pinned_gpus: float = 0.0  # GPUs of pinned models, which their settings keep loaded
+    pinned: frozenset[str] = frozenset()  # application names of pinned models, which their settings keep loaded
+    pinned_gpus: float = 0.0  # GPUs of pinned models
     go_first: bool = False  # whether a model has waited for GPUs since before the last job began; it then precedes jobs
 
 
@@ -225,8 +226,8 @@ NO_ENGINES = Engines()
 def engines(
     models: Collection[Model], stopping_gpus: float, room: Room, *, capacity: float, since_last_job: float
 ) -> Engines:
-    """Returns how many GPUs models use, and whether a waiting model gets GPUs before the next job. The scheduler of
-    jobs needs both.
+    """Returns which models are pinned, how many GPUs models use, and whether a waiting model gets GPUs before the next
+    job. The scheduler of jobs needs all three.
 
     `stopping_gpus` is the number of GPUs of models that Ray Serve is removing. `room` holds the numbers of models and
     GPUs that are allowed. `capacity` is the number of GPUs in the cluster. `since_last_job` is the number of seconds
@@ -234,9 +235,10 @@ def engines(
     """
     loaded = [model for model in models if model.state != "waiting"]
     others = [model for model in loaded if not model.is_reference]
-    pinned = sum(model.gpus for model in models if model.pinned)
+    pinned = frozenset(model.app_name for model in models if model.pinned)
+    pinned_gpus = sum(model.gpus for model in models if model.pinned)
     waiting = [model for model in models if model.state == "waiting" and model.asked > since_last_job]
     waiting = [model for model in waiting if model.pinned or model.used <= room.wait_seconds]
-    fits = any(0 < model.gpus <= capacity - pinned * (not model.pinned) for model in waiting)
+    fits = any(0 < model.gpus <= capacity - pinned_gpus * (not model.pinned) for model in waiting)
     go_first = len(loaded) < room.places and fits
-    return Engines(sum(model.gpus for model in others) + stopping_gpus, pinned, go_first)
+    return Engines(sum(model.gpus for model in others) + stopping_gpus, pinned, pinned_gpus, go_first)

@@ -10,7 +10,13 @@ import pytest
 from sqlalchemy import select, text, update
 
 from services.control_plane.attempts.reconciler import Reconciler
-from services.control_plane.attempts.scheduling import FOR_MODELS, FOR_MODELS_TURN, needs, what_each_waits_for
+from services.control_plane.attempts.scheduling import (
+    FOR_MODELS,
+    FOR_MODELS_TURN,
+    needs,
+    reference_model,
+    what_each_waits_for,
+)
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import Attempt, Deployment, Job
 from services.control_plane.models.deployments import deployments
@@ -211,3 +217,22 @@ def test_a_job_whose_reference_has_no_place_waits_and_one_with_the_same_referenc
     waits = what_each_waits_for([*running, same, a_job(4)], {}, {"CPU": 32.0, "GPU": 8.0}, several)
     said = "running jobs to end, because their reference models are all 2 that may be loaded (max_loaded_models)"
     assert waits == {"job-3": None, "job-4": said}
+
+
+def test_a_pinned_model_leaves_one_place_less_to_references_unless_it_is_one_itself(settings: Settings) -> None:
+    several, cluster = settings.model_copy(update={"max_running_jobs": 8}), {"CPU": 32.0, "GPU": 8.0}
+    jobs = [a_job(1, observed="running"), a_job(2)]
+    of_first, of_second = (reference.app_name for job in jobs if (reference := reference_model(job)))
+
+    def waits(*pinned: str, jobs: list[Job] = jobs) -> str | None:
+        return what_each_waits_for(jobs, {}, cluster, several, engines=Engines(pinned=frozenset(pinned)))["job-2"]
+
+    assert waits() is None
+    both = "their reference models and pinned models are all 2 that may be loaded (max_loaded_models)"
+    assert waits("other") == f"running jobs to end, because {both}"
+    assert waits(of_first) is waits(of_second) is None
+    assert waits("other", jobs=jobs[1:]) is None
+    pinned = "2 models always stay loaded (pinned), and at most 2 may be loaded (setting max_loaded_models)"
+    assert waits("other", "another") == f"a place for its reference model, because {pinned}"
+    no_reference = a_job(2, spec={"reference_source": "trainer"})
+    assert waits("other", "another", jobs=[jobs[0], no_reference]) is None

@@ -153,7 +153,8 @@ def test_a_model_that_waited_when_the_last_job_began_goes_before_the_next_one_if
     assert engines([replace(waiting, gpus=8)], 0, room, **since) == NO_ENGINES
     assert engines([WAITING], 0, room, **since) == NO_ENGINES  # it needs none
     assert engines([waiting, busy], 0, replace(room, places=1), **since) == Engines(1.0)  # it waits for a place
-    assert engines([replace(waiting, gpus=4), pinned], 0, room, **since) == Engines(1.0, pinned_gpus=1.0)  # no room
+    no_room = Engines(1.0, pinned=frozenset({"pinned"}), pinned_gpus=1.0)
+    assert engines([replace(waiting, gpus=4), pinned], 0, room, **since) == no_room
 
 
 models = st.builds(
