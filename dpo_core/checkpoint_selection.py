@@ -16,8 +16,8 @@ Keep = int | Literal["all"]
 
 
 class Evaluation(NamedTuple):
-    """An evaluation of a checkpoint: the checkpoint's step, and the value of the metric by which the run compares
-    checkpoints (best_metric)."""
+    """An evaluation of a checkpoint: the checkpoint's step (`step`), and the `value` of the metric by which the run
+    compares checkpoints (the run's option `best_metric`)."""
 
     step: int
     value: float
@@ -38,10 +38,10 @@ def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
 
 def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | None) -> bool:
     """Whether the training run should stop early: the last `early_stop.patience` evaluations in `found`, or more,
-    brought no gain. Always false if `early_stop` is None.
+    brought no gain. `found` has the evaluations in the order of their steps. Always false if `early_stop` is None.
 
-    A gain is a value of `metric` that is better than the value of the previous gain by at least `early_stop.min_gain`,
-    and not equal to it.
+    The first evaluation is a gain. Each later one is a gain if its value of `metric` is better than the value of the
+    previous gain, by at least `early_stop.min_gain`.
     """
     if early_stop is None:
         return False

@@ -35,7 +35,7 @@ class Optim:
     learning_rate_multiplier: Annotated[
         float | None,
         Limit("greater than 0", lambda x: x > 0),
-        Doc("Multiplies the default learning rate. Give this option or learning_rate, not both."),
+        Doc("A factor on the default learning rate. Give this option or learning_rate, not both."),
     ] = None
     warmup_ratio: Annotated[
         float,
@@ -43,7 +43,7 @@ class Optim:
         Doc("The share of all steps in which the learning rate rises to its highest value."),
     ] = 0.1
     schedule: Annotated[
-        Literal["linear", "cosine", "constant"], Doc("How the learning rate falls after the warm-up.")
+        Literal["linear", "cosine", "constant"], Doc("How the learning rate changes after the warm-up.")
     ] = "linear"
     weight_decay: Annotated[
         float, Limit("from 0 to 1", lambda x: 0 <= x <= 1), Doc("How much AdamW pulls the weights towards 0.")
@@ -78,11 +78,16 @@ class Lora:
         Limit("from 0 to less than 1", lambda x: 0 <= x < 1),
         Doc("The share of the adapter's inputs that training sets to 0 at random."),
     ] = 0.0
-    use_rslora: Annotated[bool, Doc("Multiplies by alpha / sqrt(r), not by alpha / r, arXiv 2312.03732.")] = False
+    use_rslora: Annotated[
+        bool, Doc("Multiplies the adapter's output by alpha / sqrt(r), not by alpha / r, arXiv 2312.03732.")
+    ] = False
     use_dora: Annotated[bool, Doc("Trains the size and direction of weights separately, arXiv 2402.09353.")] = False
     target_modules: Annotated[
         Literal["all-linear"] | tuple[str, ...],
-        Doc("The modules that get an adapter: a list of names, or all-linear for all linear layers but the head."),
+        Doc(
+            "The modules that get an adapter: a list of names, such as q_proj, or all-linear, which means all linear "
+            "layers but the head."
+        ),
     ] = "all-linear"
 
     def __post_init__(self) -> None:
@@ -95,7 +100,8 @@ ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the object
 
 
 def default_learning_rate(objective: Objective, *, with_adapter: bool) -> float:
-    """Returns the learning rate of a run whose user has not chosen one. Rounds it to six significant digits, because
+    """Returns the learning rate of a run whose user has not chosen one: the objective's default or, if the run trains
+    an adapter (`with_adapter`), ten times this default. The result is rounded to six significant digits, because
     floating-point numbers multiply with an error: 10 * 1e-6 = 9.999999999999999e-06."""
     rate = objective.traits.default_learning_rate
     return float(f"{rate * ADAPTERS_RATE:.6g}") if with_adapter else rate
@@ -113,17 +119,17 @@ class EarlyStop:
     patience: Annotated[
         int,
         Limit("at least 1", lambda x: x >= 1),
-        Doc("The run ends after so many evaluations in a row without a gain."),
+        Doc("The number of evaluations in a row without a gain after which the run ends."),
     ]
     min_gain: Annotated[
         NotNegative,
-        Doc("The least improvement over the best value so far that counts as a gain; an equal value never does."),
+        Doc("The least improvement over the best value so far that counts as a gain. An equal value is never a gain."),
     ] = 0.0
 
 
 @options
 class TrainConfig:
-    """The options of one training run. `resolved` fills in the defaults that depend on the training data."""
+    """The options of one training run. The method `resolved` fills in the defaults that depend on the training data."""
 
     objective: Objective = field(default_factory=Dpo)
     optim: Optim = field(default_factory=Optim)
@@ -133,39 +139,54 @@ class TrainConfig:
     batch_size: Annotated[
         int | None,
         Limit("from 1 to 256", lambda x: 1 <= x <= 256),
-        Doc("The rows of one optimizer step, over all workers. By default a fiftieth of all rows, from 8 to 64."),
+        Doc(
+            "The rows of one optimizer step, over all workers. By default a fiftieth of all rows, but at least 8 and "
+            "at most 64."
+        ),
     ] = None
     max_length: Annotated[
         int,
         Limit("from 2 to 1048576", lambda x: 2 <= x <= 1_048_576),
-        Doc("The most tokens of a prompt together with one answer. By default fewer if the model has fewer positions."),
+        Doc(
+            "The most tokens of a prompt together with one answer. By default 2048, or the number of the model's "
+            "positions if this is lower."
+        ),
     ] = MAX_LENGTH
     truncation: Annotated[
         Truncation,
         Doc(
-            "Rows longer than max_length are left out (drop), or lose the ends of answers (keep_start) or the start "
-            "of the prompt (keep_end)."
+            "What happens to rows longer than max_length: drop leaves them out, keep_start cuts the ends of answers, "
+            "and keep_end cuts the start of the prompt."
         ),
     ] = "drop"
     max_tokens_per_pack: Annotated[
         int | None,
-        Doc("The most tokens of one worker's forward pass, at least max_length. By default as many as memory holds."),
+        Doc(
+            "The most tokens that one worker computes in one forward pass, at least max_length. By default as many as "
+            "its memory holds."
+        ),
     ] = None
     activation_checkpointing: Annotated[
         Literal["auto", "on", "off"],
         Doc(
-            "Saves memory by computing activations a second time in the backward pass; auto does so if max_length "
-            "tokens would not fit otherwise."
+            "on saves memory: the backward pass computes activations a second time. auto means on if max_length tokens "
+            "would not fit into memory otherwise."
         ),
     ] = "auto"
-    sharding: Annotated[Sharding, Doc("How the weights are split over the workers.")] = "auto"
+    sharding: Annotated[
+        Sharding,
+        Doc(
+            "How the weights are split: not at all (replicated), over all workers (full), over the workers of each "
+            "node (hybrid), or over as few workers as their memory allows (auto)."
+        ),
+    ] = "auto"
     checkpoint_steps: Annotated[
         int | None,
         Limit("at least 1", lambda x: x >= 1),
         Doc("The number of optimizer steps between two checkpoints. By default a quarter of the run."),
     ] = None
     best_metric: Annotated[
-        Metric, Doc("The validation metric by which checkpoints are compared, and which early_stop watches.")
+        Metric, Doc("The validation metric by which checkpoints are compared. The option early_stop watches it, too.")
     ] = LOSS
     early_stop: Annotated[
         EarlyStop | None,
@@ -188,8 +209,9 @@ class TrainConfig:
         check(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
     def settled(self, *, with_adapter: bool = False) -> "TrainConfig":
-        """Returns a copy of the options with the number of epochs and the learning rate decided. `with_adapter` says
-        whether the run trains an adapter, which has a higher default learning rate than a whole model."""
+        """Returns a copy of the options in which the number of epochs and the learning rate have their final values.
+        `with_adapter` says whether the run trains an adapter, which has a higher default learning rate than a whole
+        model."""
         traits = self.objective.traits
         default_rate = default_learning_rate(self.objective, with_adapter=with_adapter)
         rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)

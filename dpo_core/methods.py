@@ -15,8 +15,8 @@ COMMON = ("n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier")
 
 
 def described(kind: str) -> dict[str, Any]:
-    """Returns a description of the method `kind`, such as dpo, as JSON: what it is, its kinds of data, and its
-    hyperparameters."""
+    """Returns a description of the method `kind` (the name of an objective, such as dpo) as a JSON object: what the
+    method is, from which kinds of data it learns, and its hyperparameters."""
     cls = OBJECTIVES[kind]
     objective = cls()
     words = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
@@ -41,19 +41,19 @@ def described(kind: str) -> dict[str, Any]:
 
 
 def described_options(defaults: Mapping[str, Any], *options: Any) -> dict[str, dict[str, Any]]:
-    """Returns each option in `defaults` with its default, its allowed values and its description.
-
-    `options` are the classes that define these options.
-    """
+    """Returns a description of each option in `defaults`, by the option's name: its default, its allowed values, and
+    what it does. `defaults` has the default of each option by name; `options` are the classes that define these
+    options."""
     defined = {option.name: option for cls in options for option in fields(cls)}
     return {name: {"default": default, **_described_option(defined[name])} for name, default in defaults.items()}
 
 
 def _described_option(option: "Field[Any]") -> dict[str, Any]:
-    """Returns the allowed values of an option in words, and the option's description. If the option has only a few
-    values, they are also returned as a list.
+    """Returns a description of an option, a dictionary with these keys:
 
-    The words are empty for an option without a range of values, such as the objectives and weights of `mpo`.
+    - `range`: the allowed values in words; empty for an option without a range, such as the weights of `mpo`
+    - `description`: what the option does
+    - `choices`: the list of allowed values; only for an option that has a few fixed values
     """
     kind, *metadata = get_args(option.type) if get_origin(option.type) is Annotated else [option.type]
     if kind is bool:

@@ -19,7 +19,7 @@ Metric = Literal[
     "eval/accuracy",
     "eval/margin",
 ]
-"""A metric that compares evaluations: of the loss the lower value is better, of all other metrics the higher."""
+"""A metric by which evaluations are compared. For `eval/loss` a lower value is better, for all others a higher one."""
 
 LOSS: Metric = "eval/loss"
 T = TypeVar("T")
@@ -34,16 +34,17 @@ class InvalidOption(ValueError):
 
 
 def check(valid: bool, field: str, value: object, limit: str) -> None:
-    """Raises InvalidOption unless `valid` is true. The error says that the option `field` is `value`, and that it must
-    be as the words `limit` say."""
+    """Raises InvalidOption unless `valid` is true. `field` is the option's name and `value` its value; `limit` says in
+    words which values are allowed, because the error reads `<field> is <value>; it must be <limit>.`"""
     if not valid:
         raise InvalidOption(field, f"{field} is {value}; it must be {limit}.")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a numeric option, written into the option's annotation. When an object of a class with the decorator
-    `options` is made, it checks this limit. The value None is not checked."""
+    """A limit on a numeric option, written into the option's annotation. Each new object of a class with the decorator
+    `options` checks the limits of its options; the value None is not checked. `words` describes the allowed values, and
+    `admits` returns whether a value is allowed."""
 
     words: str  # the end of the sentence "it must be …"
     admits: Callable[[float], bool]
@@ -51,7 +52,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Doc:
-    """The description of an option for the user, written into the option's annotation."""
+    """The description of an option for the user, as the text `words`. It is written into the option's annotation."""
 
     words: str
 
@@ -121,7 +122,7 @@ FOR_REWARDS = replace(ON_RANKINGS, needs_reference=False, num_outputs=1, default
 Positive = Annotated[float, Limit("greater than 0 and finite", lambda x: 0 < x < math.inf)]
 NotNegative = Annotated[float, Limit("0 or more and finite", lambda x: 0 <= x < math.inf)]
 CLOSER = Doc("A higher value keeps the policy closer to its reference.")
-FLIPPED = Doc("How likely it is that chosen and rejected are swapped in a pair.")
+FLIPPED = Doc("The assumed probability that chosen and rejected are swapped in a pair.")
 Beta = Annotated[float, Limit("greater than 0 and at most 100", lambda x: 0 < x <= 100), CLOSER]
 RewardScale = Annotated[
     float,
@@ -154,7 +155,7 @@ class Dpo:
     type: Literal["dpo"] = "dpo"
     beta: Annotated[float, Limit("greater than 0 and at most 2", lambda x: 0 < x <= 2), CLOSER] = 0.1
     mean_over_choices: Annotated[
-        bool, Doc("For rankings: whether the loss is the mean of its terms, and not the sum, as in the paper.")
+        bool, Doc("For rankings: the loss is the mean of its terms (true), or their sum as in the paper (false).")
     ] = False
 
 
@@ -188,14 +189,14 @@ class Ipo:
     type: Literal["ipo"] = "ipo"
     beta: Beta = 0.1
     length_average: Annotated[
-        bool, Doc("Whether log-ratios are means over tokens, as for the paper's results, and not sums.")
+        bool, Doc("Log-ratios are means over tokens, as for the paper's results (true), or sums over tokens (false).")
     ] = True
 
 
 @options
 class Hinge:
-    """Hinge loss on the log-ratio of the chosen minus that of the rejected completion: SLiC, arXiv 2305.10425, as
-    normalized by RSO, arXiv 2309.06657."""
+    """A hinge loss on the log-ratio of the chosen minus that of the rejected completion. The loss is that of SLiC,
+    arXiv 2305.10425, in the normalized form of RSO, arXiv 2309.06657."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["hinge"] = "hinge"
@@ -226,8 +227,8 @@ class Kto:
 
 @options
 class Bco:
-    """Binary Classifier Optimization, arXiv 2404.04656; what the paper calls delta is here the mean of all rewards so
-    far in the run."""
+    """Binary Classifier Optimization, arXiv 2404.04656: learns from completions that are each good or bad. The value
+    that the paper calls delta is here the mean of all rewards so far in the run."""
 
     traits: ClassVar = ON_LABELS
     type: Literal["bco"] = "bco"
@@ -242,7 +243,7 @@ class Orpo:
     traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6, reward="mean_logps")
     type: Literal["orpo"] = "orpo"
     odds_weight: Annotated[
-        Positive, Doc("The weight of the odds ratio, the paper's lambda; metrics use the weight as beta.")
+        Positive, Doc("The weight of the odds ratio, the paper's lambda. Rewards in metrics use this weight as beta.")
     ] = 0.1
 
 
@@ -258,7 +259,8 @@ class Cpo:
     length_average: Annotated[
         bool,
         Doc(
-            "Whether the likelihood of the chosen completion is a mean over tokens, as in the paper's code, not a sum."
+            "The log-likelihood of the chosen completion is a mean over tokens, as in the paper's code (true), or a "
+            "sum over tokens (false)."
         ),
     ] = True
 
@@ -328,15 +330,19 @@ class Sppo:
 
 @options
 class Aot:
-    """Alignment via Optimal Transport, arXiv 2406.05882: compares the i-th smallest of one value with the i-th smallest
-    of another value over the pairs of the global batch. `paired` says which values."""
+    """Alignment via Optimal Transport, arXiv 2406.05882. Each pair of the global batch has two values. The loss
+    compares the i-th smallest first value with the i-th smallest second value. The option `paired` says which
+    values."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
     type: Literal["aot"] = "aot"
     beta: Beta = 0.1
     paired: Annotated[
         bool,
-        Doc("Whether margins of policy and reference are compared, and not chosen and rejected log-ratios."),
+        Doc(
+            "The loss compares margins under the policy with margins under the reference (true), or log-ratios of "
+            "chosen completions with those of rejected ones (false)."
+        ),
     ] = True
     label_smoothing: Annotated[float, Limit("in [0, 0.5)", lambda x: 0 <= x < 0.5), FLIPPED] = 0.0
 
@@ -388,7 +394,7 @@ class LdDpo:
     tail_weight: Annotated[
         float,
         Limit("from 0 to 1", lambda x: 0 <= x <= 1),
-        Doc("The weight of tokens past the shorter completion's length, the paper's alpha."),
+        Doc("The weight of tokens beyond the shorter completion's length, the paper's alpha."),
     ] = 0.5
 
 
@@ -401,7 +407,8 @@ class RDpo:
     type: Literal["r_dpo"] = "r_dpo"
     beta: Beta = 0.1
     length_weight: Annotated[
-        NotNegative, Doc("How much each token counts by which chosen and rejected differ in length, the paper's alpha.")
+        NotNegative,
+        Doc("The weight of each token of the difference in length between chosen and rejected, the paper's alpha."),
     ] = 0.01
 
 
@@ -414,12 +421,12 @@ class FDpo:
     beta: Beta = 0.1
     divergence: Annotated[
         Literal["forward_kl", "jensen_shannon", "alpha"],
-        Doc("The measure of how far the policy is from its reference."),
+        Doc("The f-divergence that measures how far the policy is from its reference."),
     ] = "jensen_shannon"
     alpha: Annotated[
         float,
         Limit("greater than 0 and less than 1", lambda x: 0 < x < 1),
-        Doc("The parameter of the divergence `alpha`."),
+        Doc("The parameter of the divergence alpha. Other divergences do not use it."),
     ] = 0.5
 
     def __post_init__(self) -> None:
@@ -434,7 +441,7 @@ class FDpo:
 @options
 class Lipo:
     """Listwise Preference Optimization (LiPO-lambda), arXiv 2402.01878: compares the ranked completions of a row in
-    pairs. Ratings, and places in the order of the rewards, decide how much a pair counts."""
+    pairs. A pair counts more if its two completions differ more in their ratings and in their ranks by reward."""
 
     traits: ClassVar = ON_RANKINGS
     type: Literal["lipo"] = "lipo"

@@ -20,8 +20,8 @@ LINES_NAMED = 10
 
 @dataclass(frozen=True)
 class Named:
-    """Some lines of a file, such as those that repeat earlier lines: how many there are, and the line numbers of the
-    first ten."""
+    """Names some lines of a file, such as the lines that repeat earlier lines. `count` is the number of these lines,
+    and `lines` has the line numbers of the first ten."""
 
     count: int
     lines: tuple[int, ...]
@@ -33,7 +33,8 @@ class Named:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The groups (prompts with their completions) of a file that repeat or contradict earlier groups of the file."""
+    """The groups (prompts with their completions) of a file that repeat or contradict earlier groups. A group
+    contradicts an earlier one with the same prompt if it prefers the completion that the earlier one rejects."""
 
     prompts: Named  # groups with the prompt of an earlier group, whatever their completions
     groups: Named  # groups that are equal to an earlier group
@@ -41,8 +42,8 @@ class Duplicates:
 
 
 def find_duplicates(groups: Iterable[Group]) -> Duplicates:
-    """Compares all groups (prompts with their completions) of a file, and returns the lines of those that repeat or
-    contradict an earlier group."""
+    """Compares all groups (prompts with their completions) of a file, and returns the lines of the groups that repeat
+    or contradict an earlier group."""
     database = sqlite3.connect("")  # makes a temporary file, which SQLite removes
     try:
         database.execute("PRAGMA journal_mode = OFF")

@@ -18,8 +18,8 @@ MOST_JOINED = 1000  # the most rows of one prompt that become one group
 
 @dataclass(frozen=True)
 class Record:
-    """The result of reading one row of a file: the row's groups (prompts with their completions), or the first error in
-    the row."""
+    """The result of reading one row of a file: the row's groups (prompts with their completions) or, if the row cannot
+    be used, the first error in the row (`problem`)."""
 
     line: int
     format: Format | None  # None: the line is no row, or the row has no known format
@@ -40,8 +40,9 @@ def read_records(
     """Yields the result of reading each row of a file, in order. `lines` may be a part of the file; `first_line` is the
     line number that the first of `lines` has in the file.
 
-    `columns` is needed if the file's columns have names of their own: it gives the column for each standard name, such
-    as {"prompt": "question"}. A row whose format is not one of `formats` gets an error.
+    `columns` is needed only for a file whose columns do not have the standard names, such as `prompt`. It maps the
+    standard names to the file's own: {"prompt": "question"} reads prompts from the column `question`. A row whose
+    format is not one of `formats` gets an error.
     """
     records = _read_each(lines, first_line, columns or {}, formats)
     for record in records:
@@ -62,9 +63,9 @@ def _read_each(
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether two neighbouring lines of a file belong to one group (a prompt with its completions): each line rates one
-    answer, and both answer the same prompt. A file must not be cut between such lines. `columns` gives the file's own
-    column for each standard name, such as {"prompt": "question"}."""
+    """Whether two neighbouring lines of a file belong to one group (a prompt with its completions). This is so if each
+    line rates one answer, and both answers are to the same prompt. A file must not be cut between such lines. `columns`
+    maps standard names of columns to the file's own, such as {"prompt": "question"}."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
@@ -83,13 +84,13 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
             yield replace(rows[0], groups=[_group_of(rows)])
             yield from (replace(record, groups=()) for record in rows[1:])
         else:
-            number = "only one row here" if len(rows) == 1 else f"more than {MOST_JOINED} rows here"
+            number = "only one row has" if len(rows) == 1 else f"more than {MOST_JOINED} rows have"
             yield from (_unjoined(record, number) for record in chain(rows, run))
 
 
 def _unjoined(record: Record, number: str) -> Record:
     remedy = f"put 2 to {MOST_JOINED} rows with the same prompt one below the other, so that they can be compared."
-    what = f"Line {record.line}: the prompt of this row has {number}; {remedy}"
+    what = f"Line {record.line}: {number} this row's prompt here; {remedy}"
     problem = InvalidRow(record.line, "", "too_few_completions", what)
     return replace(record, groups=(), problem=problem)
 

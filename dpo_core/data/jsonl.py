@@ -19,7 +19,7 @@ _TOO_DEEP = f"nests lists and objects more than {MAX_DEPTH} levels deep; nest th
 
 class InvalidRow(ValueError):
     """Raised for a row that cannot be used. The error has the row's line number (from 1), the JSON pointer of the wrong
-    value, a code, and a sentence for the user."""
+    value (empty if the whole row is wrong), a code, and a sentence for the user."""
 
     def __init__(self, line: int, pointer: str, code: str, message: str) -> None:
         super().__init__(line, pointer, code, message)  # unpickling needs all four arguments
@@ -33,9 +33,9 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line of a file: its line number, and its dictionary. The method `renamed` returns a row in which
-    columns have other names. In such a row `columns` has the original names, because errors use the names in the
-    file."""
+    """One parsed line of a file: its line number, and its dictionary. The method `renamed` returns a copy in which
+    columns have other names. For this copy, the argument `columns` maps the new names to the original names, because
+    errors name columns as the file does."""
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
@@ -138,11 +138,12 @@ def _parse(number: int, line: bytes) -> Row:
 
 
 def _parse_plain(line: bytes) -> dict[str, object] | None:
-    """Parses a line of JSON quickly, and returns its dictionary if the line surely has none of the errors that
-    `read_rows` refuses. This is so for nearly every line. Returns None for any other line, which must be parsed
-    thoroughly.
+    """Parses a line of JSON quickly. Returns the line's dictionary, or None if the line may have one of the errors that
+    `read_rows` refuses. The caller must then parse the line thoroughly. Nearly every line has none of these errors.
 
-    A NUL or half of a surrogate pair can only come from an escape, and a line with few brackets cannot nest deeply.
+    The strict decoder finds most errors, and two quick tests the others. A line without an escape such as `\\u0000` or
+    `\\ud800` has no NUL and no half of a surrogate pair. A line with fewer than MAX_DEPTH opening brackets does not
+    nest too deeply.
     """
     if _ESCAPED.search(line) or line.count(b"[") + line.count(b"{") >= MAX_DEPTH:
         return None

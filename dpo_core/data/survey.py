@@ -55,7 +55,7 @@ class FeedbackReport:
 
     @property
     def refusal(self) -> str | None:
-        """A sentence that says why the file cannot be used as it is; None if it can be used."""
+        """A sentence that says why the file cannot be used in its present form; None if the file can be used."""
         return self.refusal_beyond(0.0)
 
     def refusal_beyond(self, max_invalid_share: float) -> str | None:
@@ -72,8 +72,8 @@ class FeedbackReport:
 
 
 def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
-    """Reads all rows of a file, also those after an error, and returns a report on them. `columns` gives the file's own
-    column for each standard name, such as {"prompt": "question"}."""
+    """Reads all rows of a file, also those after an error, and returns a report on them. `columns` maps standard names
+    of columns to the file's own, such as {"prompt": "question"}; None means that the file has the standard names."""
     counts = _Counts()
     duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:
@@ -158,8 +158,8 @@ def _with_line(rows: Named, line: int) -> Named:
 
 
 def _repeats(group: Group) -> bool:
-    """Whether the best and the worst completion of the group both repeat, at their beginning, the last message of the
-    prompt."""
+    """Whether the best and the worst completion of the group (a prompt with its completions) both begin with the last
+    message of the prompt."""
     prompt = group.prompt
     question = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).rstrip()
     return bool(question) and all(_begins(group.completions[i], question) for i in (0, -1))

@@ -24,8 +24,8 @@ MOST_TAILS = 1024  # ends of prompts whose ids are cached; most rows of a file h
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group (a prompt with its completions) as token ids. The model reads `prompt_ids + completion_ids[j]` for
-    completion j. The best completion is the first."""
+    """A group (a prompt with its completions) as token ids. For completion number j the model reads `prompt_ids +
+    completion_ids[j]`. Completion 0 is the best."""
 
     prompt_ids: Sequence[int]
     completion_ids: tuple[Sequence[int], ...]
@@ -71,13 +71,15 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The length of the head of each completion in the group (a prompt with its completions). A head is the first
-        tokens of a completion that count in the loss: as many as the group's shortest completion has of such tokens."""
+        """The number of tokens in a head, which is the beginning of a completion. Only tokens that count in the loss
+        belong to a head. All completions of the group (a prompt with its completions) have heads of the same length:
+        the number of such tokens in the completion that has the fewest."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
-        """Returns a rating for each completion. If the group has no ratings, the order of the completions decides: the
-        last completion gets 0, and each earlier one gets 1 more than the next. A single completion gets 1."""
+        """Returns a rating for each completion; a higher rating is better. If the group has no ratings, the order of
+        the completions decides: the last completion gets 0, and each earlier one gets 1 more than the completion after
+        it. A single completion gets 1."""
         last = max(1, len(self.completion_ids) - 1)
         return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
 
@@ -108,7 +110,7 @@ def encode_groups(
     """Yields for each group (a prompt with its completions) its token ids, or the error of a group that cannot be
     encoded. Raises UnusableTemplate if the tokenizer has no usable chat template.
 
-    `today` is the date that some chat templates write; None means the day on which this process first encoded a group.
+    `today` is the date that some chat templates write; None means the day on which this process first needed the date.
     The template and the tokenizer are called for many groups together, and the tokenizer reads each prompt once.
     """
     groups = iter(groups)
@@ -171,8 +173,8 @@ def _encoded(
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a prompt, as text and as token ids. A completion has the same ids after this end as after the whole
-    prompt, so the tokenizer need not read the whole prompt for each completion."""
+    """The end of a prompt, as text and as token ids. The tokenizer gives a completion the same ids after this end as
+    after the whole prompt. Therefore it need not read the whole prompt again for each completion."""
 
     text: str
     ids: Sequence[int]
@@ -208,7 +210,7 @@ def _behind(
     the completion together; `tail_ids` are the ids of the prompt's end alone.
 
     If one token contains both the last characters of the prompt and the first of the completion, the completion is
-    encoded by itself: a served policy always has the prompt's own ids before its answer.
+    encoded by itself. The reason is that a served policy always has the prompt's own ids before its answer.
     """
     if continued_ids[: len(tail_ids)] == tail_ids:
         return continued_ids[len(tail_ids) :]

@@ -54,10 +54,11 @@ def write_groups(
     groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None
 ) -> list[WrittenGroup | InvalidRow]:
     """Returns for each group (a prompt with its completions) its texts as the model reads them, or the error of a group
-    that the template cannot write.
+    that the chat template cannot write.
 
-    `today` is the date that some chat templates write. The template is called once for all groups. If this call fails,
-    the template is called for each group alone, to find the groups that it cannot write.
+    `today` is the date that some templates write; None means the day on which this process first needed the date. The
+    template is called once for all groups. If this call fails, the template is called for each group alone, to find the
+    groups that it cannot write.
     """
     line = groups[0].line
     endless = (
@@ -81,7 +82,8 @@ def write_groups(
 def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
     """Returns for each group (a prompt with its completions) the texts that the chat template writes: the prompt, and
     the prompt followed by each completion. A group of plain texts instead of messages needs no template; its texts are
-    returned unchanged."""
+    returned unchanged. `today` is the date that some templates write; None means the day on which this process first
+    needed the date."""
     rendered: list[_Rendered] = []
     for (chat, tools, arguments), neighbours in groupby(groups, key=_template_inputs):
         members = list(neighbours)
@@ -132,14 +134,15 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dia
 
 @cache
 def _first_day() -> date:
-    """Returns the day on which this function was first called. Templates that write the date write this day until the
-    process ends, even after midnight."""
+    """Returns the day on which this function was first called. Chat templates that write the date write this day until
+    the process ends, even after midnight, so that all rows have the same date."""
     return date.today()
 
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
-    """Returns what groups must have in common, so that one call of the chat template can write them together: whether
-    they hold messages or texts, their tools, and their template arguments. A group is a prompt with its completions."""
+    """Returns the properties in which groups must agree, so that one call of the chat template can write them together:
+    whether they hold messages (true) or texts, their tools, and their template arguments. A group is a prompt with its
+    completions."""
     return isinstance(group.prompt, list), group.tools, group.template_arguments
 
 
@@ -161,12 +164,12 @@ def _apply(
     *,
     asks: bool = False,
 ) -> list[str]:
-    """Returns the text that the chat template writes for each dialogue (a list of messages). `options` are further
-    arguments of the template. With `asks`, each text ends with the generation prompt, the words with which the template
-    asks for an answer.
+    """Returns the text that the chat template writes for each dialogue (a list of messages). `options` are arguments of
+    the template, such as its tools. With `asks`, each text ends with the generation prompt, the words with which the
+    template asks for an answer.
 
     The template gets a message's thoughts (its reasoning) under each key that any template reads. If the template reads
-    only lists of parts, it gets a message's content as such a list.
+    only lists of parts, it gets a message's content as a list with one part.
     """
     in_parts = _takes_parts(tokenizer)
     inputs = [[_template_message(message, in_parts=in_parts) for message in messages] for messages in dialogues]
@@ -251,10 +254,10 @@ def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[l
 
 def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerBase") -> WrittenGroup | InvalidRow:
     """Returns the texts of the group's prompt and completions, made from `rendered`, the texts that the chat template
-    wrote, or an error if the chat template leaves out a part of the group.
+    wrote. Returns an error if the template left out a part of the group.
 
-    If the group has texts and not messages, each completion gets one EOS at its end, and the prompt a BOS at its start
-    if the tokenizer adds one. In a group with messages the template writes both tokens.
+    If the group has texts and not messages, each completion gets one EOS token at its end. The prompt gets a BOS token
+    at its start if the tokenizer adds one. In a group with messages the template writes both tokens.
     """
     if isinstance(group.prompt, str):
         eos = tokenizer.eos_token or ""
@@ -315,8 +318,8 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
     """Returns an error for the first part of the group (a prompt with its completions) that the template leaves out;
     None if the template writes everything. `written` has the texts that the template wrote for the group.
 
-    Thoughts (the reasoning) in answers that belong to the prompt may be missing, because the template leaves them out
-    when the policy is served, too.
+    Thoughts (the reasoning) in the prompt's own answers may be missing, because the template also leaves them out when
+    the policy is served.
     """
     prompt = cast(list[Message], group.prompt)
     unread = group.tools and "tools" not in variables(tokenizer.get_chat_template(None, group.tools))

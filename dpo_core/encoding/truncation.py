@@ -9,12 +9,14 @@ from dpo_core.encoding.encode import EncodedGroup
 
 def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
     """Returns the group (a prompt with its completions) shortened so that its prompt and any one completion together
-    have at most `max_length` tokens; None if the group must be left out.
+    have at most `max_length` tokens; None if the group must be left out. `how` is the way of cutting:
 
-    `how` is the way of cutting. `drop` leaves out every longer group. `keep_start` cuts the ends of completions, which
-    then lack the end-of-sequence token. `keep_end` cuts the start of the prompt so that the longest completion fits,
-    but keeps the tokenizer's BOS; all completions keep the same prompt. A group is also left out if the cut would leave
-    no token of the prompt or of a completion.
+    - `drop` leaves out every longer group.
+    - `keep_start` cuts the ends of completions, which then lack the end-of-sequence token.
+    - `keep_end` cuts the start of the prompt so that the longest completion fits, but keeps the tokenizer's BOS. All
+      completions keep the same prompt.
+
+    A group is also left out if the cut would leave no token of the prompt or of a completion.
     """
     longest = max(map(len, group.completion_ids))
     if len(group.prompt_ids) + longest <= max_length:

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None) -> Iterator[str]:
     """Yields the names of the values in a group (a prompt with its completions) that the chat template does not read.
-    The template must be able to write the group.
+    The template must be able to write the group. `today` is the date that some templates write; None means the day on
+    which this process first needed the date. The names are:
 
-    The names are `messages/name`, `messages/tool_call_id`, and `chat_template_kwargs/` followed by a key.
-    `tool_call_id` says which call a tool's result answers. The name `messages/tool_call_id` is yielded only if the
-    results come in another order than the calls.
+    - `messages/name`
+    - `messages/tool_call_id`, which says to which call a tool's result belongs. The name is yielded only if the results
+      come in another order than the calls. If the order is the same, the model sees without this id which result
+      belongs to which call.
+    - `chat_template_kwargs/<key>`, for each argument that the template does not know
     """
     if isinstance(group.prompt, str):
         return
@@ -44,8 +47,8 @@ def _are_mixed(messages: Sequence[Message]) -> bool:
 
 
 def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBase", today: date | None) -> bool:
-    """Whether the chat template reads the key `key` of messages by `role`, that is, whether the template's text for the
-    group (a prompt with its completions) changes if the key is removed from these messages."""
+    """Whether the chat template reads the key `key` of messages by `role`. This is so if the text that the template
+    writes for the group (a prompt with its completions) changes when the key is removed from these messages."""
 
     def bare(text: Text) -> Text:
         messages = cast(list[Message], text)

@@ -34,7 +34,7 @@ def attach(
     like: PreTrainedModel | None = None,
 ) -> None:
     """Puts a new adapter on the model. Freezes the model's own weights, except those of the modules that
-    `trained_whole` names.
+    `trained_whole` names (None means no modules). `task_type` is PEFT's name for the model's task, such as CAUSAL_LM.
 
     A trial on a few tokens finds the layers that can have an adapter. If the model has no weights yet, the trial needs
     `like`, another model with weights and the same kinds of layers. Raises InvalidOption for target modules that the
@@ -108,8 +108,8 @@ def _head_weights(model: Any) -> list[nn.Parameter]:
 
 def base_file(base: str, model: nn.Module) -> bytes:
     """Returns the contents of base_model.json, a file beside a saved adapter that identifies the base: the model under
-    the adapter. The contents are `base`, the fingerprint (digest) of this model, and whether the model under the
-    adapter of `model` is in NF4."""
+    the adapter. The contents are a JSON object. Its key `sha256_of_samples` holds `base`, the fingerprint of this
+    model. If the base of `model` is in NF4, the key `quantization` holds "nf4"."""
     quantization = {"quantization": "nf4"} if hasattr(model, BEFORE_NF4) else {}
     return json.dumps({"sha256_of_samples": base, **quantization}).encode()
 
@@ -130,21 +130,21 @@ def saved_base(folder: Path) -> str | None:
 
 def has_learned(folder: Path) -> bool:
     """Whether the adapter saved in `folder` changes the model that it is put on. The B matrices of a new LoRA adapter
-    are zero, so a new adapter changes nothing. Raises UnusableModel for numbers that are not finite."""
+    are zero, so a new adapter changes nothing. Raises UnusableModel if a weight of the adapter is NaN or infinite."""
     weights = load_file(folder / WEIGHTS)
     if broken := sorted(name for name, weight in weights.items() if not weight.isfinite().all()):
-        what = f"The adapter in {folder} has numbers that are not finite, such as in {broken[0]}"
+        what = f"The adapter in {folder} has NaN or infinite values, such as in {broken[0]}"
         raise UnusableModel(f"{what}; use an earlier checkpoint, or train a new adapter.")
     return any(bool(weight.any()) for name, weight in weights.items() if ".lora_A." not in name)
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the adapter in `folder` was trained on another model than `model`. Does nothing if no
-    file in the folder identifies the model on which the adapter was trained. Folders that other programs have written
-    have no such file."""
+    """Raises UnusableModel if the adapter in `folder` was trained on another base than `model`, that is, on a model
+    with other values of the weights. Does nothing if no file in the folder identifies the base on which the adapter was
+    trained. Folders that other programs have written have no such file."""
     saved = saved_base(folder)
     if saved and saved != fingerprint(model):
-        what = f"The adapter in {folder} was trained on a base with other weights than {model.name_or_path} has now"
+        what = f"The adapter in {folder} was trained on a base whose weights differ from those of {model.name_or_path}"
         raise UnusableModel(f"{what}; restore the base's earlier weights, or train a new adapter.")
 
 
@@ -158,15 +158,15 @@ def dropouts(model: nn.Module) -> list[nn.Module]:
 
 
 def options_of(folder: Path) -> Lora:
-    """Returns the options of the adapter saved in `folder`. Raises UnusableModel for any adapter but LoRA without
-    biases."""
+    """Returns the options of the adapter saved in `folder`. Raises UnusableModel if the adapter is not a LoRA adapter,
+    or if it has trained biases."""
     from peft import LoraConfig, PeftConfig
 
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig) or config.bias != "none":
         raise UnusableModel(
-            f"The adapter in {folder} is of a kind that is not supported (only LoRA without biases is); "
-            "merge the adapter into its base."
+            f"The adapter in {folder} is not a LoRA adapter, or has biases, which are not supported; "
+            "merge the adapter into its base, and train the merged model."
         )
     targets = config.target_modules
     return Lora(
@@ -180,9 +180,9 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Loads the weights of the adapter saved in `folder` into the model's adapter. If a reward model gets an adapter
-    that was trained on a policy, it keeps its own new head. Raises UnusableModel if the saved weights do not fit the
-    model's adapter."""
+    """Loads the weights of the adapter saved in `folder` into the model's adapter. A reward model keeps its own new
+    head if the saved adapter was trained on a policy, which has no such head. Raises UnusableModel if the names or
+    shapes of the saved weights differ from those of the model's adapter."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
@@ -202,7 +202,7 @@ def put_weights(model: Any, folder: Path) -> None:
         set_peft_model_state_dict(model, saved)
     except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes
         reason = str(error).splitlines()[-1].strip()
-        what = f"The adapter in {folder} has weights of other shapes than its base ({reason})"
+        what = f"The adapter in {folder} has weights whose shapes do not fit the model ({reason})"
         raise UnusableModel(f"{what}; use the base that the adapter was trained on.") from None
 
 
@@ -243,11 +243,13 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
 
 def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
     """Returns the names of the model's linear layers whose output affects the loss of a text. A backward pass of `like`
-    on a few tokens finds these layers.
+    on a few tokens finds these layers. As a side effect the function freezes both models. Four kinds of layers are left
+    out:
 
-    Left out are layers for images, layers that return more than a product, layers whose weights other code reads
-    directly, and layers whose output only makes a choice, such as some routers. As a side effect the function freezes
-    both models.
+    - layers for images
+    - layers that return something else than the matrix product of input and weight
+    - layers whose weights other code reads directly, without calling the layer
+    - layers whose output only makes a choice, such as some routers
     """
     learning: set[str] = set()
     names = linears_in(like)

@@ -38,8 +38,8 @@ def save_model(
     files: dict[str, bytes],
     **options: Any,
 ) -> None:
-    """Writes the model, its tokenizer, and the further files in `files` (contents by name) into `folder`. `options` are
-    arguments of transformers' `save_pretrained`.
+    """Writes three things into `folder`: the model, its tokenizer, and `files`, which maps the names of more files to
+    their contents. `options` are arguments of transformers' `save_pretrained`.
 
     The generation config is written unchanged, as it was loaded, because transformers refuses to save some configs that
     it loads.
@@ -89,9 +89,9 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
-    """Returns the files, by name, that say how the model turns images and sounds into inputs. Reads the files from the
-    folder or hub id from which the model was loaded. If this folder or hub id is not there any more, logs a warning and
-    returns an empty dictionary."""
+    """Returns the files that say how the model turns images and sounds into inputs, as a dictionary from names to
+    contents. Reads the files from the folder or hub id from which the model was loaded. If this folder or hub id is not
+    there any more, logs a warning and returns an empty dictionary."""
     if not model.name_or_path:
         return {}
     try:

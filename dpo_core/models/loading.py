@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """A checked model folder or hub id, and the arguments with which transformers loads the model from it."""
+    """Describes a checked model: its folder or hub id (`source`), its config, and the arguments with which transformers
+    loads it."""
 
     kind: Any  # a model class of transformers, or an auto class
     source: str | Path
@@ -44,7 +45,9 @@ def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: 
     """Checks a model folder or hub id without reading a weight, and returns what is needed to load the model. `kind` is
     an auto class of transformers, such as AutoModelForCausalLM; `options` change the model's config.
 
-    Raises UnusableModel unless the folder holds one model, in full precision or in MXFP4.
+    A model may be in full precision or in MXFP4. Raises UnusableModel for a model that is quantized in another format,
+    that transformers cannot train on texts, or whose pad_token_id is not in the vocabulary. Also raises UnusableModel
+    for a folder that holds an adapter, or that holds the weights twice.
     """
     if find_adapter_config_file(source) is not None:  # transformers would load the adapter's base and freeze it
         raise UnusableModel(
@@ -60,8 +63,8 @@ def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: 
 
 
 def read(found: Found) -> PreTrainedModel:
-    """Loads the model that `find` has checked, on the CPU, and checks its weights. Raises UnusableModel if the weights
-    do not match the config or are not finite."""
+    """Loads the model that `find` has checked, on the CPU, and checks its weights. Raises UnusableModel if the names or
+    shapes of the weights do not match the config, or if a weight is NaN or infinite."""
     source = found.source
     try:
         model, report = found.kind.from_pretrained(
@@ -208,9 +211,9 @@ def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
 
 
 def _correct_tying(model: PreTrainedModel) -> None:
-    """Sets tie_word_embeddings in the model's config, which vLLM reads, to whether the head and the embeddings really
-    are one weight. transformers loads two weights, although the config says one, if the folder holds two that
-    differ."""
+    """Corrects the option tie_word_embeddings in the model's config, which vLLM reads: sets it to false if the head and
+    the embeddings are two weights. transformers loads two weights, even if the config says that they are one, if the
+    folder holds two weights with different values."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
         if head is not None and getattr(config, "tie_word_embeddings", False):

@@ -29,7 +29,8 @@ def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Compa
     """Merges a trained adapter into its base model, and writes the merged float32 model into a Hugging Face folder.
     Compares the outputs before and after the merge, both in float32, and returns the largest difference.
 
-    Raises ValueError if the adapter was not trained on this base, or if the merged model's outputs are not finite.
+    Raises ValueError if the adapter was not trained on this base, or if an output of the merged model is NaN or
+    infinite.
     """
     model: Any = load_attached(adapter, base=base, dtype=torch.float32)
     rewards = is_reward_model(model.get_base_model())
@@ -37,7 +38,9 @@ def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Compa
     merged = model.merge_and_unload().eval()
     difference = float((_outputs(merged, rewards) - before).abs().max())
     if difference != difference:
-        raise ValueError(f"The outputs of {adapter} merged into {base} are not finite; use an earlier checkpoint.")
+        raise ValueError(
+            f"The outputs of {adapter} merged into {base} are NaN or infinite; merge an earlier checkpoint."
+        )
     save_model(merged, folder, agree_on_padding(merged, load_tokenizer(adapter)), processors_of(merged))
     return Comparison(difference, "rewards" if rewards else "logprobs", NUM_TEXTS * TEXT_TOKENS)
 

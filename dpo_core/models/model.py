@@ -47,11 +47,12 @@ def load_policy(
     seed: int = 0,
     in_parts: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal language model from a Hugging Face folder or hub id, ready to train. Its dropout is off.
+    """Loads a causal language model from a Hugging Face folder or hub id, ready to train. Its dropout is off. `dtype`
+    is the dtype of its weights.
 
     With an `adapter`, all weights but the adapter's are frozen. `adapter` is either the options of a new adapter, or
     the folder of a trained adapter that training continues. `seed` decides the first weights of a new adapter. With
-    `quantization`, the frozen base (the model under the adapter) is in NF4 and its products are computed in `dtype`. A
+    `quantization`, the frozen base (the model under the adapter) is in NF4, and its products are computed in `dtype`. A
     multimodal model for which transformers has no class for texts is loaded as its text model. A model in MXFP4 is
     converted to full precision.
 
@@ -61,8 +62,8 @@ def load_policy(
 
     Raises InvalidOption for target modules that the model does not have or whose adapters would not learn, for a
     quantization without an adapter, and for a quantization of a model that cannot be quantized. Raises ValueError for
-    float16, for a model that is stored quantized in another format than MXFP4, for a `source` that holds an adapter,
-    and for a folder whose weights and config do not match.
+    the dtype float16, for a model that is stored quantized in another format than MXFP4, for a `source` that holds an
+    adapter, and for a folder whose weights and config do not match.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization, in_parts)
@@ -207,8 +208,9 @@ def load_merged(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """Loads a trained adapter and its base (the model under it), merged into one model that is ready to train. Raises
-    ValueError if the adapter does not fit the base."""
+    """Loads a trained adapter and its base (the model under it), merged into one model that is ready to train. `base`
+    is the folder or hub id of the base; None means the one that the adapter's config names. `dtype` is the dtype of the
+    merged weights; auto means the dtype of the base. Raises ValueError if the adapter does not fit the base."""
     both = load_attached(adapter, base=base, dtype=dtype, device=device)
     return cast(PreTrainedModel, both.merge_and_unload()).requires_grad_(True).eval()
 
@@ -220,9 +222,10 @@ def load_attached(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> Any:
-    """Loads a trained adapter and its base (the model under it) as a PeftModel, without merging the two. If the base
-    was quantized in training, its weights are rounded to the values that NF4 has, and have the dtype `dtype`. Raises
-    ValueError if the adapter does not fit the base."""
+    """Loads a trained adapter and its base (the model under it) as a PeftModel, without merging the two. `base` is the
+    folder or hub id of the base; None means the one that the adapter's config names. If the base was quantized in
+    training, its weights are rounded to the values that NF4 has, but keep the dtype `dtype`. Raises ValueError if the
+    adapter does not fit the base."""
     from peft.utils import load_peft_weights
 
     source = base_of(adapter) if base is None else base

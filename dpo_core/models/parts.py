@@ -39,8 +39,9 @@ class NeedsWeights(Exception):
 
 @dataclass(frozen=True)
 class Unread:
-    """What is needed to read the weights of a model that has none yet: where they are, and the device on which the
-    model will compute. The object is an attribute of this model."""
+    """Says how to read the weights of a model that has none yet: from which checked folder or hub id (`found`), onto
+    which device, and with which trained adapter (`adapter`, None without one). The object is an attribute of this
+    model."""
 
     found: Found
     device: torch.device

@@ -54,8 +54,9 @@ def precision_of(model: PreTrainedModel) -> str:
 
 
 def scales_of(model: nn.Module) -> Iterator[Tensor]:
-    """Yields, for each weight in NF4, the tensors that turn its bytes into numbers. These are: the largest number of
-    each block of 64 weights, which is itself stored in 8 bits, and the offset and scales of these largest numbers."""
+    """Yields, for each weight in NF4, the tensors that turn its bytes into numbers. These are the absolute maximum of
+    each block of 64 weights, which is itself stored in 8 bits, and the offset and the scales that turn these 8 bits
+    into numbers."""
     for weight in model.parameters():
         if state := getattr(weight, "quant_state", None):
             yield from (state.absmax, state.offset, state.state2.absmax)

@@ -247,11 +247,13 @@ def aot(objective: o.Aot, measures: Measures) -> Tensor:
 
 
 def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs equal quantiles of u and v, which is optimal transport on a line. u[i], v[i] and weights[i] belong to pair
-    i of G pairs.
+    """Matches equal quantiles of u and v, which is optimal transport on a line. u[i], v[i] and weights[i] belong to
+    pair i of G pairs (of a chosen and a rejected completion). Returns three tensors of [2G]; entry n of each belongs to
+    match n:
 
-    Returns three tensors of [2G]: indices into u, indices into v, and shares. A share is the part of the weight at the
-    index into u that goes to the index into v.
+    - `u_places`: the index of the matched value in u
+    - `v_places`: the index of the matched value in v
+    - `shares`: the share of the weight of the value in u that is matched with the value in v
     """
     weights = weights.double()
     u_order, v_order = u.argsort(), v.argsort()
@@ -427,8 +429,8 @@ def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
     completions.
 
     The loss of a good completion is -log sigmoid(beta h - d), that of a bad one -log sigmoid(-(beta h - d)). h is the
-    log-ratio of the completion; d is the mean of all rewards (beta h) so far in the run, which `statistics` holds and
-    the function updates.
+    log-ratio of the completion. d is the mean of all rewards (beta h) so far in the run; `statistics` holds this mean,
+    and the function updates it.
     """
     rewards = objective.beta * measures.all.logratios
     rated = ~measures.ratings.isnan()
@@ -486,8 +488,9 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group (a prompt with its completions), [G] for G groups: the sum of weight_i loss_i over
-    the objectives i that `objective` combines."""
+    """Returns the loss of each group (a prompt with its completions), [G] for G groups: sum_i weight_i loss_i, over the
+    objectives i that `objective` combines. `statistics` has the mean of all rewards so far in the run, which some of
+    these objectives need and update."""
     total = torch.zeros(len(measures.groups), dtype=measures.table.dtype, device=measures.table.device)
     for weight, part in zip(objective.weights, objective.objectives, strict=True):
         is_supervised = isinstance(part, o.Supervised)  # in a sum its loss is a mean over the tokens of the completion
@@ -509,9 +512,9 @@ def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
 
 
 def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None:
-    """Raises ValueError if the objective cannot learn from one of the groups (prompts with their completions). Some
-    objectives need completions that answer other prompts; raises ValueError if the global batch `groups` has none for
-    such an objective."""
+    """Raises ValueError if the objective cannot learn from one of the groups (prompts with their completions) of the
+    global batch `groups`. Some objectives, such as kto, also need completions that answer other prompts; for such an
+    objective, raises ValueError if no group has such a completion."""
     for group in groups:
         if problem := _problem(objective, group):
             raise ValueError(f"Line {group.line} {problem}")
@@ -524,8 +527,8 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
     """Returns the reason why the objective cannot learn from the group (a prompt with its completions), such as "has 1
-    completions; dpo needs at least 2." A caller puts "Line" and the group's line number before it. Returns None if the
-    objective can learn from the group."""
+    completions; dpo needs at least 2." The caller puts "Line" and the line number of the group in front of this reason.
+    Returns None if the objective can learn from the group."""
     traits = objective.traits
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()

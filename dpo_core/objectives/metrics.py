@@ -63,8 +63,8 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns the row numbers in the table of `measures` of the chosen completions (under `chosen`) and of the rejected
-    ones (under `rejected`). If there are no chosen completions, or no rejected ones, their key is left out."""
+    """Returns where the chosen and the rejected completions are in the table of `measures`: their row numbers, under
+    the keys `chosen` and `rejected`. If there are no completions of one kind, the key of this kind is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
     completions = (completion for group in measures.groups for completion in enumerate(group.ranked()))
@@ -86,9 +86,9 @@ def _kl(objective: o.Objective, measures: Measures) -> Tensor:
 
 
 def _rewards(objective: o.Objective, measures: Measures) -> Tensor:
-    """Returns the reward of each of K completions, [K]: beta times the log-ratio. Objectives without a reference have a
-    log-probability in place of the log-ratio, and ORPO has `odds_weight` in place of beta. For `mpo`, returns the
-    rewards of the first of its objectives that is not `supervised`."""
+    """Returns the reward of each of K completions, [K]: beta times the log-ratio. For objectives without a reference,
+    the log-probability takes the place of the log-ratio. For ORPO, `odds_weight` takes the place of beta. For `mpo`,
+    the rewards are those of its first objective that is not `supervised`."""
     if isinstance(objective, o.Mpo):
         return _rewards(next(part for part in objective.objectives if part.type != "supervised"), measures)
     assert not isinstance(objective, o.Supervised | o.RewardObjective)

@@ -13,8 +13,8 @@ FLOAT32 = 4  # bytes of a gradient, of a master, and of one of AdamW's two momen
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a memory plan needs to know of a model: its config.json, and the shape of each weight, by the weight's name
-    in the safetensors files."""
+    """What a memory plan needs to know of a model: its config.json (`config`), and the shape of each weight by the
+    weight's name in the safetensors files (`weights`)."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Sequence[int]]
@@ -27,9 +27,9 @@ class Shapes:
 
     @property
     def caps_attention(self) -> bool:
-        """Whether the model caps its attention scores, as Gemma 2 does. If it does, completions cannot share a prompt
-        in memory: each is computed behind its own copy of the prompt, and autograd keeps the attention
-        probabilities."""
+        """Whether the model limits its attention scores, as Gemma 2 does. If it does, the completions of a prompt
+        cannot share one copy of the prompt: each completion is computed after a copy of its own, and autograd keeps the
+        attention probabilities."""
         return bool(self.text.get("attn_logit_softcapping"))
 
     def number(self, *names: str) -> int:

@@ -39,12 +39,15 @@ class Memory:
 
 
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
-    """Decides, for a memory plan, three things that training would decide by itself: the number of tokens in a pack
-    (the groups of one forward pass), whether the backward pass recomputes activations, and into how many shards each
-    weight is split.
+    """Decides, for a memory plan, what training would decide by itself: the number of tokens in a pack (the groups,
+    prompts with their completions, of one forward pass), whether the backward pass recomputes activations, and into how
+    many shards each weight is split. Returns three values:
 
-    Returns a copy of `run` with the first two decided, the number of shards, and the memory that a training worker
-    needs. `room` is the memory of a worker's device in bytes; None means that it is unknown.
+    - a copy of `run` with the first two decisions, in `max_tokens_per_pack` and `activation_checkpointing`
+    - the number of shards
+    - the memory that a training worker needs
+
+    `room` is the memory of a worker's device in bytes; None means that it is unknown.
     """
     rows = replace(rows, copies=model.caps_attention)
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")

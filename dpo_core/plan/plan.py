@@ -62,10 +62,10 @@ def plan(
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
     """Returns changes of the run's options, taken from CHANGES, that make the run fit into `room` bytes per worker. If
-    one change is enough, returns the first such change. If no single change is enough, returns several changes that are
-    enough together, and none of which is superfluous.
+    one change is enough, returns the first such change. If it takes several, returns a set of changes of which none is
+    superfluous. Returns an empty tuple if even all changes together are not enough.
 
-    Returns an empty tuple if even all changes together are not enough. `settable` names the options that may change.
+    `settable` names the options that may change.
     """
 
     def total(values: Mapping[str, Any]) -> int:

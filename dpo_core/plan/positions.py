@@ -37,17 +37,17 @@ def positions_in(config: object) -> int | None:
 
 def check_max_length(max_length: int, positions: int | None, what: str = "the model") -> None:
     """Raises InvalidOption if the option `max_length` is more than `positions`, the most tokens that one text of the
-    model can have. `what` names the model in the error. The default of `max_length` is never refused: if it is more
-    than `positions`, it means `positions`."""
+    model can have (None: no limit). `what` names the model in the error, such as "the model". The default value of
+    `max_length` is never refused: training lowers it to `positions`."""
     if positions is not None and max_length > positions and max_length != MAX_LENGTH:
         problem = f"max_length is {max_length}, but {what} has only {positions} positions"
         raise InvalidOption("max_length", f"{problem}; set it to {positions} or less, or leave it out.")
 
 
 def _reach(rope: Mapping[str, Any], stated: int) -> int:
-    """Returns the number of positions of a model that stretches its rotary positions by a factor, as its config entry
-    `rope` says. Returns 0 if there is no factor, or if `stated`, the number in the config, includes the factor
-    already."""
+    """Returns the number of positions (the most tokens of one text) of a model that stretches its rotary positions by a
+    factor. `rope` is the entry of the model's config about rotary positions, and `stated` the number of positions in
+    the config. Returns 0 if there is no factor, or if `stated` includes the factor already."""
     if (rope.get("rope_type") or rope.get("type") or "default") in COUNTED:
         return 0
     return int((rope.get("original_max_position_embeddings") or stated) * (rope.get("factor") or 1))

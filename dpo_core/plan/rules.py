@@ -13,9 +13,9 @@ PACK_SHARE = 0.6  # share of free memory for tensors that backward needs; the re
 
 
 def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: float) -> int:
-    """Returns the first number of shards in `choices` at which a GPU of `room` bytes holds weights, gradients and the
-    optimizer's state. `state` computes their bytes from the number of shards. Returns the last number if none is
-    enough.
+    """Returns the first number of shards in `choices` at which a GPU of `room` bytes holds the weights, the gradients
+    and the optimizer's state. `state` is a function that returns their bytes for a number of shards. If no number is
+    enough, returns the last one.
 
     This is the rule of the option sharding `auto`. The caller orders `choices` from few shards to many. For a policy
     without an adapter, the first choice splits weights over the GPUs of a node, because this costs little. For a policy
@@ -28,16 +28,19 @@ def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: flo
 def choose_pack(
     budget: int | None, kept: int, borders: int, *, given: int | None, wanted: str, least: int, most: int
 ) -> tuple[int, Literal["on", "off"], int]:
-    """Returns three decisions about packs (a pack is the groups that one forward pass computes together): the number of
-    tokens in a pack, whether the backward pass recomputes layers, and the number of tokens that fit into memory.
+    """Decides about packs (a pack is the groups, prompts with their completions, that one forward pass computes
+    together). Returns three values:
+
+    - the number of tokens in a pack: `given` if it is not None, else the largest power of two that fits into memory,
+      but at least `least` and at most `most`. With powers of two, a little more or less free memory does not change the
+      result.
+    - whether the backward pass recomputes layers, as "on" or "off"
+    - the number of tokens that fit into memory, at most `most`
 
     `budget` is the memory in bytes that a pack may take; None means that it is unknown. `kept` is the number of bytes
-    that autograd keeps for each token if layers are not recomputed, and `borders` the number if they are. `given` is
-    the number of tokens in a pack that the user has set; None means that the user has set none. `wanted` is the user's
-    option to recompute layers: on, off or auto.
-
-    If `given` is None, the number of tokens in a pack is the largest power of two that fits into memory, but at least
-    `least` and at most `most`. It is a power of two so that a little more or less free memory does not change it.
+    that autograd keeps for each token if layers are not recomputed, and `borders` is this number if layers are
+    recomputed. `given` is the number of tokens that the user has set, and `wanted` the user's option to recompute
+    layers: on, off or auto.
     """
     recompute = budget is not None and budget // kept < (given or least)
     choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and recompute) else "off"

@@ -12,15 +12,21 @@ LARGEST = 3.4e38  # about the largest finite number in float32
 
 
 def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length: int | None = None) -> None:
-    """Raises ValueError for the first group (a prompt with its completions) that cannot be used. A group cannot be used
-    if it has ids outside the vocabulary, more tokens than `max_length` or than the model has positions, or numbers that
-    are not finite."""
+    """Raises ValueError for the first group (a prompt with its completions) that cannot be used, and names its line. A
+    group can be used if:
+
+    - all its token ids are in the vocabulary
+    - its prompt and its longest completion together have at most `max_length` tokens (None: no limit), and at most as
+      many as the model has positions
+    - its reference scores and its margin, if it has them, are neither NaN nor infinite, and its weight is positive and
+      finite
+    """
     config, positions = model.config.get_text_config(), last_position(model)
     for group in groups:
         problem = (
             _too_long(group, max_length, "max_length", "shorten the row, or raise max_length")
             or _too_long(
-                group, positions, "the most positions of the model (max_position_embeddings)", "shorten the row"
+                group, positions, "the model's number of positions (max_position_embeddings)", "shorten the row"
             )
             or _unknown_ids(group, config.vocab_size)
             or _not_finite(group)
@@ -30,8 +36,8 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
 
 
 def last_position(model: PreTrainedModel) -> int | None:
-    """Returns the most tokens that one text may have, because the model has positions for no more; None if the model's
-    config states no limit."""
+    """Returns the most tokens that one text may have, because the model has positions only for these; None if the
+    model's config states no limit."""
     return positions_in(model.config.get_text_config())
 
 

@@ -72,8 +72,8 @@ _CHANGES_NOTHING = {"position_ids", "cache_position", "use_cache", "output_atten
 
 
 def _suits_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention can compute these tensors. No other kernel computes segments (ranges of tokens) of
-    different lengths in one call."""
+    """Whether flash attention can compute tensors of this device, dtype and width. Only flash attention computes
+    segments (ranges of tokens) of different lengths in one call."""
     width = query.shape[-1]
     return (
         query.device.type == "cuda"
@@ -108,11 +108,14 @@ def _at_once(
 
 @lru_cache(maxsize=1)  # all layers of a forward call this with the same arguments
 def _lay_out(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Returns the arguments that one call of flash attention needs for S segments (ranges of tokens).
+    """Returns the arguments that one call of flash attention (`varlen_attn`) needs for S segments. A segment is a range
+    of tokens in the row of all tokens. It sees its own tokens and those of its prompt.
 
-    The arguments are: the positions, in the row of tokens, of the keys that each segment sees; the borders between the
-    queries of the segments, [S + 1] int32; the borders between their keys, [S + 1] int32; the largest number of queries
-    in a segment; and the largest number of keys.
+    - `seen`: the positions in the row of all keys, segment after segment, int64
+    - `cu_seqlens_q`: where the queries of each segment begin, and the end of the last, [S + 1] int32
+    - `cu_seqlens_k`: where the keys of each segment begin in `seen`, and the end of the last, [S + 1] int32
+    - `max_seqlen_q`: the largest number of queries in a segment
+    - `max_seqlen_k`: the largest number of keys that a segment sees
     """
     ranges = [torch.arange(*ends) for segment in segments for ends in (segment[:2], segment[2:])]
     num_queries = [stop - start for _, _, start, stop in segments]
@@ -155,11 +158,12 @@ def _one_by_one(
 def _masks(
     segments: Segments, sliding_window: int | None, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor | None]:
-    """Returns for each segment (range of tokens) the mask to add to its attention scores. Returns None for a segment
-    that needs no mask, because causal attention is enough.
+    """Returns for each segment (range of tokens) the mask to add to its attention scores. For a segment that needs no
+    mask, because causal attention is enough, the list has None. `sliding_window` is the number of keys that a query
+    sees, None if it sees all earlier keys.
 
-    A mask has numbers and not booleans: all layers share such a mask in the backward pass, but SDPA would keep a copy
-    of a boolean mask for each layer.
+    A mask has numbers and not booleans, because in the backward pass all layers share one mask of numbers, while SDPA
+    would keep a copy of a boolean mask for each layer.
     """
     masks: list[Tensor | None] = []
     for prefix_start, prefix_stop, start, stop in segments:

@@ -20,8 +20,8 @@ from dpo_core.encoding.encode import EncodedGroup
 
 def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
     """Distributes groups (prompts with their completions) over ranks (processes) and packs. A pack is the groups that
-    one forward pass computes. `[rank][pack]` of the result is a list of indices into `lengths`, the groups' numbers of
-    tokens.
+    one forward pass computes. `lengths` has the number of tokens of each group. In the result, `plan[rank][pack]` is
+    the list of the pack's groups, as indices into `lengths`.
 
     Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A group
     longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so every rank
@@ -74,8 +74,9 @@ def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int,
 
 
 def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[list[int]]:
-    """Sorts sequences into batches of similar lengths, and returns each batch as indices into `lengths`. A batch is
-    padded to its longest sequence; at least the share `least_fill` of its tokens is then no padding."""
+    """Sorts sequences into batches of similar lengths, and returns each batch as a list of indices into `lengths`. The
+    caller pads a batch to its longest sequence. At least the share `least_fill` of the tokens in a padded batch is no
+    padding."""
     batches: list[list[int]] = []
     longest = total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

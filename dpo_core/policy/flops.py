@@ -43,9 +43,9 @@ class Flops:
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:
-    """Returns the number of floating-point operations for one input row of a product with `weight`: one product, or two
-    products if `twice`, and one for the gradient of the input. A weight that is trained has one more product, for its
-    own gradient."""
+    """Returns the number of floating-point operations for one input row of a product with `weight`. These are the
+    operations of the product itself, which counts twice if `twice`, of the gradient of the input and, if the weight is
+    trained, of the gradient of the weight."""
     return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 
@@ -54,8 +54,8 @@ SLOW = 5e9  # FLOP/s; a CPU without instructions for bfloat16 is slower
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measures the floating-point operations per second of a large matrix product, and returns the best of five tries.
-    Each process measures only once for a dtype and device.
+    """Measures how many floating-point operations per second the device does in a large matrix product of this dtype,
+    and returns the best of five tries. Each process measures only once for a dtype and device.
 
     On a CPU that is very slow in this dtype the product is smaller, because the large product would take a minute.
     """

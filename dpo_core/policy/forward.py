@@ -61,8 +61,8 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """Returns, for each of R targets (tokens that count in the loss), its log-probability, [R], and whether it was the
-    likeliest token, [R].
+    """Computes the R targets of the batch (tokens that count in the loss). Returns two tensors: the log-probability of
+    each target, [R], and whether the target was the likeliest of all tokens, [R].
 
     `logits` says how the model turns its head's outputs into logits. If completions share prompts (`shared`), one
     forward pass computes all of them. If they do not, completions of similar lengths are padded and computed together.
@@ -132,8 +132,9 @@ def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns, for each of R targets (tokens that count in the loss), its log-probability, [R], and whether it was the
-    likeliest token, [R]. The model's own forward computes the completions one after the other."""
+    """Computes the R targets of the batch (tokens that count in the loss) with the model's own forward, one completion
+    after the other. Returns two tensors: the log-probability of each target, [R], and whether the target was the
+    likeliest of all tokens, [R]."""
     logps, correct = [], []
     rows, targets = batch.rows, batch.targets
     sizes = batch.num_completion_tokens.tolist()

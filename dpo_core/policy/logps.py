@@ -13,9 +13,9 @@ PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes of a full tile, the part of the logits that is in memory at a time. The logits are in float32.
-    If they are `capped`, there are three copies of them; for a model in half precision, also a copy in the model's
-    dtype."""
+    """Returns the bytes that a full tile takes. A tile is the part of the logits that is in memory at a time, in
+    float32. If logits are `capped`, there are three copies of the tile. For a model in half precision there is one more
+    copy, in the model's dtype."""
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
     return numbers * widths
@@ -120,7 +120,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _keeps_float32(factor: Tensor) -> bool:
-    """Whether the product of half-precision factors is returned in float32, if `factor` is the left one. Only cuBLAS,
+    """Whether `_product` returns the product of half-precision factors in float32, given the left factor. Only cuBLAS,
     on CUDA, can return the sums unrounded."""
     return factor.device.type == "cuda" and factor.dtype in (torch.bfloat16, torch.float16)
 
@@ -144,8 +144,9 @@ def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float |
 
 
 def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for each row of a tile (a part of the vocabulary) the log-sum-exp of the row's logits, the logit of its
-    target token, and its largest logit. If the target is in another tile, its logit is -inf. Overwrites `logits`."""
+    """Returns three tensors over the rows of a tile (the logits for a part of the vocabulary), [rows] each: the
+    log-sum-exp of the row's logits; the logit of the row's target token, or -inf if the target is in another tile; and
+    the row's largest logit. Overwrites `logits`."""
     place, here = _place(targets, logits)
     at_target = logits.gather(1, place)[:, 0].masked_fill(~here, -torch.inf)
     largest = logits.amax(1)
@@ -164,7 +165,8 @@ def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, so
 
 
 def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns, for each row, the column of its target token in a tile (a part of the vocabulary), [rows, 1], and
-    whether the target is in this tile, [rows]. For a target in another tile, the column is an arbitrary valid one."""
+    """Returns two tensors over the rows of a tile (the logits for a part of the vocabulary): the column of the row's
+    target token in the tile, [rows, 1], and whether the target is in this tile, [rows]. For a target in another tile,
+    the column is an arbitrary valid one."""
     last = logits.shape[1] - 1
     return targets.clamp(0, last)[:, None], (targets >= 0) & (targets <= last)

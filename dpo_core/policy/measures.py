@@ -20,8 +20,9 @@ NUM_MEASURES = 3
 
 @dataclass(frozen=True)
 class Completions:
-    """The log-probabilities, under the policy and under the reference, and the lengths of n completions. The n
-    completions may be, for example, the best completion of each group (a prompt with its completions)."""
+    """The log-probabilities (in nats) and lengths (in tokens) of n completions: `logps` under the policy and
+    `ref_logps` under the reference. The n completions may be, for example, the best completion of each group (a prompt
+    with its completions)."""
 
     logps: Tensor  # [n] summed over the completion, in nats
     head_logps: Tensor  # [n] summed over as many first tokens as the group's shortest completion has
@@ -52,7 +53,8 @@ class Measures:
     """The log-probabilities or rewards that a model gives the K completions of G groups (prompts with their
     completions). The completions are listed group by group, the best first.
 
-    `table` is [K, NUM_MEASURES]: a row for each completion. Constants of this module name its columns.
+    `table` is [K, NUM_MEASURES]: a row for each completion. The columns are LOGPS, HEAD_LOGPS and NUM_CORRECT for a
+    policy, and REWARD and LOG_VARIANCE for a reward model.
     """
 
     def __init__(self, groups: Sequence[EncodedGroup], table: Tensor) -> None:
@@ -152,8 +154,8 @@ class Measures:
         return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 
     def _of_groups(self, name: str) -> Tensor | None:
-        """Returns the attribute `name` of all groups (prompts with their completions), which is a list with a number
-        for each completion, as one tensor [K]. Returns None if a group has no such list."""
+        """Returns a tensor [K] with the attribute `name` of all groups (prompts with their completions), such as
+        `ref_logps`: a number for each of K completions. Returns None if a group lacks this attribute."""
         values = [getattr(group, name) for group in self.groups]
         return None if None in values else self._tensor([number for numbers in values for number in numbers])
 

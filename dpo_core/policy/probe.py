@@ -24,9 +24,9 @@ ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of lay
 
 @dataclass(frozen=True)
 class Manner:
-    """How to compute a model's outputs: the factor and the cap of its logits, whether completions can share one copy of
-    a prompt, and whether they can be computed in batches. For each of these two that is not possible, it holds the
-    reason in words."""
+    """Says how to compute a model's outputs. `logits` has the factor and the cap of the model's logits. `no_sharing` is
+    the reason why completions cannot share one copy of their prompt; it is empty if they can. `no_batches` is the
+    reason why completions cannot be computed in batches; it is empty if they can."""
 
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
@@ -98,13 +98,14 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """Computes a small example in two ways: all completions together, and one after the other by the model's own
-    forward. Returns a text and an index. The text says how the results of the two ways differ; it is empty if they
-    agree.
+    """Computes a small example in two ways, and compares the results: all completions together, and one after the other
+    by the model's own forward. `shared` says whether completions that are computed together share one copy of their
+    prompt. Returns two values:
 
-    The index is that of an element of `readings(config)`, the ways in which the model may turn its head's outputs into
-    logits: the one with which the results agree, or 0 if they differ. `shared` says whether completions that are
-    computed together share one copy of their prompt.
+    - why the first way cannot be used, as a text: how the results differ, or the error of the model; empty if the
+      results agree
+    - which element of `readings(config)` makes the results agree, as an index; 0 if none does. These elements are the
+      ways in which the model may turn its head's outputs into logits.
     """
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
@@ -149,15 +150,16 @@ def _tolerated(model: PreTrainedModel, answer: Tensor) -> float:
 
 
 def _has_a_state(config: PretrainedConfig) -> str:
-    """Returns the names of the model's kinds of layers that are not attention; empty if there are none. Such layers may
-    carry a state from one completion to the next, an effect that a small example may not show."""
+    """Returns the kinds of the model's layers that are not attention, as a text such as "mamba, conv"; empty if there
+    are none. Such layers may carry a state from one completion to the next, an effect that a small example may not
+    show."""
     names = ("layer_types", "layers_block_type", "block_types")
     kinds = {kind for name in names for kind in getattr(config, name, None) or ()}
     return ", ".join(sorted(kinds - ATTENTION))
 
 
 def _depends_on_length(config: PretrainedConfig) -> str:
-    """Returns the names of the model's kinds of rotary positions that change with the longest sequence of a batch;
-    empty if there are none."""
+    """Returns the kinds of the model's rotary positions that change with the longest sequence of a batch, as a text
+    such as "dynamic positions"; empty if there are none."""
     kinds = {rope.get("rope_type") for rope in ropes(config)}
     return ", ".join(f"{kind} positions" for kind in ("dynamic", "longrope") if kind in kinds)

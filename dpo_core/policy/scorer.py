@@ -52,7 +52,7 @@ class Scorer(nn.Module):
 
     def count_tokens(self, group: EncodedGroup) -> int:
         """Returns the number of tokens of the group (a prompt with its completions) that the model computes. The prompt
-        counts once. If completions cannot share their prompt, it counts once for each completion."""
+        counts once, or once for each completion if completions cannot share their prompt."""
         copies = 1 if self.shares_prompts else len(group.completion_ids)
         return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
 
@@ -65,8 +65,8 @@ class Scorer(nn.Module):
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
         """Distributes the groups (prompts with their completions) over ranks (processes) and packs (a pack is the
-        groups of one forward pass), such that all ranks compute about the same number of tokens. `[rank][pack]` of the
-        result is a list of indices into `groups`."""
+        groups of one forward pass), such that all ranks compute about the same number of tokens. In the result,
+        `plan[rank][pack]` is the list of the pack's groups, as indices into `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
@@ -79,11 +79,13 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the log-probabilities or rewards of the completions in the batch. Returns [K, NUM_MEASURES] float32:
-        a row for each of K completions.
+        a row for each of K completions. For a language model the columns are:
 
-        For a language model the columns are the log-probability of the completion, the log-probability of its first
-        tokens (as many as the group's shortest completion has), and the number of its tokens that the model found the
-        likeliest of all tokens. For a reward model the columns are the outputs of the model's head, and zeros.
+        - the log-probability of the completion
+        - the log-probability of the completion's first tokens: as many as the shortest completion of its group has
+        - the number of its tokens that the model found the likeliest of all tokens
+
+        For a reward model the columns are the outputs of the model's head, followed by zeros.
         """
         if self.rewards:
             outputs = self._outputs(batch)
@@ -98,8 +100,8 @@ class Scorer(nn.Module):
         return packed_rewards(self.model, batch, shared=self.shares_prompts)
 
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns, for each of the batch's R targets (tokens that count in the loss), its log-probability, [R], and
-        whether it was the likeliest token, [R]."""
+        """Computes the R targets of the batch (tokens that count in the loss). Returns two tensors: the log-probability
+        of each target, [R], and whether the target was the likeliest of all tokens, [R]."""
         if not self.takes_batches:
             return plain_logps(self.model, batch)
         return packed_logps(self.model, batch, self.manner.logits, shared=self.shares_prompts)

@@ -56,7 +56,8 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class FileDigest:
-    """The size and the sha256 of a file of a checkpoint. A reader of the checkpoint verifies the file by them."""
+    """The size in bytes and the sha256 (hexadecimal) of a file of a checkpoint. A reader of the checkpoint compares the
+    file with these values."""
 
     size: int  # bytes
     sha256: str  # hexadecimal
@@ -64,8 +65,8 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The state of a training run at a checkpoint, such as its step and metrics, and the sizes and digests of the
-    checkpoint's files."""
+    """The state of a training run at a checkpoint, such as its step, config and metrics, and the sizes and digests of
+    the checkpoint's files. The checkpoint's file manifest.json holds these fields."""
 
     step: int
     total_steps: int
@@ -86,8 +87,8 @@ class Manifest:
         return any(is_optimizer(name) for name in self.files)
 
     def without_optimizer(self) -> "Manifest":
-        """Returns a copy of the manifest that does not list the optimizer's files. It is for a checkpoint from which
-        these files are deleted."""
+        """Returns a copy of the manifest that does not list the optimizer's files. The caller writes this copy before
+        it deletes these files from the checkpoint."""
         return replace(self, files={name: digest for name, digest in self.files.items() if not is_optimizer(name)})
 
     def to_json(self) -> bytes:
@@ -159,12 +160,13 @@ def verify(folder: Path) -> Manifest:
 
 def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
     """Checks that a training run can continue from the checkpoint in `folder`. Returns the checkpoint's manifest, and
-    the config for the run.
+    the config for the run. `total_steps` is the run's number of optimizer steps, and `precision` the policy's dtype,
+    such as "bfloat16" or "bfloat16 over nf4".
 
     The returned config is `config` with two more options decided, unless the user has set them: the number of tokens in
     one forward pass and the recomputation of activations, as the checkpoint's run chose them. Raises DamagedCheckpoint
-    for a damaged checkpoint, and ValueError if a run with this config, number of steps and precision cannot continue
-    from it.
+    for a damaged checkpoint. Raises ValueError if the checkpoint has no optimizer state, or if its run had another
+    number of steps, another precision, or other options that change the results.
     """
     manifest = verify(folder)
     if not manifest.has_optimizer:
@@ -253,12 +255,13 @@ class _Saved:
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def check(self, weights: Weights) -> None:
-        """Raises ValueError unless the checkpoint's optimizer state belongs to exactly the weights that this run
-        trains."""
+        """Raises ValueError unless the checkpoint's optimizer state is for the same weights that this run trains: their
+        names and shapes must be equal."""
         remedy = "resume with the same model and adapter"
         if {name.rpartition(".")[0] for name in self._names} != weights.stepped.keys():
             raise ValueError(
-                f"The checkpoint {self._folder} was made by training other weights than this run trains; {remedy}."
+                f"The names of the weights trained in the checkpoint {self._folder} differ from those of this run; "
+                f"{remedy}."
             )
         for name, parameter in weights.stepped.items():
             if self.has(name, MOMENTS[0]) and (shape := self._shape(name)) != (*parameter.shape,):
@@ -269,11 +272,10 @@ class _Saved:
                 raise ValueError(f"{what}; {remedy}.")
 
     def check_precision(self, weights: Weights) -> None:
-        """Raises ValueError if only one of two runs trains weights in half precision: the run of the checkpoint or this
-        run."""
+        """Raises ValueError if the checkpoint's run trained other weights in half precision than this run."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
         if halves != weights.in_float32.keys():
-            what = f"The checkpoint {self._folder} has float32 copies of {len(halves)} weights"
+            what = f"The checkpoint {self._folder} has {len(halves)} weights in half precision"
             remedy = "load the policy in the dtype of the checkpoint's run, or start a new run from its model"
             raise ValueError(f"{what}, but this run has {len(weights.in_float32)}; {remedy}.")
 
@@ -303,8 +305,8 @@ _IRRELEVANT = re.compile(
 
 
 def _check_config(folder: Path, policy: PreTrainedModel) -> None:
-    """Raises ValueError if the model in the checkpoint `folder` has another config than the policy. Entries that do not
-    affect what the model computes may differ."""
+    """Raises ValueError if the config of the model in the checkpoint `folder` differs from the policy's config. Entries
+    that do not affect what the model computes may differ."""
     before, current = (
         _computed(config.to_dict()) for config in (AutoConfig.from_pretrained(folder / "model"), policy.config)
     )

@@ -33,11 +33,12 @@ class Writer:
     """Writes checkpoints into folders `folder/step-000012` in the background, one at a time, each completely or not at
     all.
 
-    A save waits until the previous checkpoint is written. If writing fails in the background, the next call raises the
-    error. Every rank (process of the run) that holds a part of the optimizer's state writes this part. `folder` may be
-    shared by the ranks, or each rank may have its own. Each rank that has written files calls `publish` with the step
-    and the checkpoint's folder. Rank 0 calls it last, after it has written the manifest. The end of a `with` block
-    waits until the last checkpoint is written.
+    A save waits until the previous checkpoint is written. If writing fails in the background, the next call of a method
+    raises the error. The end of a `with` block waits until the last checkpoint is written.
+
+    Every rank (process of the run) that holds a part of the optimizer's state writes this part. `folder` may be shared
+    by the ranks, or each rank may have its own. Each rank that has written files calls the function `publish` with the
+    step and the checkpoint's folder. Rank 0 calls `publish` last, after it has written the manifest.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _errno_of(error: SafetensorError) -> int:
-    """Returns the errno that ends the error's text, as in "No space left on device (os error 28)", or EIO if the text
-    has none. Callers need it to see that storage is full and to wait."""
+    """Returns the errno that ends the error's text, such as 28 in "No space left on device (os error 28)", or EIO if
+    the text has none. By this number, callers recognize that storage is full, and then wait until there is room."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else errno.EIO

@@ -42,9 +42,9 @@ def make_packs(
     scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
 ) -> list[Pack]:
     """Distributes the groups (prompts with their completions) of an optimizer step over ranks (processes) and packs,
-    and returns the packs of this rank. A pack is the groups of one forward pass, at most `max_tokens_per_pack` tokens
-    or one group; `seed` decides the adapter's dropout in it. If the model is sharded, every rank gets the same number
-    of packs, and some may be empty."""
+    and returns the packs of this rank. A pack is the groups of one forward pass. It has at most `max_tokens_per_pack`
+    tokens, unless it has only one group. `seed` decides the dropout of the adapter. If the model is sharded, every rank
+    gets the same number of packs, and some may be empty."""
     runs_together = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
@@ -59,9 +59,9 @@ def make_packs(
 
 
 def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> int | None:
-    """Returns half the number of tokens of the largest pack (the groups of one forward pass) on any rank (process of
-    the run), as a limit for smaller packs. `max_tokens_per_pack` is the limit so far. Returns None if packs cannot be
-    smaller, because each has only one group."""
+    """Returns a lower limit for the tokens of a pack (the groups of one forward pass): half the tokens of the largest
+    pack that any rank (process of the run) now has. `max_tokens_per_pack` is the limit so far. Returns None if packs
+    cannot be smaller, because each has only one group."""
     ranks = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)
     packs = [pack for packs in ranks for pack in packs]
     if max(map(len, packs)) < 2:
@@ -180,8 +180,8 @@ def _backward_of_whole_batch(
 def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
     """Calls `compute`. If memory runs out on one rank (process of the run), raises MemoryRanOut on all ranks.
 
-    The function cannot do so for a sharded model: its ranks exchange weights within `compute`, so a rank whose memory
-    runs out cannot tell the others. Its error then ends the run.
+    If the model is sharded, MemoryRanOut is not raised. The ranks then exchange weights within `compute`, so a rank
+    whose memory runs out cannot tell the others; its own error ends the run.
     """
     if is_sharded(scorer.model):
         compute()

@@ -86,8 +86,8 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
 
 
 def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
-    """Returns the bytes of memory that the tokens of one forward pass may take beside weights, gradients, the
-    optimizer's state and a tile (the logits held at a time).
+    """Returns how many bytes of memory the tokens of one forward pass may take. This is a part of the memory that
+    remains after weights, gradients, the optimizer's state and a tile (the logits held at a time).
 
     All ranks (processes of the run) get the same result, the smallest number of any rank. Returns None if the system
     does not report its memory.
@@ -122,8 +122,8 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _number(file: Path, name: str) -> int:
-    """Returns the number behind `name` in a system file such as /proc/meminfo. Each line of the file must hold a name
-    and a number."""
+    """Returns the number that follows `name` in a system file such as /proc/meminfo. Each line of the file must begin
+    with a name and a number."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {name: int(number) for name, number, *_ in lines}[name]
 
@@ -158,7 +158,7 @@ def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
     """Runs a forward pass of the group (a prompt with its completions), and returns the bytes that autograd keeps for
-    the backward pass; weights do not count."""
+    the backward pass. The bytes of the model's weights are not included."""
     unchanging = None if is_sharded(scorer.model) else _storages(scorer.model)
     kept_storages: dict[int, int] = {}
 

@@ -55,7 +55,8 @@ def all_reduce_min(value: int, device: torch.device) -> int:
 
 def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
     """Compares a list of flags, `values`, over all ranks (processes of the run). Returns, for each position of the
-    list, whether the flag there is true on at least one rank; all ranks get the same result."""
+    list, whether the flag at this position is true on at least one rank; all ranks get the same result. `group` is the
+    process group of the exchange; None means PyTorch's default group."""
     if num_ranks() == 1:
         return list(values)
     flags = torch.tensor(values, dtype=torch.uint8, device=device)
@@ -64,9 +65,9 @@ def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.Proces
 
 
 def within_memory(work: Callable[[], T], device: torch.device) -> T:
-    """Calls `work`, which must not exchange data with other processes, on every rank (process of the run) and returns
-    the result of this rank. If memory runs out on one rank, every rank raises MemoryRanOut, so that no rank waits for
-    another."""
+    """Calls `work` on every rank (process of the run) and returns the result of this rank. If memory runs out on one
+    rank, every rank raises MemoryRanOut, so that no rank waits for another. `work` must not exchange data with other
+    processes."""
     result, ran_out = None, False
     try:
         result = work()
@@ -81,14 +82,15 @@ def within_memory(work: Callable[[], T], device: torch.device) -> T:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error means that memory ran out: that of the GPU or, for a CPU, that of the system."""
+    """Whether the error means that the memory of the GPU ran out or, for a CPU, the memory of the system."""
     on_cpu = re.search(r"can't allocate memory|not enough memory|bad_alloc", str(error))  # plain RuntimeErrors
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or on_cpu is not None
 
 
 def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None) -> T:
     """Calls `work` on every rank (process of the run) and returns the result of this rank. If `work` fails on one rank,
-    every rank raises an error, so that no rank waits for another."""
+    every rank raises an error, so that no rank waits for another. `group` is the process group in which ranks tell each
+    other; None means PyTorch's default group."""
     try:
         result = work()
     except Exception:

@@ -72,28 +72,29 @@ def train(
     """Trains `policy` in place and yields the result of each step. Trains all weights, or only the adapter if the
     policy has one; dropout outside the adapter is off.
 
-    `config` must have no undecided options, see `TrainConfig.resolved`. `global_batches` is a list with one batch for
-    each step of the run, or a function that takes a step number and returns the batches of all later steps. The
-    function is called with 0 or, if the run continues from the checkpoint `resume`, with this checkpoint's step. Every
-    rank (process of the run) must be given the same batches, and computes its share of them. The loss is a mean over
-    the groups (prompts with their completions) of a batch. A list is refused unless it has `total_steps` batches, each
-    with `batch_size` groups or fewer. The batches of a function are not checked. A group longer than `max_length` is
-    refused. A `max_length` beyond the model's positions is refused, too. The options `n_epochs`, `truncation` and
-    `seed` record how the batches were made; only `seed` has an effect on training: it decides an adapter's dropout.
+    `config` must have no undecided options; `TrainConfig.resolved` decides them. `global_batches` is a list with one
+    batch for each step of the run, or a function that takes a step number and returns the batches of all later steps.
+    The function is called with 0 or, if the run continues from the checkpoint `resume`, with the step of this
+    checkpoint. Every rank (process of the run) must be given the same batches, and computes its share of them. The loss
+    is a mean over the groups (prompts with their completions) of a batch. A list is refused unless it has `total_steps`
+    batches, each with `batch_size` groups or fewer. The batches of a function are not checked. A group longer than
+    `max_length` is refused. A `max_length` beyond the model's positions is refused, too. The options `n_epochs`,
+    `truncation` and `seed` record how the batches were made. Only `seed` has an effect on training: it decides an
+    adapter's dropout.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
-    while training continues. When it is written, `publish` is called with the step and the folder. All checkpoints are
-    written when the iterator ends. A step whose loss or gradient is not finite changes no weight; its result is yielded
-    without a checkpoint, and then FloatingPointError ends the run. A step without groups changes no weight and has no
-    metrics; its checkpoint has the metrics of the previous step.
+    while training continues. When the checkpoint is written, `publish` is called with the step and the folder. All
+    checkpoints are written when the iterator ends. A step whose loss or gradient is NaN or infinite changes no weight;
+    its result is yielded without a checkpoint, and then FloatingPointError ends the run. A step without groups changes
+    no weight and has no metrics; its checkpoint has the metrics of the previous step.
 
-    `validation` returns held-out groups in batches of any size. The trainer calls `validation` whenever a checkpoint is
-    due, and adds the policy's metrics on these groups, such as `eval/loss`, to the metrics of the step. Held-out groups
-    do not change the weights. If `validation` returns None, the step has no evaluation. With `early_stop` the iterator
-    ends once evaluations stop improving.
+    `validation` is a function that returns held-out groups in batches of any size. The trainer calls `validation`
+    whenever a checkpoint is due, and adds the policy's metrics on these groups, such as `eval/loss`, to the metrics of
+    the step. Held-out groups do not change the weights. If `validation` returns None, the step has no evaluation. With
+    `early_stop` the iterator ends once evaluations stop improving.
 
-    `stop` is called before every step on every rank. Once it returns true on one rank, all ranks save a checkpoint of
-    the last step, unless that step already has one, and the iterator ends.
+    The function `stop` is called before every step on every rank. Once `stop` returns true on one rank, all ranks save
+    a checkpoint of the last step, unless that step already has one, and the iterator ends.
     """
     every = config.checkpoint_steps
     if every is None or None in (config.optim.learning_rate, config.batch_size, config.n_epochs):
@@ -200,8 +201,8 @@ class _Run:
                 check_base(adapter, policy)
         self.base = fingerprint(policy) if has_adapter(policy) else None
         if manifest and self.base and manifest.base not in (None, self.base):
-            what = f"The adapter in {resume} was trained on a base with other weights than {policy.name_or_path}"
-            raise ValueError(f"{what}; load the policy from the base that the adapter was trained on.")
+            what = f"The adapter in {resume} was trained on a base whose weights differ from those of"
+            raise ValueError(f"{what} {policy.name_or_path}; load the policy from the adapter's own base.")
         self.config, self._undo = plan_memory(config, self.scorer, first[0] if first else ()), undo
         assert self.config.max_tokens_per_pack is not None  # `plan_memory` has set it
         self.pack_size = self.config.max_tokens_per_pack
@@ -308,7 +309,7 @@ class _Run:
 
     @property
     def remedy(self) -> str:
-        """Advice for the user of a training run whose loss or gradient is not finite."""
+        """Advice for the user of a training run that ends because its loss or gradient is NaN or infinite."""
         if self.num_updates > 1:
             return "lower the learning rate"
         return "no weight was changed yet, so look for NaN or infinity in the policy and in the reference's scores"
@@ -342,7 +343,7 @@ class _Run:
 
 
 def _not_finite(metrics: dict[str, float]) -> str:
-    """Returns those of loss, gradient norm and evaluation's loss that are not finite, as a text such as "loss nan,
-    grad_norm inf". The text is empty if all three are finite."""
+    """Returns those of the loss, the gradient norm and the evaluation's loss that are NaN or infinite, as a text such
+    as "loss nan, grad_norm inf". The text is empty if all three are finite."""
     values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
     return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))

@@ -24,7 +24,7 @@ from dpo_core.training.ranks import all_reduce_min, all_reduce_sum, num_local_ra
 
 
 class Weights:
-    """The trained parameters of a policy by name, and the tensors that the optimizer updates.
+    """The trained parameters of a policy by name (`trained`), and the tensors that the optimizer updates (`stepped`).
 
     For a parameter in half precision the optimizer updates a float32 copy, the parameter's master. Gradients are
     float32 or wider. If the policy is not sharded, each rank (process of the run) has all parameters and sums its
@@ -84,8 +84,8 @@ class Weights:
             parameter.grad = None
 
     def release(self) -> None:
-        """Removes what training has added to the policy's parameters: gradients, and the dtypes of gradients. The
-        caller may then train the policy in another way."""
+        """Removes what training has added to the policy's parameters: their gradients, and the dtype that was set for
+        gradients. The caller may then train the policy in another way."""
         self.drop_gradients()
         for name in self.masters:
             self.trained[name].grad_dtype = self.trained[name].dtype
@@ -155,8 +155,9 @@ def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None 
     run). Each weight is split into `shards` parts. `dtype` is the dtype in which the policy computes; None means the
     dtype of its weights.
 
-    With several shards, a rank also holds some whole weights while it computes, and whole gradients of those that are
-    trained. These are the weights outside the layers, and those of two layers, because the next layer is fetched ahead.
+    With several shards, a rank also holds some whole weights while it computes: those outside the layers, and those of
+    two layers, because the next layer is fetched ahead. For the trained ones among them, the rank also holds whole
+    gradients.
     """
     num_bytes: int = 0
     for parameter in policy.parameters():
@@ -176,8 +177,8 @@ def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None 
 
 
 def _with_gradients(module: nn.Module) -> int:
-    """Returns the number of parameters in a module and of their gradients: a parameter that is trained counts twice,
-    because it has a gradient."""
+    """Returns the number of a module's parameters, in which a trained parameter counts twice, because its gradient
+    takes as much memory."""
     numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
     return numbers
 

@@ -42,9 +42,9 @@ UNUSED = ("modules_to_save", "use_dora", "target_parameters", "rank_pattern", "a
 
 
 def check_version(installed: str = vllm.__version__) -> None:
-    """Raises RuntimeError if the release `installed` of vLLM may confuse adapters.
+    """Raises RuntimeError if the release `installed` of vLLM is older than LEAST_VLLM.
 
-    Before the release LEAST_VLLM, vLLM may answer a request for one adapter with another adapter.
+    Such a release may answer a request for one adapter with another adapter.
     """
     if Version(installed) < Version(LEAST_VLLM):
         raise RuntimeError(
@@ -55,7 +55,7 @@ def check_version(installed: str = vllm.__version__) -> None:
 
 class AdapterRefused(Exception):
     """Raised if the engine cannot answer with an adapter. `status` and `code` are the HTTP status and the error code of
-    the response."""
+    the response to the client."""
 
     status, code = 503, "model_unavailable"
 
@@ -76,8 +76,7 @@ class AdapterUnusable(AdapterRefused):
 
 
 class Base:
-    """Represents the model that a vLLM engine has loaded, and checks whether an adapter was trained on the same
-    weights."""
+    """Checks whether adapters were trained on the weights of the model that a vLLM engine has loaded."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -85,15 +84,15 @@ class Base:
         self._computing = threading.Lock()
 
     def check(self, adapter: Adapter, folder: Path) -> None:
-        """Raises AdapterUnusable if the adapter in `folder` was trained on other weights than those that the engine has
-        loaded.
+        """Raises AdapterUnusable if the weights of the base on which the adapter in `folder` was trained differ from
+        those that the engine has loaded.
 
         An adapter that this service trained records a fingerprint of its base model's weights. An adapter without a
         fingerprint is accepted. The first comparison reads all weights of the engine's model.
         """
         saved = saved_base(folder)
         if saved and saved != self._computed(adapter):
-            what = f"it was trained on a base with other weights than {self._source} has now"
+            what = f"it was trained on a base whose weights differ from those of {self._source}"
             remedy = "restore the base's earlier weights, or train a new adapter"
             raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': {what}; {remedy}.")
 
@@ -103,7 +102,7 @@ class Base:
                 self._fingerprint = self._fingerprint or fingerprint_of(self._source)
             except (OSError, ValueError) as error:
                 what = (
-                    f"the weights of its base {self._source} cannot be compared with the weights that it was trained on"
+                    f"the weights of its base {self._source} cannot be read, to compare them with those of its training"
                 )
                 raise AdapterUnusable(
                     f"The engine cannot attach the adapter '{adapter.id}': {what} ({error})."
@@ -124,8 +123,8 @@ class Attachment:
 class Adapters:
     """Attaches adapters to one vLLM engine, and detaches them.
 
-    At most `max_cpu_loras` adapters (a setting of the engine) stay attached. Beyond this number, the least recently
-    used adapters are detached as soon as no request uses them.
+    At most `max_cpu_loras` adapters (a setting of the engine) stay attached. If there are more, the least recently used
+    ones are detached as soon as no request uses them.
     """
 
     def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, source: str) -> None:
@@ -169,9 +168,10 @@ class Adapters:
             self._shrink()
 
     def forget_deleted(self, deleted: Collection[str]) -> None:
-        """Stops answering with the LoRA adapters whose ids are in `deleted`: all adapters that were deleted recently.
+        """Stops answering with the LoRA adapters whose ids are in `deleted`. The caller always passes the ids of all
+        adapters that were deleted recently.
 
-        Detaches those that are attached, aborts the requests that use them, and refuses further requests for them.
+        Detaches those that are attached, aborts the requests that use them, and refuses later requests for them.
         """
         self._deleted = frozenset(deleted)
         for adapter_id in self._deleted & self._attached.keys():

@@ -81,10 +81,11 @@ def is_media(key: str) -> bool:
 
 
 def holds_answer(key: str, name: str) -> bool:
-    """Whether the column called `key` may hold the text of the answer called `name`.
+    """Whether the column called `key` may hold the text of the answer that the row calls `name`.
 
-    Some rows name an answer in one column, such as "A" in `winner`, and have its text in another column. `response_a`
-    may hold the answer named "A". `answer_1`, or a list `answers`, may hold the answer named "1".
+    Some rows name an answer in one column, such as "A" in `winner`, and have the answer's text in another column. The
+    text of the answer "A" may be in `response_a`. The text of the answer "1" may be in `answer_1`, or in a list
+    `answers`.
     """
     plain = _plain(name)
     names = f"({_NOUN})?s?{re.escape(plain)}" + (f"|({_NOUN})s" if plain.isdecimal() else "")

@@ -39,8 +39,8 @@ from dpo_core.options import Kind
 
 @dataclass(frozen=True)
 class Format:
-    """A format of rows: a test that recognizes a row of the format, and a reader (a function) that turns the row into
-    groups. A group is a prompt with its completions."""
+    """A format of rows. `matches` returns whether a row (as a dictionary) has the format, and `reader` is a function
+    that turns a row into groups. A group is a prompt with its completions."""
 
     name: str
     row: str  # the columns of a row, in Markdown
@@ -102,8 +102,9 @@ class Format:
 
     @cached_property
     def _extras(self) -> frozenset[str]:
-        """The optional columns, such as `weight`, `margin` and `tools`, that rows of this format may have. The method
-        `_read_all` reads these columns; the function `reader` reads all others."""
+        """The names of the optional columns, such as `weight`, `margin` and `tools`, that rows of this format may have.
+        The method `_read_all` reads the optional columns, and the function `reader` reads the format's other
+        columns."""
         return self.keys & (OPTIONAL_KEYS | {"weight", "margin"})
 
     @cached_property
@@ -232,7 +233,8 @@ def _answers_a_prompt(row: dict[str, object]) -> bool:
 
 
 def _is_openai(row: dict[str, object]) -> bool:
-    """Whether the row has the keys of OpenAI's preference format."""
+    """Whether the row seems to have OpenAI's preference format. Such a row has the key `input`. Besides, `input` holds
+    a dictionary, or the row has a key such as `preferred_output`, or `input` is its only key."""
     return "input" in row and (
         isinstance(row["input"], dict) or not _OUTPUT_KEYS.isdisjoint(row) or row.keys() == {"input"}
     )

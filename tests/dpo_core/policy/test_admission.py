@@ -24,7 +24,7 @@ REFUSED = {
     ),
     "more tokens than positions": (
         replace(PAIR, prompt_ids=[5] * 63),
-        "has 65 tokens, but the most positions of the model",
+        "has 65 tokens, but the model's number of positions",
     ),
 }
 NOT_FINITE = {
@@ -64,7 +64,7 @@ def test_a_group_beyond_the_last_position_is_refused():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     admit([replace(PAIR, prompt_ids=[5] * 6)], model)
     with pytest.raises(
-        ValueError, match=r"Line 7 has 9 tokens, but the most positions of the model .* is 8; shorten the row"
+        ValueError, match=r"Line 7 has 9 tokens, but the model's number of positions .* is 8; shorten the row"
     ):
         admit([replace(PAIR, prompt_ids=[5] * 7)], model)
 

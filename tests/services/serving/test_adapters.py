@@ -128,7 +128,7 @@ def test_an_adapter_of_other_weights_than_the_bases_is_refused(
         refused = ask(qwen, "ft:other", other)
         assert refused.status_code == 409
         said = refused.json()["error"]["message"]
-        assert f"'ft:other': it was trained on a base with other weights than {qwen_folder} has now; restore" in said
+        assert f"'ft:other': it was trained on a base whose weights differ from those of {qwen_folder}; restore" in said
 
 
 def test_an_adapter_with_numbers_that_are_not_finite_is_refused_and_one_of_zeros_is_told(

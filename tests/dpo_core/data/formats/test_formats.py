@@ -314,7 +314,7 @@ def test_a_single_rated_answer_and_a_bad_row_between_are_refused_by_line():
         ("wrong_type", (5,)),
     ]
     assert (
-        "Line 3: the prompt of this row has only one row here; put 2 to 1000 rows with the same prompt"
+        "Line 3: only one row has this row's prompt here; put 2 to 1000 rows with the same prompt"
         in problems[0].message
     )
 
@@ -324,7 +324,7 @@ def test_every_row_of_a_prompt_with_too_many_answers_is_refused():
     (problem,) = survey(lines(*rows)).problems
     assert (problem.code, problem.rows.count) == ("too_few_completions", 1002)
     assert (
-        "Line 1: the prompt of this row has more than 1000 rows here; put 2 to 1000 rows with the same prompt"
+        "Line 1: more than 1000 rows have this row's prompt here; put 2 to 1000 rows with the same prompt"
     ) in problem.message
 
 
