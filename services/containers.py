@@ -30,13 +30,14 @@ MAX_EXPANSION = 1000  # a file may unpack to so many times its size; real text d
 
 
 def is_plain(file: BinaryIO) -> bool:
-    """Whether the file is JSON Lines without compression. The file must be at its start, and is at its start
-    afterwards."""
+    """Whether the file is JSON Lines without compression. The caller must open the file at its start; the function
+    leaves it at its start."""
     return _unpacker(file) is None
 
 
 def json_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the file's rows as lines of JSON.
+    """Yields the file's rows as lines of JSON. The file may be in any supported format, such as Parquet or compressed
+    JSON Lines.
 
     Raises InvalidRow if the file is damaged or unpacks to more than MAX_EXPANSION times its size.
     """
@@ -98,9 +99,9 @@ def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _as_json(value: object) -> object:
-    """Returns a JSON value in place of a table's value that JSON cannot hold.
+    """Converts a value of a table that JSON cannot hold, and returns the JSON value.
 
-    Decimals become floats. Dates, and bytes in UTF-8, become text. Other bytes become {"bytes": length}.
+    Decimals become floats. Dates, and bytes in UTF-8, become text. Other bytes become {"bytes": <their number>}.
     """
     if isinstance(value, Decimal):
         return float(value)

@@ -30,16 +30,21 @@ from dpo_core.config import Lora, Quantization, TrainConfig, Truncation
 from services.deployment_settings import Dtype, EngineSettings
 
 WIRE = 3
-"""The version of AttemptSpec. A driver refuses a spec of a newer version than its own and reports the reason.
+"""The version of the class AttemptSpec. A driver (a job's main program) refuses settings of a newer version than its
+own, and reports the reason.
 
 Version 2 added `Weights`, a choice of the reference model, early stops, and the best checkpoint as the policy. Version
 3 added references that are adapters on the engine of their base.
 """
 
 OWN_TOKEN_HEADER = "x-raydpo-own-token"
-"""The HTTP header of a new token, which an attempt sends once with the token of its launch and uses from then on."""
+"""The HTTP header in which an attempt (one run of a job) offers the control plane a new token.
 
-LONGEST_TEXT = 10_000  # most characters of a sentence or name that an attempt reports
+The first posts of the attempt use the token of its launch, which others can see. Once the control plane has the new
+token, the attempt uses only this one.
+"""
+
+LONGEST_TEXT = 10_000  # most characters of a sentence or name in a report
 
 
 class Contract(BaseModel):
@@ -62,10 +67,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _tolerant(kind: Any) -> BeforeValidator:
-    """Returns a validator that parses values of the type `kind` and ignores unknown keys at every depth.
-
-    It also ignores unknown keys of types that refuse unknown keys in users' requests.
-    """
+    """Returns a validator that parses values of the type `kind` and ignores unknown keys at every depth. This also
+    holds for types that refuse unknown keys when they occur in users' requests."""
     return BeforeValidator(lambda value: _adapter(kind).validate_python(value, extra="ignore"))
 
 
@@ -87,12 +90,13 @@ Step = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 Purpose = Literal["answers", "scores", "both"]
-"""What an engine does: answers users' requests, computes a reference's log-probabilities, or both."""
+"""What the engine of a deployment does: it answers users' requests, computes the log-probabilities of a reference model
+(`scores`), or does both."""
 
 
 class Deployment(Contract):
-    """Describes a model that is to run as one Ray Serve application. `services.serving.app:build` receives these
-    fields."""
+    """Describes a model that is to run as one Ray Serve application: where the model's weights are, and how to serve
+    them. The function `services.serving.app:build` makes the application from these fields."""
 
     app_name: str  # names the application and its route `/<app_name>`; letters, digits and dashes
     model_id: str  # the `model` of clients' requests, such as `tiny`, or `ft:tiny:org::` and digits
@@ -111,22 +115,26 @@ class Deployment(Contract):
 
 
 class Adapter(Contract):
-    """Names a LoRA adapter. The vLLM engine of its base model attaches the adapter when a request first needs it."""
+    """Names a LoRA adapter by its public id, and says where its files are. The vLLM engine of its base model attaches
+    the adapter when a request first needs it."""
 
     id: str  # the public id of the model, which no other model ever has
     source: str  # storage URI or local folder in PEFT's format
 
 
 class CannotAttach(Exception):
-    """Raised if the deployment of a model can never attach the LoRA adapter that a call from training names."""
+    """Raised if training asks a model's deployment to compute with a LoRA adapter that the deployment can never
+    attach."""
 
 
 ADAPTER_HEADER = "x-raydpo-adapter"
 ADAPTER_SOURCE_HEADER = "x-raydpo-adapter-source"
-"""The HTTP headers, percent-encoded, by which the control plane names an `Adapter` to the engine of its base model."""
+"""The HTTP headers by which the control plane names an adapter to the engine of its base model: the adapter's id, and
+the source of its files. The values are percent-encoded."""
 
 LOAD_ROUTE = "/load"
-"""The path of a replica's load: what `services.serving.load` counts, below the route of its application."""
+"""The HTTP path, below the route of a model's application, at which a replica tells its load, such as the number of
+its requests."""
 
 
 Spans = Sequence[tuple[int, int]]
@@ -134,7 +142,7 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Score(NamedTuple):
-    """Holds the reference model's log-probability of one completion.
+    """Holds the log-probability of one completion under the reference model, and the number of tokens that it covers.
 
     The class is a tuple, because one call returns thousands of scores.
     """
@@ -146,7 +154,8 @@ class Score(NamedTuple):
 class TextGroup(Contract):
     """Holds a prompt and its completions, which a model is to score. The sender has checked their content.
 
-    Prompt and completions are all texts, or all lists of chat messages.
+    The prompt and the completions are either all texts, or all lists of chat messages. `tools` and `template_arguments`
+    are for the chat template.
     """
 
     prompt: Any
@@ -172,7 +181,8 @@ class TokenGroup(Contract):
 
 
 class TokensToScore(Contract):
-    """The body of a POST request to the path SCORE_TOKENS: token ids that the model is to score."""
+    """The body of a POST request to the path SCORE_TOKENS: token ids that the model is to score, and a digest of the
+    vocabulary that the ids belong to. A model with another vocabulary refuses the request."""
 
     groups: list[TokenGroup]
     vocabulary: str  # digest of the vocabulary that the ids belong to
@@ -181,8 +191,8 @@ class TokensToScore(Contract):
 class Scored(Contract):
     """The response to a request to score completions (TextsToScore or TokensToScore).
 
-    It has the token ids of the prompts and completions and, for each completion, its log-probability or a reward
-    model's outputs.
+    `groups` has the token ids of the prompts and completions. `outputs` has, for each completion, its log-probability
+    or a reward model's outputs. `num_tokens` says how many tokens of each completion the model wrote.
     """
 
     groups: list[TokenGroup]
@@ -193,7 +203,8 @@ class Scored(Contract):
 
 
 SCORE_TEXTS, SCORE_TOKENS = "score/texts", "score/tokens"
-"""The paths, below `/v1/` of a model's application, by which the control plane has completions scored."""
+"""The HTTP paths, below `/v1/` of a model's application, at which the control plane asks the model to score
+completions."""
 
 
 # --- where a job's metrics go ------------------------------------------------------------
@@ -236,7 +247,8 @@ class Integrations(Contract):
 # --- a job, as the driver sees it --------------------------------------------------------
 
 ReferenceSource = Literal["auto", "serve", "trainer"]
-"""The source of the reference's log-probabilities: its deployment, the trainer's forward, or (auto) the faster one."""
+"""What computes the log-probabilities of the reference model: its deployment in vLLM (serve), the trainer's own forward
+pass (trainer), or the faster of the two (auto)."""
 
 
 MIN_EXAMPLES = 10  # least number of rows in a training file
@@ -245,8 +257,8 @@ MIN_EXAMPLES = 10  # least number of rows in a training file
 class InvalidRows(UserInput):
     """Says what happens to rows of a data file that cannot be used.
 
-    `refuse` refuses the whole file. `drop` leaves such rows out; if more than the share `max_share` of all rows cannot
-    be used, the file is refused.
+    With `refuse`, one such row is enough to refuse the file. With `drop`, such rows are left out, but the file is
+    refused if they are more than the share `max_share` of all rows.
     """
 
     how: Literal["refuse", "drop"] = "refuse"
@@ -259,7 +271,8 @@ ReadIntegrations = Annotated[Integrations, _tolerant(Integrations)]
 
 
 class Reading(Contract):
-    """Holds the settings for reading the rows of a data file: names of columns, and what happens to invalid rows."""
+    """Holds the settings for reading the rows of a data file: `columns` maps standard names of columns, such as prompt,
+    to the file's own, and `invalid_rows` says what happens to rows that cannot be used."""
 
     invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the file's column
@@ -323,10 +336,11 @@ class JobSpec(Contract):
 
 
 class AttemptAddress(Contract):
-    """Says where an attempt (one run of a job on Ray) sends its reports.
+    """Says where an attempt (one run of a job on Ray) sends its reports: to the HTTP address `events_url`, and to files
+    in the folder `run_uri`.
 
-    These are the first fields of `AttemptSpec`. The attempt's driver (the program that Ray starts) can read them
-    whatever its release is.
+    These are the first fields of `AttemptSpec`. The attempt's driver (the program that Ray starts) can read them even
+    if the driver and the control plane are of different releases.
     """
 
     # The value 1 is not written: the first release does not know this field and refuses unknown fields.
@@ -374,7 +388,7 @@ class AttemptSpec(AttemptAddress):
 
 
 class Recipe(Contract):
-    """Holds all that determines how a training file becomes token ids: the file, the model, and the options."""
+    """Holds everything that determines how a training file becomes token ids: the file, the model, and the options."""
 
     training_uri: str
     model_source: str
@@ -388,8 +402,8 @@ class Recipe(Contract):
 
 
 class CheckRequest(Contract):
-    """The input of `services.training.check_program`: the data file to check, and the model and options with which a
-    job would read the file (`recipe`).
+    """The input of the program `services.training.check_program`. `recipe` names the data file to check, and the model
+    and options with which a job would read the file.
 
     The program writes its result, a SideJobResult, to `<folder_uri>/report.json`.
     """
@@ -399,7 +413,8 @@ class CheckRequest(Contract):
 
 
 class MergeRequest(Contract):
-    """The input of `services.training.merge_program`: the adapter to merge into its base model.
+    """The input of the program `services.training.merge_program`: the adapter to merge into its base model
+    (`adapter_uri`), and the folder for the result (`folder_uri`).
 
     The program writes its result, a SideJobResult, to `<folder_uri>/report.json`.
     """
@@ -447,8 +462,8 @@ class Progress(Contract):
 class ReferenceWanted(Contract):
     """A report of an attempt (one run of a job): from now on, the attempt needs the deployment of its reference model.
 
-    The attempt waits until the deployment is loaded. `app_name` is the deployment's name, as the attempt's spec gives
-    it: the control plane's settings may have changed since the spec was written.
+    The attempt waits until the deployment is loaded. `app_name` is the deployment's name in the settings with which the
+    attempt was started. The control plane must use this name, because its own settings may have changed since then.
     """
 
     kind: Literal["reference wanted"] = "reference wanted"
@@ -496,7 +511,8 @@ class CheckpointSaved(Contract):
 
 
 class Succeeded(Contract):
-    """The last report of an attempt (one run of a job) that succeeded. The trained model is at `model_uri`."""
+    """The last report of an attempt (one run of a job) that succeeded. The trained model is at `model_uri`, and
+    `trained_tokens` is the number of tokens that the job has trained on."""
 
     kind: Literal["succeeded"] = "succeeded"
     model_uri: str
@@ -504,7 +520,8 @@ class Succeeded(Contract):
 
 
 class Failed(Contract):
-    """The last report of an attempt (one run of a job) that failed for a reason that another attempt cannot fix."""
+    """The last report of an attempt (one run of a job) that failed for a reason that another attempt cannot fix. `code`
+    identifies the kind of error, `message` is for the user, and `param` names the wrong field of the job, if any."""
 
     kind: Literal["failed"] = "failed"
     code: Text
@@ -513,7 +530,8 @@ class Failed(Contract):
 
 
 class Paused(Contract):
-    """The last report of an attempt (one run of a job) that was asked to stop.
+    """The last report of an attempt (one run of a job) that stopped because the user paused the job, or because Ray
+    asked its process to end. `step` is the attempt's last optimizer step; 0 means that it took none.
 
     The next attempt resumes from the last checkpoint.
     """
@@ -523,7 +541,8 @@ class Paused(Contract):
 
 
 class Died(Contract):
-    """The last report of an attempt (one run of a job) that ended because of an error.
+    """The last report of an attempt (one run of a job) that ended because of an error. `cause` names the error in
+    words.
 
     Another attempt may resume from the last checkpoint.
     """
@@ -542,7 +561,7 @@ class Alive(Contract):
 class SideJobResult(Contract):
     """The result of a program that ran as a Ray job beside training (a check of a file, or a merge of an adapter).
 
-    The program writes this result to the folder that its request names. Either `report` or `error` is set.
+    The program writes this result to the folder that its request names. Either `report` (on success) or `error` is set.
     """
 
     finished_at: float
@@ -609,8 +628,8 @@ class JobEvent(Contract):
 
 
 class EventBatch(Contract):
-    """A list of events (numbered reports) of an attempt, which is one run of a job. Attempts post lists to
-    `events_url`, and write them to the files of their spool (their reports in storage).
+    """A list of events (numbered reports) of an attempt, which is one run of a job. An attempt posts such lists to its
+    `events_url`. It also writes them to files in storage, which together are called its spool.
 
     A post without events is a heartbeat.
     """

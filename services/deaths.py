@@ -18,22 +18,23 @@ MEANINGS: Sequence[tuple[str, str]] = (  # Ray 2.60's messages without figures: 
     (r"its node has died|node it was running on is dead", "a node that it ran on was lost"),
     (
         r"Worker unexpectedly exits",
-        "one of its processes was killed or crashed without a message, as happens when memory runs out",
+        "one of its processes was killed or crashed without a message, which often means that memory ran out",
     ),
 )
 
 
 def cause_in(text: str) -> str | None:
-    """Returns the reason that `text` gives for the end of processes, or else the last Python error in `text`.
+    """Returns why processes ended, as far as `text` (logs or messages of errors) says it: the reason that Ray gives or,
+    if Ray gives none, the last Python error in `text`. Returns None if `text` has neither.
 
-    The result is lower case without a full stop, or None if `text` has neither.
+    The result begins in lower case and has no full stop, because it becomes a part of a sentence.
     """
     return killer_in(text) or _error_in(text)
 
 
 def killer_in(text: str) -> str | None:
-    """Returns the sentence part that says how processes ended, if `text` reports that Ray or the loss of a node ended
-    them. Returns None if `text` reports nothing of this kind."""
+    """Returns how processes ended, as a part of a sentence, if `text` says that Ray killed them or that their node was
+    lost. Returns None if `text` says nothing of this kind."""
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
         held = [float(gigabytes) for gigabytes in HELD.findall(text)]

@@ -34,7 +34,8 @@ Mode = Literal["auto", "merged"]
 
 
 class Replicas(BaseModel):
-    """Sets how many replicas a model has. Ray Serve adapts the number to the load, between `min` and `max`."""
+    """Sets how many replicas a model has. Ray Serve adapts the number to the load, between `min` and `max`, so that
+    each replica has about `target_ongoing_requests` requests at a time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     min: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -56,8 +57,8 @@ def _as_range(value: object) -> object:
 
 
 class EngineSettings(BaseModel):
-    """Holds the settings of a deployment (how a model is served) that the model's replicas and vLLM engines need to
-    know."""
+    """Holds the settings of a deployment (how a model is served) that the model's replicas and vLLM engines need, such
+    as the number of replicas and the limits for LoRA adapters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     replicas: Annotated[Replicas, BeforeValidator(_as_range)] = Replicas()
@@ -72,8 +73,8 @@ class EngineSettings(BaseModel):
 
 
 class DeploymentSettings(EngineSettings):
-    """Holds all settings of a model's deployment: those of its engine, and those from which the control plane decides
-    when and how to load the model."""
+    """Holds all settings of a model's deployment: the settings of its engine, and those by which the control plane
+    decides when and how to load the model, such as `pinned` and `idle_seconds`."""
 
     mode: Mode = "auto"  # of an adapter: attached to its base's engine if it can be (auto), or merged into its base
     pinned: bool = False  # whether the model is loaded without a request, and never evicted

@@ -27,8 +27,9 @@ LIMITS = httpx.Limits(max_keepalive_connections=0)
 def client(prefixes: Sequence[str]) -> httpx.Client:
     """Returns an HTTP client that requests only URLs under `prefixes`, also after redirects.
 
-    The client connects to public addresses only, unless the URL's prefix names the host: `https://` names none, and
-    `https://data.example/` names one. It ignores the environment's proxies.
+    The client connects to public IP addresses only. There is one exception: it may connect to a private address if the
+    URL's prefix names the host, as `https://data.example/` does and `https://` does not. The client ignores the
+    environment's proxies.
     """
 
     def check_request(request: httpx.Request) -> None:
@@ -43,12 +44,12 @@ def client(prefixes: Sequence[str]) -> httpx.Client:
 
 
 def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> httpx.AsyncClient:
-    """Returns an asyncio HTTP client that requests only URLs under `prefixes`, also after redirects.
+    """Returns an asyncio HTTP client that requests only URLs under `prefixes`, also after redirects. Errors name
+    `setting`, the setting that lists the prefixes.
 
-    The client connects to public addresses only, unless the URL's prefix names the host: `https://` names none, and
-    `https://data.example/` names one. At most `max_lookups` requests wait for a name server at the same time. The
-    client keeps no cookies and ignores the environment's proxies. Errors name `setting`, the setting that lists the
-    prefixes.
+    The client connects to public IP addresses only. There is one exception: it may connect to a private address if the
+    URL's prefix names the host, as `https://data.example/` does and `https://` does not. At most `max_lookups` requests
+    wait for a name server at the same time. The client keeps no cookies and ignores the environment's proxies.
     """
 
     async def check_request(request: httpx.Request) -> None:
@@ -64,7 +65,7 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 
 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if the host of `url` is a private IP address, in any notation, and no URL in `prefixes` names
+    """Raises InvalidUri if the host of `url` is a private IP address, in any notation, unless one of `prefixes` names
     this host. The message names `setting`, the setting that lists the prefixes.
 
     A host that is a name, not an address, is accepted without asking a name server.

@@ -27,8 +27,9 @@ def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
 
 
 def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
-    """Returns the files in which an attempt (one run of a job) stored its reports, in order: for each file, the number
-    of its first report, and its URI. `run_uri` is the job's folder."""
+    """Returns the files in which an attempt (one run of a job) stored its reports, as a list of two values per file, in
+    the order of the reports: the number of the file's first report, and the file's URI. `run_uri` is the job's folder
+    in storage."""
     names = storage.list_files(folder(run_uri, attempt))
     firsts = [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
     return [(first, segment_uri(run_uri, attempt, first)) for first in sorted(firsts)]
@@ -54,8 +55,8 @@ def read_body(uri: str) -> bytes:
 
 
 def read(uri: str) -> EventBatch:
-    """Returns the reports in one file of a spool. The spool is an attempt's reports in storage; an attempt is one run
-    of a job.
+    """Returns the reports in one file of a spool. A spool holds the reports of an attempt (one run of a job) in
+    storage.
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if the file does not match its sha256 or cannot
     be parsed.

@@ -31,8 +31,8 @@ def is_full(error: BaseException) -> bool:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the error says that a bucket did not answer or refused the request. Arrow raises OSError without errno
-    for both."""
+    """Whether the error means that a bucket did not answer or refused the request. Arrow raises an OSError without
+    errno in both cases."""
     return type(error) is OSError and error.errno is None
 
 
@@ -123,7 +123,7 @@ def list_files(uri: str) -> list[str]:
 
 
 def list_ages(uri: str) -> list[tuple[str, float]]:
-    """Returns the name of each file directly in the folder `uri`, with the seconds since the file was written.
+    """Returns two values for each file directly in the folder `uri`: its name, and the seconds since it was written.
 
     In a local folder, unfinished files are included: those that are being written, and those whose writing was
     interrupted.
@@ -138,10 +138,11 @@ def list_folders(uri: str) -> list[str]:
 
 
 def list_tree(uri: str) -> list[tuple[str, int, int]]:
-    """Returns every file in the folder `uri` and its subfolders, sorted by name, or [] if there is no folder.
-
-    Each entry has the file's path below the folder, its size in bytes, and its modification time in nanoseconds. Hidden
+    """Returns every file in the folder `uri` and its subfolders, sorted by name, or [] if there is no folder. Hidden
     files, such as files that are being written, are left out.
+
+    Each entry of the result has three values: the file's path below the folder, its size in bytes, and its modification
+    time in nanoseconds.
     """
     filesystem, path = _resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
@@ -194,9 +195,10 @@ def publish(folder: Path, uri: str) -> None:
 def fetch(uri: str, cache: Path | None = None) -> Path:
     """Returns a local path with the content of the file or folder at `uri`.
 
-    Remote content is downloaded once, to the folder `cache`. A local `uri` is returned as a path and not copied. The id
-    of a model on the Hugging Face hub is returned unchanged. The content at a remote `uri` must not change after the
-    first download, because the copy in the cache is named by the URI alone.
+    Remote content is downloaded once, to the folder `cache`; None means a folder for temporary files of this machine. A
+    local `uri` is returned as a path and not copied. The id of a model on the Hugging Face hub is returned unchanged.
+    The content at a remote `uri` must not change after the first download, because the copy in the cache is named by
+    the URI alone.
     """
     if "://" not in uri:
         return Path(uri)

@@ -1,4 +1,5 @@
-"""Records OpenTelemetry traces of the service. Does nothing unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
+"""Records OpenTelemetry traces of the service. Does nothing unless the environment variable OTEL_EXPORTER_OTLP_ENDPOINT
+is set.
 
 A job outlives the processes that work on it. The trace of a job is therefore passed on as text: a W3C traceparent,
 which is stored with the job and given to each attempt (one run of the job on Ray). A long span, such as that of an
@@ -26,10 +27,10 @@ def is_on() -> bool:
 
 @contextmanager
 def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
-    """Runs the `with` block in a new span and yields the span, or yields None while tracing is off.
+    """Runs the `with` block in a new span. The block gets the span, or None while tracing is off.
 
-    The new span is a child of the span with the traceparent `parent`. If `parent` is None, it is a child of the span
-    that is open.
+    The new span is a child of the span whose traceparent is `parent`. If `parent` is None, the new span is a child of
+    the span that is open.
     """
     if not is_on():
         yield None

@@ -24,7 +24,7 @@ class InvalidUri(ValueError):
 
 
 class _Place(NamedTuple):
-    """Holds a user's URI, or a URI prefix of the settings, in a normalized form in which the two can be compared."""
+    """Holds a user's URI, or a URI prefix of the settings, in a normalized form, so that the two can be compared."""
 
     path: str  # begins with the scheme and host
     options: list[tuple[str, str]]  # options of Arrow's filesystem in the query, such as endpoint_override
@@ -37,10 +37,9 @@ def check_prefix(prefix: str) -> str:
 
 
 def admitted(uri: str, prefixes: Sequence[str]) -> str:
-    """Returns `uri` if the URI lies under one of `prefixes` and has a valid form; else raises InvalidUri.
+    """Returns `uri` if it lies under one of `prefixes` and has a valid form. Raises InvalidUri if it does not.
 
-    The URI may name one file or all files of a folder. In a `file://` URI, `..` and symlinks are resolved in the
-    result.
+    The URI may name one file or all files of a folder. In the returned `file://` URI, `..` and symlinks are resolved.
     """
     check(uri, prefixes)
     split = urlsplit(uri)
@@ -57,14 +56,14 @@ def admitted(uri: str, prefixes: Sequence[str]) -> str:
 
 
 def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if `uri` lies under none of `prefixes`. The message names `setting`, the setting that lists the
-    prefixes."""
+    """Raises InvalidUri if `uri` does not begin with one of `prefixes`. The message names `setting`, the setting that
+    lists the prefixes."""
     place = _place(uri)
     if not any(_is_under(place, _place(prefix)) for prefix in prefixes):
         listed = f"allows {', '.join(prefixes)}" if prefixes else "allows none"
         raise InvalidUri(
             f"The URI {uri} is not allowed: the setting {setting} {listed}. Give another URI, or ask the operator to "
-            "add its prefix."
+            "add a prefix of this URI to the setting."
         )
 
 
@@ -84,7 +83,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
-    """Returns the host and port of each http or https prefix that names a host.
+    """Returns the host and port of each http or https prefix that names a host, such as `https://data.example/`.
 
     Requests to these hosts may go to private addresses.
     """
@@ -93,10 +92,10 @@ def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
 
 
 def names_organization(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether the Hugging Face dataset `uri` lies under one of `prefixes` that names an organization, such as
-    `hf://datasets/ORG/`. The prefix `hf://datasets/` names none.
+    """Whether one of `prefixes` names the organization of the Hugging Face dataset `uri`. The prefix
+    `hf://datasets/ORG/` names the organization ORG; the prefix `hf://datasets/` names none.
 
-    If one does, the operator has chosen whose datasets may be read.
+    By such a prefix the operator has chosen whose datasets may be read.
     """
     with_organization = [prefix for prefix in prefixes if re.match("hf://datasets/[^/]+(/|$)", prefix)]
     return any(_is_under(_place(uri), _place(prefix)) for prefix in with_organization)

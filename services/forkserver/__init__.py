@@ -1,9 +1,9 @@
 """Makes Python processes start fast on a Ray node, as forks of a process that has imported the large libraries already.
 
 This process is the fork server. Importing torch, transformers and Ray costs a process ten CPU seconds; a fork costs a
-tenth of a second. `start_ray` makes Ray start its workers with a client in place of Python. The client passes the
-worker's command line, environment and open files to a fork server, and ends. If no server answers, the client runs the
-command itself.
+tenth of a second. The module `start_ray` makes Ray start its workers with a client in place of Python. The client
+passes the worker's command line, environment and open files to a fork server, and ends. If no server answers, the
+client runs the command itself.
 
 The first server does not import Ray, because Ray reads its settings, such as the job of a worker, on import. So each
 Ray job has its own server: a fork of the first server, which imports Ray with the job's settings. All drivers (the main

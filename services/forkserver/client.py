@@ -39,8 +39,9 @@ IDLE_SECONDS = 60.0  # between the end of a job's last fork and the end of the j
 
 @dataclass
 class Launch:
-    """Describes a command to run in a fork: the server that makes the fork, and whether the client waits for the fork's
-    end."""
+    """Describes a command to run in a fork: its command line, which fork server makes the fork, and whether the client
+    waits for the fork's end. If this server does not run yet, it is started: it imports `modules`, and ends
+    `idle_seconds` after its last fork (None: never)."""
 
     command: list[str]  # a script, -m and a module, or -c and a program, followed by arguments
     server: str | None = None  # name of the server; None: the first server
@@ -192,10 +193,10 @@ def spawn_forks() -> None:
 
 
 def preload(job_id: str, modules: Sequence[str], *, wait: bool = False) -> None:
-    """Asks the fork server of a Ray job to import `modules`, so that forks made after this need not import them.
+    """Asks the fork server of a Ray job to import `modules`, so that later forks need not import them.
 
-    The server imports them while it has no fork to make. Does nothing if the job has no server. With `wait`, returns
-    when the modules are imported.
+    The server imports the modules while it has no fork to make. Does nothing if the job has no server. With `wait`,
+    returns when the modules are imported.
     """
     if path := os.environ.get(VARIABLE):
         with suppress(OSError):

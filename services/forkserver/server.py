@@ -67,7 +67,8 @@ THREADS = ("jemalloc_bg_thd",)  # allowed beside the main thread: jemalloc stops
 
 @dataclass
 class Request:
-    """A client's request to the fork server: to make a fork, or to import modules."""
+    """A client's request to the fork server. The request is either to make a fork that runs `command`, or to import
+    `modules`."""
 
     client: socket.socket
     files: Sequence[int] = ()  # descriptors in this process of the client's open files
@@ -146,14 +147,15 @@ class ForkServer:
         return None
 
     def _settle(self) -> None:
-        """After imports, prepares the server's memory for forks. Stops the making of forks if all forks would draw the
-        same ids from Ray's random generator."""
+        """Prepares the server's memory for forks, after imports. If an import has used Ray's random generator, also
+        stops the making of forks, because all forks would draw the same ids from this generator."""
         gc.collect()
         gc.freeze()  # the collector must not touch imported objects, as this copies memory pages that forks share
         ray = sys.modules.get("services.forkserver.loaded_ray")
         if ray and ray.has_drawn():
             self._obstacle = (
-                "An import has drawn one of Ray's random ids, which forks would share; processes start without forking."
+                "An import has drawn one of Ray's random ids. Forks would draw equal ids, so processes start without "
+                "forks."
             )
 
     def _is_idle(self) -> bool:
@@ -164,8 +166,8 @@ class ForkServer:
     def _next(self, seconds: float) -> Request | None:
         """Waits up to `seconds` for a client's request. Returns the request, or None if none came.
 
-        Meanwhile, the server reports ended forks to the clients that wait for them, and kills forks whose waiting
-        client has ended.
+        While it waits, the server tells clients about the end of their forks. It kills a fork if the client that waited
+        for this fork has ended.
         """
         waiting = [self._listening, self._woken, *self._clients.values()]
         ready, _, _ = select.select(waiting, [], [], seconds)

@@ -1,4 +1,4 @@
-"""Defines the error that `raydpo up` raises if PostgreSQL or Ray cannot run on this machine."""
+"""Defines the error that the command `raydpo up` raises if PostgreSQL or Ray cannot run on this machine."""
 
 
 class StackError(RuntimeError):

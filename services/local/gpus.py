@@ -10,8 +10,8 @@ SECONDS = 10  # a working driver answers within this time
 
 
 def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
-    """Returns default values for those of the GPU settings in NAMES that have no value yet, and a sentence that reports
-    these defaults.
+    """Returns default values for the GPU settings in NAMES that have no value yet, and a sentence for the user that
+    names these defaults.
 
     `configured` holds the names of the settings that have a value. Each default is one whole GPU; jobs and models take
     turns if the machine has fewer GPUs than they need. Both results are empty on a machine without a GPU, or if no
@@ -21,7 +21,7 @@ def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
     if not chosen or not (number := _count()):
         return {}, ""
     words = " and ".join(f"{name} is 1" for name in chosen)
-    return chosen, f"GPUs on this machine: {number}, so {words}; change this with the settings of these names"
+    return chosen, f"GPUs on this machine: {number}, so {words}; to change this, set {' or '.join(chosen)}"
 
 
 def _count() -> int:

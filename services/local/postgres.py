@@ -57,7 +57,7 @@ def start_postgres(folder: Path) -> str:
 
 
 def stop_postgres(folder: Path) -> None:
-    """Stops the PostgreSQL server on `folder` with SIGINT, which rolls back open transactions.
+    """Stops the PostgreSQL server on the data in `folder` with SIGINT, which rolls back open transactions.
 
     Does nothing if no server runs.
     """
@@ -70,7 +70,8 @@ def stop_postgres(folder: Path) -> None:
 
 
 def _settled(folder: Path) -> bool:
-    """Whether the PostgreSQL server on the data in `folder` is either down or ready, and neither starting nor stopping.
+    """Whether the PostgreSQL server on the data in `folder` is either down or ready. False while the server starts or
+    stops.
 
     Removes the pid file of a server that has ended, because this file would mislead the Python package that starts
     PostgreSQL.

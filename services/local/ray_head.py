@@ -1,4 +1,4 @@
-"""Runs a Ray head node on this machine, which outlives the process that started it, until `stop_ray` ends it.
+"""Runs a Ray head node on this machine. The node outlives the process that started it, until `stop_ray` ends it.
 
 Every process of the head inherits a random identifier in its environment. A process with this identifier belongs to the
 head, even if the process has detached itself. Processes without the identifier are never stopped.
@@ -43,7 +43,8 @@ NOTICE_CUTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RayHead:
-    """Describes a Ray head node: its identifier, folder, ports and versions. The file `stack.json` holds these fields.
+    """Describes a Ray head node: its random identifier (`mark`), its folder and ports, and the versions with which it
+    was started. The file `stack.json` holds these fields.
 
     The file is written before the head's first process starts, so that every process can be found and stopped.
     """
@@ -64,8 +65,8 @@ class RayHead:
 def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> RayHead:
     """Starts a Ray head node and records it in the folder `home`. Returns the head when jobs can be submitted to it.
 
-    If a recorded head still answers, it is returned instead. `token_file` has the token that Ray's clients need, and
-    `say` prints what happens. Raises StackError if Ray does not start.
+    If a head that was recorded earlier still answers, that head is returned, and none is started. `token_file` has the
+    token that Ray's clients need, and `say` prints what happens. Raises StackError if Ray does not start.
     """
     recorded = _read(home)
     if recorded and _adoptable(recorded, token_file):
@@ -213,7 +214,7 @@ def _terminate(processes: list[psutil.Process], seconds: float) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Returns `count` free ports.
+    """Returns `count` TCP ports that no program uses.
 
     The ports are below the range from which operating systems assign ports, so that the system gives none of them to
     another process.

@@ -15,7 +15,8 @@ from services.local.errors import StackError
 class Stack:
     """Holds the addresses of the control plane's database and Ray cluster.
 
-    A database or cluster that the caller provides is neither started nor stopped.
+    A database or cluster that the caller provides is neither started nor stopped. `ray_token_file` and `serve_url` are
+    None if the caller provides the cluster.
     """
 
     database_url: str
@@ -34,9 +35,9 @@ def running_stack(
 ) -> Iterator[Stack]:
     """Starts PostgreSQL and Ray with their data in the folder `home`, and stops both at the end of the block.
 
-    Adopts a server that a killed process left running. If `database_url` names a database, PostgreSQL is not started.
-    If `ray_address`, the URL of a running cluster's dashboard, is given, Ray is not started. Raises StackError if
-    another process uses the folder.
+    If a killed process has left a server running in this folder, this server is used. `database_url` names a running
+    database, so that PostgreSQL is not started. `ray_address`, the URL of a running cluster's dashboard, means that Ray
+    is not started. `say` prints what happens. Raises StackError if another process uses the folder.
     """
     home = home.expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)

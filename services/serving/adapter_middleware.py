@@ -19,7 +19,7 @@ from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter
 from services.serving.adapters import AdapterDeleted, AdapterRefused, Adapters
 
 of_request: ContextVar[LoRARequest | None] = ContextVar("of_request", default=None)
-"""The adapter that the current HTTP request names."""
+"""The adapter that the headers of the current HTTP request name."""
 
 
 class AttachAdapter:
@@ -73,8 +73,8 @@ def _body(refusal: AdapterRefused) -> dict[str, object]:
 class _Answer:
     """Passes the messages of one HTTP response on to the client, until the adapter that the response uses is deleted.
 
-    After the deletion, an error replaces the rest of the response. A response that has begun and is no event stream is
-    still sent as a whole.
+    After the deletion, an error replaces the rest of the response. There is one exception: a response that has begun
+    and is no event stream is still sent as a whole.
     """
 
     scope: Scope

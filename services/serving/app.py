@@ -84,9 +84,10 @@ def _bundles(num_gpus: float) -> list[dict[str, float]]:
 
 @serve.ingress()
 class Policy:
-    """A replica of a model in vLLM.
+    """A replica of a model that runs in vLLM.
 
-    It answers OpenAI's routes over HTTP. Training calls its methods `score` and `token_logps` through Serve's handle.
+    The replica answers the routes of OpenAI's API over HTTP. Training calls its methods `score` and `token_logps`
+    through Serve's handle.
     """
 
     def __init__(self, deployment: Deployment) -> None:
@@ -110,7 +111,7 @@ class Policy:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Stops answering with the LoRA adapters that were deleted.
 
-        Serve calls this method when the replica starts, and when the list of deleted adapters changes.
+        Serve calls this method when the replica starts, and whenever the list of deleted adapters changes.
         `user_config["deleted_adapters"]` has the ids of this model's adapters that were deleted recently.
         """
         self._server.adapters.forget_deleted(user_config["deleted_adapters"])
@@ -122,12 +123,12 @@ class Policy:
         others: Sequence[Spans] = (),
         adapter: Adapter | None = None,
     ) -> list[Score]:
-        """Returns the log-probability of each completion given its prompt, summed over the completion's tokens, and the
-        number of these tokens.
+        """Returns for each completion its log-probability given its prompt, summed over the completion's tokens, and
+        the number of these tokens.
 
-        Prompt, completion and item of `others` with the same index belong together. An item of `others` holds ranges of
-        the completion's tokens that both numbers leave out. If `adapter` is given, the model computes with this
-        adapter.
+        Entry i of `prompt_ids`, `completion_ids` and `others` belongs to completion i. An entry of `others` holds
+        ranges [start, stop) of the completion's tokens that are neither summed nor counted. If `adapter` is given, the
+        model computes with this adapter.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.score(prompt_ids, completion_ids, others, request)
@@ -139,10 +140,11 @@ class Policy:
         others: Sequence[Spans] = (),
         adapter: Adapter | None = None,
     ) -> list[list[float]]:
-        """Returns the log-probability of each token of each completion, given the completion's prompt.
+        """Returns for each completion the log-probabilities of its tokens, in nats, given the completion's prompt.
 
-        Prompt, completion and item of `others` with the same index belong together. An item of `others` holds ranges of
-        the completion's tokens that the result leaves out. If `adapter` is given, the model computes with this adapter.
+        Entry i of `prompt_ids`, `completion_ids` and `others` belongs to completion i. An entry of `others` holds
+        ranges [start, stop) of the completion's tokens that the result leaves out. If `adapter` is given, the model
+        computes with this adapter.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.token_logps(prompt_ids, completion_ids, others, request)
@@ -205,12 +207,13 @@ def _import_policy() -> None:
 
 
 def _local(deployment: Deployment) -> tuple[str, Deployment]:
-    """Makes the model's weights available on this node. Returns their local folder, and the deployment as it is to be
-    started.
+    """Makes the model's weights available on this node. Returns their local folder, and the deployment with which the
+    model is to be started.
 
-    If the weights are named by a hub id, the hub id is returned in place of the folder. If they are an adapter, the
-    adapter is merged into its base model, and the returned deployment attaches no adapters. Raises FileNotFoundError or
-    ValueError for missing or damaged files, because Serve's status does not say why an engine failed to load files.
+    If the weights are named by a hub id, this id is returned in place of the folder. If the weights are an adapter, it
+    is merged into its base model, and the returned deployment attaches no adapters. Raises FileNotFoundError or
+    ValueError for missing or damaged files. Serve's status shows these errors, but not why an engine failed to load
+    files.
     """
     source = deployment.source
     folder = storage.fetch(source)

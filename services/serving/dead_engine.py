@@ -14,7 +14,7 @@ RETRY_AFTER_SECONDS = 5
 
 
 class Engine(Protocol):
-    """The part of vLLM's engine client that tells whether the engine still works."""
+    """The part of vLLM's engine client that tells whether the engine still works. RetryLater needs only this part."""
 
     @property
     def errored(self) -> bool: ...
@@ -23,8 +23,8 @@ class Engine(Protocol):
 class RetryLater:
     """ASGI middleware that asks clients to send their request again while the vLLM engine is dead.
 
-    While the engine is dead, clients get status 503 with the header `retry-after` in place of any answer of status 500
-    or above. All other answers pass unchanged, and so does a stream that has begun.
+    While the engine is dead, clients get status 503 with the header `retry-after` in place of any answer with status
+    500 or above. All other answers pass unchanged, and so does the rest of a stream that has begun.
     """
 
     def __init__(self, app: ASGIApp, *, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Defines how vLLM runs a model on CPUs: in one process with the scheduler, without compilation."""
+"""Defines how vLLM runs a model on CPUs: the scheduler and the model run in one process, and nothing is compiled."""
 
 import torch._dynamo.config
 from vllm.v1.executor.uniproc_executor import UniProcExecutor

@@ -11,10 +11,10 @@ WINDOW_SECONDS = 60.0
 
 
 class Load(AggregateStatLoggerBase):  # type: ignore[misc]
-    """Counts the requests that are in a vLLM engine now, and what the engine did in the last WINDOW_SECONDS.
+    """Counts the requests that are in a vLLM engine now, and what the engine did in the last WINDOW_SECONDS seconds.
 
-    It counts the generated tokens and the requests that got their first token, and records how long these requests had
-    waited for that token.
+    In this period it counts the generated tokens and the requests that got their first token, and adds up how long
+    these requests had waited for it.
     """
 
     def __init__(self) -> None:
@@ -44,10 +44,11 @@ class Load(AggregateStatLoggerBase):  # type: ignore[misc]
             self._steps.popleft()
 
     def as_json(self) -> dict[str, float]:
-        """Returns the counts of requests and tokens by name, and as `seconds` the length of the period that they cover.
+        """Returns the counts of requests and tokens by name. The key `seconds` holds the length of the period that they
+        cover.
 
-        The times that requests waited for their first token are returned as a sum (`first_token_seconds`), so that the
-        values of several replicas can be added.
+        The key `first_token_seconds` holds the sum of the times that requests waited for their first token. It is a sum
+        and no mean, so that the values of several replicas can be added.
         """
         self._forget()
         first = [seconds for _, _, step in self._steps for seconds in step]

@@ -74,13 +74,13 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     async def _tell_load(self) -> dict[str, Any]:
         """Returns the engine's load, as the answer to an HTTP request: the replica's id and the counts of `Load`.
 
-        It is a coroutine, so that it runs in the event loop, in which the counts are also recorded.
+        This method is a coroutine, so that it runs in the event loop, in which the counts are also recorded.
         """
         return {"replica": serve.get_replica_context().replica_id.unique_id, **self.load.as_json()}
 
     async def _logps(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the log-probabilities of completions: for each group (a prompt and its completions), and in it for
-        each completion, a list of one number.
+        """Returns the log-probability of each completion, as a list by group (a prompt and its completions) of a list
+        by completion of a list of one number.
 
         If the current HTTP request names an adapter, the model computes with this adapter.
         """
@@ -94,8 +94,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 class Engine(VLLMEngine):  # type: ignore[misc]
     """A vLLM engine that attaches adapters, if vLLM can do this for the model's architecture.
 
-    It computes at most MOST_SCORED_TOKENS tokens of one request in a step. The base class is private in Ray: LLMServer
-    accepts an engine class, but Ray has no public base class for one.
+    The engine computes at most MOST_SCORED_TOKENS tokens of one request in a step. The base class is private in Ray,
+    because Ray's LLMServer accepts an engine class but has no public base class for one.
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:

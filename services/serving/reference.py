@@ -25,8 +25,8 @@ class Reference:
     """Computes the log-probabilities of completions with a vLLM engine that also answers users' requests.
 
     A row is a prompt with one completion. The rows that the engine scores at the same time have at most
-    `max_tokens_in_flight` tokens together, so a user's request waits for this number of tokens at most. A row with more
-    tokens than that is scored alone.
+    `max_tokens_in_flight` tokens together, so that a user's request does not wait for more tokens than these. A row
+    that has more tokens by itself is scored alone.
     """
 
     def __init__(self, engine: EngineClient, *, max_tokens_in_flight: int) -> None:
@@ -124,9 +124,10 @@ class Reference:
     async def _score_row(self, prompt: list[int], completion: list[int], adapter: LoRARequest | None) -> list[float]:
         """Returns the log-probability of each token of one completion.
 
-        vLLM reports log-probabilities of the prompt, and must generate at least one token. Here the prompt of vLLM's
-        request ends before the completion's last token, and a bias makes vLLM generate this token. If all tokens were
-        in the prompt, the request would take one more. vLLM reports the log-probabilities as they were before the bias.
+        vLLM reports the log-probabilities of a prompt's tokens, and must generate at least one token. Therefore the
+        request to vLLM has all tokens but the completion's last one as its prompt, and a bias makes vLLM generate the
+        last one. vLLM reports log-probabilities as they were before the bias. If all tokens were in the prompt, the
+        request would have one token more.
         """
         *head, last = completion
         params = SamplingParams(

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**18  # of a request, each prompt counted for each of its completions
 
 Score = Callable[[Sequence[EncodedGroup]], Awaitable[list[list[list[float]]]]]
-"""Returns the outputs of a model by group and completion."""
+"""A function that returns the outputs of a model for each completion of each group (a prompt with its completions)."""
 
 
 class Refusal(Exception):
-    """Raised if the rows of a request cannot be scored. The message is for the user, and `param` names the wrong field
-    of the request."""
+    """Raised if the rows of a request cannot be scored. The message is for the user, `param` names the wrong field of
+    the request, and `status` is the HTTP status of the answer."""
 
     def __init__(self, message: str, *, param: str = "rows", status: int = 400) -> None:
         super().__init__(message)
@@ -133,7 +133,8 @@ class Scoring:
 
     @cached_property
     def _vocabulary(self) -> str:
-        """Returns a digest of the tokenizer's tokens and their ids. Models with equal digests share a vocabulary."""
+        """Returns a digest of the tokenizer's tokens and their ids. Two models whose digests are equal have the same
+        vocabulary."""
         words = json.dumps(sorted(self._tokenizer.get_vocab().items()))
         return hashlib.sha256(words.encode()).hexdigest()
 

@@ -1,5 +1,5 @@
-"""Checks, for a user, how a data file would be encoded as token ids: `python -m services.training.check_program
-<request uri>`.
+"""Checks how a user's data file would be encoded as token ids, without training: `python -m
+services.training.check_program <request uri>`.
 
 The program runs as a Ray job and writes its result to storage. The command `raydpo data check` makes the same check
 without a cluster.
@@ -30,8 +30,8 @@ Result = TypeVar("Result", bound=Contract)
 
 
 class Tokens(EncodingReport):
-    """Describes a checked data file in tokens: counts of what happened to its rows during encoding, and the limit of
-    tokens and the truncation that were used."""
+    """Describes a checked data file in tokens: the counts of its rows and tokens (fields of EncodingReport), the most
+    tokens of a row (`limit`), and what was to happen to longer rows (`truncation`)."""
 
     limit: int  # most tokens of a group: max_length, or the model's positions if they are fewer
     truncation: Truncation
@@ -61,12 +61,12 @@ def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[
 
 
 def check(recipe: Recipe, folder_uri: str, each: CallEach) -> Check:
-    """Encodes a training file without storing the token ids, and returns counts of its rows and tokens, and some rows
-    as the model would see them.
+    """Encodes a training file without storing the token ids. Returns counts of its rows and tokens, and some rows as
+    the model would see them.
 
     `recipe` names the file and all settings of the encoding. If the file is compressed, its unpacked lines are kept in
-    the folder `folder_uri` until the check ends. `each` calls the functions that encode parts of the file. Raises
-    JobFailed for a file or model that cannot be used.
+    the folder `folder_uri` until the check ends. `each` is a function that calls another function on each of several
+    items, here the parts of the file. Raises JobFailed for a file or model that cannot be used.
     """
     uri = unpacked(recipe.training_uri, storage.join(folder_uri, "training.jsonl"))
     try:

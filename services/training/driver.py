@@ -1,8 +1,15 @@
 """Runs one attempt of a job (one run of it on Ray), from reading its settings to exporting the trained model.
 
-Usage: `python -m services.training.driver <spec uri>`. Exit status: 0 after the report Succeeded, 1 after Failed, 3 if
-a later attempt has taken over, 4 after Paused, 5 if the user cancelled. If an attempt ends in another way, it logs a
-traceback and tries to report Died; the next attempt resumes from the last checkpoint.
+Usage: `python -m services.training.driver <spec uri>`. The exit status says how the attempt ended:
+
+- 0: it sent the report Succeeded
+- 1: it sent the report Failed
+- 3: a later attempt has taken over
+- 4: it sent the report Paused
+- 5: the user cancelled the job
+
+If an attempt ends in another way, it logs a traceback and tries to send the report Died; the next attempt resumes from
+the last checkpoint.
 """
 
 import importlib
@@ -120,8 +127,8 @@ def read_spec(written: bytes) -> AttemptSpec:
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Reports to the control plane why this driver (a job's main program) does not run its attempt (one run of the
-    job). Returns the driver's exit status."""
+    """Tells the control plane, with the report `report`, why this driver (a job's main program) does not run its
+    attempt (one run of the job) at all. Returns the driver's exit status."""
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)
@@ -174,15 +181,15 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
     """Prepares the job's data, and returns where the data are. If storage is full, waits until there is room.
 
-    If training can begin before all data are prepared, the function sets the result of the future `stream` to a Stream,
-    from which workers can read while rows are still being encoded.
+    If training can begin before all data are prepared, the function gives the future `stream` a Stream as its result.
+    Workers can read from this Stream while rows are still being encoded.
     """
 
     def try_once() -> Prepared:
         if stream.done():
             raise RuntimeError(
                 "The storage was full while data were prepared during training; "
-                "the next attempt resumes when there is room."
+                "the job continues when there is room again."
             )
         return prepare(spec, report, stream.set_result)
 
@@ -206,7 +213,7 @@ def train(
     spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
 ) -> Succeeded | Failed | Paused:
     """Runs the training workers with Ray Train until training ends. Returns the last report of the attempt (one run of
-    a job).
+    a job): that it succeeded, failed or paused.
 
     On success, the report has the URI of the trained model. Workers store checkpoints themselves, so the folder in
     which Ray Train stores its files is only temporary.
@@ -239,10 +246,10 @@ def train(
 
 
 def export(spec: AttemptSpec, trained: Succeeded, report: Callable[[Report], None]) -> Succeeded:
-    """Copies the trained model from its checkpoint to the job's folder `export`, and returns the report `trained` with
-    the new URI. Warns the user if the model is an adapter that has learned nothing.
+    """Copies the trained model from its checkpoint to the job's folder `export`. Returns a copy of the report `trained`
+    with the new URI. Warns the user if the model is an adapter that has learned nothing.
 
-    Raises JobFailed for an adapter with numbers that are not finite, because such a model could not answer.
+    Raises JobFailed for an adapter with NaN or infinite weights, because such a model could not answer.
     """
     uri = storage.join(spec.run_uri, "export")
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:

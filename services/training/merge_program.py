@@ -42,8 +42,8 @@ def answer(request: MergeRequest) -> SideJobResult:
 
 
 def merge(request: MergeRequest) -> MergeReport:
-    """Merges a LoRA adapter into its base model, and writes the merged model to storage. Also compares the outputs of
-    the merged model with those before the merge.
+    """Merges a LoRA adapter into its base model, and writes the merged model to storage. Also measures how much the
+    outputs of the merged model differ from those of the base model with the adapter.
 
     Raises ValueError if adapter and base do not fit each other.
     """

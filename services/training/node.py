@@ -10,7 +10,7 @@ def local_actor(kind: type, **options: Any) -> Any:
     """Returns the class `kind` as a Ray actor class. Actors of this class run on the node of this process and reserve
     no CPU.
 
-    `options` are passed to `ray.remote`.
+    `options` are other arguments of `ray.remote`, such as a name.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(kind)

@@ -52,8 +52,8 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
     """Loads the reference model, with which a job compares the trained model. The reference is a full model, or an
     adapter on its base model; all its weights are frozen.
 
-    `source` says where the model is, and `weights` how the job trains: the precision, and the quantization if any.
-    Raises JobFailed for a model that cannot be used.
+    `source` says where the model is (a storage URI, a local folder or a hub id). `weights` says in which precision the
+    job trains, and whether the base is quantized. Raises JobFailed for a model that cannot be used.
     """
     from dpo_core.models import model
     from dpo_core.models.adapter import quantization_of
@@ -74,8 +74,8 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
 
 
 def fetch(source: str) -> tuple[Path, Path | None]:
-    """Returns the local folder of a model, and the local folder of its base model. The second is None if the model is
-    not an adapter.
+    """Returns two local folders: that of a model, and that of its base model. The second is None if the model is not an
+    adapter.
 
     If a model is named by a hub id, this id is returned in place of its folder.
     """
@@ -100,8 +100,8 @@ def _base_in(folder: Path) -> str | None:
 def unusable_models_fail_the_job(
     what: str = "The model cannot be trained", *, also: Sequence[type[Exception]] = ()
 ) -> Iterator[None]:
-    """Turns errors about a model, raised in the `with` block, into JobFailed. The user reads the words `what`, followed
-    by the error's message.
+    """Turns errors about a model, raised in the `with` block, into JobFailed. The message for the user is `what`,
+    followed by the error's message: "The model cannot be trained: …".
 
     The errors are UnusableModel, InvalidOption, and the types in `also`. They may occur while a model is loaded, in its
     first forward pass, and while its weights are divided among workers.

@@ -59,15 +59,16 @@ SCORES_FOUND = "The reference model's scores of these rows are known from an ear
 
 
 class Prepared(Contract):
-    """Says where the prepared data of a job are, for the workers that read them."""
+    """Says where the prepared data of a job are, for the workers that read them: the training data, and the validation
+    data (None without validation)."""
 
     training: Dataset
     validation: Dataset | None
 
 
 class Scored(Contract):
-    """Says where the encoded data of a file and the reference model's scores (log-probabilities) of them are. The cache
-    stores this description."""
+    """Says where the encoded data of a file are, and the reference model's scores (log-probabilities) of them. The
+    cache stores this description."""
 
     training: Dataset
     held_out: Dataset
@@ -76,11 +77,11 @@ class Scored(Contract):
 def prepare(
     spec: AttemptSpec, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> Prepared:
-    """Prepares the data of a job, and returns where they are. Data that an earlier attempt (run of the job) has
-    prepared, or that are in the cache, are used again.
+    """Prepares the data of a job, and returns where they are. Data are not prepared again if an earlier attempt (run of
+    the job) has prepared them, or if they are in the cache.
 
-    If the objective needs no reference, `begin` is called as soon as enough rows are encoded. It gets a Stream, from
-    which workers can read while the other rows are being encoded, so that training can begin early.
+    If the objective needs no reference model, `begin` is called as soon as enough rows are encoded. Its argument is a
+    Stream, from which workers can read while the other rows are being encoded, so that training can begin early.
     """
     uri = storage.join(spec.run_uri, "prepared")
     if earlier := cache.find(uri, Prepared, _check, report):
@@ -116,8 +117,9 @@ def _prepare_file(
     """Encodes the training file of `spec`. If the objective needs a reference model, also scores the rows with this
     model.
 
-    Returns the data to train on, and the data held out for validation. `purpose` names the file in messages, such as
-    Training. `begin` is called with a Stream of the data as soon as training can begin on the first rows.
+    Returns two datasets: the data to train on, and the data held out for validation. `purpose` is the word for the file
+    in messages: "Training" makes "Training file has 100 pairs". `begin` is called with a Stream of the data as soon as
+    training can begin on the first rows; None means that training waits for all rows.
     """
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
@@ -197,18 +199,18 @@ class _Disagrees(Exception):
 
 
 class _Slower(Exception):
-    """Raised if the reference model's deployment in vLLM would finish scoring later than the trainer. This is known
-    once the deployment is loaded and its speed measured."""
+    """Raised if the reference model's deployment in vLLM would finish scoring later than the trainer. Whether this is
+    so is known only when the deployment is loaded and its speed measured."""
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
     """Scores the encoded data with the reference model, and returns the data with the scores.
 
-    The model's deployment in vLLM scores if it finishes sooner than the trainer's own forward pass and computes the
-    same log-probabilities. If one of these conditions does not hold, the trainer scores.
-
-    If the user chose the deployment and it cannot be used, raises JobFailed. A deployment cannot be used if its
+    If the user leaves the choice to the service, the model's deployment in vLLM scores if it can be used and finishes
+    sooner than the trainer's own forward pass. Otherwise the trainer scores. A deployment cannot be used if its
     log-probabilities differ from the trainer's, or if it cannot attach the adapter that is the reference.
+
+    If the user has chosen the deployment and it cannot be used, raises JobFailed.
     """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_reference).options(num_cpus=1).remote(spec, encoding.limit))
@@ -257,8 +259,8 @@ def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
 
 
 def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:
-    """Whether the reference model's deployment in vLLM should score the rows, and not the trainer. If the trainer
-    should, tells the user the reason.
+    """Whether the reference model's deployment in vLLM should score the rows, and not the trainer. If the result is
+    false, tells the user the reason.
 
     `engine` is the deployment's measured speed, or None if it was never measured.
     """
@@ -311,11 +313,11 @@ def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
     """Waits for the reference model's deployment in vLLM, compares it with the trainer, and returns a function that
-    scores data with the deployment. `app_name` is the deployment's name, and `rate_uri` the URI at which its speed is
-    stored.
+    scores data with the deployment. `app_name` is the deployment's name, and `rate_uri` the URI at which the measured
+    speed of the deployment is stored.
 
-    Raises _Disagrees if the two compute different log-probabilities for a sample of the data. Raises _Slower if the
-    deployment would finish scoring later than the trainer.
+    Raises _Disagrees if deployment and trainer compute different log-probabilities for a sample of the data. Raises
+    _Slower if the deployment would finish scoring later than the trainer.
     """
 
     def connect() -> Reference:

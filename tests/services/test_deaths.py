@@ -41,7 +41,7 @@ MEMORY = "memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use
         ("\n".join(OUT_OF_MEMORY.splitlines()[-3:]), "memory ran out on the node, and Ray killed processes of the job"),
         (f"2026 ERROR commands: The reporter has ended, and the attempt with it: {MEMORY}\nstopped", MEMORY),
         (LOST_NODE, "a node that it ran on was lost"),
-        (CRASHED, "one of its processes was killed or crashed without a message, as happens when memory"),
+        (CRASHED, "one of its processes was killed or crashed without a message, which often means that memory"),
         (
             REFUSED,
             "storage refused access: OSError: When reading information for key 'runs/1' in bucket 'b': AWS Error",

@@ -33,7 +33,7 @@ def key(**made_from: Any) -> str:
 
 
 def digest(uri: str) -> str:
-    """Returns the sha256 of the bytes of the file at `uri`."""
+    """Returns the sha256, in hexadecimal, of the bytes of the file at `uri`."""
     with storage.open_input(uri) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -79,9 +79,10 @@ def find_or_make(
 ) -> tuple[Entry, bool]:
     """Returns the cache entry at `uri`, and whether the entry existed before.
 
-    If the entry is missing, `make` makes it. If several jobs need the same entry at the same time, one of them makes it
-    and the others wait. `entry` is the type of the entry's manifest. `check` must raise DamagedPart for a damaged
-    entry; such an entry is made again. `report` tells the user about a damaged entry, and about waiting.
+    If the entry is missing, the function calls `make`, which makes it. If several jobs need the same entry at the same
+    time, one of them makes it and the others wait. `entry` is the type of the entry's manifest. `check` must raise
+    DamagedPart for a damaged entry, which is then made again. `report` tells the user about a damaged entry, and about
+    waiting.
     """
     waiting = False
     while True:
@@ -140,8 +141,9 @@ def save(uri: str, entry: Contract) -> None:
 
 
 class _Claim:
-    """A Ray actor that means, by its name, that one driver (a job's main program) is making a certain cache entry. It
-    has no methods. Only one living actor can have this name, so only one driver can make the entry.
+    """A Ray actor whose existence means that one driver (a job's main program) is making a certain cache entry. The
+    actor is named after the entry. Ray lets only one living actor have this name, so only one driver at a time can make
+    the entry. The actor has no methods.
 
     The actor ends with the driver that started it.
     """

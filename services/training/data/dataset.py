@@ -40,10 +40,11 @@ class DamagedPart(ValueError):
 
 
 class Part(Contract):
-    """Describes a Parquet file with the groups (prompts with completions) of one piece, a range of lines of the
-    training file.
+    """Describes a part: the Parquet file with the groups (prompts with completions) of one piece, a range of lines of
+    the training file.
 
-    The reference model's scores of these groups are in a file with the same name in another folder.
+    The reference model's scores of these groups are in a file with the same name in another folder; `scores_sha256` is
+    the sha256 of that file.
     """
 
     name: str
@@ -70,8 +71,8 @@ class Data(Protocol):
 
 
 class Dataset(Contract):
-    """Lists the Parquet files of an encoded data file. Its groups (prompts with their completions) are in one folder,
-    and the reference model's scores of the completions are in another folder."""
+    """Lists the Parquet files of an encoded data file (`parts`). The groups (prompts with their completions) are in the
+    folder `uri`, and the reference model's scores of the completions in the folder `scores_uri`."""
 
     uri: str
     parts: tuple[Part, ...]  # of a training file: one part for every piece, in the order of the file
@@ -107,12 +108,13 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
-    """Writes the reference model's scores (log-probabilities) for `groups`, the groups (prompts with their completions)
-    of the file `part`, to another file in the folder `uri`.
+    """Writes the reference model's scores (log-probabilities) for the groups (prompts with their completions) of the
+    file `part` to another file in the folder `uri`. `groups` are these groups, with the scores in them.
 
-    Returns `part` with the sha256 of the new file. The sha256 is also written to a third file, because the manifest is
-    written much later. With `heads`, the log-probability of each completion's head is written, too. A head is the first
-    tokens of a completion that count in the loss, as many as the group's shortest completion has.
+    Returns a copy of `part` that has the sha256 of the new file. The sha256 is also written to a small file beside it,
+    because the manifest is written much later. With `heads`, the log-probability of each completion's head is written,
+    too. A head is the first tokens of a completion that count in the loss, as many as the group's shortest completion
+    has.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -124,8 +126,9 @@ def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads:
 
 
 def find_scores(uri: str, part: Part) -> Part | None:
-    """Looks in the folder `uri` for the file with the reference model's scores of a part (a file of groups). Returns
-    the part with the sha256 of the scores' file, or None if the folder has no such file or a damaged one."""
+    """Looks in the folder `uri` for the file with the reference model's scores of a part (a file of groups). Returns a
+    copy of the part that has the sha256 of the scores' file, or None if the folder has no such file or a damaged
+    one."""
     try:
         sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
         _read_bytes(storage.join(uri, part.name), sha256)
@@ -201,7 +204,8 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
 
 
 class _Groups:
-    """Reads groups (prompts with completions) from a table, by the number of their row in the table.
+    """Reads groups (prompts with completions) from a table. A group is identified by the number of its row in the
+    table.
 
     The class slices whole columns of token ids, because reading the lists of ids one by one from Arrow is 30 times
     slower.
@@ -234,8 +238,7 @@ class _Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def places(self, row: int) -> range:
-        """Returns where the list of the given row is in the long array that holds all lists, as a range of
-        positions."""
+        """Returns the range of positions in the long array at which the list of row number `row` is."""
         return range(self._offsets[row], self._offsets[row + 1])
 
     def ids(self, row: int) -> list[int]:

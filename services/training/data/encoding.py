@@ -59,7 +59,8 @@ MOST_PIECES = 20_000  # about the most pieces of a file; larger files have large
 
 
 class Piece(Contract):
-    """Describes a range of whole lines of a file. `num_rows` is the number of lines that are not blank, at least 1."""
+    """Describes a piece: a range of whole lines of a file, from byte `start` on, `size` bytes long. `num_rows` is the
+    number of its lines that are not blank, at least 1."""
 
     number: int
     first_line: int  # from 1
@@ -69,8 +70,8 @@ class Piece(Contract):
 
 
 class Encoded(Contract):
-    """Holds the result of encoding one piece, a range of lines of a file: the files that were written, and counts of
-    rows and tokens for the user."""
+    """Holds the result of encoding one piece, a range of lines of a file: the files that were written, counts of rows
+    and tokens for the user (`report`), and why the piece cannot be used (`refused`, None if it can)."""
 
     piece: int
     report: EncodingReport
@@ -153,8 +154,8 @@ def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
     """Yields the results of the encoded pieces (ranges of lines of a file) that can be used. Raises JobFailed if a
     piece cannot be used.
 
-    If the model cannot be used, JobFailed is raised immediately. If lines cannot be used, it is raised after the last
-    result, and names the first such line of the file.
+    If the model cannot be used, JobFailed is raised immediately. If a line of the file cannot be used, JobFailed is
+    raised after the last result; the error names the first such line of the file.
     """
     refusals: list[tuple[int, Failed]] = []
     for result in results:
@@ -169,8 +170,9 @@ def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
 
 
 def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
-    """Reports to the user the contents of an encoded file, and its rows that were left out, cut to the maximum length,
-    or held out for validation. `purpose` names the file in the messages, such as Training."""
+    """Tells the user what an encoded file contains, and how many of its rows were left out, cut to the maximum length,
+    or held out for validation. `purpose` is the word for the file in these messages: "Training" makes "Training file
+    has 100 pairs"."""
     contents, config = encoding.report, spec.config
     report(Message(message=f"{purpose} file has {contents.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(contents, encoding.limit, config.truncation)))
@@ -184,11 +186,11 @@ def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report:
 
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
-    """Returns the name of the training file's format, and the kind of feedback in its rows, such as pairs. Both are
-    those of the first row that can be used.
+    """Returns the name of the training file's format, and the kind of feedback in its rows, such as pairs. The first
+    row decides both. Raises JobFailed if the first row cannot be used.
 
-    Raises JobFailed if the first row cannot be used. If the job leaves out rows that cannot be used, raises JobFailed
-    only if none of the first NUM_FIRST rows can be used.
+    If the job leaves out rows that cannot be used, the first usable row decides. In this case, JobFailed is raised if
+    none of the first NUM_FIRST rows can be used.
     """
     drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
@@ -254,8 +256,8 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
     """Divides the file at `uri` into pieces, each a range of whole lines, and yields the pieces.
 
     Rows of one group (a prompt with its completions) are always in one piece. Files above 160 GB have larger pieces,
-    not more pieces. `columns` maps standard names, such as prompt, to the file's own column names, as in
-    `read_records`.
+    not more pieces. `columns` maps standard names of columns to the file's own, such as {"prompt": "question"}; None
+    means that the file has the standard names.
     """
     with storage.open_input(uri) as file:
         scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
@@ -276,8 +278,8 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
 
 @without_full_collections()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
-    """Encodes the rows of one piece (a range of lines of the file), and returns counts of rows and tokens, and the
-    files that were written.
+    """Encodes the rows of one piece (a range of lines of the file). Returns counts of rows and tokens, and the files
+    that were written.
 
     The groups of token ids are written to the folder `folder_uri`; if `folder_uri` is None, they are not written. If
     the model or a line cannot be used, the result names the reason, and no files are written.
@@ -389,11 +391,12 @@ def _encode(
 
 
 def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
-    """Adds to each group (a prompt with its completions) an answer to another prompt, cut to `limit` tokens.
+    """Adds to each group (a prompt with its completions) an answer to another prompt. The prompt of the group and this
+    answer together have at most `limit` tokens, because the answer is cut.
 
     The answer is the best completion of the next group with another prompt. Its rating is nan, which marks it as an
-    answer to another prompt. From these added answers, KTO estimates how far the policy is from its reference (arXiv
-    2402.01306, section 4.1).
+    answer to another prompt. If all groups have the same prompt, nothing is added. From the added answers, KTO
+    estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
     """
     reversed_groups: list[EncodedGroup] = []
     other = next((group for group in groups if _prompt(group) != _prompt(groups[-1])), None)
@@ -447,10 +450,10 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 @functools.cache
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer can encode the character, so that decoding gives exactly this character again.
+    """Whether the tokenizer can encode the character in such a way that decoding gives exactly this character again.
 
-    The tokenizer cannot do so if decoding gives the unknown token, a small letter for a capital one, or a space for a
-    line feed.
+    For some tokenizers, decoding gives the unknown token, a small letter in place of a capital one, or a space in place
+    of a line feed. Such a tokenizer does not know the character.
     """
     ids = tokenizer(f"a{character}b", add_special_tokens=False).input_ids
     if character.isspace() and character not in "\n\t":
@@ -486,8 +489,8 @@ def _words(text: Text) -> str:
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
-    """Whether groups with this prompt (a group is a prompt with its completions) are held out for validation. About the
-    share `share` of all groups is held out.
+    """Whether groups with this prompt (a group is a prompt with its completions) are held out for validation. `share`
+    is about the share of all groups that is held out, from 0 to 1.
 
     The prompt alone decides, so that no prompt is in both the training and the validation data.
     """

@@ -17,8 +17,8 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """Counts the groups (prompts with their completions) or rows of a file that have one property in common, and names
-    the lines of the first ten."""
+    """Counts the groups (prompts with their completions) or rows of a file that have one property in common (`count`).
+    `first` has the line numbers of the first ten."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -28,8 +28,8 @@ class Lines(Contract):
 
 
 class Reason(Lines):
-    """Counts the groups (prompts with their completions) or rows of a data file that were left out for one reason, with
-    a sentence about the first of them."""
+    """Counts the groups (prompts with their completions) or rows of a data file that were left out for one reason.
+    `sentence` is a sentence about the first of them."""
 
     sentence: str = ""
 
@@ -173,7 +173,8 @@ class Tally:
             self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
 
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
-        """Counts a group (a prompt with its completions) that is kept, for training or for validation (`held_out`).
+        """Counts a group (a prompt with its completions) that is kept. `held_out` says whether the group is kept for
+        validation (true) or for training.
 
         `before` and `after` are the group before and after it was cut to the maximum number of tokens.
         """
@@ -189,8 +190,9 @@ class Tally:
                 self._truncated.setdefault(side, []).append(before.line)
 
     def drop(self, code: str, line: int, sentence: str = "", *, tokens: int | None = None) -> None:
-        """Counts a group (a prompt with its completions) that is left out. `code` and `sentence` give the reason.
-        `tokens` is the length of a group that is too long, and None for other reasons."""
+        """Counts a group (a prompt with its completions) that is left out. `code` is the name of the reason, such as
+        too_long, and `sentence` describes it for the user. `tokens` is the length of a group that is too long, and None
+        for other reasons."""
         self._sentences.setdefault(code, sentence)
         self._counts["num_groups"] += 1
         self._dropped.setdefault(code, []).append(line)
@@ -258,8 +260,8 @@ _REASONS = {
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
     """Returns sentences for the user about rows and groups (prompts with their completions) that were left out or cut.
 
-    `kind` is the word for a group, such as pairs. `limit` is the most tokens of a group, and `remedy` the advice if
-    groups are longer.
+    `kind` is the word for a group, such as pairs. `limit` is the most tokens of a group, and `remedy` is the advice for
+    groups that have more tokens.
     """
     sentences = [
         f"Left out {reason.count} of {report.num_rows} rows, which cannot be used: {code} ({reason}). {reason.sentence}"
@@ -287,12 +289,12 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
         (
             report.special_tokens,
             "have special tokens of the model, such as its end token, in their text, and the model reads them as such",
-            "; remove them from the text if they are not meant",
+            "; remove them from the text if they are not meant as special tokens",
         ),
         (
             report.unasked,
             "have answers without the words with which the chat template begins every answer, such as <think>",
-            "; they are learned as they are. Add thoughts to the answers, or use another chat template",
+            "; the model learns these answers unchanged. Add thoughts to the answers, or use another chat template",
         ),
         (
             report.unknown,

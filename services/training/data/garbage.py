@@ -1,5 +1,5 @@
-"""Keeps Python's garbage collector from searching the same large data again and again. For data without reference
-cycles this search is useless."""
+"""Keeps Python's garbage collector from searching the same large data again and again. The search finds only objects
+that refer to each other in a cycle, and these data have no such cycles."""
 
 import gc
 from collections.abc import Iterator

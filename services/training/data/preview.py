@@ -37,8 +37,9 @@ def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | Non
     """Chooses `count` rows, spread evenly over the `num_rows` rows of a file, and yields where these rows are in the
     file.
 
-    Each row is yielded as a piece (a range of lines). If several rows form one group, the piece has all of them.
-    `columns` gives the file's own column for each standard name, such as {"prompt": "question"}.
+    Each row is yielded as a piece (a range of lines). If several rows form one group (a prompt with its completions),
+    the piece has all of them. `columns` maps standard names of columns to the file's own, such as {"prompt":
+    "question"}; None means that the file has the standard names.
     """
     wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
     place = start = 0

@@ -8,8 +8,9 @@ later step.
 
 The number of steps must be known at the first step, but the number of groups is known only when all rows are encoded.
 The number of groups is therefore estimated from the groups per row in the first window. The estimate is the number of
-places in an epoch. Each window gets places in proportion to its rows, and its groups are spread evenly over its places.
-A step has the groups on its `batch_size` places. If the file has only one window, every place has one group.
+places (positions for about one group each) in an epoch. Each window gets places in proportion to its rows, and its
+groups are spread evenly over its places. A step has the groups on its `batch_size` places. If the file has only one
+window, every place has one group.
 """
 
 import random
@@ -49,10 +50,10 @@ def num_steps(num_places: int, config: TrainConfig) -> int:
 
 def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
     """Yields one batch of groups (prompts with completions) for each optimizer step, beginning with the step after
-    `after_step`.
+    `after_step` (0 for all steps).
 
-    If the file has more than eight pieces (ranges of lines), a batch may have a few more groups than `batch_size`, or
-    fewer, or none.
+    If the file has more than eight pieces (ranges of lines), the number of its groups is only estimated. A batch may
+    then have a few more groups than `batch_size`, or fewer, or none.
     """
     n_epochs, batch_size = _decided(config)
     places = num_places(data, config.seed)
@@ -71,10 +72,11 @@ def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[En
 
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
-    """Shuffles the pieces (ranges of lines) of a file for an epoch, and yields them in windows of eight.
+    """Shuffles the pieces (ranges of lines) of a file for an epoch, and yields them in windows of eight. `num_rows` has
+    the number of rows of each piece.
 
-    For each window, yields the number of rows in all earlier windows, and the numbers of the window's pieces.
-    `num_rows` has the number of rows of each piece.
+    Yields two values for each window: the number of rows in all earlier windows, and the list of the window's pieces,
+    by number.
     """
     pieces = list(range(len(num_rows)))
     random.Random(f"{seed} {epoch}").shuffle(pieces)  # a seed that is a text gives the same order on every machine
@@ -92,11 +94,11 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 
 
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Yields each group (a prompt with its completions) of an epoch with its place, that is, its position in the epoch.
-    Begins at the place `first`; the epoch has `places` places.
+    """Yields each group (a prompt with its completions) of an epoch, with its position in the epoch, called its place.
+    The epoch has `places` places; groups before the place `first` are left out.
 
-    After the groups of each window (eight ranges of lines of the file), yields the first place of the next window
-    together with None.
+    After the groups of each window (eight ranges of lines of the file), yields the first place of the next window, with
+    None in place of a group.
     """
     num_rows = data.num_rows
     all_rows = sum(num_rows)
@@ -119,8 +121,8 @@ def _batches(
 ) -> Iterator[list[EncodedGroup]]:
     """Yields for each of `steps` the list of its groups (prompts with completions).
 
-    `groups` has each group with its place, that is, its position in the epoch. A None in place of a group means that
-    all groups before this place have come. The places of step n begin at n · `batch_size`.
+    `groups` yields each group with its place, that is, its position in the epoch. A None in place of a group means that
+    no later group is at an earlier place. The places of step n begin at n · `batch_size`.
     """
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:

@@ -24,8 +24,8 @@ MOST_WAITING = 10_000  # most waiting calls: one of every worker, and those of w
 
 @dataclass(frozen=True)
 class Stream:
-    """Describes training data that are still being encoded, and the actor that knows the finished parts (files of
-    encoded groups).
+    """Describes training data that are still being encoded. The actor `arrivals` knows which parts (files of encoded
+    groups) are finished.
 
     Workers read a Stream like a Dataset. They can read the groups that are held out for validation only when all rows
     are encoded.
@@ -72,9 +72,9 @@ def stream_encoder(
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
     """Returns a function that encodes a file's pieces (ranges of lines) in training order and yields the results.
 
-    When the first window (eight pieces) is encoded and further windows follow, the function calls `begin` with a
-    Stream, from which workers can read while the other pieces are being encoded, so that training can begin. After this
-    call, a line that cannot be used raises JobFailed immediately.
+    When the first window (eight pieces) is encoded and more windows follow, the function calls `begin` with a Stream,
+    so that training can begin: workers read from this Stream while the other pieces are being encoded. From then on, a
+    line that cannot be used raises JobFailed immediately.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:
@@ -109,8 +109,8 @@ def stream_encoder(
 
 
 class Arrivals:
-    """A Ray actor that knows which parts (files of encoded groups) are finished. Its callers can wait until further
-    parts are finished."""
+    """A Ray actor that knows which parts (files of encoded groups) are finished. Its callers can wait until more parts
+    are finished."""
 
     def __init__(self, parts: dict[int, Part]) -> None:
         self._parts = parts

@@ -26,7 +26,8 @@ def in_tasks(
     num_gpus: float = 0,
     beside: int = 0,
 ) -> Iterator[Result]:
-    """Calls `work` on each item in Ray, and yields each result as soon as it is done.
+    """Calls `work` on each item in Ray, and yields each result as soon as it is done. `result` is the type of the
+    results.
 
     `beside` is the number of training workers that run at the same time and wait for the results. If there are such
     workers, one core is left to each of them, and the work on the items begins in the order of `items`. If there are
@@ -60,11 +61,12 @@ def in_tasks(
 
 
 def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int) -> int:
-    """Returns how many processes work on items at the same time: one for each core of the nodes that lend Ray CPUs.
+    """Returns how many processes work on items at the same time: one for each CPU core of the nodes that give Ray CPUs.
+    `nodes` are Ray's descriptions of the nodes, and all nodes count as having `cores` cores.
 
-    All nodes count as having `cores` cores. `beside` is the number of training workers that run at the same time. If
-    there are any, one core is left to each of them, and the result is at most MOST_BESIDE; Ray sets no further limit,
-    because processes beside training reserve no CPUs in Ray.
+    `beside` is the number of training workers that run at the same time. If there are any, one core is left to each of
+    them, and the result is at most MOST_BESIDE. This limit is needed because processes beside training reserve no CPUs
+    in Ray.
     """
     lent = (node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
     usable = sum(cores for each in lent if each) or cores

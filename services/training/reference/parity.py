@@ -1,9 +1,9 @@
 """Compares the log-probabilities that the reference model's deployment in vLLM computes with those of the trainer's own
 forward pass.
 
-In training, a difference between the two would count as reward from the first step on: beta times the difference
-between a pair's margin by the one and its margin by the other. The comparison uses a sample of groups (prompts with
-their completions).
+In training, a difference between the two would count as a reward from the first step on. This false reward would be
+beta times the difference between a pair's two margins: the margin by the deployment and the margin by the trainer. The
+comparison uses a sample of groups (prompts with their completions).
 """
 
 import math
@@ -25,8 +25,8 @@ Logps = Sequence[Sequence[Sequence[float]]]  # log-probability of each group, co
 
 
 class Differences(Contract):
-    """Summarizes absolute differences between log-probabilities from two sources: mean, 99th percentile, maximum, in
-    nats."""
+    """Summarizes the absolute differences between log-probabilities from two sources, in nats: their mean, their 99th
+    percentile, and the largest one."""
 
     mean: float
     p99: float
@@ -37,8 +37,8 @@ class Differences(Contract):
 
 
 class Parity(Contract):
-    """Holds the differences between log-probabilities from two sources: per token, per pair of completions, and as
-    rewards."""
+    """Holds the differences between log-probabilities from two sources: per token (`tokens`), per pair of completions
+    (`pairs`), and as rewards (`rewards`). The property `holds` says whether the differences are small enough."""
 
     num_groups: int
     num_tokens: int
@@ -54,8 +54,8 @@ class Parity(Contract):
         return self.tokens.p99 <= TOLERATED
 
     def __str__(self) -> str:
-        """Returns, as a part of a sentence, the differences between the log-probabilities and the difference that is
-        allowed."""
+        """Returns the measured differences between the log-probabilities, and the allowed difference, as a part of a
+        sentence."""
         sample = f"differences in {self.num_groups} rows with {self.num_tokens} tokens, in nats"
         pairs = f"per pair {self.pairs}; in rewards {self.rewards}"
         in_bfloat16 = f"a mean of {TOLERATED_REWARD} in rewards, because bfloat16 rounds"
@@ -78,11 +78,11 @@ def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]
 
 
 def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False) -> Parity:
-    """Compares log-probabilities of tokens by the reference model's deployment (`served`) with those by the trainer,
-    and returns the differences.
+    """Compares log-probabilities of tokens from two sources, and returns the differences: `served` comes from the
+    reference model's deployment, and `trainer` from the trainer.
 
-    `served` and `trainer` must be of the same groups (prompts with their completions) in the same order. `beta` turns a
-    log-ratio into a reward, and `rounds` says whether one side computes in bfloat16.
+    Both must be for the same groups (prompts with their completions) in the same order. `beta` turns a log-ratio into a
+    reward, and `rounds` says whether one of the two sources computes in bfloat16.
     """
     both = [list(zip(*sides, strict=True)) for sides in zip(served, trainer, strict=True)]
     tokens = [abs(a - b) for group in both for completion in group for a, b in zip(*completion, strict=True)]
@@ -99,7 +99,7 @@ def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False)
 
 def _margin(group: Sequence[Sequence[float]]) -> float:
     """Returns the margin of a group (a prompt with its completions): the log-probability of its best completion minus
-    that of its worst one. `group` has the log-probabilities of the tokens of each completion.
+    that of its worst one. `group` has a list for each completion: the log-probabilities of its tokens.
 
     For a group with one completion, returns this completion's log-probability.
     """

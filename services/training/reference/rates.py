@@ -1,4 +1,5 @@
-"""Decides which would score rows with the reference model sooner: vLLM, or the trainer's own forward pass.
+"""Decides which of two would be the first to finish scoring rows with the reference model: vLLM, or the trainer's own
+forward pass.
 
 If vLLM has to load the model first, the time of loading counts. Speeds that one job measured are stored beside the
 prepared data, for later jobs.
@@ -14,6 +15,7 @@ UNKNOWN_LOADING_SECONDS = 60.0  # assumed for an engine that was never loaded he
 
 class Rate(Contract):
     """The measured speed, in tokens per second, with which vLLM or the trainer scores rows with one model.
+    `loading_seconds` is the time that loading the model takes first.
 
     The tokens of a row are those of its prompt, counted once, and those of its completions.
     """
@@ -43,7 +45,7 @@ def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
     `num_tokens` tokens."""
     forward = f"they need about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
-        return f"{forward}, and loading vLLM is only worth it above {UNKNOWN_LOADING_SECONDS:.0f} s"
+        return f"{forward}, and loading vLLM pays only if they need more than {UNKNOWN_LOADING_SECONDS:.0f} s"
     loading = f", of which {engine.loading_seconds:.0f} s for loading the model" if engine.loading_seconds else ""
     return f"{forward}, and vLLM would need {engine.seconds(num_tokens):.0f} s{loading}"
 

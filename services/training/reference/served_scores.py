@@ -33,13 +33,15 @@ REPORT_SECONDS = 5.0
 
 
 class Answer(Protocol):
-    """The result of a call to the reference model's deployment. The result may not have arrived yet."""
+    """The type of the result of a call to the reference model's deployment. The call may not have ended yet; the method
+    `result` waits for its end."""
 
     def result(self) -> Any: ...
 
 
 class Ask(Protocol):
-    """The type of a function that sends rows (a prompt and a completion each) to the reference model's deployment.
+    """The type of a function that sends rows (a prompt and a completion each) to the reference model's deployment, and
+    returns an answer.
 
     The answer has one element for each row, in the order of the rows.
     """
@@ -62,7 +64,8 @@ class Reference:
 
 Connect = Callable[[], Reference]
 ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Iterator[Part]]
-"""A function that writes the scores of a dataset's parts to a folder. Yields each part, and counts groups by a call."""
+"""A function that scores parts (files of groups) of a dataset, and writes the scores to a folder. It yields each part
+when this part is scored, and calls its last argument with the number of groups that were scored since the last call."""
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
@@ -93,7 +96,7 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 def await_reference(app_name: str, report: Callable[[Report], None], adapter: Adapter | None = None) -> Reference:
     """Waits until the reference model's deployment, called `app_name`, is ready, and returns the functions that call
-    it.
+    it. `report` tells the user about the progress.
 
     The functions score with `adapter`, if one is given. Raises RuntimeError if the deployment cannot be loaded, or if
     loading takes longer than LOADING_SECONDS.
@@ -127,10 +130,10 @@ def await_reference(app_name: str, report: Callable[[Report], None], adapter: Ad
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
     """Returns a function that scores parts (files of groups) by calls to the reference model's deployment.
 
-    `connect` returns the functions that call the deployment. If a replica dies during a call, `connect` is called again
-    and the call is repeated. With `heads`, each completion also gets the log-probability of its head: its first tokens
-    that count in the loss, as many as the group's shortest completion has. Without `heads`, the deployment returns only
-    the log-probability of the whole completion.
+    `connect` is a function that returns the functions that call the deployment. If a replica dies during a call,
+    `connect` is called again, and the call is repeated. With `heads`, each completion also gets the log-probability of
+    its head: its first tokens that count in the loss, as many as the group's shortest completion has. Without `heads`,
+    the deployment returns only the log-probability of the whole completion.
     """
     score_groups = _scored_with_heads if heads else _scored
 

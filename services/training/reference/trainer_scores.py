@@ -21,8 +21,8 @@ LEAST_TOKENS_PER_PACK = 4096
 
 
 def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Part:
-    """Scores the groups (prompts with completions) of one part, a file of the dataset. Returns the part with the digest
-    of its new file of scores.
+    """Scores the groups (prompts with completions) of one part, a file of the dataset. Returns a copy of the part that
+    has the sha256 of its new file of scores.
 
     The file of scores is written to the folder `uri`. A score is the log-probability of a completion under the
     reference model.
@@ -46,9 +46,9 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
 
 
 def check_reference(spec: AttemptSpec, limit: int) -> None:
-    """Raises JobFailed if the job cannot use its reference model: if the tokenizer differs from that of the model from
-    which the job starts, or if the reference cannot read `limit` tokens, the most that a group (a prompt with its
-    completions) of the job may have."""
+    """Raises JobFailed if the job cannot use its reference model. There are two reasons: its tokenizer differs from
+    that of the model that the job trains, or it cannot read `limit` tokens, the most that a prompt and one completion
+    of the job may have."""
     start, reference = load(spec.model_source), load(spec.reference_model)
     differing = len(start.tokenizer.get_vocab().items() ^ reference.tokenizer.get_vocab().items())
     if differing:
@@ -80,9 +80,9 @@ def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> floa
 
 def _use_cores(*, alone: bool) -> None:
     """Sets how many CPU cores torch uses in this Ray task: all cores if no other task scores at the same time
-    (`alone`), one core if others do.
+    (`alone`), or one core.
 
-    If this function is not called, Ray sets one core, because each task reserves one CPU.
+    If this function is not called, torch uses one core, which Ray sets because each task reserves one CPU.
     """
     import torch
 
@@ -96,8 +96,8 @@ def _reference(spec: AttemptSpec) -> "PreTrainedModel":
 
 @functools.cache
 def _load(source: str, weights: str, device: str) -> "PreTrainedModel":
-    """Returns the reference model. Each process loads it only once. `weights` is a `Weights` object, written as JSON so
-    that it can be a key of the function's cache."""
+    """Returns the reference model. Each process loads it only once. `weights` is a `Weights` object (the job's
+    precision and quantization), written as JSON so that it can be a key of the function's cache."""
     import torch
 
     reference = policies.load_reference(source, Weights.model_validate_json(weights), torch.device(device))

@@ -82,8 +82,8 @@ def main(folder_uri: str, pid: int, files: Sequence[str]) -> None:
 def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes], bytes]]:
     """Returns patterns that find secrets in a log, each with the text that replaces the secret.
 
-    The patterns match the values of environment variables whose names suggest a secret, and text that looks like a
-    secret.
+    The patterns match two kinds of text: the values of those environment variables (in `environment`) whose names
+    suggest a secret, and text that looks like a secret.
     """
     values = {value for name, value in environment.items() if SECRET_NAMES.search(name)}
     secrets = [value.encode() for value in sorted(values, key=len, reverse=True) if len(value) >= SHORTEST_SECRET]
@@ -99,16 +99,16 @@ def blank(line: bytes, patterns: Sequence[tuple[re.Pattern[bytes], bytes]]) -> b
 
 
 class Tail:
-    """Reads the new lines of a file to which another process still writes."""
+    """Reads the new lines of a file to which another process is still writing."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._rest = file, b""
 
     def catch_up(self) -> int:
-        """Skips all unread bytes of the file except the last LAST_BYTES, because the stored log would not keep the
-        skipped bytes anyway.
+        """Skips all unread bytes of the file except the last LAST_BYTES, and returns the number of skipped bytes.
 
-        Returns the number of skipped bytes.
+        The stored log would not keep the skipped bytes anyway, because only the beginning and the end of a very long
+        log are kept.
         """
         behind = os.fstat(self._file.fileno()).st_size - self._file.tell() - LAST_BYTES
         if behind <= 0:

@@ -52,7 +52,8 @@ SENTENCE_SECONDS = 60.0  # between two messages about one stage
 HEARTBEAT = b'{"events":[]}'
 WATCH = "watch"  # concurrency group of the actor, so that asking for a command does not wait for a slow spool
 Command = Literal[Desired, "fenced"]
-"""The state that an attempt should be in. `fenced`: a later attempt has taken the job over, so this one must stop."""
+"""What an attempt (one run of a job) should do: run, pause or cancel, as the user wants. `fenced` means that a later
+attempt has taken the job over, so that this one must stop."""
 
 
 class JobFailed(Exception):
@@ -67,13 +68,13 @@ class JobFailed(Exception):
 
 
 def invalid_file(message: str) -> Failed:
-    """Returns the report `Failed` for a training file that cannot be used."""
+    """Returns the report `Failed` for a training file that cannot be used. `message` is the reason, for the user."""
     return Failed(code="invalid_training_file", message=message, param="training_file")
 
 
 def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
-    """Returns a function that reports the progress of a stage. The argument of this function is how many of `total`
-    items are done.
+    """Returns a function that reports the progress of a stage, such as encoding. The caller calls this function with
+    the number of items that are done, out of `total`.
 
     The function sends at most one report a second, and one when all items are done. The first report is sent
     immediately, with `start`, the number of items that were done before. Once a minute, a message to the user estimates
@@ -274,9 +275,9 @@ class Reporter:
     def _send(self, client: httpx.Client, body: bytes) -> httpx.Response:
         """Posts `body` to the control plane and returns the response.
 
-        The attempt (one run of a job) was launched with a token that others can see. Posts with this launch token offer
-        the control plane a new token that only the attempt knows. If the control plane refuses the offer, it has the
-        new token already, even if its earlier answer was lost. After the refusal, posts use the new token.
+        The attempt (one run of a job) was launched with a token that others can see. Posts with this launch token also
+        offer the control plane a new token that only the attempt knows. If the control plane refuses such a post, it
+        has accepted the new token earlier, and its answer was lost. From then on, posts use the new token.
         """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)

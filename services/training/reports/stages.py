@@ -22,8 +22,8 @@ class StageSpans:
         self._first = self._last = 0  # first and last number of the span's steps, rows or bytes
 
     def add(self, report: Report, at: float) -> None:
-        """Takes the next report of an attempt (one run of a job), and writes a span of the trace if this report ends a
-        stage or a part of training.
+        """Takes the next report of an attempt (one run of a job). If this report ends a stage or a part of training,
+        writes the span of this stage or part.
 
         `at` is the report's time in Unix seconds.
         """

@@ -33,8 +33,8 @@ DEFAULT_GRACE_SECONDS = 3.0  # Ray's default
 def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells a training worker whether it should pause.
 
-    The function never waits. Every PERIOD_SECONDS a thread asks `reporter`, the actor that knows the command, and the
-    function returns the latest answer.
+    The function never waits, because it only returns the latest known command. A thread asks `reporter`, the actor that
+    knows the command, every PERIOD_SECONDS.
     """
     command, done = "run", threading.Event()
 
@@ -103,8 +103,8 @@ class Commands:
         threading.Thread(target=self._pause_within, args=(128 + signum,), daemon=True).start()
 
     def _pause_within(self, status: int) -> None:
-        """Asks the training workers to pause, and ends the attempt (one run of a job) with the exit status `status`
-        shortly before Ray sends SIGKILL, even if the workers have not paused by that time."""
+        """Asks the training workers to pause. Ends the attempt (one run of a job) with the exit status `status` shortly
+        before Ray sends SIGKILL, even if the workers have not paused by that time."""
         grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
         logger.warning("Ray sent SIGTERM, so this process saves a checkpoint and ends within %.0f s.", grace)
         self._reporter.pause.remote()

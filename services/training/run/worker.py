@@ -54,8 +54,9 @@ def work(
     Returns the last report of the attempt (one run of the job).
 
     On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
-    checkpoint. The config of `spec` must have no undecided options. `reporter` is the handle of the attempt's Reporter,
-    to which only rank 0 (the first worker) reports. Every checkpoint is evaluated on `validation`.
+    checkpoint. The config of `spec` must have no undecided options. `reporter` is the handle of the attempt's Reporter;
+    only rank 0 (the first worker) sends reports to it. Every checkpoint is evaluated on the groups in `validation`;
+    None means no evaluations.
     """
     try:
         with policies.unusable_models_fail_the_job():
@@ -119,8 +120,8 @@ def _work(
 def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> int:
     """Returns the step of the checkpoint that becomes the policy (the trained model).
 
-    This is the best of the evaluated checkpoints if the user asked for it and there are evaluations. If the user did
-    not ask for it, or if there are no evaluations, it is the checkpoint of `last`, the last step of training.
+    If the user asked for the best checkpoint and there are evaluations, this is the step with the best evaluation.
+    Otherwise it is `last`, the last step of training.
     """
     top = best(evaluations, spec.config.best_metric) if spec.policy == "best" else None
     return top.step if top else last
@@ -148,11 +149,11 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
 
 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
-    """Returns a function that reads the validation data in batches, for the training loop to call. Returns None if
-    there are no validation data.
+    """Returns a function that reads the validation data in batches; the training loop calls this function. Returns None
+    if there are no validation data.
 
     If the data are a Stream (still being encoded), the returned function waits until the groups held out for validation
-    are known. The returned function returns None if there are no such groups.
+    are known, and returns None if there are none.
     """
     if validation is None:
         return None
@@ -189,8 +190,8 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
 
 
 def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
-    """Whether the loss of this step must be ln 2. This is so at the first step of DPO if the policy still equals the
-    reference.
+    """Whether the loss of this step must be ln 2. This is so at the first step of DPO if the policy still computes the
+    same as the reference.
 
     Policy and reference differ at the first step if the reference is another model, if an adapter's dropout is on, or
     if bfloat16 rounds their numbers differently.
@@ -327,11 +328,11 @@ def _scratch(spec: AttemptSpec) -> Iterator[Path]:
 
 
 def _num_threads() -> int:
-    """Returns the number of CPU threads for this worker: its share of the node's cores.
+    """Returns the number of CPU threads for this worker: its share of the node's cores. Ray itself would set one
+    thread, for the one CPU that a worker reserves.
 
-    Ray itself would set one thread, for the one CPU that a worker reserves. The number of the node's cores is the
-    smaller of two numbers. One is the number of CPUs in Ray, because a container may have fewer CPUs than its machine.
-    The other is the number of cores of the machine, because Ray may be configured with more CPUs than exist.
+    The number of the node's cores is the smaller of two numbers: the CPUs that Ray counts, because a container may have
+    fewer CPUs than its machine, and the cores of the machine, because Ray may be configured with more CPUs than exist.
     """
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)

@@ -71,9 +71,8 @@ def _strong_tag(tag: str | None) -> str:
 def _body_after(offset: int, digest: Any, response: httpx.Response) -> Iterator[bytes]:
     """Yields the bytes of a response that come after the first `offset` bytes of the file.
 
-    If a server cannot resume a download, it sends the first `offset` bytes again; the function skips them. `digest` is
-    the hash of these bytes when they were downloaded before. Raises OSError if the file on the server has changed
-    since.
+    A server that cannot resume a download sends the first `offset` bytes again; the function skips them. `digest` is
+    the sha256 of these bytes at their first download. Raises OSError if the file on the server has changed since then.
     """
     if response.status_code == httpx.codes.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):

@@ -1,9 +1,9 @@
 """Finds the files of a dataset on the Hugging Face hub: `hf://datasets/<organization>/<name>[@<revision>]/<path>`.
 
-The environment variable HF_ENDPOINT sets the address of the hub. The token in HF_TOKEN is sent only for organizations
-that a prefix in the setting `dataset_uris` names. If it were sent for all, every user could read all data that the
-token's owner may read. All files come from one commit, even if a revision such as a branch moves during the download.
-This is why pyarrow's own `hf://` is not used: it resolves the revision with each request.
+The environment variable HF_ENDPOINT sets the address of the hub. The token in the environment variable HF_TOKEN is sent
+only for organizations that a prefix in the setting `dataset_uris` names. If it were sent for all, every user could read
+all data that the token's owner may read. All files come from one commit, even if a revision such as a branch moves
+during the download. This is why pyarrow's own `hf://` is not used: it resolves the revision with each request.
 """
 
 import time
@@ -34,9 +34,9 @@ def client(uri: str, prefixes: Sequence[str]) -> httpx.Client:
 
 
 def _token(uri: str, prefixes: Sequence[str]) -> bool | None:
-    """Returns the `token` argument for the hub's Python client. This is None if the client may send the token in
-    HF_TOKEN (if it is set) for this URI, because one of `prefixes` names the URI's organization. It is False if the
-    client must send no token."""
+    """Returns the argument `token` for the hub's Python client. If one of `prefixes` names the organization in `uri`,
+    the result is None, with which the client sends the token in HF_TOKEN (if it is set). If no prefix names the
+    organization, the result is False, with which the client sends no token."""
     return None if names_organization(uri, prefixes) else False
 
 

@@ -135,8 +135,8 @@ def _download(
 def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
     """Returns the URI of one uncompressed file that has the lines of all `files`.
 
-    If there is only one file and it is uncompressed, its URI is returned. If there are several, or if the one is
-    compressed, the lines are written to `uri`, and `uri` is returned.
+    If `files` is a single uncompressed file, its URI is returned. Otherwise the lines of all files are written to
+    `uri`, and `uri` is returned.
     """
     if len(files) == 1:
         with storage.open_input(files[0].uri) as file:
@@ -158,8 +158,8 @@ def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) 
 
 
 def _lines(files: Sequence[_File], starts: list[str]) -> Iterator[bytes]:
-    """Yields the lines of all files. Adds to `starts` a text for each file: its name, and the number that its first
-    line has among all lines."""
+    """Yields the lines of all files, one file after the other. Adds a text to `starts` for each file, such as
+    "rows.jsonl from line 101": the file's name, and the number of its first line among the lines of all files."""
     number = 0
     for name, uri in files:
         starts.append(f"{name} from line {number + 1}")

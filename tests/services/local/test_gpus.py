@@ -35,7 +35,7 @@ def test_workers_and_models_get_a_whole_gpu_each_and_it_is_told(machine):
     machine(TWO)
     words = (
         "GPUs on this machine: 2, so num_gpus_per_worker is 1 and num_gpus_per_model is 1; "
-        "change this with the settings of these names"
+        "to change this, set num_gpus_per_worker or num_gpus_per_model"
     )
     assert gpus.defaults([]) == (BOTH, words)
 
@@ -44,7 +44,7 @@ def test_what_the_settings_say_stays(machine):
     machine(TWO)
     chosen, words = gpus.defaults(["num_gpus_per_worker"])
     assert chosen == {"num_gpus_per_model": 1.0}
-    assert words == "GPUs on this machine: 2, so num_gpus_per_model is 1; change this with the settings of these names"
+    assert words == "GPUs on this machine: 2, so num_gpus_per_model is 1; to change this, set num_gpus_per_model"
     assert gpus.defaults(gpus.NAMES) == ({}, "")
 
 

@@ -484,7 +484,7 @@ def test_a_small_job_does_not_wait_for_an_engine(
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     messages = [report.message for report in only(Message, driver.reports())]
     assert messages[2].startswith("The workers compute the reference model's scores instead of vLLM: they need about ")
-    assert "and loading vLLM is only worth it above 60 s" in messages[2]
+    assert "and loading vLLM pays only if they need more than 60 s" in messages[2]
     assert not only(ReferenceWanted, driver.reports())
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 

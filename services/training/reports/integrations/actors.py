@@ -34,11 +34,8 @@ ENVIRONMENT = {  # defaults of variables that the node does not set
 
 
 def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
-    """Returns, for each service that the job's metrics go to, its name for messages and a function that opens a run in
-    the service.
-
-    The services are W&B, MLflow and TensorBoard.
-    """
+    """Returns a list with two values for each service that receives the job's metrics (W&B, MLflow or TensorBoard): the
+    name of the service in messages, and a function that opens a run in the service."""
     named: list[tuple[str, Open]] = []
     for number, integration in enumerate(spec.integrations.wandb):
         run_id = f"{spec.job_id}-{number}" if number else spec.job_id
@@ -68,7 +65,7 @@ def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
     """Waits until the followers (actors that send metrics) have sent all steps, and closes them.
 
     The function must be called before the last report of the attempt (one run of the job). `status` is how the job
-    ended; it is None if another attempt will resume the job. A follower that has died is reported to the user.
+    ended; it is None if another attempt will resume the job. If a follower has died, the user is told.
     """
     if not followers:
         return

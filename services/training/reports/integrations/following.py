@@ -1,6 +1,6 @@
 """Copies a job's metrics from its reports in storage (the spool) to one service: W&B, MLflow or TensorBoard.
 
-The part that writes to a service is called a sink. If a sink fails, a new one is opened later.
+The object that writes to a service is called a sink. If a sink fails, a new one is opened later.
 """
 
 import logging
@@ -31,10 +31,10 @@ Open = Callable[[AttemptSpec, Path], Sink]
 
 
 class Follower:
-    """A Ray actor that copies a job's metrics to one sink (W&B, MLflow or TensorBoard) during one attempt (one run of
-    the job).
+    """A Ray actor that copies a job's metrics to one service (W&B, MLflow or TensorBoard) during one attempt (one run
+    of the job). The object that writes to the service is called a sink.
 
-    Its methods never raise an error; the follower tells the user about the first one.
+    The methods of a follower never raise an error. The follower tells the user about the first error of its sink.
     """
 
     def __init__(self, name: str, open_sink: Open, spec: AttemptSpec, report: Callable[[Report], None]) -> None:
@@ -47,10 +47,10 @@ class Follower:
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
         """Tells the follower to end once all metrics of the job's reports in storage are copied to the service, and
-        waits for this at most `timeout_seconds`.
+        waits for its end, at most `timeout_seconds`.
 
-        `status`, how the job ended, is passed to Sink.close. After this call the follower reports nothing more to the
-        user.
+        `status` says how the job ended (None: another attempt may resume it), and is passed to Sink.close. After this
+        call the follower reports nothing more to the user.
         """
         self._status = status
         self._closing.set()
@@ -138,7 +138,7 @@ def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
     """Yields the reports of the job that are in storage, file by file: first those of the first attempt (run of the
     job), at last those of this attempt.
 
-    Yields None whenever no further file is there yet. After a None, the caller may ask again for the next file.
+    Yields None whenever the next file is not there yet. After a None, the caller may ask again for the next file.
     """
     for attempt in range(1, spec.attempt + 1):
         next_seq, lost = 0, False

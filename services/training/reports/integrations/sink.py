@@ -9,7 +9,7 @@ Status = Literal["succeeded", "failed"]
 
 
 class Step(NamedTuple):
-    """Holds the metrics of one optimizer step."""
+    """Holds the metrics of one optimizer step: its number, its time `at` in Unix seconds, and the metrics by name."""
 
     number: int  # from 1
     at: float  # Unix seconds
@@ -18,6 +18,7 @@ class Step(NamedTuple):
 
 class Sink(Protocol):
     """Writes a job's metrics to a run in another service, such as MLflow. The constructor finds or creates this run.
+    `last_step` is the last step that the run has, and `where` tells the user where the run is.
 
     Any call may raise an error, and any call may take long. After an error the caller must drop the sink and make
     another one.

@@ -486,7 +486,8 @@ def test_rows_that_hold_special_tokens_in_their_text_are_named(
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
     warning = (
         "2 of 4 pairs have special tokens of the model, such as its end token, in their text, "
-        "and the model reads them as such (line 2, 4); remove them from the text if they are not meant."
+        "and the model reads them as such (line 2, 4); "
+        "remove them from the text if they are not meant as special tokens."
     )
     assert reports[-1] == Message(level="warn", message=warning)
 

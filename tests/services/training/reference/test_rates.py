@@ -29,7 +29,7 @@ def test_the_user_reads_both_times() -> None:
     assert rates.in_words(TRAINER, engine, 5000) == (
         "they need about 50 s for 5000 tokens, and vLLM would need 95 s, of which 90 s for loading the model"
     )
-    assert rates.in_words(TRAINER, None, 5000).endswith("loading vLLM is only worth it above 60 s")
+    assert rates.in_words(TRAINER, None, 5000).endswith("loading vLLM pays only if they need more than 60 s")
 
 
 def test_a_speed_is_read_as_it_was_written_and_a_damaged_one_is_none(tmp_path: Path) -> None:
