@@ -40,7 +40,7 @@ def processes_with(mark):
 
 
 def servers(home, mark):
-    """Returns the process ids of PostgreSQL and of the two servers of Ray's head. Other processes of Ray come and go."""
+    """Returns the process ids of PostgreSQL and of the two servers of Ray's head, whose other processes come and go."""
     ray = sorted(process.pid for process in processes_with(mark) if process.name() in ("gcs_server", "raylet"))
     return [int((home / "postgres" / "postmaster.pid").read_text().split()[0]), *ray]
 
