@@ -135,7 +135,8 @@ NllWeight = Annotated[NotNegative, Doc("The weight of the chosen completion's ne
 
 @options
 class Supervised:
-    """Negative log-likelihood of the completion: a mean over the tokens of the global batch."""
+    """Supervised fine-tuning. The loss is the negative log-likelihood of the completion: a mean over the tokens of the
+    global batch."""
 
     traits: ClassVar = Traits(
         learns_from=("demonstrations",), needs_reference=False, default_learning_rate=2e-5, default_epochs=3

@@ -223,7 +223,8 @@ class Wandb(UserInput):
 
 
 class WandbIntegration(UserInput):
-    """An entry for Weights & Biases in the list `integrations` of OpenAI's request for a fine-tuning job."""
+    """An entry for Weights & Biases in the list `integrations` of a request for a fine-tuning job, in OpenAI's
+    format."""
 
     type: Literal["wandb"]
     wandb: Wandb

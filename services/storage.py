@@ -151,9 +151,10 @@ def list_tree(uri: str) -> list[tuple[str, int, int]]:
 
 
 def version(uri: str) -> tuple[int, int] | None:
-    """Returns the size in bytes and the modification time of the file at `uri`, or None if there is no file.
+    """Returns two values of the file at `uri`: its size in bytes, and its modification time in nanoseconds. Returns
+    None if there is no file.
 
-    Two different results show that the file has changed.
+    If a later call returns another result, the file has changed.
     """
     info = _info(uri)
     return (info.size, info.mtime_ns) if info.type == fs.FileType.File else None

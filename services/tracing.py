@@ -63,10 +63,8 @@ def child(parent: str, key: str) -> str:
 def record(
     name: str, *, parent: str | None, key: str, start: float, end: float, attributes: Mapping[str, str | int | float]
 ) -> None:
-    """Writes a span whose work has ended, under the traceparent that `child(parent, key)` returns.
-
-    `start` and `end` are Unix seconds.
-    """
+    """Writes a span whose work has ended. `child(parent, key)` gives the span its traceparent, and `start` and `end`
+    are Unix seconds. Does nothing if `parent` is None or tracing is off."""
     if not is_on() or parent is None:
         return
     from opentelemetry.sdk.trace import ReadableSpan

@@ -86,9 +86,15 @@ def _named(database: sqlite3.Connection, query: str) -> Named:
 
 
 def _row(group: Group) -> tuple[int, int, int, int, int]:
-    """Returns the row for a group (a prompt with its completions) in the temporary database that finds duplicates: the
-    group's line number, and hashes of its prompt, of its best completion, of its worst completion, and of all its
-    completions with their ratings."""
+    """Returns the row for a group (a prompt with its completions) in the temporary database that finds duplicates. The
+    row has five values:
+
+    - the group's line number
+    - a hash of its prompt
+    - a hash of its best completion
+    - a hash of its worst completion
+    - a hash of all its completions with their ratings
+    """
     completions = [_digest(text) for text in group.completions]
     best, worst = completions[0], completions[-1]
     if len(completions) == 1:  # a label: a good completion is better than none (0), a bad one worse

@@ -63,9 +63,9 @@ def _read_each(
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether two neighbouring lines of a file belong to one group (a prompt with its completions). This is so if each
-    line rates one answer, and both answers are to the same prompt. A file must not be cut between such lines. `columns`
-    maps standard names of columns to the file's own, such as {"prompt": "question"}."""
+    """Whether a line and the line after it (`following`) belong to one group (a prompt with its completions). This is
+    so if each line rates one answer, and both answers are to the same prompt. A file must not be cut between such
+    lines. `columns` maps standard names of columns to the file's own, such as {"prompt": "question"}."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
@@ -104,8 +104,9 @@ def _group_of(run: Sequence[Record]) -> Group:
 
 
 def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:
-    """Yields the groups of a file (a group is a prompt with its completions), in order. Raises InvalidRow at the first
-    row that cannot be used."""
+    """Yields the groups of a file (a group is a prompt with its completions), in order. `lines` may be a part of the
+    file; `first_line` is the line number that the first of `lines` has in the file. Raises InvalidRow at the first row
+    that cannot be used."""
     for record in read_records(lines, first_line=first_line):
         if record.problem:
             raise record.problem

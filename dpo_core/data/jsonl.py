@@ -43,8 +43,9 @@ class Row:
         self._columns = columns or {}
 
     def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
-        """Returns an error about the field at `pointer`, or about the whole row if `pointer` is empty. `what` is the
-        end of the error's sentence, such as "is not a string."; the sentence's subject is the field or the row."""
+        """Returns an error about the field at `pointer`, or about the whole row if `pointer` is empty. `code` names the
+        kind of error, such as wrong_type. `what` is the end of the error's sentence, such as "is not a string."; the
+        sentence's subject is the field or the row."""
         if self._columns and pointer:
             first, *rest = pointer[1:].split("/")
             pointer = "/".join([pointer_to((self._columns[first],)) if first in self._columns else f"/{first}", *rest])
@@ -81,8 +82,9 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | InvalidRow]:
-    """Parses lines of JSON, and yields a row or an error for each line that is not blank. A line that is too long
-    yields one error; its later parts, which `read_lines` yields separately, are skipped."""
+    """Parses lines of JSON, and yields a row or an error for each line that is not blank. `first_line` is the line
+    number that the first of `lines` has in its file. A line that is too long yields one error; its later parts, which
+    `read_lines` yields separately, are skipped."""
     number, has_ended = first_line - 1, True
     for line in lines:
         begins, has_ended = has_ended, len(line) <= MAX_LINE_BYTES or line.endswith(b"\n")

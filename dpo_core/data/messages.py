@@ -78,7 +78,7 @@ def check_completion(
 ) -> None:
     """Raises InvalidRow unless the messages are a valid completion, which begins and ends with a message of the
     assistant. `pointer` is the JSON pointer of a list in the row that contains the messages; `first` is the index of
-    the completion's first message in this list."""
+    the completion's first message in this list. `may_be_empty` says whether an answer without text is valid."""
     if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # nearly always
         if not may_be_empty:
             refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])

@@ -71,9 +71,9 @@ def read_in_request(number: int, row: dict[str, object]) -> Group:
 
 
 def in_request(error: InvalidRow) -> tuple[str, str]:
-    """Turns an error about one row into an error about the whole request, which has several rows. Returns the path of
-    the wrong value, such as `rows.0.prompt.1.content`, and a sentence that begins with this path. The first row is
-    `rows.0`."""
+    """Turns an error about one row into an error about the whole request, which has several rows. Returns two texts:
+    the path of the wrong value, such as `rows.0.prompt.1.content`, and a sentence that begins with this path. The first
+    row is `rows.0`."""
     path = f"rows.{error.line - 1}{error.pointer.replace('/', '.')}"
     subject = f"the field {error.pointer} " if error.pointer else "the row "
     what = error.message.removeprefix(f"Line {error.line}: ")

@@ -121,8 +121,9 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
 
 
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
-    """Returns the name of a function, and the dictionary that describes or calls it, from `holder`: a tool or a call of
-    a tool. `keys` are the keys that the dictionary may have. Raises InvalidRow unless the tool is a function."""
+    """Returns two values from `holder`, which is a tool or a call of a tool: the name of the function, and the
+    dictionary that describes or calls the function. `keys` are the keys that the dictionary may have. Raises InvalidRow
+    unless the tool is a function."""
     if holder.get("type") not in (None, "function"):
         what = f'is {shown(holder.get("type"))}; it must be "function", because tools of other types are not supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)

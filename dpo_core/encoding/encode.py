@@ -182,7 +182,7 @@ class _Tail:
 
 def _tail(prompt: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> _Tail:
     """Returns the end of a prompt, which begins at the prompt's last special token, because tokenizers first cut a text
-    at special tokens. Returns the whole prompt if it has no special token."""
+    at special tokens. Returns the whole prompt if it has no special token. `ids` are the token ids of the prompt."""
     markers = _markers(tokenizer)
     place = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] in markers), 0)
     if place:

@@ -141,8 +141,8 @@ def _first_day() -> date:
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
     """Returns the properties in which groups must agree, so that one call of the chat template can write them together:
-    whether they hold messages (true) or texts, their tools, and their template arguments. A group is a prompt with its
-    completions."""
+    whether the group holds messages (and not texts), its tools, and its template arguments. A group is a prompt with
+    its completions."""
     return isinstance(group.prompt, list), group.tools, group.template_arguments
 
 

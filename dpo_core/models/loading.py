@@ -128,8 +128,8 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns the config with which to load a model for texts, and patterns that rename the weights of its folder; None
-    in place of patterns if nothing must be renamed.
+    """Returns two values: the config with which to load a model for texts, and patterns that rename the weights of the
+    model's folder. The second is None if nothing must be renamed.
 
     transformers cannot load some multimodal models for texts. For such a model, the config is that of the text model
     within it, and the patterns give the weights the names that the text model expects.

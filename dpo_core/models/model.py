@@ -83,10 +83,10 @@ def load_reward_model(
     """Loads a reward model: a language model with a linear head for rewards in place of the vocabulary's head. If
     `source` has no such head, the head's weights are drawn at random with the seed `seed`.
 
-    The head has one output, the reward; for `reward_gaussian` it has two, the mean and the logarithm of the variance.
-    The config says regression, so vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs
-    unchanged and not as probabilities. A `source` that is the folder of an adapter is refused; merge the adapter into
-    its base first. The other arguments are those of `load_policy`.
+    `num_outputs` is the number of the head's outputs: 1 for the reward, or 2 for `reward_gaussian`, the mean and the
+    logarithm of the variance. The config says regression, so vLLM's `LLM(folder, runner="pooling").classify(prompts)`
+    returns the outputs unchanged and not as probabilities. A `source` that is the folder of an adapter is refused;
+    merge the adapter into its base first. The other arguments are those of `load_policy`.
     """
     check_dtype(dtype)
     return _load(

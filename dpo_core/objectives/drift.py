@@ -32,7 +32,7 @@ class Drift:
 def _sentence(fallen: float, margin: float) -> str:
     return (
         f"Chosen completions are {fallen:.1f} nats less likely than under the reference (mean of {WINDOW} steps) "
-        f"while margins have grown to {margin:.2f}: rejected ones fall faster. That is common with losses on margins "
-        "and harmless while small; if answers get worse, raise beta, lower the learning rate, train fewer epochs, "
-        "or use rpo or dpop, which keep chosen completions likely."
+        f"while margins have grown to {margin:.2f}, because rejected completions become unlikely even faster. This is "
+        "common with losses on margins, and harmless while the number of nats is small; if answers get worse, raise "
+        "beta, lower the learning rate, train fewer epochs, or use rpo or dpop, which keep chosen completions likely."
     )

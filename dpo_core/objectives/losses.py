@@ -84,9 +84,9 @@ def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
     """Returns LiPO's loss of each group (a prompt with its completions), [G] for G groups; arXiv 2402.01878.
 
     The loss is the sum of |g_i - g_j| |1/d_i - 1/d_j| log(1 + e^{-(s_i - s_j)}) over all completions i and j of which i
-    is rated higher. s = beta h, with the log-ratio h of a completion. g = 2^psi - 1, with the rating psi scaled to [0,
-    1] in the group. d = log(1 + n), where the completion has the n-th highest s in the group. The paper calls g and d G
-    and D.
+    is rated higher. s = beta h, with the log-ratio h of a completion. g (the paper's G) is 2^psi - 1, with the rating
+    psi scaled to [0, 1] in the group. d (the paper's D) is log(1 + n) for the completion with the n-th highest s in the
+    group.
     """
     s = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     ratings = measures.by_group(measures.ratings, math.nan)

@@ -49,7 +49,7 @@ class Shapes:
 
     @property
     def outside(self) -> int:
-        """The number of parameters in the weights outside the model's layers."""
+        """The number of parameters in the weights outside the model's layers, such as the embeddings and the head."""
         return sum(prod(shape) for name, shape in self.weights.items() if not in_layer(name))
 
 

@@ -71,8 +71,8 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
-    """Returns the number of tokens in a worker's largest pack (groups of one forward pass), and whether the worker
-    computes several packs in one optimizer step. `limit` is the most tokens that a pack may have."""
+    """Returns two values: the number of tokens in a worker's largest pack (groups of one forward pass), and whether the
+    worker computes several packs in one optimizer step. `limit` is the most tokens that a pack may have."""
     groups = ceil(run.batch_size / run.num_workers)
     if rows.longest > rows.computed:  # groups of different lengths fill packs up to the limit
         return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit

@@ -50,8 +50,9 @@ def plan(
     model: Shapes, run: Run, rows: Rows, room: int | None = None, settable: Collection[str] = tuple(CHANGES)
 ) -> Plan:
     """Returns the plan of a training run: its memory, disk space and steps, whether it fits into memory, and what would
-    make it fit. `room` is the memory of a worker's device in bytes, None if unknown. `settable` names the options that
-    the plan may propose to change."""
+    make it fit. `model`, `run` and `rows` describe the model, the options, and the size of the training data. `room` is
+    the memory of a worker's device in bytes, None if unknown. `settable` names the options that the plan may propose to
+    change."""
     settled, shards, held = settle(model, run, rows, room)
     saved = count_trained(model, run) * (run.itemsize + FLOAT32 * (2 if run.itemsize == FLOAT32 else 3))
     steps = run.n_epochs * ceil(rows.groups / run.batch_size)

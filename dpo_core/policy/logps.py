@@ -31,13 +31,13 @@ def token_logps(
     tile_rows: int | None = None,
     tile_columns: int = TILE_COLUMNS,
 ) -> tuple[Tensor, Tensor]:
-    """Returns for each row of `hidden` the log-probability of its target, log softmax(hidden @ weight.T +
-    bias)[targets], and whether the target has the largest logit.
+    """Computes the logits hidden @ weight.T + bias of R rows of `hidden`. Returns two tensors: the log-probability of
+    each row's target, log softmax(logits)[target], [R], and whether the target has the largest logit, [R].
 
     Shapes, for R rows, width H and a vocabulary of V tokens: hidden [R, H], weight [V, H], bias [V] or None, targets
-    [R]. Both results are [R]; the first is in float32 or wider, the second has no gradient. With a `soft_cap`, logits
+    [R]. The log-probabilities are in float32 or wider; the second tensor has no gradient. With a `soft_cap`, logits
     become `soft_cap * tanh(logits / soft_cap)` before the softmax, as in Gemma. At most `tile_rows` x `tile_columns`
-    logits are held at a time.
+    logits are held at a time; None for `tile_rows` means a number that suits the device.
     """
     tile = (tile_rows or TILE_ROWS.get(hidden.device.type, 1024), tile_columns)
     logps_and_correct: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
@@ -131,8 +131,9 @@ def _cuts(length: int, size: int) -> list[slice]:
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, columns: slice) -> Tensor:
-    """Returns the logits of a tile (of `rows` and the part `columns` of the vocabulary), in float32 or wider.
-    `soft_cap` is the limit of the logits, None if they have none. The tensor is new, so the caller may overwrite it."""
+    """Returns the logits of a tile in float32 or wider. The tile covers the rows (hidden states of tokens) in `rows`,
+    and the part `columns` of the vocabulary. `weight` and `bias` are those of the head. `soft_cap` is the limit of the
+    logits, None if they have none. The tensor is new, so the caller may overwrite it."""
     tile_bias = None if bias is None else bias[columns]
     if _keeps_float32(rows):
         logits = _product(rows, weight[columns].T)

@@ -94,8 +94,9 @@ class Measures:
 
     @cached_property
     def worse(self) -> Tensor:
-        """Whether completion j of a group (a prompt with its completions) is rated lower than completion i of the same
-        group. The result is [group, i, j]."""
+        """For G groups (prompts with their completions), a boolean tensor [G, k, k], where k is the number of
+        completions in the largest group. Entry [g, i, j] says whether completion j of group g is rated lower than
+        completion i."""
         ratings = self.by_group(self.ratings, math.nan)
         return ratings[:, :, None] > ratings[:, None, :]
 

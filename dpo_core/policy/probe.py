@@ -62,8 +62,8 @@ def probe(model: PreTrainedModel) -> Manner:
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """Returns the model on which `probe` compares outputs, and a text. The model is a miniature of `model`, and the
-    text is empty. If no miniature can be made, the model is `model` itself, and the text is the reason."""
+    """Returns two values: the model on which `probe` compares outputs, and a text. The model is a miniature of `model`,
+    and the text is empty. If no miniature can be made, the model is `model` itself, and the text is the reason."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)

@@ -64,9 +64,10 @@ class Scorer(nn.Module):
     def plan(
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
-        """Distributes the groups (prompts with their completions) over ranks (processes) and packs (a pack is the
-        groups of one forward pass), such that all ranks compute about the same number of tokens. In the result,
-        `plan[rank][pack]` is the list of the pack's groups, as indices into `groups`."""
+        """Distributes the groups (prompts with their completions) over `num_ranks` ranks (processes) and packs, such
+        that all ranks compute about the same number of tokens. A pack is the groups of one forward pass, which has at
+        most `max_tokens_per_pack` tokens unless a single group is longer. In the result, `plan[rank][pack]` is the list
+        of the pack's groups, as indices into `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
@@ -111,7 +112,7 @@ class Scorer(nn.Module):
 def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
-    """Returns copies of the groups (prompts with their completions) with the reference's log-probabilities of their
+    """Returns copies of the groups (prompts with their completions) that have the reference's log-probabilities of the
     completions. The reference may be the policy itself with an adapter that is being trained; the adapter is off while
     the function computes. A forward pass has at most `max_tokens_per_pack` tokens, unless a single group is longer."""
     admit(groups, reference)
@@ -130,10 +131,10 @@ def score_reference(
 def reference_token_logps(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[list[list[float]]]:
-    """Returns the reference's log-probability of each token that counts in the loss, in nats, as lists by group (a
-    prompt with its completions), completion and token. The reference may be the policy itself with an adapter that is
-    being trained; the adapter is off while the function computes. A forward pass has at most `max_tokens_per_pack`
-    tokens, unless a single group is longer."""
+    """Returns the reference's log-probability, in nats, of each token that counts in the loss. `[group][completion]` of
+    the result is a list of these log-probabilities; a group is a prompt with its completions. The reference may be the
+    policy itself with an adapter that is being trained; the adapter is off while the function computes. A forward pass
+    has at most `max_tokens_per_pack` tokens, unless a single group is longer."""
     admit(groups, reference)
     scorer = Scorer(reference)
     logps_by_group: list[list[list[float]]] = [[] for _ in groups]

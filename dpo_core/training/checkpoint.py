@@ -159,9 +159,9 @@ def verify(folder: Path) -> Manifest:
 
 
 def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
-    """Checks that a training run can continue from the checkpoint in `folder`. Returns the checkpoint's manifest, and
-    the config for the run. `total_steps` is the run's number of optimizer steps, and `precision` the policy's dtype,
-    such as "bfloat16" or "bfloat16 over nf4".
+    """Checks that a training run can continue from the checkpoint in `folder`. Returns two values: the checkpoint's
+    manifest, and the config for the run. `total_steps` is the run's number of optimizer steps, and `precision` the
+    policy's dtype, such as "bfloat16" or "bfloat16 over nf4".
 
     The returned config is `config` with two more options decided, unless the user has set them: the number of tokens in
     one forward pass and the recomputation of activations, as the checkpoint's run chose them. Raises DamagedCheckpoint

@@ -113,8 +113,8 @@ class Writer:
         self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
     ) -> dict[str, FileDigest]:
         """Writes the files of this rank (process of the run) into the folder `partial`, and returns their digests by
-        path. Ranks other than rank 0 also publish their files; rank 0 publishes its files later, after the manifest is
-        written."""
+        path. `model` has the weights to write, and `state` this rank's part of the optimizer's state. Ranks other than
+        rank 0 also publish their files; rank 0 publishes its files later, after the manifest is written."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
         if self._shard is not None:
@@ -144,11 +144,9 @@ class Writer:
 
 
 def _shard_index(weights: Weights) -> tuple[int | None, int]:
-    """Returns which shard of the optimizer's state this rank (process of the run) writes, counted from 0, and the
-    number of shards.
-
-    The first result is None if this rank writes no shard, because another rank holds the same shard and writes it.
-    """
+    """Returns two values: which shard of the optimizer's state this rank (process of the run) writes, counted from 0,
+    and the number of shards. The first is None if this rank writes no shard, because another rank holds the same shard
+    and writes it."""
     first = next(iter(weights.stepped.values()))
     if not isinstance(first, DTensor):
         return (0 if rank() == 0 else None), 1

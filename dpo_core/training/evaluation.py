@@ -25,12 +25,12 @@ def evaluate(
     objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
 ) -> dict[str, float]:
     """Returns the loss and metrics of all groups (prompts with their completions) in `batches`, as if they were one
-    global batch. The names of the metrics begin with `eval/`.
+    global batch. The names of the metrics begin with `eval/`. `statistics` has the mean of all rewards so far in the
+    run, which is read and not changed. Raises ValueError if there are no groups.
 
-    The results do not depend on how the groups are cut into batches and packs (groups that one forward pass computes
-    together) and distributed over ranks (processes). If an objective computes a value over a global batch, the value is
-    computed over all groups. `statistics`, the mean of all rewards so far, is read and not changed. Raises ValueError
-    if there are no groups.
+    The results do not depend on how the groups are cut into batches and packs, or distributed over ranks (processes). A
+    pack is the groups that one forward pass computes together, at most `max_tokens_per_pack` tokens. If the loss of an
+    objective compares groups of a global batch, all groups are compared.
     """
     seen: list[EncodedGroup] = []
     tables: list[Tensor] = []

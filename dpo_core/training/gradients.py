@@ -73,8 +73,8 @@ def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
 ) -> tuple[Measures, Tensor]:
     """Computes the gradient of the loss for the packs (groups of one forward pass) of this rank (process of the run),
-    and adds it to the gradients of the weights. Returns the log-probabilities or rewards of all completions of all
-    ranks, and the loss of the global batch.
+    and adds it to the gradients of the weights. Returns two values: the measures (log-probabilities or rewards) of all
+    completions of all ranks, and the loss of the global batch.
 
     Raises MemoryRanOut on all ranks if memory ran out on one rank; gradients and `statistics` are then incomplete.
     """
@@ -192,9 +192,9 @@ def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
 def _differentiate(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
-    """Returns what the groups (prompts with their completions) in `measures` contribute to the loss of the global
-    batch, and the gradient of this contribution with respect to the measures (log-probabilities or rewards) of their
-    completions."""
+    """Returns two values: what the groups (prompts with their completions) in `measures` contribute to the loss of the
+    global batch, and the gradient of this contribution with respect to the measures (log-probabilities or rewards) of
+    their completions."""
     leaf = measures.table.clone().requires_grad_()
     loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
     (slope,) = torch.autograd.grad(loss, leaf)

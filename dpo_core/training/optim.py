@@ -21,8 +21,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.op
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
-    """Returns the learning rate of step number `step`, counted from 1. The rate rises during the warmup, then follows
-    the schedule, and is never 0."""
+    """Returns the learning rate of step number `step`, counted from 1, of a run with `total_steps` steps. The rate
+    rises during the warmup, then follows the schedule in `optim`, and is never 0."""
     assert optim.learning_rate is not None  # `resolved` has set the learning rate
     warmup = math.ceil(optim.warmup_ratio * total_steps)
     if step <= warmup:

@@ -179,6 +179,6 @@ def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
 
 
 def _storages(model: PreTrainedModel) -> set[int]:
-    """Returns the memory addresses of the model's weights, as far as this rank (process of the run) has them in memory
-    now."""
+    """Returns the addresses of the memory that holds the model's weights, as far as this rank (process of the run) has
+    the weights in memory now."""
     return {local_part(weight).untyped_storage().data_ptr() for weight in model.parameters()}

@@ -264,9 +264,11 @@ class _Run:
         return dict(self.metrics)
 
     def _backward(self, groups: Sequence[EncodedGroup]) -> tuple[list[Pack], Measures, Tensor]:
-        """Computes the gradients of the loss for one optimizer step. Returns the packs (groups of one forward pass
-        each) of this rank (process of the run), the log-probabilities or rewards of all completions of all ranks, and
-        the loss.
+        """Computes the gradients of the loss for one optimizer step. Returns three values:
+
+        - the packs (groups of one forward pass each) of this rank (process of the run)
+        - the measures (log-probabilities or rewards) of all completions of all ranks
+        - the loss
 
         If memory runs out, computes the gradients again with packs of half the size. If packs cannot be smaller, the
         backward pass recomputes activations. Later steps keep the smaller packs and the recomputation. Neither changes

@@ -74,7 +74,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _launch_of(arguments: list[str]) -> Launch | None:
-    """Returns how to run the command in `arguments` in a fork: the fork server to ask, and its options.
+    """Returns how to run the command in `arguments` in a fork: which fork server makes the fork, and whether the client
+    waits for its end.
 
     Returns None if the command must run in this process itself.
     """
@@ -206,7 +207,8 @@ def preload(job_id: str, modules: Sequence[str], *, wait: bool = False) -> None:
 
 
 def _wait_for(pid: int, answers: TextIO) -> int:
-    """Forwards SIGTERM and SIGINT to the fork `pid` until the fork ends, and returns the fork's exit status."""
+    """Forwards SIGTERM and SIGINT to the fork `pid` until the fork ends, and returns the fork's exit status. The server
+    writes this status to `answers`."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):

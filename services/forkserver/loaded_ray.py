@@ -24,7 +24,7 @@ ray.actor.ActorClassID = _ClassIds
 def has_drawn() -> bool:
     """Whether this process has drawn one of Ray's random ids.
 
-    If so, the process must not fork, because its forks would draw equal ids.
+    A process that has drawn one must not fork, because its forks would draw equal ids.
     """
     first, second = _drawn_in_a_fork(), _drawn_in_a_fork()
     return first == second

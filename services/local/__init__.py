@@ -1,1 +1,1 @@
-"""Runs PostgreSQL and a Ray head node on this machine for `raydpo up`."""
+"""Runs PostgreSQL and a Ray head node on this machine, for the command `raydpo up`."""

@@ -26,9 +26,9 @@ class AttachAdapter:
     """ASGI middleware that attaches the LoRA adapter that a request's headers name to the vLLM engine, before vLLM
     reads the request's body.
 
-    The body names the same adapter as its `model`. A request whose headers name no adapter passes unchanged. If the
-    engine refuses the adapter, the client gets an error in OpenAI's format. If the adapter is deleted while the engine
-    answers, the answer ends immediately with such an error.
+    The field `model` of the body names the same adapter. A request whose headers name no adapter passes unchanged. If
+    the engine refuses the adapter, the client gets an error in OpenAI's format. If the adapter is deleted while the
+    engine answers, the answer ends immediately with such an error.
     """
 
     def __init__(self, app: ASGIApp, *, adapters: Adapters) -> None:

@@ -101,9 +101,7 @@ class Base:
             try:
                 self._fingerprint = self._fingerprint or fingerprint_of(self._source)
             except (OSError, ValueError) as error:
-                what = (
-                    f"the weights of its base {self._source} cannot be read, to compare them with those of its training"
-                )
+                what = f"its base {self._source} cannot be read to check that the adapter was trained on it"
                 raise AdapterUnusable(
                     f"The engine cannot attach the adapter '{adapter.id}': {what} ({error})."
                 ) from error
@@ -185,10 +183,10 @@ class Adapters:
         return attachment
 
     def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
-        """Cleans up when the loading of an adapter has ended, with or without success.
+        """Cleans up when the task `loading`, which loads an adapter, has ended, with or without success.
 
-        If the loading failed, forgets the adapter, so that the next request for it loads it again. In either case,
-        detaches the least recently used idle adapters if more are attached than the engine may hold.
+        If the loading failed, forgets the adapter, so that the next request for it loads it again. In either case, if
+        more adapters are attached than the engine may hold, detaches the least recently used ones that no request uses.
         """
         if (loading.cancelled() or loading.exception()) and self._attached.get(adapter_id) is attachment:
             self._detach(adapter_id)

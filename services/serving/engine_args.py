@@ -12,7 +12,8 @@ MEMORY_SHARE = 0.85  # of a GPU; the rest is for those logits
 
 
 def engine_args(deployment: Deployment, *, on_cpus: bool) -> dict[str, Any]:
-    """Returns the arguments for vLLM's engine and for its HTTP server, by name.
+    """Returns the arguments for vLLM's engine and for its HTTP server, by name. `on_cpus` says whether the engine runs
+    on CPUs and not on GPUs.
 
     An engine that answers users has vLLM's own batch sizes. An engine that only computes log-probabilities of given
     texts takes at most MOST_SCORED_TOKENS tokens in a step. Such an engine has no prefix cache, because vLLM does not

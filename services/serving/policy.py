@@ -79,8 +79,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return {"replica": serve.get_replica_context().replica_id.unique_id, **self.load.as_json()}
 
     async def _logps(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the log-probability of each completion, as a list by group (a prompt and its completions) of a list
-        by completion of a list of one number.
+        """Returns the log-probability of each completion. `[group][completion]` of the result is a list of this one
+        number; a group is a prompt with its completions.
 
         If the current HTTP request names an adapter, the model computes with this adapter.
         """

@@ -42,12 +42,13 @@ class Reference:
         others: Sequence[Spans] = (),
         adapter: LoRARequest | None = None,
     ) -> list[Score]:
-        """Returns the log-probability of each completion, summed over the completion's tokens, and the number of these
-        tokens.
+        """Returns for each completion its log-probability given its prompt, summed over the completion's tokens, and
+        the number of these tokens.
 
-        `others` holds ranges [start, stop) of each completion's tokens, which both numbers leave out. The engine
-        computes with `adapter`, if one is given. Raises ValueError for a prompt and completion that cannot be scored,
-        and ConnectionError if the engine has died.
+        Entry i of `prompt_ids`, `completion_ids` and `others` belongs to completion i. An entry of `others` holds
+        ranges [start, stop) of the completion's tokens that are neither summed nor counted. The engine computes with
+        `adapter`, if one is given. Raises ValueError for a prompt and completion that cannot be scored, and
+        ConnectionError if the engine has died.
         """
         rows = await self.token_logps(prompt_ids, completion_ids, others, adapter)
         return [Score(math.fsum(row), len(row)) for row in rows]
@@ -59,12 +60,12 @@ class Reference:
         others: Sequence[Spans] = (),
         adapter: LoRARequest | None = None,
     ) -> list[list[float]]:
-        """Returns the log-probability, in nats, of each token of each completion, given the completion's prompt.
+        """Returns for each completion the log-probabilities of its tokens, in nats, given the completion's prompt.
 
-        A row is a prompt and its completion; together they may have as many tokens as the model's limit. `others` holds
-        ranges [start, stop) of each completion's tokens, which the result leaves out. The engine computes with
-        `adapter`, if one is given. Raises ValueError for a row that cannot be scored, and ConnectionError if the engine
-        has died.
+        Entry i of `prompt_ids`, `completion_ids` and `others` belongs to completion i. A prompt and its completion
+        together may have as many tokens as the model's limit. An entry of `others` holds ranges [start, stop) of the
+        completion's tokens that the result leaves out. The engine computes with `adapter`, if one is given. Raises
+        ValueError for a prompt and completion that cannot be scored, and ConnectionError if the engine has died.
         """
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(

@@ -53,8 +53,8 @@ class Rewards:
         self._computing = asyncio.Lock()
 
     async def score(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the outputs of the reward model's head: for each group (a prompt and its completions), one list of
-        numbers for each completion."""
+        """Returns the outputs of the reward model's head. `[group][completion]` of the result is the list of outputs
+        for this completion; a group is a prompt with its completions."""
         parts = [(i, part) for i, group in enumerate(groups) for part in self._parts(group)]
         outputs_by_part: list[list[list[float]]] = [[] for _ in parts]
         packs = self._scorer.plan([part for _, part in parts], num_ranks=1, max_tokens_per_pack=MAX_TOKENS_PER_PACK)[0]

@@ -109,7 +109,8 @@ def main(request_uri: str) -> None:
 
 
 def answer(request: CheckRequest, each: CallEach) -> SideJobResult:
-    """Checks the data file that `request` names, and returns the result.
+    """Checks the data file that `request` names, and returns the result. `each` is a function that calls another
+    function on each of several items, here the parts of the file.
 
     If the file or the model cannot be used, the result has an error in place of the report.
     """

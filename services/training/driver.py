@@ -151,10 +151,10 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
     """Runs an attempt of a job (one run of it on Ray): prepares the data, trains, and exports the trained model.
-    Returns the attempt's last report.
+    Returns the attempt's last report. Raises JobFailed for a failure that only the user can fix.
 
-    Training begins when all data are prepared. If the data can be streamed, it begins earlier, when the first rows are
-    prepared. Raises JobFailed for a failure that only the user can fix.
+    Training begins when all data are prepared. If the objective needs no reference model, it may begin earlier, when
+    the first rows are prepared.
     """
 
     def report(report: Report) -> None:
@@ -311,7 +311,8 @@ def _runtime_env() -> dict[str, Any] | None:
 
 def _start_reporter(spec: AttemptSpec, token: str) -> Any:
     """Starts the Ray actor that sends the reports of this attempt (one run of a job), and returns the actor's handle.
-    The actor ends with the driver, the job's main program."""
+    The actor ends with the driver, the job's main program. `token` is the token of the attempt's launch, with which it
+    first posts to the control plane."""
     reporter = local_actor(Reporter, concurrency_groups={WATCH: 1}).remote(spec, token)
     ray.get(reporter.flush.remote())
     return reporter

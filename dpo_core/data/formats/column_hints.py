@@ -64,8 +64,8 @@ def side_rated(key: str) -> str | None:
 
 
 def says_something(key: str) -> bool:
-    """Whether the name of a column suggests contents that a model should learn from, such as a prompt, an answer, a
-    label, tools or images. False for a name with more than LONGEST characters."""
+    """Whether the name of a column (`key`) suggests contents that a model should learn from, such as a prompt, an
+    answer, a label, tools or images. False for a name with more than LONGEST characters."""
     return len(key) <= LONGEST and _says_something(key)
 
 

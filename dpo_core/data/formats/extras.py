@@ -153,7 +153,7 @@ def is_said(value: object, groups: Sequence[Group]) -> bool:
 
 
 def _contains(whole: str, text: str) -> bool:
-    """Whether `text` occurs in `whole` as whole words."""
+    """Whether `text` occurs in `whole`, and not as a part of a longer word. Spaces around `text` do not count."""
     return re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", whole) is not None
 
 

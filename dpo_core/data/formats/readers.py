@@ -91,8 +91,8 @@ def read_preference(row: Row) -> Iterator[Group]:
 
 
 def _either(row: Row, key: str, alias: str) -> str:
-    """Returns which of two column names the row has, `key` or `alias`. Raises InvalidRow if the row has both or
-    neither."""
+    """Returns which of two column names the row has, `key` or `alias`, which mean the same. Raises InvalidRow if the
+    row has both or neither."""
     present = [name for name in (key, alias) if name in row.value]
     if len(present) == 1:
         return present[0]
@@ -201,8 +201,8 @@ def _either_of(row: Row, key: str, alias: str) -> str:
 
 
 def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[Message]]:
-    """Splits the conversation in the row's column into the prompt and the last message. The last message must be by the
-    assistant."""
+    """Splits the conversation in the row's column into two lists of messages: the prompt, and the last message alone.
+    The last message must be by the assistant."""
     *prompt, last = messages_of(row, f"/{column}", row.value[column])
     pointer = f"/{column}/{len(prompt)}"
     if last["role"] != "assistant":
@@ -276,8 +276,9 @@ def read_nectar(row: Row) -> Iterator[Group]:
 
 
 def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text], list[float]]:
-    """Returns the answers in the row's list `key`, and a number for each answer. Each element of the list is a
-    dictionary that has the answer under the key `text` and its number under the key `number`."""
+    """Returns two lists: the answers in the row's list `key`, and a number for each answer, such as its score. Each
+    element of the row's list is a dictionary that has the answer under the key `text` and the number under the key
+    `number`."""
     answers: list[Text] = []
     numbers = []
     for i, item in enumerate(items(row, key, text, number)):

@@ -58,7 +58,7 @@ class Part(Contract):
 class Data(Protocol):
     """Prepared training data that workers read piece by piece. A piece is a range of lines of the training file.
 
-    The object is a Dataset, or a Stream if rows are still being encoded.
+    The object is a Dataset if all rows are encoded, and a Stream if rows are still being encoded.
     """
 
     @property
@@ -176,8 +176,8 @@ def _write(uri: str, table: Any) -> str:
 
 
 def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
-    """Yields the URI and sha256 of each file of a part: the file with its groups (prompts with their completions) and,
-    if the groups have scores, the file with the scores."""
+    """Yields two values for each file of a part: its URI and its sha256. A part has a file with its groups (prompts
+    with their completions) and, if the groups have scores, a file with the scores."""
     yield storage.join(data.uri, part.name), part.sha256
     if data.scores_uri is not None and part.scores_sha256 is not None:
         yield storage.join(data.scores_uri, part.name), part.scores_sha256

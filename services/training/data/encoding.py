@@ -512,7 +512,8 @@ class Model:
 
 @functools.cache
 def load(model_source: str) -> Model:
-    """Returns the tokenizer, the maximum length and the end tokens of a model. Each process loads them only once."""
+    """Returns the tokenizer, the maximum length and the end tokens of a model. Each process loads the same model only
+    once. `model_source` is a storage URI, a local folder or a hub id."""
     # The import is here, because it takes eight CPU seconds and the driver does not need it.
     from transformers import AutoConfig
 

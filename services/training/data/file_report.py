@@ -144,7 +144,7 @@ class Tally:
 
     def mark_unasked(self, line: int) -> None:
         """Counts a group (a prompt with its completions) whose prompt does not end with the words with which the chat
-        template begins an answer, such as <think>."""
+        template begins an answer, such as <think>. `line` is the number of the group's line in the file."""
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
@@ -159,7 +159,7 @@ class Tally:
 
     def mark_unread(self, what: str, line: int) -> None:
         """Counts a group (a prompt with its completions) whose row has a field that the chat template does not read.
-        `what` names the field."""
+        `what` names the field, and `line` is the number of the group's line in the file."""
         self._unread.setdefault(what, []).append(line)
 
     def see(self, group: EncodedGroup) -> None:
@@ -320,7 +320,7 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
     """Returns sentences for the user about the lengths of prompts and completions, before they were cut to the limit of
-    tokens.
+    tokens. `limit` is this limit, and `truncation` the way of cutting.
 
     The sentences also say how often the chosen answer is longer than the rejected one.
     """

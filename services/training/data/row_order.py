@@ -28,9 +28,10 @@ def num_places(data: Data, seed: int) -> int:
     """Returns the number of places in an epoch. A place is a position for about one group (a prompt with its
     completions).
 
-    A window is eight ranges of lines of the file. The number is estimated from the first window. If the first window
-    has no groups, further windows are added until one has groups. If the file has only one window, the number is
-    exactly that of its groups. The function waits until the windows that it needs are encoded.
+    The number is estimated from the groups per row in the first window (eight ranges of lines of the file) in the order
+    that `seed` decides. If this window has no groups, further windows are added until one has groups. If the file has
+    only one window, the number is exactly that of its groups. The function waits until the windows that it needs are
+    encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
@@ -94,10 +95,10 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 
 
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Yields each group (a prompt with its completions) of an epoch, with its position in the epoch, called its place.
-    The epoch has `places` places; groups before the place `first` are left out.
+    """Yields two values for each group (a prompt with its completions) of an epoch: its position in the epoch, called
+    its place, and the group. The epoch has `places` places; groups before the place `first` are left out.
 
-    After the groups of each window (eight ranges of lines of the file), yields the first place of the next window, with
+    After the groups of each window (eight ranges of lines of the file), yields the first place of the next window, and
     None in place of a group.
     """
     num_rows = data.num_rows

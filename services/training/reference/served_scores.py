@@ -164,8 +164,8 @@ def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iter
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
     """Asks the reference model's deployment for the log-probability, in nats, of each token that counts in the loss.
-    `connect` returns the functions that call the deployment. Returns lists by group (a prompt with its completions),
-    completion and token."""
+    `[group][completion]` of the result is a list of these log-probabilities; a group is a prompt with its completions.
+    `connect` is a function that returns the functions that call the deployment."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 
@@ -173,10 +173,10 @@ def _ask_all(
     groups: Iterator[EncodedGroup], connect: Connect, call_of: Callable[[Reference], Ask]
 ) -> Iterator[tuple[EncodedGroup, list[Any]]]:
     """Sends all groups (prompts with their completions) to the reference model's deployment, with several calls at the
-    same time. Yields each group with its answers.
+    same time. Yields two values for each group: the group, and the list of its answers, one for each of its
+    completions.
 
-    A group has one answer for each of its completions. `connect` returns the functions that call the deployment, and
-    `call_of` chooses one of them.
+    `connect` is a function that returns the functions that call the deployment, and `call_of` chooses one of them.
     """
     ask = call_of(connect())
     in_flight: deque[tuple[list[EncodedGroup], Answer]] = deque()

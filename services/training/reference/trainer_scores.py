@@ -37,8 +37,9 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
 
 
 def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-    """Computes the reference model's log-probability, in nats, of each token that counts in the loss. Returns lists by
-    group (a prompt with its completions), completion and token."""
+    """Computes the reference model's log-probability, in nats, of each token that counts in the loss.
+    `[group][completion]` of the result is a list of these log-probabilities; a group is a prompt with its
+    completions."""
     from dpo_core.policy.scorer import reference_token_logps
 
     with policies.unusable_models_fail_the_job(policies.REFERENCE):

@@ -152,17 +152,18 @@ class Reporter:
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def beat(self) -> tuple[Command, bool]:
-        """Records that the driver (the job's main program) is alive.
+        """Records that the driver (the job's main program) is alive. Returns two values:
 
-        Returns the driver's current command, such as run or pause, and whether training workers have lately asked for
-        their command.
+        - the driver's current command, such as run or pause
+        - whether a training worker has asked for its command in the last WORKER_SECONDS
         """
         now = self._driver_at = time.monotonic()
         return self._command_now(), now - self._worker_at < WORKER_SECONDS
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def pause(self) -> None:
-        """Makes the command "pause" from now on, even if the control plane answers "run"."""
+        """Tells the training workers to pause: from now on their command is "pause", even if the control plane answers
+        "run"."""
         self._pausing = True
 
     def _command_now(self) -> Command:

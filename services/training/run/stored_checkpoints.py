@@ -15,8 +15,8 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
 
 
 def complete(run_uri: str) -> Iterator[tuple[int, str]]:
-    """Yields the step and URI of each complete checkpoint of a job, the newest first. A checkpoint is complete if it
-    has a manifest."""
+    """Yields two values for each complete checkpoint of a job, the newest first: its step and its URI. A checkpoint is
+    complete if it has a manifest. `run_uri` is the job's folder in storage."""
     folder = storage.join(run_uri, "checkpoints")
     steps = {int(name.removeprefix("step-")): name for name in storage.list_folders(folder)}
     for step in sorted(steps, reverse=True):

@@ -128,10 +128,10 @@ def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSp
 
 
 def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> list[Message]:
-    """Returns messages for the user about the end of training after the step `last`.
+    """Returns messages for the user about the end of training after the step `last`, of `total_steps` planned steps.
 
     If the user asked for an early stop or the best checkpoint, the messages name the reason for the end and the chosen
-    checkpoint.
+    checkpoint. If not, there are no messages.
     """
     found, metric, early_stop = [], spec.config.best_metric, spec.config.early_stop
     if early_stop and last < total_steps:
@@ -166,7 +166,7 @@ def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[
 
 
 def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
-    """Returns the failure with which training must end after this step, or None if training can go on.
+    """Returns the failure with which training must end after the step of `result`, or None if training can go on.
 
     Metrics are the same on all workers, so all workers decide the same.
     """
@@ -204,8 +204,8 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
-    """Downloads the newest checkpoint from which training can resume to the folder `cache`, and returns its URI.
-    Returns None if there is no such checkpoint.
+    """Downloads the newest checkpoint from which training can resume to the folder `cache`, and returns the
+    checkpoint's URI. Returns None if there is no such checkpoint. `run_uri` is the job's folder in storage.
 
     Training can resume from a checkpoint that is complete and undamaged and has the optimizer's state. A damaged
     checkpoint is reported to the user.
@@ -277,7 +277,8 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
 
 
 def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
-    """Copies this worker's files of a checkpoint to storage, while training goes on.
+    """Copies this worker's files of the checkpoint of step `step` from the local `folder` to storage, while training
+    goes on.
 
     Rank 0 (the first worker) copies after all other workers. It first stores all reports, and reports the checkpoint
     last. If this process dies while it copies, neither a report nor the checkpoint is lost.

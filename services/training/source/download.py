@@ -28,9 +28,9 @@ class Remote(NamedTuple):
 def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]) -> Iterator[bytes]:
     """Downloads the file at `url`, and yields its bytes as the server stores them.
 
-    For each yielded value, calls `arrived` with the number of its bytes and with the length of the file (0 if unknown).
-    Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors that another attempt may not
-    have.
+    For each yielded value, calls `arrived` with two numbers: how many bytes the value has, and the length of the whole
+    file in bytes (0 if unknown). Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors
+    that may be gone at another attempt.
     """
     digest, offset, length, tag = hashlib.sha256(), 0, 0, ""
     failures = before = 0
