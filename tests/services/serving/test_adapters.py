@@ -143,7 +143,7 @@ def test_an_adapter_with_numbers_that_are_not_finite_is_refused_and_one_of_zeros
 
     refused = ask(qwen, "ft:spoiled", changed(folders[0], tmp_path / "spoiled", spoil))
     assert refused.status_code == 409
-    assert "are not finite, such as in base_model.model." in refused.json()["error"]["message"]
+    assert "has NaN or infinite values, such as in base_model.model." in refused.json()["error"]["message"]
     assert ask(qwen, "ft:empty", changed(folders[0], tmp_path / "empty", empty)).status_code == 200
     logs = Path(qwen.head.folder).glob("ray/session_latest/logs/**/*")
     told = b"The adapter 'ft:empty' has learned nothing: it answers as its base model does."

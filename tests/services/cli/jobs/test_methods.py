@@ -32,7 +32,9 @@ def test_methods_are_listed_with_their_options_and_papers():
 def test_one_method_is_shown_in_full():
     shown = run("methods", "f_dpo")
     assert "https://arxiv.org/abs/2309.16240" in shown
-    assert "divergence\tjensen_shannon\tforward_kl, jensen_shannon, alpha\tThe f-divergence that measures how far" in shown
+    assert (
+        "divergence\tjensen_shannon\tforward_kl, jensen_shannon, alpha\tThe f-divergence that measures how far" in shown
+    )
     assert "n_epochs\t1\tfrom 1 to 50\tThe number of passes over the training data.\n" in shown
     assert "learning_rate\t1e-06 (1e-05 of an adapter)\tgreater than 0 and at most 1\tThe highest" in shown
 
