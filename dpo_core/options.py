@@ -29,8 +29,11 @@ class InvalidOption(ValueError):
     """Raised for an option with a value that training cannot use. `field` is the option's name."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(field, message)  # unpickling in another process needs both arguments
         self.field = field
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def check(valid: bool, field: str, value: object, limit: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 from typing import Annotated
 
 import pytest
@@ -37,6 +38,11 @@ def refusal(make) -> tuple[str, str]:
     with pytest.raises(InvalidOption) as refused:
         make()
     return refused.value.field, str(refused.value)
+
+
+def test_a_refusal_goes_to_another_process_as_it_is():
+    error = pickle.loads(pickle.dumps(InvalidOption("turns", "turns is 4.")))
+    assert (error.field, str(error)) == ("turns", "turns is 4.")
 
 
 def test_options_are_checked_one_by_one_then_together_and_none_is_always_allowed():
