@@ -13,15 +13,22 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
 
 MANIFEST = "manifest.json"
 MAX_UNSENT = 32 * 2**20  # most bytes of an object that wait in memory to be sent
 LARGEST_COPY = 5 * 2**30  # bytes of the largest object that S3 copies by itself
+DOWNLOADED_AT_ONCE = 8 * 2**20  # bytes of a request for a part of a file
+NUM_DOWNLOADS = 8  # requests that are under way at the same time
+BUCKETS = ("s3", "gs")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -193,13 +200,29 @@ def publish(folder: Path, uri: str) -> None:
         write_file(join(uri, *file.parts), folder / file)
 
 
-def fetch(uri: str, cache: Path | None = None) -> Path:
+def copy_folder(uri: str, target: str) -> None:
+    """Copies all files of the folder at `uri` to the folder `target` in the same storage, one by one.
+
+    A bucket copies its objects itself, so their content does not pass through this machine.
+    """
+    filesystem, path = _resolve(uri)
+    _, goal = _resolve(target)
+    for name, size, _ in list_tree(uri):
+        if isinstance(filesystem, fs.LocalFileSystem) or size > LARGEST_COPY:
+            with open_input(join(uri, *Path(name).parts)) as source:
+                write_stream(join(target, *Path(name).parts), source)
+        else:
+            filesystem.copy_file(f"{path}/{name}", f"{goal}/{name}")
+
+
+def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> Path:
     """Returns a local path with the content of the file or folder at `uri`.
 
-    Remote content is downloaded once, to the folder `cache`; None means a folder for temporary files of this machine. A
-    local `uri` is returned as a path and not copied. The id of a model on the Hugging Face hub is returned unchanged.
-    The content at a remote `uri` must not change after the first download, because the copy in the cache is named by
-    the URI alone.
+    Remote content is downloaded once, to the folder `cache`. Of a folder, only the files are downloaded whose name
+    matches one of the patterns `only`, such as `*.json`; all files if there are no patterns. A local `uri` is returned
+    as a path and not copied. The id of a model on the Hugging Face hub is returned unchanged. The content at a remote
+    `uri` must not change after the first download, because the copy in the cache is named by the URI and the patterns
+    alone.
     """
     if "://" not in uri:
         return Path(uri)
@@ -213,25 +236,24 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
             raise PermissionError(
                 f"The folder {cache} belongs to user {cache.stat().st_uid}; set TMPDIR to a folder of your own."
             )
-    target = cache / hashlib.sha256(uri.encode()).hexdigest()[:16] / Path(path).name
+    target = cache / hashlib.sha256(" ".join([uri, *only]).encode()).hexdigest()[:16] / Path(path).name
     if not target.exists():
-        _download(filesystem, path, target)
+        _download(filesystem, path, target, only)
     return target
 
 
-def _download(filesystem: fs.FileSystem, path: str, target: Path) -> None:
+def _download(filesystem: fs.FileSystem, path: str, target: Path, only: Sequence[str]) -> None:
     beside = target.parent.with_name(f".{target.parent.name}.{secrets.token_hex(4)}")
     (info,) = filesystem.get_file_info([path])
     selector = fs.FileSelector(path, recursive=True)
     files = filesystem.get_file_info(selector) if info.type == fs.FileType.Directory else [info]
+    wanted = [file for file in files if not only or any(fnmatch(file.base_name, pattern) for pattern in only)]
     try:
-        for file in files:
-            if file.type == fs.FileType.Directory:
-                continue
-            local = beside / target.name / Path(file.path).relative_to(path)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with filesystem.open_input_stream(file.path, compression=None) as source, local.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+        if info.type == fs.FileType.Directory:
+            (beside / target.name).mkdir(parents=True)
+        for file in wanted:
+            if file.type != fs.FileType.Directory:
+                _download_file(filesystem, file, beside / target.name / Path(file.path).relative_to(path))
         beside.rename(target.parent)
     except OSError:
         if not target.exists():  # if it exists, another process downloaded it first
@@ -240,9 +262,45 @@ def _download(filesystem: fs.FileSystem, path: str, target: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _download_file(filesystem: fs.FileSystem, file: fs.FileInfo, local: Path) -> None:
+    """Copies a file to the path `local`, with several requests at the same time for parts of the file.
+
+    Raises OSError if the storage sends fewer bytes than the file has.
+    """
+    local.parent.mkdir(parents=True, exist_ok=True)
+    size = file.size or 0
+    with (
+        filesystem.open_input_file(file.path) as source,
+        local.open("wb") as sink,
+        ThreadPoolExecutor(NUM_DOWNLOADS) as threads,
+    ):
+
+        def copy(start: int) -> None:
+            length = min(DOWNLOADED_AT_ONCE, size - start)
+            data = source.read_at(length, start)
+            if len(data) != length:
+                raise OSError(f"{file.path} was sent with {len(data)} of {length} bytes from byte {start}.")
+            os.pwrite(sink.fileno(), data, start)
+
+        for done in [threads.submit(copy, start) for start in range(0, size, DOWNLOADED_AT_ONCE)]:
+            done.result()
+
+
 def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    split = urlsplit(uri)
+    if split.scheme in BUCKETS:
+        path = unquote(split.netloc + split.path).rstrip("/")
+        return _bucket(split.scheme, split.netloc, split.query, os.getpid()), path
     filesystem, path = fs.FileSystem.from_uri(uri if "://" in uri else os.path.abspath(uri))
     return filesystem, path
+
+
+@lru_cache(maxsize=64)
+def _bucket(scheme: str, name: str, options: str, process: int) -> fs.FileSystem:
+    """Returns the filesystem of a bucket. To make one takes requests and threads, which a fork of the `process` does
+    not inherit."""
+    filesystem, _ = fs.FileSystem.from_uri(f"{scheme}://{name}/?{options}")
+    return filesystem
 
 
 def _infos(uri: str) -> list[fs.FileInfo]:

@@ -28,7 +28,7 @@ import ray
 from pydantic import ValidationError
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from dpo_core.models.adapter_folder import is_adapter
+from dpo_core.models import adapter_folder
 from services import forkserver, storage
 from services.contract import (
     WIRE,
@@ -251,16 +251,17 @@ def export(spec: AttemptSpec, trained: Succeeded, report: Callable[[Report], Non
 
     Raises JobFailed for an adapter with NaN or infinite weights, because such a model could not answer.
     """
-    uri = storage.join(spec.run_uri, "export")
-    with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
-        policy = storage.fetch(trained.model_uri, cache=Path(folder))
-        if is_adapter(policy) and not _has_learned(policy):
+    if storage.exists(storage.join(trained.model_uri, adapter_folder.CONFIG)):
+        with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
+            learned = _has_learned(storage.fetch(trained.model_uri, cache=Path(folder)))
+        if not learned:
             sentence = (
                 "The adapter has learned nothing: it gives every row the log-probabilities of its base. Check that the "
                 "rows differ in quality, and raise learning_rate."
             )
             report(Message(level="warn", message=sentence))
-        storage.publish(policy, uri)
+    uri = storage.join(spec.run_uri, "export")
+    storage.copy_folder(trained.model_uri, uri)
     return Succeeded(model_uri=uri, trained_tokens=trained.trained_tokens)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The paths in a job's request of the options that only a loaded model can refuse; others are in `x_raydpo`.
+WORDS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # files of a model's tokenizer, templates and configs
 FIELDS = {"objective": "method.type", "target_modules": "x_raydpo.adapter.target_modules"}
 
 
@@ -84,12 +85,18 @@ def fetch(source: str) -> tuple[Path, Path | None]:
     return folder, storage.fetch(base) if base else None
 
 
+def fetch_words(source: str) -> Path:
+    """Returns a local folder with a model's tokenizer, chat templates and configs, but not its weights, which may be
+    large. If the model is named by a hub id, returns this id."""
+    return storage.fetch(source, only=WORDS)
+
+
 def base_of(source: str) -> str:
     """Returns where the base model of an adapter is. If `source` is not an adapter, returns `source` itself.
 
     A source is a storage URI, a local folder or a hub id.
     """
-    return _base_in(storage.fetch(source)) or source
+    return _base_in(fetch_words(source)) or source
 
 
 def _base_in(folder: Path) -> str | None:

@@ -214,7 +214,9 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
     """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_reference).options(num_cpus=1).remote(spec, encoding.limit))
-    weights = cache.model_digest(spec.reference_model, weights=True)
+    # On a node that lends CPUs: the weights may be large, and this driver often runs on the head.
+    digest = ray.remote(cache.model_digest).options(num_cpus=1)
+    weights = ray.get(digest.remote(spec.reference_model, weights=True))
     uri_of = partial(_scores_uri, spec, encoding, weights)
     trainer_uri = uri_of(by="trainer", dtype=_precision_of(spec), packages=("torch", "transformers"))
     served_uri = uri_of(by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))

@@ -1,7 +1,6 @@
 """Defines a TCP proxy between a client and a server, which can refuse, delay and cut connections."""
 
 import asyncio
-import random
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -15,16 +14,16 @@ class Proxy:
 
     If `refusing` is true, new connections are closed immediately. `delay_seconds` is the wait before each chunk of data
     is passed on. If `cut_after` is set, a connection is closed after this number of bytes from the client; if
-    `truncate_after` is set, after this number of bytes from the server. Of `fail_one_in` connections one is closed
-    immediately, at random. The proxy listens at the address `host`.
+    `truncate_after` is set, after this number of bytes from the server. With `fail_every` n, each n-th connection
+    is closed immediately. The proxy listens at the address `host`.
     """
 
     def __init__(self, target: tuple[str, int] | str | None = None, *, host: str = "127.0.0.1") -> None:
         self.refusing, self.delay_seconds = False, 0.0
         self.cut_after: int | None = None
         self.truncate_after: int | None = None
-        self.fail_one_in: int | None = None
-        self.host = host
+        self.fail_every: int | None = None
+        self.host, self._count = host, 0
         self._target = target
         self._passing: set[asyncio.Event] = set()  # of each connection
         self._writers: set[asyncio.StreamWriter] = set()
@@ -46,7 +45,7 @@ class Proxy:
     def pass_on(self) -> None:
         """Passes everything on again, as at the start, and also what was held back by `swallow`."""
         self.refusing, self.delay_seconds = False, 0.0
-        self.cut_after = self.truncate_after = self.fail_one_in = None
+        self.cut_after = self.truncate_after = self.fail_every = None
         self._run(self._pass_on())
 
     def close(self) -> None:
@@ -87,7 +86,8 @@ class Proxy:
         task.add_done_callback(lambda _: answer.close())
 
     async def _serve(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
-        fails = self.refusing or (self.fail_one_in and random.randrange(self.fail_one_in) == 0)
+        self._count += 1
+        fails = self.refusing or (self.fail_every and self._count % self.fail_every == 0)
         server = None if fails else await self._connect()
         if server is None:
             return

@@ -205,6 +205,70 @@ def test_fetch_downloads_once_and_whole(tmp_path: Path, monkeypatch: pytest.Monk
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
 
 
+def test_only_the_files_that_are_wanted_are_fetched(s3: S3, tmp_path: Path) -> None:
+    folder = storage.join(s3.new_folder(), "model")
+    for names in (("config.json",), ("deep", "words.txt"), ("model.safetensors",)):
+        storage.write_bytes(storage.join(folder, *names), b"1")
+    words = storage.fetch(folder, tmp_path, only=["*.json", "*.txt"])
+    assert sorted(path.name for path in words.rglob("*") if path.is_file()) == ["config.json", "words.txt"]
+    assert (storage.fetch(folder, tmp_path) / "model.safetensors").is_file()
+    assert not (storage.fetch(folder, tmp_path, only=["*.json", "*.txt"]) / "model.safetensors").exists()
+    assert not any(storage.fetch(folder, tmp_path, only=["*.none"]).iterdir())
+
+
+def test_a_file_is_fetched_in_parts(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "DOWNLOADED_AT_ONCE", 1000)
+    data = os.urandom(12_345)
+    uri = storage.join(s3.new_folder(), "f")
+    storage.write_bytes(uri, data)
+    assert storage.fetch(uri, tmp_path).read_bytes() == data
+
+
+@pytest.mark.slow
+def test_an_answer_that_breaks_off_is_no_file(s3: S3, tmp_path: Path) -> None:
+    uri = storage.join(s3.new_folder(), "f")
+    data = os.urandom(2**20)
+    storage.write_bytes(uri, data)
+    s3.proxy.cut()  # the connections that are open are not truncated
+    s3.proxy.truncate_after = 2**19
+    with pytest.raises(OSError, match=r"AWS Error|was sent with"):
+        storage.fetch(uri, tmp_path)
+    assert not list(tmp_path.iterdir())
+    s3.proxy.pass_on()
+    assert storage.fetch(uri, tmp_path).read_bytes() == data
+
+
+@pytest.mark.slow
+def test_a_storage_that_fails_now_and_then_is_asked_again(s3: S3, tmp_path: Path) -> None:
+    folder = s3.new_folder()
+    s3.proxy.fail_every = 10
+    for number in range(30):
+        s3.proxy.cut()
+        storage.write_bytes(storage.join(folder, str(number)), bytes(number))
+    s3.proxy.cut()
+    fetched = storage.fetch(folder, tmp_path)
+    assert [len((fetched / str(number)).read_bytes()) for number in range(30)] == list(range(30))
+
+
+@pytest.mark.parametrize("largest_copy", [storage.LARGEST_COPY, 3])
+def test_a_copied_folder_is_the_same(folder: str, monkeypatch: pytest.MonkeyPatch, largest_copy: int) -> None:
+    monkeypatch.setattr(storage, "LARGEST_COPY", largest_copy)
+    source, target = storage.join(folder, "a b"), storage.join(folder, "c")
+    for names in (("d#",), ("e", "f%20")):
+        storage.write_bytes(storage.join(source, *names), names[-1].encode() * 2)
+    for _ in range(2):  # again is harmless
+        storage.copy_folder(source, target)
+    assert [name for name, *_ in storage.list_tree(target)] == ["d#", "e/f%20"]
+    assert storage.read_bytes(storage.join(target, "e", "f%20")) == b"f%20f%20"
+    assert len(storage.list_tree(source)) == 2
+
+
+def test_a_bucket_is_the_same_as_arrows(s3: S3) -> None:
+    for names in (("a b", "c#?%20.json"), ("ä+x",), ()):
+        uri = storage.join(s3.new_folder(), *names)
+        assert storage._resolve(uri) == fs.FileSystem.from_uri(uri)
+
+
 def test_a_packed_file_is_stored_and_fetched_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distant = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     monkeypatch.setattr(storage, "_resolve", lambda uri: (distant, uri.removeprefix("far://")))

@@ -21,7 +21,6 @@ from services.training.data.dataset import DamagedPart
 
 WAIT_SECONDS = 1.0
 WEIGHTS = ("*.safetensors",)
-TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # tokenizer, chat template and config
 
 Entry = TypeVar("Entry", bound=Contract)
 
@@ -44,10 +43,12 @@ def model_digest(source: str, *, weights: bool) -> str:
     With `weights`, the digest covers the weights and the model's config, because log-probabilities depend on these
     files. Without `weights`, it covers the tokenizer, chat template and config, because token ids depend on these. For
     an adapter, the digest also covers the base model (the model under the adapter).
+
+    With `weights`, the weights are downloaded to this node.
     """
-    folder = _folder(source)
+    folder = _folder(source, weights=weights)
     base = policies.base_of(source)
-    patterns = (*WEIGHTS, "config.json") if weights else TEXT_FILES
+    patterns = (*WEIGHTS, "config.json") if weights else policies.WORDS
     files = {file.relative_to(folder).as_posix(): file for pattern in patterns for file in folder.rglob(pattern)}
     digests = {name: digest(str(file)) for name, file in files.items()}
     return key(**digests, **({} if base == source else {"base": model_digest(base, weights=weights)}))
@@ -55,19 +56,20 @@ def model_digest(source: str, *, weights: bool) -> str:
 
 def writes_the_date(source: str) -> bool:
     """Whether the model's chat template asks for the current date."""
-    files = [_folder(source) / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    files = [_folder(source, weights=False) / name for name in ("chat_template.jinja", "tokenizer_config.json")]
     return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
-def _folder(source: str) -> Path:
-    """Returns the local folder of a model. If `source` names a model of the Hugging Face hub, the model is downloaded
-    first."""
-    folder = storage.fetch(source)
+def _folder(source: str, *, weights: bool) -> Path:
+    """Returns the local folder of a model, with its weights only if `weights` is true. A model in a bucket or on the
+    Hugging Face hub is downloaded first."""
+    folder = storage.fetch(source) if weights else policies.fetch_words(source)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=[*WEIGHTS, *TEXT_FILES]))
+    patterns = [*WEIGHTS, *policies.WORDS] if weights else list(policies.WORDS)
+    return Path(snapshot_download(source, allow_patterns=patterns))
 
 
 def find_or_make(

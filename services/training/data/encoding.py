@@ -519,8 +519,8 @@ def load(model_source: str) -> Model:
 
     from dpo_core.models.model import load_tokenizer
 
-    folder = storage.fetch(model_source)
-    base = storage.fetch(policies.base_of(model_source))
+    folder = policies.fetch_words(model_source)
+    base = policies.fetch_words(policies.base_of(model_source))
     config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
     tokenizer = load_tokenizer(folder)
     return Model(tokenizer, positions_in(config) or 2**31, _ends(base, config, tokenizer))

@@ -1,11 +1,14 @@
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from services import storage
 from services.contract import Contract, Message, Report
-from services.training.data import cache
+from services.training.data import cache, encoding
 from services.training.data.dataset import DamagedPart
+from tests.services.s3 import S3
 
 
 class Entry(Contract):
@@ -29,6 +32,19 @@ def test_a_changed_byte_of_weights_is_another_model(model_source: str, tmp_path:
     assert cache.model_digest(str(copy), weights=False) == both[1]
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     assert cache.model_digest(str(copy), weights=False) != both[1]
+
+
+def test_a_model_in_a_bucket_is_known_by_its_words_without_its_weights(
+    s3: S3, model_source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where models are downloaded to
+    uri = storage.join(s3.new_folder(), "model")
+    storage.publish(Path(model_source), uri)
+    assert cache.model_digest(uri, weights=False) == cache.model_digest(model_source, weights=False)
+    assert cache.writes_the_date(uri) == cache.writes_the_date(model_source)
+    assert encoding.load(uri).positions == encoding.load(model_source).positions
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert cache.model_digest(uri, weights=True) == cache.model_digest(model_source, weights=True)
 
 
 def test_what_is_saved_is_found_unless_it_is_damaged(tmp_path: Path) -> None:
