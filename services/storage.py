@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,10 @@ LARGEST_COPY = 5 * 2**30  # bytes of the largest object that S3 copies by itself
 DOWNLOADED_AT_ONCE = 8 * 2**20  # bytes of a request for a part of a file
 NUM_DOWNLOADS = 8  # requests that are under way at the same time
 BUCKETS = ("s3", "gs")
+COPIES_VARIABLE = "RAYDPO_COPIES_BYTES"  # most bytes of copies that a node keeps; not set: as many as its disk holds
+USED_SECONDS = 3600.0  # a copy that was asked for within this time may be in use, and stays
+UNUSED_SECONDS = 86400.0  # a copy that nobody has asked for during this time goes
+SPARE = 2**30  # bytes of the disk that copies leave free
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -223,31 +228,62 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
     as a path and not copied. The id of a model on the Hugging Face hub is returned unchanged. The content at a remote
     `uri` must not change after the first download, because the copy in the cache is named by the URI and the patterns
     alone.
+
+    Without `cache`, the copy is one of this user's on this node, which every process finds. It stays for an hour at
+    least. A later download removes copies that nobody has asked for since, to make room or because they are old.
     """
     if "://" not in uri:
         return Path(uri)
     filesystem, path = _resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         return Path(path)
-    if cache is None:
-        cache = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        if cache.stat().st_uid != os.getuid():
-            raise PermissionError(
-                f"The folder {cache} belongs to user {cache.stat().st_uid}; set TMPDIR to a folder of your own."
-            )
-    target = cache / hashlib.sha256(" ".join([uri, *only]).encode()).hexdigest()[:16] / Path(path).name
+    copies = _copies() if cache is None else cache
+    target = copies / hashlib.sha256(" ".join([uri, *only]).encode()).hexdigest()[:16] / Path(path).name
+    with suppress(FileNotFoundError):
+        os.utime(target.parent)
     if not target.exists():
-        _download(filesystem, path, target, only)
+        _download(filesystem, path, target, only, makes_room=cache is None)
     return target
 
 
-def _download(filesystem: fs.FileSystem, path: str, target: Path, only: Sequence[str]) -> None:
+def _copies() -> Path:
+    """Returns the folder of this user's copies on this node."""
+    folder = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(
+            f"The folder {folder} belongs to user {folder.stat().st_uid}; set TMPDIR to a folder of your own."
+        )
+    return folder
+
+
+def make_room(folder: Path, needed: int) -> None:
+    """Removes copies from the folder, to make room for another copy of `needed` bytes. The copies that nobody has asked
+    for during the longest time go first.
+
+    Copies that somebody has asked for within USED_SECONDS stay, even if there is not enough room then. Downloads that
+    a killed process left unfinished go like copies.
+    """
+    limit = int(os.environ.get(COPIES_VARIABLE, 2**63))
+    now = time.time()
+    sizes = {copy: sum(file.stat().st_size for file in copy.rglob("*") if file.is_file()) for copy in folder.iterdir()}
+    held = sum(sizes.values()) + needed
+    for unused_seconds, copy in sorted(((now - copy.stat().st_mtime, copy) for copy in sizes), reverse=True):
+        lacks = held > limit or shutil.disk_usage(folder).free < needed + SPARE
+        if unused_seconds > UNUSED_SECONDS or (lacks and unused_seconds > USED_SECONDS):
+            shutil.rmtree(copy, ignore_errors=True)
+            held -= sizes[copy]
+
+
+def _download(filesystem: fs.FileSystem, path: str, target: Path, only: Sequence[str], *, makes_room: bool) -> None:
     beside = target.parent.with_name(f".{target.parent.name}.{secrets.token_hex(4)}")
     (info,) = filesystem.get_file_info([path])
     selector = fs.FileSelector(path, recursive=True)
     files = filesystem.get_file_info(selector) if info.type == fs.FileType.Directory else [info]
     wanted = [file for file in files if not only or any(fnmatch(file.base_name, pattern) for pattern in only)]
+    if makes_room:
+        with suppress(FileNotFoundError):  # another process removes the same copies
+            make_room(target.parents[1], sum(file.size or 0 for file in wanted))
     try:
         if info.type == fs.FileType.Directory:
             (beside / target.name).mkdir(parents=True)

@@ -42,9 +42,8 @@ mount -o remount,bind,ro /mnt
 mount -o remount,bind,ro /
 hostname "$2"
 ip link set lo up
-trap '' CHLD  # so the kernel reaps the orphans that this process inherits
 echo ready
-exec sleep infinity
+exec env --ignore-signal=CHLD sleep infinity  # so the kernel reaps the orphans that this process inherits
 """
 
 

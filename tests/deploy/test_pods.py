@@ -51,6 +51,13 @@ def test_every_pod_is_restricted(manifests: list[Manifest]) -> None:
         assert violations(template, *([autoscaler] if name == "head" else [])) == []
 
 
+def test_fetched_models_leave_room_on_each_of_rays_pods(render: Render, minimal: dict[str, Any]) -> None:
+    minimal["cpuWorkers"] = {"scratch": "10Gi"}
+    groups = ray_groups(render(minimal))
+    assert plain_environment(groups["cpu"]["template"])["RAYDPO_COPIES_BYTES"] == str(6 * 2**30)
+    assert all("RAYDPO_COPIES_BYTES" in plain_environment(group["template"]) for group in groups.values())
+
+
 def test_a_volume_of_the_host_is_a_violation(render: Render, minimal: dict[str, Any]) -> None:
     minimal["pods"] = {"extraVolumes": [{"name": "host", "hostPath": {"path": "/"}}]}
     assert all(violations(template) for template in pod_templates(render(minimal)).values())

@@ -5,6 +5,8 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -267,6 +269,63 @@ def test_a_bucket_is_the_same_as_arrows(s3: S3) -> None:
     for names in (("a b", "c#?%20.json"), ("ä+x",), ()):
         uri = storage.join(s3.new_folder(), *names)
         assert storage._resolve(uri) == fs.FileSystem.from_uri(uri)
+
+
+HOURS = 3600.0
+
+
+def ages_of_copies(folder: Path, *hours: float) -> list[Path]:
+    """Makes copies of 1000 bytes that were asked for so many hours ago."""
+    copies = [folder / str(number) for number in range(len(hours))]
+    for copy, age in zip(copies, hours, strict=True):
+        (copy / "model").mkdir(parents=True)
+        (copy / "model" / "weights").write_bytes(bytes(1000))
+        os.utime(copy, (time.time() - age * HOURS,) * 2)
+    return copies
+
+
+def test_copies_that_nobody_asks_for_go_when_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, older, oldest = ages_of_copies(tmp_path, 0.5, 2, 3)
+    storage.make_room(tmp_path, 1000)
+    assert oldest.exists(), "the disk has room"
+    monkeypatch.setenv(storage.COPIES_VARIABLE, "3000")
+    storage.make_room(tmp_path, 1000)
+    assert [copy.exists() for copy in (used, older, oldest)] == [True, True, False]
+    storage.make_room(tmp_path, 5000)
+    assert [copy.exists() for copy in (used, older)] == [True, False]
+
+
+def test_copies_go_when_the_disk_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, older = ages_of_copies(tmp_path, 0.5, 2)
+    storage.make_room(tmp_path, 2**62)
+    assert [copy.exists() for copy in (used, older)] == [True, False]
+
+
+def test_old_copies_and_unfinished_downloads_go_in_any_case(tmp_path: Path) -> None:
+    old, young = ages_of_copies(tmp_path, 25, 23)
+    (unfinished := tmp_path / ".0.abcd").mkdir()
+    os.utime(unfinished, (0, 0))
+    storage.make_room(tmp_path, 0)
+    assert [copy.exists() for copy in (old, young, unfinished)] == [False, True, False]
+
+
+def test_a_copy_that_is_asked_for_is_in_use_from_then_on(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    one, two = (storage.join(s3.new_folder(), "model") for _ in range(2))
+    for uri in (one, two):
+        storage.write_bytes(storage.join(uri, "weights"), b"1")
+    copy = storage.fetch(one)
+    os.utime(copy.parent, (0, 0))
+    assert storage.fetch(one) == copy
+    storage.fetch(two)
+    assert copy.exists()
+    os.utime(copy.parent, (0, 0))
+    storage.fetch(two)
+    assert copy.exists(), "only a download makes room"
+    storage.fetch(storage.join(two, "weights"))
+    assert not copy.exists()
 
 
 def test_a_packed_file_is_stored_and_fetched_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

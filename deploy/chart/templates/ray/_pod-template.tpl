@@ -14,7 +14,7 @@ spec:
     - name: {{ .head | ternary "ray-head" "ray-worker" }}
       image: {{ .image }}
       imagePullPolicy: {{ .root.Values.images.pullPolicy }}
-      env: {{- include "raydpo.env" (list (include "raydpo.rayEnv" .root) $pod) | nindent 8 }}
+      env: {{- include "raydpo.env" (list (printf "%s%s" (include "raydpo.rayEnv" .root) (include "raydpo.copiesEnv" .values.scratch)) $pod) | nindent 8 }}
       {{- include "raydpo.envFrom" (list .root.Values.storage.existingSecret .root.Values.hub.existingSecret (.head | ternary .root.Values.integrations.existingSecret "")) | nindent 6 }}
       ports:
         - { name: metrics, containerPort: 8080 }
@@ -61,6 +61,12 @@ spec:
   value: /models
 {{- end }}
 {{- include "raydpo.traces" . }}
+{{- end -}}
+
+{{/* How much of a pod's /tmp may hold fetched models: 60 percent. Takes the size of its scratch. */}}
+{{- define "raydpo.copiesEnv" }}
+- name: RAYDPO_COPIES_BYTES
+  value: {{ mulf 0.6 (include "raydpo.amount" .) | int64 | quote }}
 {{- end -}}
 
 {{- define "raydpo.hubVolume" -}}
