@@ -91,7 +91,8 @@ class DeploymentSettings(EngineSettings):
         return num_gpus
 
     def trouble(self, *, num_gpus: float, dtype: Dtype) -> tuple[str, str] | None:
-        """Returns the name of the first field whose value cannot work, and the reason; None if all values can work.
+        """Returns two texts about the first field whose value cannot work: its name and the reason. Returns None if all
+        values can work.
 
         `num_gpus` is the number of GPUs for each replica, `dtype` the number type in which the model is served.
         """

@@ -135,8 +135,8 @@ def _place(uri: str) -> _Place:
 def _split(uri: str) -> SplitResult:
     """Parses a URI, and checks the rules that hold for URIs of every scheme.
 
-    Raises InvalidUri for characters that two parsers might read differently. Also raises it for credentials in the URI,
-    because everybody who sees a job sees its URI.
+    Raises InvalidUri for characters that two parsers might read differently. Also raises InvalidUri for credentials in
+    the URI, because everybody who sees a job sees its URI.
     """
     if len(uri) > MAX_LENGTH:
         raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}. Shorten it.")

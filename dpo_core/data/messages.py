@@ -50,8 +50,8 @@ _TURNS = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """Returns the messages of a prompt from `value`. Raises InvalidRow if `value` is no list of messages, or if the
-    assistant cannot answer after the last message."""
+    """Returns the messages of a prompt from `value`. Raises InvalidRow if `value` is no list of messages, if the last
+    message is the assistant's, or if a tool call of the prompt has no answer."""
     messages = _list_of(row, pointer, value)
     last = f"{pointer}/{len(messages) - 1}"
     if messages[-1]["role"] == "assistant":

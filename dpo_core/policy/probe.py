@@ -35,12 +35,12 @@ class Manner:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Manner:
-    """Returns the fastest way of computing the model's outputs that agrees with the model's own forward.
+    """Returns the fastest way of computing the model's outputs that agrees with the model's own forward. Raises
+    UnusableModel if outputs of the model depend on later tokens.
 
-    The function compares outputs of a miniature, a small model of the same architecture. If none can be made, it
-    compares outputs of the model itself on a few tokens. A few tokens show too little to allow shared prompts; in half
-    precision they also show too little to allow batches. Raises UnusableModel if outputs of the model depend on later
-    tokens.
+    The function compares outputs of a miniature, a small model of the same architecture. If no miniature can be made,
+    it compares outputs of the model itself on a few tokens. This shows too little to allow shared prompts; in half
+    precision it also shows too little to allow batches.
     """
     config = model.config.get_text_config()
     stretched = _depends_on_length(config)

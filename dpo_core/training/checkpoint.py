@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse_manifest(written: bytes, where: str) -> Manifest:
     """Returns the manifest of a checkpoint from `written`, the bytes of the manifest's file. Raises DamagedCheckpoint
-    if the bytes are unreadable; `where` names the file in the error."""
+    if the bytes are unreadable. `where` is the path or URI of the file, which the error names."""
     try:
         fields = json.loads(written)
         fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}

@@ -213,8 +213,8 @@ def share_of_loss(
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:
     """Raises RuntimeError if the ranks (processes of the run) were given different groups (prompts with their
-    completions). Without this check, the ranks would wait for each other forever. `what` names the groups in the
-    error."""
+    completions). Without this check, the ranks would wait for each other forever. `what` is the word for the groups in
+    the error, such as "groups to evaluate on"."""
     if num_ranks() > 1:
         extremes = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)

@@ -136,9 +136,9 @@ def train(
 
 
 def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
-    """Raises an error unless `batches` is a function, or a list that fits the run. A list must have `total_steps`
-    batches, each with at most `batch_size` groups (prompts with their completions). The error is a TypeError or a
-    ValueError."""
+    """Checks the batches that `train` was given. Raises TypeError if `batches` is neither a function nor a list. Raises
+    ValueError for a list that does not fit the run: a list must have `total_steps` batches, each with at most
+    `batch_size` groups (prompts with their completions). The batches of a function are not checked."""
     if callable(batches):
         return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint

@@ -290,7 +290,7 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
 
 def _hide_environment_from_workers() -> None:
-    """Hides the environment variables of the driver (the job's main program) from training workers.
+    """Keeps the environment variables of the driver (the job's main program) from being passed on to training workers.
 
     The variables hold the secret token of the attempt (one run of the job), and would slow the start of workers.
     """
@@ -323,8 +323,8 @@ def run_and_end(spec_uri: str) -> NoReturn:
     """Runs the attempt (one run of a job) whose settings are at `spec_uri`, and then ends this process at once, without
     disconnecting from Ray.
 
-    If the process disconnected first, a thread that still trains or listens to Ray Serve would use Ray after that. Ray
-    would then crash the process, and the exit status would be lost. Ray ends the actors of this process in any case.
+    After a disconnect, a thread that still trains or listens to Ray Serve would go on using Ray. Ray would then crash
+    the process, and the exit status would be lost. Ray ends the actors of this process in any case.
     """
     try:
         status = main(spec_uri)

@@ -349,8 +349,8 @@ def _encode(
     """Encodes groups (prompts with their completions) as token ids. A group with more than `limit` tokens is cut or
     left out, as `recipe` says.
 
-    Returns the groups to train on, and the groups that are held out for validation. Counts in `tally` what happened to
-    each group.
+    Returns two lists: the groups to train on, and the groups that are held out for validation. Counts in `tally` what
+    happened to each group.
     """
     tokenizer = model.tokenizer
     training: list[EncodedGroup] = []
@@ -502,8 +502,8 @@ def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """Holds what encoding needs to know of a model: its tokenizer, the most tokens that it can read, and its end
-    tokens."""
+    """Holds what encoding needs to know of a model: its tokenizer, the most tokens of one text (`positions`), and the
+    ids of its end tokens (`ends`)."""
 
     tokenizer: "PreTrainedTokenizerBase"
     positions: int  # the most tokens that the model takes

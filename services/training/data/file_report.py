@@ -35,8 +35,8 @@ class Reason(Lines):
 
 
 class Lengths(Contract):
-    """Counts the tokens of one part of all groups in a data file: of their prompts, of their chosen completions, or of
-    their rejected completions."""
+    """Counts the tokens of all prompts in a data file, of all chosen completions, or of all rejected completions:
+    `total` tokens, `longest` in one of them, and a histogram of their lengths."""
 
     total: int = 0
     longest: int = 0
@@ -71,8 +71,8 @@ class EncodingReport(Contract):
 
 
 def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
-    """Adds up the counts of several pieces (ranges of lines) of a file. The size of the result does not grow with the
-    size of the file."""
+    """Adds up the reports on several pieces (ranges of lines) of a file. The size of the result does not grow with the
+    size of the file, because only the first ten lines of each kind are named."""
     total = EncodingReport()
     for report in reports:
         total = _add(total, report)

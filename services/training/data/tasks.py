@@ -79,7 +79,7 @@ def _in_one_core(work: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _beside_training() -> dict[str, Any]:
-    """Returns the options for Ray tasks that run while training workers run.
+    """Returns the options for Ray tasks that run at the same time as training workers.
 
     The tasks reserve none of Ray's CPUs, because workers may hold the last CPU and wait for the tasks. If possible, the
     tasks avoid nodes that give Ray no CPU; the head node often gives none.

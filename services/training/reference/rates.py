@@ -41,8 +41,8 @@ def write(uri: str, rate: Rate) -> None:
 
 
 def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
-    """Returns, as a part of a sentence, the estimated times in which the trainer and the vLLM engine would score
-    `num_tokens` tokens."""
+    """Returns, as a part of a sentence, how long the trainer and the vLLM engine would need to score `num_tokens`
+    tokens. `engine` is None if the engine's speed was never measured."""
     forward = f"they need about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
         return f"{forward}, and loading vLLM pays only if they need more than {UNKNOWN_LOADING_SECONDS:.0f} s"
@@ -53,8 +53,8 @@ def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
 def pays(trainer: Rate, engine: Rate | None, num_tokens: int) -> bool:
     """Whether the vLLM engine would score `num_tokens` tokens sooner than the trainer's own forward pass.
 
-    If the engine's speed was never measured (None), the function returns whether the trainer would need longer than
-    UNKNOWN_LOADING_SECONDS.
+    If the engine's speed was never measured (`engine` is None), the result is whether the trainer would need longer
+    than UNKNOWN_LOADING_SECONDS, a guess of the time that loading the engine takes.
     """
     if engine is None:
         return trainer.seconds(num_tokens) > UNKNOWN_LOADING_SECONDS

@@ -1,7 +1,8 @@
 """Records the stages of an attempt (one run of a job), such as encoding and training, as spans of an OpenTelemetry
 trace.
 
-A stage has one span; only training has several, one per hundred steps or per minute.
+A stage has one span. The stage of training has several: a span ends after a hundred steps or after a minute, whichever
+comes first.
 """
 
 from services import tracing
@@ -12,8 +13,8 @@ SECONDS = 60.0
 
 
 class StageSpans:
-    """Turns the reports of an attempt (one run of a job) into spans of an OpenTelemetry trace. Each stage has one span;
-    training has one for each of its parts, a hundred steps or a minute."""
+    """Turns the reports of an attempt (one run of a job) into spans of an OpenTelemetry trace. Each stage has one span.
+    Training has several: a span ends after a hundred steps or after a minute, whichever comes first."""
 
     def __init__(self, traceparent: str | None) -> None:
         self._parent = traceparent

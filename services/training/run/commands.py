@@ -1,6 +1,7 @@
 """Pauses or ends a running attempt (one run of a job) on a command.
 
-Commands come from the user, through the control plane; from Ray, as SIGTERM; and from a later attempt that takes over.
+Commands have three sources: the user, through the control plane; Ray, which sends SIGTERM; and a later attempt that
+takes over.
 """
 
 import logging

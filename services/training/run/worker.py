@@ -319,7 +319,7 @@ def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
 def _scratch(spec: AttemptSpec) -> Iterator[Path]:
     """Yields a temporary folder for this worker on its node.
 
-    First removes the folders that killed attempts (earlier runs of the job) have left, which may be large.
+    First removes the folders of this job's earlier attempts (runs) that were killed, because such folders may be large.
     """
     prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
     for abandoned in Path(tempfile.gettempdir()).glob(f"{prefix}*"):

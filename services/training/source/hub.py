@@ -69,7 +69,8 @@ def _info(name: str, revision: str | None, token: bool | None) -> DatasetInfo:
 
 
 def _with_retries(uri: str, ask: Callable[[], Answer]) -> Answer:
-    """Calls `ask`, which asks the hub, and returns its result. After a temporary error of the hub, calls `ask` again.
+    """Calls `ask`, a function that asks the hub, and returns its result. After a temporary error of the hub, calls
+    `ask` again, a few times.
 
     Raises InvalidUri for errors that are not temporary.
     """

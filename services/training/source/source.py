@@ -33,13 +33,12 @@ class _File(NamedTuple):
 
 @contextmanager
 def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report], None]) -> Iterator[AttemptSpec]:
-    """Yields the spec (the settings of one run of a job) with a `training_uri` that names one uncompressed file of JSON
-    Lines.
+    """Yields a copy of the spec (the settings of one run of a job) whose `training_uri` names one uncompressed file of
+    JSON Lines.
 
-    If the training file already is one uncompressed file of JSON Lines, `training_uri` names the training file itself.
-    If it is not, `training_uri` names a copy in the folder `folder_uri`. The folder is deleted when the `with` block
-    ends normally. Raises JobFailed for errors that the user can fix, and OSError if the training file changes during
-    the block.
+    This is the training file itself if it has this form already. If it has not, it is a copy in the folder
+    `folder_uri`, which is deleted when the `with` block ends normally. Raises JobFailed for errors that the user can
+    fix, and OSError if the training file changes during the block.
     """
     try:
         files = [_File("training_file", spec.training_uri)]
