@@ -13,7 +13,7 @@ import typer
 
 from services.cli.client import default_home, fail
 from services.cli.files import data, feedback, files
-from services.cli.jobs import jobs, methods, plan
+from services.cli.jobs import jobs, methods, plan, sweeps
 from services.cli.models import chat, deployments, evaluations, models, rewards
 from services.cli.service import settings
 from services.cli.tenants import audit, keys, projects, usage, webhooks
@@ -26,6 +26,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(files.app, name="files")
 app.add_typer(feedback.app, name="feedback")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(sweeps.app, name="sweeps")
 app.add_typer(models.app, name="models")
 app.add_typer(deployments.app, name="deployments")
 app.add_typer(evaluations.app, name="evaluations")

@@ -60,6 +60,8 @@ from services.control_plane.ray_api import RayApi
 from services.control_plane.rewards import api as rewards_api
 from services.control_plane.rewards.scoring import Scoring
 from services.control_plane.settings import Settings
+from services.control_plane.sweeps import api as sweeps_api
+from services.control_plane.sweeps.runner import SweepRunner
 from services.control_plane.tenants import api as tenants_api
 from services.control_plane.tenants import api_keys, audit_api, usage_api
 from services.control_plane.tenants.usage import UsageRecorder
@@ -90,6 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
         inference_api,
         rewards_api,
         evaluations_api,
+        sweeps_api,
         feedback_api,
         webhooks_api,
         progress_api,
@@ -143,6 +146,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     parts = (
         Reconciler(store, ray_api, settings, holder=holder),
+        SweepRunner(store, settings, ray_api),
         sender,
         streams,
         app.state.inference,

@@ -58,6 +58,17 @@ def read_config(path: Path) -> Body:
     Relative paths of data files in the body are resolved against the folder of the config file. Exits with an error if
     the file cannot be read.
     """
+    body = read_fields(path, "POST /fine_tuning/jobs into the file, such as `model: qwen`")
+    for field in FILES:
+        body = beside(path, body, field)
+    return body
+
+
+def read_fields(path: Path, which: str) -> Body:
+    """Reads a YAML, TOML or JSON file with the body of a request, and returns the body.
+
+    Exits with an error if the file cannot be read, or has no fields; `which` then says which fields to write.
+    """
     readers: dict[str, Callable[[str], Any]] = {
         ".yaml": yaml_values.parse,
         ".yml": yaml_values.parse,
@@ -71,11 +82,16 @@ def read_config(path: Path) -> Body:
     except (OSError, ValueError) as error:  # all readers raise ValueError, and so does text that is not UTF-8
         fail(f"{path} cannot be read: {error}.")
     if not isinstance(body, dict):
-        fail(f"{path} holds no fields; write fields of POST /fine_tuning/jobs into the file, such as `model: qwen`.")
-    for field in FILES:
-        named = body.get(field)
-        if isinstance(named, str) and (path.parent / named).is_file():
-            body[field] = str(path.parent / named)
+        fail(f"{path} holds no fields; write fields of {which}.")
+    return body
+
+
+def beside(path: Path, body: Body, field: str) -> Body:
+    """Returns the body with the whole path of the data file that `field` names, if the file lies beside the config file
+    `path`."""
+    named = body.get(field)
+    if isinstance(named, str) and (path.parent / named).is_file():
+        return body | {field: str(path.parent / named)}
     return body
 
 

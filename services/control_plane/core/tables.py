@@ -34,6 +34,7 @@ TERMINAL = ("succeeded", "failed", "cancelled")
 # The SQL condition that the rows of a training file are still to be checked.
 UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"
 EVALUATION_ENDS = ("succeeded", "failed", "cancelled")
+TRIAL_ENDS = ("succeeded", "failed", "stopped", "cancelled")
 DEFAULT_PROJECT = "proj_default"  # the project of the API key in the settings
 
 
@@ -524,6 +525,59 @@ class EvaluationItem(Base):
     num_tries: Mapped[int] = mapped_column(default=0)  # failed tries of the next stage
     due_at: Mapped[datetime | None]  # the next try comes no earlier; None: at any time
     error: Mapped[dict[str, Any] | None]  # {code, message}: why the item failed for good
+
+
+class Sweep(Owned, Base):
+    """A sweep: a number of jobs that differ in chosen options, which the control plane submits and compares."""
+
+    __tablename__ = "sweeps"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    key_id: Mapped[str]  # of the API key that created it, and with which it creates jobs and evaluations
+    spec: Mapped[dict[str, Any]]  # sweeps.requests.CreateSweep, its evaluations without rows
+    state: Mapped[str] = mapped_column(default="running")
+    num_trials: Mapped[int]  # in all, submitted or not
+    waits_for: Mapped[str | None]  # why no further job is submitted at the moment, as text for the user
+    error: Mapped[dict[str, Any] | None]  # {code, message, param}
+    finished_at: Mapped[datetime | None]
+    __table_args__ = (
+        CheckConstraint(f"state IN {('running', *EVALUATION_ENDS)}"),
+        CheckConstraint("(state = 'running') = (finished_at IS NULL)"),
+        CheckConstraint("(state = 'failed') = (error IS NOT NULL)"),
+        Index("sweeps_by_time", "project_id", "created_at", "id"),
+        Index("sweeps_live", "created_at", postgresql_where=text("state = 'running'")),
+    )
+
+
+class SweepEvaluation(Base):
+    """An evaluation that a sweep creates for the policy of each of its trials (jobs)."""
+
+    __tablename__ = "sweep_evaluations"
+    sweep_id: Mapped[str] = mapped_column(ForeignKey("sweeps.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)  # from 0
+    name: Mapped[str]
+    spec: Mapped[dict[str, Any]]  # evaluations.requests.Spec without the model
+    rows: Mapped[dict[str, Any]]  # {rows: what evaluations.rows.to_json returned}
+
+
+class SweepTrial(Base):
+    """A trial of a sweep: one job, with the values that the sweep chose for it, and the results of its evaluations.
+
+    The transaction that submits the job writes the row, so that no trial has two jobs.
+    """
+
+    __tablename__ = "sweep_trials"
+    sweep_id: Mapped[str] = mapped_column(ForeignKey("sweeps.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)  # from 0
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    parameters: Mapped[dict[str, Any]]  # the chosen values, by the paths of the job's fields
+    state: Mapped[str] = mapped_column(default="training")
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), unique=True)  # None: the job was refused
+    evaluations: Mapped[dict[str, Any]]  # ids by the names of the sweep's evaluations
+    results: Mapped[dict[str, Any]]  # of these evaluations, by their names
+    value: Mapped[float | None]  # of the sweep's metric
+    error: Mapped[dict[str, Any] | None]  # {code, message, param}
+    __table_args__ = (CheckConstraint(f"state IN {('training', 'evaluating', *TRIAL_ENDS)}"),)
 
 
 class UsageRow(Base):

@@ -42,8 +42,8 @@ async def create(
     body.check()
     async with store.look() as session:
         kind = await kind_of(session, settings, body)
-    groups = await _groups(store, body)
-    _check(body, groups)
+    groups = await groups_of(store, body)
+    check(body, groups)
     stored = rows.to_json(groups)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
@@ -53,7 +53,8 @@ async def create(
     return await idempotent.act(submit)
 
 
-async def _groups(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
+async def groups_of(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
+    """Returns the rows of the request, or of the file that it names: prompts with their completions."""
     if body.rows is not None:
         return rows.read_request(body.rows)
     assert body.file is not None
@@ -63,7 +64,7 @@ async def _groups(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
     return await anyio.to_thread.run_sync(read, file.uri, reading_of(file), body.max_items)
 
 
-def _check(body: CreateEvaluation, groups: list[Group]) -> None:
+def check(body: CreateEvaluation, groups: list[Group]) -> None:
     """Raises InvalidRequest if the file has no usable row, or a row lacks the completions that the evaluation needs.
 
     `groups` are the rows: prompts with their completions.

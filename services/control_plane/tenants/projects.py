@@ -11,7 +11,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
-from services.control_plane.core.tables import DEFAULT_PROJECT, EVALUATION_ENDS, TERMINAL, Evaluation, Job, Project
+from services.control_plane.core.tables import (
+    DEFAULT_PROJECT,
+    EVALUATION_ENDS,
+    TERMINAL,
+    Evaluation,
+    Job,
+    Project,
+    Sweep,
+)
 
 
 def managed_by(caller: Caller) -> Select[Project]:
@@ -95,7 +103,7 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
     """Archives the project: its keys stop working, but its files, jobs and models stay.
 
-    Raises InvalidRequest for the default project, and if a job or an evaluation of the project has not ended.
+    Raises InvalidRequest for the default project, and if a job, an evaluation or a sweep of the project has not ended.
     """
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(
@@ -115,5 +123,9 @@ async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Pro
     if count := await session.scalar(running):
         message = f"The project {project_id} has {count} evaluations that have not ended; cancel these first."
         raise InvalidRequest(message)
+    sweeps = Sweep.__table__
+    live = select(func.count()).where(sweeps.c.project_id == project_id, sweeps.c.state == "running")
+    if count := await session.scalar(live):
+        raise InvalidRequest(f"The project {project_id} has {count} sweeps that have not ended; cancel these first.")
     project.archived_at = datetime.now(UTC)
     return project

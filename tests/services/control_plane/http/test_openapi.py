@@ -28,7 +28,18 @@ def real(client: openai.OpenAI) -> dict[str, str]:
     client.fine_tuning.jobs.cancel(job.id)  # so that its stream ends
     judged = {"kind": "score", "model": "tiny", "judge": {"type": "length"}, "rows": [{"prompt": "Hello"}]}
     evaluation: Any = client.post("/x/evaluations", body=judged, cast_to=object)
-    return {"file_id": file.id, "job_id": job.id, "model_id": "tiny", "evaluation_id": evaluation["id"]}
+    searched = {
+        "job": {"model": "tiny", "training_file": file.id, "method": {"type": "dpo"}},
+        "parameters": {"seed": {"values": [1, 2]}},
+    }
+    sweep: Any = client.post("/x/sweeps", body=searched, cast_to=object)
+    return {
+        "file_id": file.id,
+        "job_id": job.id,
+        "model_id": "tiny",
+        "evaluation_id": evaluation["id"],
+        "sweep_id": sweep["id"],
+    }
 
 
 def check(answer: Any) -> None:

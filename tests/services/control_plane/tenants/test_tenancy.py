@@ -6,6 +6,7 @@ A new route is covered immediately: until A_HAS and BODIES say how to fill it, i
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,9 @@ NAMED_BY_A_JOB: list[tuple[str | None, dict[str, Any]]] = [
 ]
 ROWS = [{"prompt": "Hello?", "completions": ["Hi!", "No."]}]
 EVALUATION = {"kind": "score", "model": "tiny", "judge": {"type": "length"}, "rows": [{"prompt": "Hello?"}]}
+OF_A_SWEEP = {name: value for name, value in EVALUATION.items() if name != "model"}
+SEEDS = {"seed": {"values": [1, 2]}}
+SWEEP = {"job": JOB, "parameters": SEEDS}
 BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     "POST /v1/fine_tuning/jobs": NAMED_BY_A_JOB,
     "POST /v1/x/jobs/validate": NAMED_BY_A_JOB,
@@ -62,6 +66,13 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
         ("model", {**EVALUATION, "model": "model_id"}),
         ("baseline", {**EVALUATION, "kind": "compare", "baseline": "model_id"}),
         ("file", {**EVALUATION, "rows": None, "file": "file_id"}),
+    ],
+    "POST /v1/x/sweeps": [
+        *((f"job.{field}", {"job": job, "parameters": SEEDS}) for field, job in NAMED_BY_A_JOB),
+        (
+            "evaluations.a.file",
+            {**SWEEP, "evaluations": {"a": {**OF_A_SWEEP, "rows": None, "file": "file_id"}}},
+        ),
     ],
     "PUT /v1/x/deployments/{model_id}": [(None, {"pinned": True})],
     "POST /v1/x/keys": [("project_id", {"name": "a key", "project_id": "project_id"})],
@@ -173,6 +184,13 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
     storage.write_bytes(weights, b"weights")
     evaluation_id = a.post("/x/evaluations", json=EVALUATION).json()["id"]
     a.post(f"/x/evaluations/{evaluation_id}/cancel")  # so that it stays as it is
+    of_policies = {"words": OF_A_SWEEP, "moved": {"kind": "drift", "rows": OF_A_SWEEP["rows"]}}
+    sweep = {**SWEEP, "job": {**JOB, "training_file": file_id}, "evaluations": of_policies}
+    sweep_id = a.post("/x/sweeps", json=sweep).json()["id"]
+    deadline = time.monotonic() + 60
+    while not a.get(f"/x/sweeps/{sweep_id}/trials").json()["data"]:
+        assert time.monotonic() < deadline
+    a.post(f"/x/sweeps/{sweep_id}/cancel")
     sharing = f"/fine_tuning/checkpoints/{job['fine_tuned_model']}/permissions"
     shared = a.post(sharing, json={"project_ids": [new_project(api, "c")]}).json()["data"][0]
     return {
@@ -181,6 +199,7 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
         "number": "1",
         "model_id": job["fine_tuned_model"],
         "evaluation_id": evaluation_id,
+        "sweep_id": sweep_id,
         "key_id": key["id"],
         "project_id": key["project_id"],
         "permission_id": shared["id"],
@@ -192,6 +211,13 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
         "a checkpoint": checkpoints[0]["id"],
         "a checkpoint's model": checkpoints[0]["fine_tuned_model_checkpoint"],
     }
+
+
+def with_names(value: Any, words: dict[str, str]) -> Any:
+    """Returns a part of a body with names in place of the words that stand for them."""
+    if isinstance(value, dict):
+        return {name: with_names(part, words) for name, part in value.items()}
+    return words.get(value, value) if isinstance(value, str) else value
 
 
 def ids_in(text: str, ids: dict[str, str]) -> set[str]:
@@ -270,8 +296,7 @@ def test_a_body_cannot_name_what_is_another_s(
         return  # asked above
     words = {**a_has, "its own": upload(b)}
     for field, body in BODIES[str(operation)]:
-        sent = {name: words.get(value, value) if isinstance(value, str) else value for name, value in body.items()}
-        answer = ask(b, operation, operation.path, sent)
+        answer = ask(b, operation, operation.path, with_names(body, words))
         assert answer.status_code in (400, 404), answer.text
         assert answer.json()["error"]["param"] == field
 

@@ -1,0 +1,66 @@
+"""Draws the reward-KL frontier of a sweep as a picture: what each policy gained, and how far it moved for it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.cli.client import fail
+
+FORMATS = (".svg", ".png", ".pdf")
+Point = Mapping[str, Any]
+
+
+def draw(frontier: Mapping[str, Any], path: Path) -> None:
+    """Draws a frontier, as GET /x/sweeps/{id}/frontier returns it, into the file `path`.
+
+    Each method has a colour; bars are the 95% intervals; the dashed line joins the points that no other one beats.
+    Exits with an error if the format is unknown, there is no point, or matplotlib is missing.
+    """
+    if path.suffix.lower() not in FORMATS:
+        fail(f"{path} has no known format; give a name that ends with {', '.join(FORMATS)}.")
+    points: Sequence[Point] = frontier["data"]
+    if not points:
+        fail("No trial of the sweep has both results yet, so there is nothing to draw; wait until trials have ended.")
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        fail("Drawing needs matplotlib; install it with `pip install 'raydpo[local]'`, or leave --output out.")
+    matplotlib.use("Agg")  # this backend draws without a screen
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(frontier["sweep_id"])}):
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        best = [point for point in points if point["on_frontier"]]
+        axes.plot(_values(best, "kl"), _values(best, "reward"), "--", color="0.6", linewidth=1, zorder=1)
+        for method in dict.fromkeys(point["method"] for point in points):
+            of_method = [point for point in points if point["method"] == method]
+            x, y = _values(of_method, "kl"), _values(of_method, "reward")
+            xerr, yerr = _bars(of_method, "kl"), _bars(of_method, "reward")
+            axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="o", capsize=2, label=method)
+        for point in points:
+            place = (point["kl"]["value"], point["reward"]["value"])
+            axes.annotate(_label(point), place, xytext=(6, 5), textcoords="offset points", fontsize=8)
+        axes.set(xlabel=f"KL(policy ‖ reference), nats ({frontier['kl']})", ylabel=f"reward ({frontier['reward']})")
+        axes.grid(alpha=0.3)
+        axes.legend(title="method")
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        pyplot.close(figure)
+
+
+def _values(points: Sequence[Point], axis: str) -> list[float]:
+    return [point[axis]["value"] for point in points]
+
+
+def _bars(points: Sequence[Point], axis: str) -> list[list[float]]:
+    """Returns how far each point's interval reaches below, and above, its value."""
+    below = [max(0.0, point[axis]["value"] - point[axis]["low"]) for point in points]
+    return [below, [max(0.0, point[axis]["high"] - point[axis]["value"]) for point in points]]
+
+
+def _label(point: Point) -> str:
+    """Returns the values of a point's trial as a text. The method is left out, because its colour shows it."""
+    shown = {path.rpartition(".")[2]: value for path, value in point["parameters"].items() if path != "method.type"}
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in shown.items()
+    )

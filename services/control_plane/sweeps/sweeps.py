@@ -1,0 +1,307 @@
+"""Creates sweeps, and makes all changes of them and of their trials.
+
+A trial is one job of a sweep. It is training, then evaluating, and ends succeeded, failed, stopped (early, because it
+was hopeless) or cancelled. Every step of a sweep is one transaction that holds the lock of the sweep's row: the new
+job, its trial and the sweep's state change together. So a control plane that dies loses no trial and doubles none.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sqlalchemy import func, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.options import LOSS
+from services.contract import storable
+from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
+from services.control_plane.core.store import append, now, project_of
+from services.control_plane.core.tables import (
+    EVALUATION_ENDS,
+    TERMINAL,
+    TRIAL_ENDS,
+    Evaluation,
+    Job,
+    Sweep,
+    SweepEvaluation,
+    SweepTrial,
+)
+from services.control_plane.evaluations import evaluations
+from services.control_plane.evaluations.requests import CreateEvaluation
+from services.control_plane.jobs import jobs
+from services.control_plane.ray_api import RayApi
+from services.control_plane.settings import Settings
+from services.control_plane.sweeps import trials
+from services.control_plane.sweeps.requests import TRAINING_METRICS, CreateSweep
+from services.control_plane.sweeps.search import Tried, suggest
+from services.control_plane.sweeps.stopping import is_hopeless
+from services.control_plane.tenants import projects
+
+MOST_LIVE = 20  # sweeps of a project that have not ended
+LIVE = text("state = 'running'")  # as in the index
+
+
+# --- requests --------------------------------------------------------------------------------
+
+
+async def create(
+    session: AsyncSession,
+    request: CreateSweep,
+    bodies: Mapping[str, CreateEvaluation],
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    key_id: str,
+) -> Sweep:
+    """Adds a sweep, and returns it. The service submits its jobs in the background.
+
+    `bodies` are its evaluations, and `rows` their prompts, by the evaluations' names. `key_id` is the id of the API
+    key that creates the jobs and evaluations. Raises OverQuota if the project has too many sweeps that have not ended,
+    and Forbidden if the project is archived.
+    """
+    project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
+    if project.archived_at is not None:
+        message = f"The project {project.id} of your key is archived; use a key of another project."
+        raise Forbidden(message, code="project_archived")
+    live = await session.scalar(select(func.count()).select_from(Sweep).where(LIVE)) or 0
+    if live >= MOST_LIVE:
+        message = f"The project has {live} sweeps that have not ended, which is the limit; wait, or cancel one."
+        raise OverQuota(message)
+    specs = {
+        name: body.model_dump(mode="json", exclude={"rows", "model"}, exclude_none=True)
+        for name, body in bodies.items()
+    }
+    sweep = Sweep(
+        id=f"sweep-{secrets.token_hex(12)}",
+        created_at=await now(session),
+        key_id=key_id,
+        spec=request.model_dump(mode="json") | {"evaluations": specs},
+        num_trials=request.num_trials,
+    )
+    session.add(sweep)
+    await session.flush()
+    session.add_all(
+        SweepEvaluation(sweep_id=sweep.id, number=number, name=name, spec=spec, rows={"rows": list(rows[name])})
+        for number, (name, spec) in enumerate(specs.items())
+    )
+    await session.flush()
+    return sweep
+
+
+async def find(session: AsyncSession, sweep_id: str) -> Sweep:
+    row = await session.get(Sweep, sweep_id, populate_existing=True)
+    if row is None:
+        message = f"There is no sweep '{sweep_id}'; list the project's sweeps for their ids."
+        raise NotFound(message, param="sweep_id", code="sweep_not_found")
+    return row
+
+
+async def cancel(session: AsyncSession, sweep_id: str) -> Sweep:
+    """Ends the sweep as cancelled, and cancels its jobs and evaluations that have not ended. Returns the sweep.
+
+    Policies and results so far are kept. Raises InvalidRequest if the sweep has ended.
+    """
+    await find(session, sweep_id)
+    sweep = await session.get_one(Sweep, sweep_id, with_for_update=True, populate_existing=True)
+    if sweep.state != "running":
+        raise InvalidRequest(f"The sweep {sweep_id} has already {sweep.state}; it cannot be cancelled.")
+    state = await _state_of(session, sweep)
+    for trial in state.trials:
+        if trial.state in TRIAL_ENDS:
+            continue
+        if (job := state.job_of(trial)) and job.observed not in TERMINAL:
+            await jobs.cancel(session, job.id, sweep.key_id)
+        for evaluation in state.evaluations_of(trial):
+            if evaluation.state not in EVALUATION_ENDS:
+                await evaluations.cancel(session, evaluation.id)
+        trial.state = "cancelled"
+    await _end(session, sweep, "cancelled")
+    return sweep
+
+
+# --- the background --------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """A sweep with its trials, and with the jobs and evaluations of these trials, as the database has them."""
+
+    sweep: Sweep
+    trials: list[SweepTrial]
+    jobs: dict[str, Job]
+    evaluations: dict[str, Evaluation]
+
+    @cached_property
+    def request(self) -> CreateSweep:
+        return CreateSweep.model_validate(self.sweep.spec, extra="ignore")
+
+    def job_of(self, trial: SweepTrial) -> Job | None:
+        return self.jobs.get(trial.job_id) if trial.job_id else None
+
+    def evaluations_of(self, trial: SweepTrial) -> list[Evaluation]:
+        """Returns the trial's evaluations that still exist."""
+        return [self.evaluations[each] for each in trial.evaluations.values() if each in self.evaluations]
+
+    @property
+    def num_busy(self) -> int:
+        """Returns how many jobs of the sweep have not ended."""
+        return sum(job.observed not in TERMINAL for job in self.jobs.values())
+
+
+async def _state_of(session: AsyncSession, sweep: Sweep) -> State:
+    query = select(SweepTrial).where(SweepTrial.sweep_id == sweep.id).order_by(SweepTrial.number)
+    found = list(await session.scalars(query.execution_options(populate_existing=True)))
+    job_ids = [trial.job_id for trial in found if trial.job_id]
+    evaluation_ids = [each for trial in found if trial.state == "evaluating" for each in trial.evaluations.values()]
+    rows = await session.scalars(select(Job).where(Job.id.in_(job_ids)).execution_options(populate_existing=True))
+    query_of = select(Evaluation).where(Evaluation.id.in_(evaluation_ids)).execution_options(populate_existing=True)
+    return State(
+        sweep,
+        found,
+        {job.id: job for job in rows},
+        {row.id: row for row in await session.scalars(query_of)},
+    )
+
+
+async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_api: RayApi) -> None:
+    """Does what can be done for the sweep now: ends and evaluates trials, stops hopeless ones, and submits new jobs.
+
+    Does nothing if another control plane is doing so at the moment, or the sweep has ended.
+    """
+    query = select(Sweep).where(Sweep.id == sweep_id, LIVE).with_for_update(skip_locked=True)
+    sweep = await session.scalar(query.execution_options(populate_existing=True))
+    if sweep is None:
+        return
+    state, sweep.waits_for = await _state_of(session, sweep), None
+    for trial in state.trials:
+        if trial.state == "training":
+            await _end_training(session, state, trial, settings)
+        elif trial.state == "evaluating":
+            _end_evaluating(state, trial)
+    await _stop_hopeless(session, state)
+    await _submit_next(session, state, settings, ray_api)
+    if len(state.trials) == sweep.num_trials and all(trial.state in TRIAL_ENDS for trial in state.trials):
+        await _conclude(session, state)
+
+
+async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, settings: Settings) -> None:
+    """If the trial's job has ended, stores its value, and begins to evaluate its policy."""
+    job, metric = state.job_of(trial), state.request.metric
+    assert job is not None
+    if job.observed in ("failed", "cancelled"):
+        trial.state, trial.error = job.observed, job.error
+    if job.observed != "succeeded":
+        return
+    assert job.fine_tuned_model is not None
+    kept = await session.scalars(
+        select(SweepEvaluation).where(SweepEvaluation.sweep_id == state.sweep.id).order_by(SweepEvaluation.number)
+    )
+    try:
+        async with session.begin_nested():
+            trial.evaluations = await trials.evaluate(session, settings, state.sweep, list(kept), job.fine_tuned_model)
+    except OverQuota as error:
+        state.sweep.waits_for = error.message
+        return
+    except ApiError as error:
+        _fail(trial, error)
+        return
+    if metric and metric.name in TRAINING_METRICS:
+        trial.value = await trials.value_of_policy(session, job, metric.name)
+    trial.state = "evaluating" if trial.evaluations else "succeeded"
+
+
+def _end_evaluating(state: State, trial: SweepTrial) -> None:
+    """If all evaluations of the trial have ended, stores their results, and ends the trial."""
+    found = {name: state.evaluations.get(each) for name, each in trial.evaluations.items()}
+    trial.results = {name: each.results for name, each in found.items() if each is not None and each.results}
+    if any(each is not None and each.state not in EVALUATION_ENDS for each in found.values()):
+        return
+    if bad := [name for name in found if name not in trial.results]:
+        each = found[bad[0]]
+        why = (each.error or {}).get("message") if each else "it was deleted."
+        message = f"The evaluation '{bad[0]}' gave no results: {why or 'it was cancelled.'}"
+        _fail(trial, ApiError(message, code="evaluation_failed"))
+        return
+    trial.state, metric = "succeeded", state.request.metric
+    if metric and metric.name not in TRAINING_METRICS:
+        name, _, result = metric.name.partition("/")
+        value = trial.results[name].get(result)
+        trial.value = value["value"] if isinstance(value, dict) else value
+
+
+def _fail(trial: SweepTrial, error: ApiError) -> None:
+    trial.state = "failed"
+    trial.error = {"code": error.code, "message": storable(error.message), "param": error.param}
+
+
+async def _stop_hopeless(session: AsyncSession, state: State) -> None:
+    """Cancels the jobs of trials that are hopeless by the sweep's rule (`early_stop`)."""
+    rule = state.request.early_stop
+    if rule is None:
+        return
+    running = {trial.job_id: trial for trial in state.trials if trial.state == "training" and trial.job_id}
+    trained = [job.id for job in state.jobs.values() if job.observed == "succeeded"]
+    curves = await trials.curves(session, [*running, *trained], rule.metric)
+    others = [curves[each] for each in trained if each in curves]
+    for job_id, trial in running.items():
+        if is_hopeless(
+            curves.get(job_id, ()),
+            others,
+            "minimize" if rule.metric == LOSS else "maximize",
+            min_trials=rule.min_trials,
+            min_progress=rule.min_progress,
+        ):
+            await jobs.cancel(session, job_id, state.sweep.key_id)
+            trial.state, trial.value = "stopped", None
+
+
+async def _submit_next(session: AsyncSession, state: State, settings: Settings, ray_api: RayApi) -> None:
+    """Submits the jobs of further trials, as long as fewer than `max_running_jobs` jobs of the sweep have not ended.
+
+    A trial whose job the service refuses fails. If the project may not queue another job now, the sweep waits.
+    """
+    num_busy, sweep = state.num_busy, state.sweep
+    while num_busy < state.request.max_running_jobs and len(state.trials) < sweep.num_trials:
+        number = len(state.trials)
+        tried = [
+            Tried(each.parameters, each.value) for each in state.trials if each.state not in ("failed", "cancelled")
+        ]
+        values = await asyncio.to_thread(suggest, state.request, number, tried)
+        trial = SweepTrial(
+            sweep_id=sweep.id, number=number, parameters=values, state="training", evaluations={}, results={}
+        )
+        try:
+            job = await trials.submit(session, settings, ray_api, state.request, trial.parameters, sweep.key_id)
+        except OverQuota as error:
+            sweep.waits_for = error.message
+            return
+        except ApiError as error:
+            _fail(trial, error)
+        else:
+            trial.job_id = job.id
+            num_busy += 1
+        append(session, trial)
+        state.trials.append(trial)
+
+
+async def _conclude(session: AsyncSession, state: State) -> None:
+    """Ends the sweep: succeeded if a trial has succeeded, else failed with the error of the first failed trial."""
+    if any(trial.state == "succeeded" for trial in state.trials):
+        await _end(session, state.sweep, "succeeded")
+        return
+    first = next((trial.error["message"] for trial in state.trials if trial.error), "all were cancelled.")
+    error = ApiError(f"No trial succeeded. The first reason: {first}", code="sweep_failed")
+    await _end(session, state.sweep, "failed", {"code": error.code, "message": storable(error.message), "param": None})
+
+
+async def _end(session: AsyncSession, sweep: Sweep, state: str, error: dict[str, Any] | None = None) -> None:
+    at = await now(session)
+    sweep.state, sweep.error, sweep.waits_for, sweep.finished_at = state, error, None, at
+    await session.flush()
+
+
+async def live(session: AsyncSession) -> list[tuple[str, str]]:
+    """Returns the ids of all sweeps that have not ended, oldest first, each with the id of its project."""
+    query = select(Sweep.id, Sweep.project_id).where(LIVE).order_by(Sweep.created_at, Sweep.id)
+    return [(row.id, row.project_id) for row in await session.execute(query)]

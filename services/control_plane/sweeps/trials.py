@@ -1,0 +1,178 @@
+"""Makes the trials of a sweep: turns the chosen values into jobs, and trained jobs into evaluations of their policies.
+
+A trial is one job of a sweep, with the values that the sweep chose for it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core import checkpoint_selection
+from services.contract import JobSpec
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.tables import Checkpoint, Job, Sweep, SweepEvaluation
+from services.control_plane.evaluations import evaluations
+from services.control_plane.evaluations.kinds.judging import grader_of, writer_of
+from services.control_plane.evaluations.requests import CreateEvaluation
+from services.control_plane.evaluations.work import kind_of
+from services.control_plane.http.validation import parse
+from services.control_plane.jobs import admission, jobs
+from services.control_plane.jobs.combinations import Asked
+from services.control_plane.jobs.plans import plans
+from services.control_plane.jobs.requests import CreateJob
+from services.control_plane.ray_api import RayApi
+from services.control_plane.settings import Settings
+from services.control_plane.sweeps.requests import TRAINING_METRICS, CreateSweep, within
+from services.control_plane.sweeps.search import Values
+from services.control_plane.sweeps.stopping import Curve, Point
+
+
+def job_of(sweep: CreateSweep, values: Values) -> tuple[JobSpec, Asked]:
+    """Returns what the trial's job is to do, and the options for which the service chooses values.
+
+    Raises InvalidRequest, which names the field and the trial's values, if this is no valid job.
+    """
+    with within("job", f" (This is the trial with {json.dumps(values)}.)"):
+        body = parse(CreateJob, body_of(sweep, values), "")
+        spec, asked = body.spec(), body.asked()
+        _check_metrics(sweep, spec)
+    return spec, asked
+
+
+def body_of(sweep: CreateSweep, values: Values) -> dict[str, Any]:
+    """Returns the body of the trial's job: the sweep's job with the trial's values in their places.
+
+    If the method is a parameter, only the options of the trial's own method remain. Raises InvalidRequest for a path
+    that leads through a value that is no object.
+    """
+    body = deepcopy(sweep.job)
+    if (kind := values.get("method.type")) is not None:
+        options = body.get("method") or {}
+        body["method"] = {"type": kind, **({kind: options[kind]} if kind in options else {})}
+    for path in sorted(values, key=lambda path: path.count(".")):
+        _put(body, path, values[path])
+    return body
+
+
+def _put(body: dict[str, Any], path: str, value: Any) -> None:
+    *way, last = path.split(".")
+    place = body
+    for number, name in enumerate(way):
+        if name == "*":
+            name = str((body.get("method") or {}).get("type", ""))
+        step = place.setdefault(name, {})
+        if step is None:
+            step = place[name] = {}
+        if not isinstance(step, dict):
+            where = ".".join(way[: number + 1])
+            message = f"The parameter '{path}' lies within {where}, which is {step!r:.40} and has no fields."
+            raise InvalidRequest(f"{message} Correct the path.", param=where)
+        place = step
+    place[last] = value
+
+
+def _check_metrics(sweep: CreateSweep, spec: JobSpec) -> None:
+    """Raises InvalidRequest if the job has no validation, or no such metric of validation, by which to compare it."""
+    asked = {"metric.name": sweep.metric.name} if sweep.metric and sweep.metric.name in TRAINING_METRICS else {}
+    if sweep.early_stop:
+        asked["early_stop.metric"] = sweep.early_stop.metric
+    for param, name in asked.items():
+        if not (spec.validation_file or spec.validation_share):
+            message = f"{param} is {name}, but the job has no validation; give it validation_file or validation_share."
+            raise InvalidRequest(message, param="validation_file")
+        if name not in (known := spec.config.objective.traits.best_metrics):
+            what = f"{param} is {name}, which the method '{spec.config.objective.type}' does not measure"
+            raise InvalidRequest(f"{what}; it measures {', '.join(known)}.", param="method.type")
+
+
+async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values) -> None:
+    """Raises an ApiError if the service would refuse the trial's job."""
+    spec, asked = job_of(sweep, values)
+    with within("job", f" (This is the trial with {json.dumps(values)}.)"):
+        admitted = await admission.admit(session, settings, spec, asked)
+        await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
+
+
+async def submit(
+    session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values, key_id: str
+) -> Job:
+    """Submits the trial's job, and returns it. Raises an ApiError if the service refuses the job.
+
+    `key_id` is the id of the API key that created the sweep.
+    """
+    spec, asked = job_of(sweep, values)
+    admitted = await admission.admit(session, settings, spec, asked)
+    await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
+    return await jobs.submit(session, *admitted[:3], key_id, settings, are_checked=admitted.are_checked)
+
+
+# --- evaluations of trained jobs --------------------------------------------------------------
+
+
+async def check_evaluations(session: AsyncSession, settings: Settings, bodies: Mapping[str, CreateEvaluation]) -> None:
+    """Raises an ApiError if a model that an evaluation of the sweep needs does not exist or does not fit.
+
+    The policies do not exist yet. The model that the job starts from takes their place; it is named in `bodies`.
+    """
+    for name, body in bodies.items():
+        with within(f"evaluations.{name}"):
+            if body.kind == "compare":
+                if body.baseline is not None:
+                    await writer_of(session, settings, body.baseline, param="baseline")
+                assert body.judge is not None
+                await grader_of(session, settings, body.judge)
+            else:
+                given: dict[str, Any] = {"reference": body.reference or body.model} if body.kind != "score" else {}
+                given |= {"beta": body.beta or 1.0} if body.kind == "preferences" else {}
+                await kind_of(session, settings, body.model_copy(update=given))
+
+
+async def evaluate(
+    session: AsyncSession, settings: Settings, sweep: Sweep, kept: Sequence[SweepEvaluation], model: str
+) -> dict[str, str]:
+    """Creates the sweep's evaluations of the policy `model`, and returns their ids by their names.
+
+    `kept` are the evaluations as the sweep keeps them, with their rows. Raises an ApiError if one is refused.
+    """
+    found = {}
+    for each in kept:
+        body = CreateEvaluation.model_validate({**each.spec, "model": model}, extra="ignore")
+        kind = await kind_of(session, settings, body)
+        spec = body.spec(**kind.resolved)
+        evaluation = await evaluations.create(session, spec, each.rows["rows"], kind.num_stages, sweep.key_id)
+        found[each.name] = evaluation.id
+    return found
+
+
+# --- values of metrics ------------------------------------------------------------------------
+
+
+async def curves(session: AsyncSession, job_ids: Sequence[str], metric: str) -> dict[str, Curve]:
+    """Returns the values of a metric of validation that each job has reached so far, by the job's id."""
+    query = select(Checkpoint.job_id, Checkpoint.step, Checkpoint.metrics, Job.training, Job.spec)
+    query = query.join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.job_id.in_(job_ids))
+    found: dict[str, list[Point]] = {}
+    for row in await session.execute(query.order_by(Checkpoint.step)):
+        total = (row.training or {}).get("total_steps")
+        if total and (value := row.metrics.get(metric)) is not None:
+            found.setdefault(row.job_id, []).append(Point(row.step / total, value))
+    return dict(found)
+
+
+async def value_of_policy(session: AsyncSession, job: Job, metric: str) -> float | None:
+    """Returns the value of a metric of validation at the checkpoint that became the policy of the job.
+
+    Returns None if this checkpoint was not evaluated.
+    """
+    spec = JobSpec.model_validate(job.spec)
+    query = select(Checkpoint.step, Checkpoint.metrics).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step)
+    rows = {row.step: row.metrics for row in await session.execute(query)}
+    evaluated = checkpoint_selection.evaluations(rows.items(), spec.config.best_metric)
+    top = checkpoint_selection.best(evaluated, spec.config.best_metric) if spec.policy == "best" else None
+    step = top.step if top else max(rows, default=0)
+    value: float | None = rows.get(step, {}).get(metric)
+    return value
