@@ -223,14 +223,15 @@ def copy_folder(uri: str, target: str) -> None:
 def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> Path:
     """Returns a local path with the content of the file or folder at `uri`.
 
-    Remote content is downloaded once, to the folder `cache`. Of a folder, only the files are downloaded whose name
-    matches one of the patterns `only`, such as `*.json`; all files if there are no patterns. A local `uri` is returned
-    as a path and not copied. The id of a model on the Hugging Face hub is returned unchanged. The content at a remote
-    `uri` must not change after the first download, because the copy in the cache is named by the URI and the patterns
-    alone.
+    Remote content is downloaded once, to the folder `cache`. `only` has patterns of file names, such as `*.json`: of a
+    folder, only files whose names match one of the patterns are downloaded; without patterns, all files are. A local
+    `uri` is returned as a path and not copied. The id of a model on the Hugging Face hub is returned unchanged. The
+    content at a remote `uri` must not change after the first download, because the copy in the cache is named by the
+    URI and the patterns alone.
 
-    Without `cache`, the copy is one of this user's on this node, which every process finds. It stays for an hour at
-    least. A later download removes copies that nobody has asked for since, to make room or because they are old.
+    If `cache` is None, the copy goes to a folder of this user on this node, which all of the user's processes share. A
+    copy in this folder stays for at least an hour after it was last asked for. Later downloads remove copies to make
+    room, and copies that nobody has asked for during a day.
     """
     if "://" not in uri:
         return Path(uri)
@@ -247,7 +248,8 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
 
 
 def _copies() -> Path:
-    """Returns the folder of this user's copies on this node."""
+    """Returns the folder of this node in which all processes of this user keep their copies of remote files. Makes the
+    folder if there is none."""
     folder = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -258,11 +260,13 @@ def _copies() -> Path:
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Removes copies from the folder, to make room for another copy of `needed` bytes. The copies that nobody has asked
-    for during the longest time go first.
+    """Removes copies of remote files from the folder, to make room for another copy of `needed` bytes. There is room if
+    all copies together have at most as many bytes as the environment variable RAYDPO_COPIES_BYTES says (not set: no
+    limit), and the disk keeps SPARE bytes free.
 
-    Copies that somebody has asked for within USED_SECONDS stay, even if there is not enough room then. Downloads that
-    a killed process left unfinished go like copies.
+    All copies go that nobody has asked for within UNUSED_SECONDS. If there is still too little room, older copies go
+    first, but copies that somebody has asked for within USED_SECONDS stay in any case. Unfinished downloads of killed
+    processes are removed by the same rules.
     """
     limit = int(os.environ.get(COPIES_VARIABLE, 2**63))
     now = time.time()
@@ -299,7 +303,7 @@ def _download(filesystem: fs.FileSystem, path: str, target: Path, only: Sequence
 
 
 def _download_file(filesystem: fs.FileSystem, file: fs.FileInfo, local: Path) -> None:
-    """Copies a file to the path `local`, with several requests at the same time for parts of the file.
+    """Downloads a file to the path `local`. Several requests run at the same time, each for a part of the file.
 
     Raises OSError if the storage sends fewer bytes than the file has.
     """
@@ -333,8 +337,8 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 @lru_cache(maxsize=64)
 def _bucket(scheme: str, name: str, options: str, process: int) -> fs.FileSystem:
-    """Returns the filesystem of a bucket. To make one takes requests and threads, which a fork of the `process` does
-    not inherit."""
+    """Returns the filesystem of a bucket, and caches it, because making it takes requests and threads. `process` is the
+    id of this process: a fork does not inherit the threads, so it must make a filesystem of its own."""
     filesystem, _ = fs.FileSystem.from_uri(f"{scheme}://{name}/?{options}")
     return filesystem
 
