@@ -52,7 +52,7 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
     rows = replace(rows, copies=model.caps_attention)
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
     shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
-    if run.sharding == "auto" and run.device == "cuda":
+    if run.sharding == "auto" and run.device == "cuda" and not run.quantized:
         places = (1 if run.adapter else local, local, run.num_workers)
         shards = fewest_shards(places, lambda n: sum(_state(model, run, n).values()), inf if room is None else room)
     layer, entry = _kept_of_layer(model, run, rows), model.number("hidden_size") * run.itemsize

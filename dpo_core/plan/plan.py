@@ -2,9 +2,9 @@
 options that make it fit."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes
@@ -17,6 +17,7 @@ CHANGES: dict[str, Sequence[Any]] = {  # options that may make a run fit, in the
     "precision": ["bfloat16"],
     "sharding": ["full"],
     "adapter": [32],
+    "quantization": ["nf4"],
     "num_workers": [2**power for power in range(1, 11)],
 }
 
@@ -47,48 +48,81 @@ class Plan:
 
 
 def plan(
-    model: Shapes, run: Run, rows: Rows, room: int | None = None, settable: Collection[str] = tuple(CHANGES)
+    model: Shapes,
+    run: Run,
+    rows: Rows,
+    room: int | None = None,
+    settable: Collection[str] = tuple(CHANGES),
+    most_workers: float = inf,
 ) -> Plan:
     """Returns the plan of a training run: its memory, disk space and steps, whether it fits into memory, and what would
-    make it fit. `model`, `run` and `rows` describe the model, the options, and the size of the training data. `room` is
-    the memory of a worker's device in bytes, None if unknown. `settable` names the options that the plan may propose to
-    change."""
+    make it fit.
+
+    `model`, `run` and `rows` describe the model, the options, and the size of the training data. `room` is the memory
+    of a worker's device in bytes, None if unknown. `settable` names the options that the plan may propose to change.
+    `most_workers` is the number of workers for which there are devices.
+    """
     settled, shards, held = settle(model, run, rows, room)
     saved = count_trained(model, run) * (run.itemsize + FLOAT32 * (2 if run.itemsize == FLOAT32 else 3))
     steps = run.n_epochs * ceil(rows.groups / run.batch_size)
     fits = None if room is None else held.total <= FILLED * room
-    changes = () if room is None or fits else _changes(model, run, rows, room, settable)
+    changes: tuple[Change, ...] = ()
+    if room is not None and not fits:
+        changes = _changes(model, run, rows, room, _offered(run, settable, most_workers))
     return Plan(settled, shards, held, saved, steps, run.n_epochs * rows.groups * rows.tokens, fits, changes)
 
 
-def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
-    """Returns changes of the run's options, taken from CHANGES, that make the run fit into `room` bytes per worker. If
-    one change is enough, returns the first such change. If it takes several, returns a set of changes of which none is
-    superfluous. Returns an empty tuple if even all changes together are not enough.
+def _offered(run: Run, settable: Collection[str], most_workers: float) -> list[tuple[str, Any]]:
+    """Returns the options in `settable` that would change the run, each with its new value, in the order in which they
+    are tried."""
+    useless = {
+        "sharding": run.quantized,  # a base in NF4 is never split
+        "adapter": run.adapter is not None,
+        "quantization": run.quantized or run.sharding in ("full", "hybrid"),
+    }
+    names = [name for name in CHANGES if name in settable and not useless.get(name)]
+    offered = [(name, run.max_length if value == "max_length" else value) for name in names for value in CHANGES[name]]
+    return [each for each in offered if each[0] != "num_workers" or run.num_workers < each[1] <= most_workers]
 
-    `settable` names the options that may change.
+
+def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[tuple[str, Any]]) -> tuple[Change, ...]:
+    """Returns changes of the run's options, taken from `offered`, that make the run fit into `room` bytes per worker.
+    If one change is enough, returns the first such change. If no single change is enough, returns several changes that
+    are enough together, and none of which is superfluous.
+
+    Returns an empty tuple if even all changes together are not enough.
     """
 
     def total(values: Mapping[str, Any]) -> int:
-        return settle(model, replace(run, **values), rows, room)[2].total
+        given = {name: value for name, value in values.items() if name != "quantization"}
+        return settle(model, replace(run, **given, quantized=run.quantized or len(given) < len(values)), rows, room)[
+            2
+        ].total
 
     def fits(values: Mapping[str, Any]) -> bool:
-        return total(values) <= FILLED * room
+        possible = (
+            "quantization" not in values or run.adapter or "adapter" in values
+        )  # only an adapter's base is rounded
+        return bool(possible) and total(values) <= FILLED * room
 
-    offered = [(name, value) for name in CHANGES if name in settable for value in CHANGES[name]]
-    offered = [(name, run.max_length if value == "max_length" else value) for name, value in offered]
-    offered = [(name, value) for name, value in offered if name != "num_workers" or value > run.num_workers]
-    offered = [(name, value) for name, value in offered if name != "adapter" or run.adapter is None]
     found: dict[str, Any] = next(({name: value} for name, value in offered if fits({name: value})), {})
     if not found:
-        together = (dict(offered[:number]) for number in range(2, len(offered) + 1))
-        found = next((values for values in together if fits(values)), {})
+        found = next((values for values in _together(offered) if fits(values)), {})
         for name in list(found):
             fewer = {key: value for key, value in found.items() if key != name}
             found = fewer if fits(fewer) else found
     end = f"each worker then needs at most {in_gb(total(found))} of memory instead of {in_gb(total({}))}"
     given = {name: {"r": value} if name == "adapter" else value for name, value in found.items()}
     return tuple(Change(name, value, f"Set {name} to {json.dumps(value)}; {end}.") for name, value in given.items())
+
+
+def _together(offered: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields sets of changes, smaller ones first. No set has both sharding and quantization, because a base in NF4 is
+    never split."""
+    alternatives = [[each for each in offered if each[0] != name] for name in ("quantization", "sharding")]
+    for number in range(2, len(offered) + 1):
+        for alternative in alternatives:
+            yield dict(alternative[:number])
 
 
 def in_gb(num_bytes: int) -> str:

@@ -35,11 +35,16 @@ def positions_in(config: object) -> int | None:
     return positions_of({name: getattr(config, name, None) for name in FIELDS})
 
 
-def check_max_length(max_length: int, positions: int | None, what: str = "the model") -> None:
+def check_max_length(
+    max_length: int, positions: int | None, what: str = "the model", *, is_chosen: bool = False
+) -> None:
     """Raises InvalidOption if the option `max_length` is more than `positions`, the most tokens that one text of the
-    model can have (None: no limit). `what` names the model in the error, such as "the model". The default value of
-    `max_length` is never refused: training lowers it to `positions`."""
-    if positions is not None and max_length > positions and max_length != MAX_LENGTH:
+    model can have. `what` names the model in the error.
+
+    The default of `max_length` is not refused: if it is more than `positions`, it means `positions`. If `is_chosen`,
+    the value is the user's own choice even if it equals the default.
+    """
+    if positions is not None and max_length > positions and (is_chosen or max_length != MAX_LENGTH):
         problem = f"max_length is {max_length}, but {what} has only {positions} positions"
         raise InvalidOption("max_length", f"{problem}; set it to {positions} or less, or leave it out.")
 

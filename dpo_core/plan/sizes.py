@@ -65,7 +65,7 @@ def table() -> str:
 
 
 def _cell(shapes: Shapes, run: Run) -> str:
-    planned = plan(shapes, run, PAIRS, GPU_BYTES)
+    planned = plan(shapes, run, PAIRS, GPU_BYTES, most_workers=run.num_workers)
     held = in_gb(planned.memory.total)
     if planned.fits:
         return f"{held}: fits"

@@ -12,6 +12,7 @@ from services.cli.jobs.request import (
     assignment,
     compose,
     local_files,
+    plan_unsent,
     read_config,
     upload,
     validate,
@@ -109,7 +110,8 @@ def create(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the request and the job that the request would create, but upload no file and submit no job.",
+            help="Print the request, the job that it would create, and whether this job would fit into memory; upload "
+            "no file and submit no job.",
         ),
     ] = False,
     watch: Annotated[
@@ -138,7 +140,7 @@ def create(
     local = local_files(body)
     job = validate(client, body, local)
     if dry_run:
-        out.print_json(data={"request": body, "job": job})
+        out.print_json(data={"request": body, "job": job, "plan": plan_unsent(client, body, local)})
         return
     created: Any = client.post("/fine_tuning/jobs", body=upload(client, body, local), cast_to=object)
     out.print(created["id"])

@@ -229,9 +229,8 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
     """
     from openai import NotFoundError
 
-    names = {field: str(path) if path.is_absolute() else f"./{path}" for field, path in local.items()}
     try:
-        job: Any = client.post("/x/jobs/validate", body=body | names, cast_to=object)
+        job: Any = client.post("/x/jobs/validate", body=body | _names(local), cast_to=object)
     except NotFoundError as error:
         if error.code != "file_not_found" or error.param not in OPTIONS:
             raise
@@ -240,6 +239,29 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
     for path in local.values():
         _check_first_rows(path, _reading(body), job["method"]["type"])
     return dict(job)
+
+
+def plan_unsent(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body | None:
+    """Asks the service whether the job of the request body `body` would fit into memory, and returns the plan. Nothing
+    is uploaded. Returns None, and prints the reason, if the service cannot plan the memory of the job's model.
+
+    `local` holds the path of each local data file, by the field of the body that names the file.
+    """
+    from openai import BadRequestError
+
+    try:
+        plan: Any = client.post("/x/plans", body=body | _names(local), cast_to=object)
+    except BadRequestError as error:
+        if error.code not in ("model_unreadable", "model_unplannable"):
+            raise
+        err.print(error.message, markup=False)
+        return None
+    return dict(plan)
+
+
+def _names(local: Mapping[str, Path]) -> dict[str, str]:
+    """Returns the names of local files as the service expects them, each by the field of the body that names it."""
+    return {field: str(path) if path.is_absolute() else f"./{path}" for field, path in local.items()}
 
 
 def _check_first_rows(path: Path, how: Body, kind: str) -> None:

@@ -28,6 +28,7 @@ from services.control_plane.evaluations.work import kind_of
 from services.control_plane.files import files
 from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.idempotency import IdempotentRequest
+from services.control_plane.models import models
 
 router = APIRouter(prefix="/x/evaluations")
 
@@ -48,6 +49,8 @@ async def create(
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         spec = body.spec(**kind.resolved)
+        for name in sorted(spec.models):
+            await models.find(session, settings, name, hold=True)  # it cannot be deleted before this commit
         return evaluation_object(await evaluations.create(session, spec, stored, kind.num_stages, caller.key_id))
 
     return await idempotent.act(submit)

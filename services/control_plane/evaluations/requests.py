@@ -147,6 +147,12 @@ class Spec(BaseModel):
         description="Maximum number of rows to take, from the first row of the file on.",
     )
 
+    @property
+    def models(self) -> set[str]:
+        """The names of all models that take part in the evaluation."""
+        named = (self.model, self.baseline, self.reference, self.judge and self.judge.model)
+        return {name for name in named if name}
+
 
 class CreateEvaluation(Spec):
     """The JSON body of POST /v1/x/evaluations, which creates an evaluation of a model."""

@@ -43,15 +43,15 @@ async def admit(
 ) -> Admitted:
     """Checks a new job, and returns the job with the service's choices filled in.
 
-    `asked` holds the request's options for which the service can choose a value (adapter, precision, quantization). If
-    `local_files`, the request may name files that are not uploaded yet; these are not checked. Raises InvalidRequest,
-    NotFound, Forbidden or OverQuota if the job is refused.
+    `asked` holds the request's options for which the service can choose a value, such as the adapter. If `local_files`,
+    the request may name files that are not uploaded yet; these are not checked. Raises InvalidRequest, NotFound,
+    Forbidden or OverQuota if the job is refused.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
     combinations.check(Combination(spec, asked, model, reference))
-    spec = await _within_positions(spec, model, reference)
+    spec = await _within_positions(spec, asked, model, reference)
     reports = list[Any]()
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
         file = await files.find_training(session, spec.training_file, param="training_file")
@@ -78,19 +78,19 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
             _check_file(file, spec.config.objective, param)
 
 
-async def _within_positions(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> JobSpec:
+async def _within_positions(spec: JobSpec, asked: Asked, model: NamedModel, reference: NamedModel | None) -> JobSpec:
     """Checks `max_length` against the numbers of tokens that the model and its reference model take, and returns the
     spec.
 
     Raises InvalidRequest if the user chose a `max_length` that is larger than these numbers. A default that is larger
     is lowered. If the config of one of the models cannot be read on this machine, the job itself makes this check.
     """
-    asked = lowest = spec.config.max_length
+    max_length = lowest = spec.config.max_length
     read = {"the model": model} | ({"the reference model": reference} if reference else {})
     for what, read_model in read.items():
         try:
             positions = positions_of((await model_shapes(read_model)).config)
-            check_max_length(asked, positions, what)
+            check_max_length(max_length, positions, what, is_chosen=asked.max_length != "auto")
         except InvalidOption as error:
             raise InvalidRequest(str(error), param=f"x_raydpo.{error.field}", code="invalid_value") from None
         except ValueError:

@@ -23,6 +23,7 @@ class Asked:
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
     quantization: Quantization | None = None
+    max_length: object = "auto"
     comparing: frozenset[str] = field(default_factory=frozenset)  # fields in the request that compare checkpoints
 
 

@@ -171,7 +171,7 @@ class CreateJob(BaseModel):
         )
 
     def asked(self) -> Asked:
-        """Returns what the body says about the adapter, the precision and the quantization of the job.
+        """Returns what the body says about the adapter, the precision, the quantization and the maximum length.
 
         The value `auto` means that the service chooses. The result also holds the names of the body's fields that
         compare checkpoints. Raises InvalidRequest, which names the wrong field.
@@ -180,7 +180,8 @@ class CreateJob(BaseModel):
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
         quantization: Any = parse(AskedQuantization, extension.get("quantization"), "x_raydpo.quantization")
         comparing = frozenset(name for name in COMPARING if extension.get(name) not in (None, "auto", "last"))
-        return Asked(_adapter(extension.get("adapter", "auto")), precision, quantization, comparing)
+        length = extension.get("max_length", "auto")
+        return Asked(_adapter(extension.get("adapter", "auto")), precision, quantization, length, comparing)
 
     def _integrations(self) -> Integrations:
         extension = self.x_raydpo or {}

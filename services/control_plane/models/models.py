@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import ColumnElement, delete, false, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, false, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -19,7 +19,15 @@ from dpo_core.config import Lora, Quantization
 from services.contract import JobSpec
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.core.store import owns, page
-from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Deployment, Job, Model
+from services.control_plane.core.tables import (
+    TERMINAL,
+    Checkpoint,
+    CheckpointPermission,
+    Deployment,
+    Evaluation,
+    Job,
+    Model,
+)
 from services.control_plane.settings import Settings
 
 ATTACHED_FOR = timedelta(hours=1)  # how long an adapter counts as attached after its last use
@@ -226,8 +234,8 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
     """Marks a trained model as deleted, also for the projects with which it is shared. Returns the model.
 
-    Raises InvalidRequest if a job that has not ended, or an adapter, needs the model. The caller must delete the
-    model's files after the commit.
+    Raises InvalidRequest if a job or an evaluation that has not ended, or an adapter, needs the model. The caller must
+    delete the model's files after the commit.
     """
     row = await find_own(session, settings, model_id)
     jobs = Job.__table__.c
@@ -237,6 +245,13 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
         raise InvalidRequest(
             f"The model '{model_id}' is used by {name}, which has not ended; delete the model when the job has ended."
         )
+    evaluations = Evaluation.__table__.c
+    evaluating = select(evaluations.id, evaluations.project_id).where(_evaluates(literal(model_id)))
+    if (evaluation := (await session.execute(evaluating.limit(1))).first()) is not None:
+        is_own = evaluation.project_id == row.project_id
+        name = f"the evaluation {evaluation.id}" if is_own else "an evaluation of a project that shares the model"
+        message = f"The model '{model_id}' is used by {name}, which has not ended; delete the model when it has ended."
+        raise InvalidRequest(message)
     models = Model.__table__.c  # models of all projects
     standing = select(models.id, models.project_id).where(models.base_source == row.source, models.deleted_at.is_(None))
     if (other := (await session.execute(standing.limit(1))).first()) is not None:
@@ -256,6 +271,17 @@ def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
     """
     jobs = Job.__table__.c
     return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
+
+
+def _evaluates(model_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """Returns the SQL condition that an evaluation has not ended and names the model `model_id`, in any of its fields.
+
+    The condition holds for evaluations of all projects, because a model may be shared with other projects.
+    """
+    evaluations = Evaluation.__table__.c
+    fields = [evaluations.spec[name].astext for name in ("model", "baseline", "reference")]
+    named = (field == model_id for field in (*fields, evaluations.spec["judge"]["model"].astext))
+    return and_(evaluations.finished_at.is_(None), or_(*named))
 
 
 async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
@@ -293,11 +319,11 @@ def must_note_use(model: NamedModel) -> bool:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Marks models as deleted if they are not shared, not loaded, and not named by any job. Returns the ids of these
-    models.
+    """Marks models as deleted if they are not shared, not loaded, and not named by any job or by an evaluation that has
+    not ended. Returns the ids of these models.
 
     First locks all models in `model_ids`. So the function waits for requests that are sharing one of them, or starting
-    a job from one of them.
+    a job or an evaluation with one of them.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)
@@ -305,6 +331,7 @@ async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> se
         select(CheckpointPermission.id).where(CheckpointPermission.model_id == Model.id),
         select(Deployment.app_name).where(Deployment.model_id == Model.id),
         select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),
+        select(Evaluation.__table__.c.id).where(_evaluates(Model.__table__.c.id)),
     )
     is_attached = func.coalesce(Model.attached_at > func.now() - ATTACHED_FOR, false())
     unused = update(Model).where(Model.id.in_(model_ids), ~is_attached, *(~use.exists() for use in uses))

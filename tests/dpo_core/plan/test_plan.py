@@ -38,6 +38,9 @@ IN_FLOAT32 = {"precision": "float32", "sharding": "replicated", "num_workers": 8
         ({"sharding": "replicated", "num_workers": 8}, 80, ["sharding"]),
         ({}, 80, ["adapter"]),
         ({}, 20, ["num_workers"]),
+        ({"sharding": "replicated"}, 20, ["adapter", "quantization"]),
+        ({"adapter": 32}, 20, ["quantization"]),
+        ({"adapter": 32, "sharding": "full"}, 20, ["num_workers"]),
         (IN_FLOAT32, 32, ["precision", "sharding"]),
         ({}, 3, []),
     ],
@@ -48,6 +51,7 @@ def test_the_first_change_that_makes_a_run_fit_is_offered(change, room, fields):
     assert [offer.field for offer in found.changes] == fields
     if fields:
         values = {offer.field: offer.value["r"] if offer.field == "adapter" else offer.value for offer in found.changes}
+        values |= {"quantized": True} if values.pop("quantization", None) else {}
         after = plan(MODEL, replace(run, **values), ROWS, room * GB)
         assert (found.fits, after.fits) == (False, True)
         assert after.memory.total <= FILLED * room * GB
@@ -60,6 +64,20 @@ def test_only_fields_that_may_be_set_are_offered():
     found = plan(MODEL, RUN, ROWS, 80 * GB, [name for name in CHANGES if name != "adapter"])
     assert [(offer.field, offer.value) for offer in found.changes] == [("num_workers", 4)]
     assert found.changes[0].message.startswith("Set num_workers to 4; each worker then needs ")
+
+
+def test_a_base_in_nf4_is_not_split_over_workers():
+    alone = plan(MODEL, replace(RUN, adapter=32, quantized=True), ROWS, 80 * GB)
+    several = plan(MODEL, replace(RUN, adapter=32, quantized=True, num_workers=8), ROWS, 8 * GB)
+    assert several.shards == 1
+    assert several.memory.weights == alone.memory.weights
+    assert not {"sharding", "quantization"} & {offer.field for offer in several.changes}
+
+
+def test_no_more_workers_are_advised_than_there_are_devices():
+    run = replace(RUN, sharding="full", adapter=32)
+    assert [offer.value for offer in plan(MODEL, run, ROWS, 20 * GB, most_workers=8).changes] == [2]
+    assert plan(MODEL, run, ROWS, 20 * GB, most_workers=1).changes == ()
 
 
 def test_a_worker_loads_its_part_of_the_model_and_no_more():

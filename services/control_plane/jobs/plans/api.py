@@ -12,20 +12,24 @@ from services.control_plane.http.dependencies import RayApiPart, SettingsPart, S
 from services.control_plane.jobs import admission
 from services.control_plane.jobs.documents import PlanDocument
 from services.control_plane.jobs.plans import plans
-from services.control_plane.jobs.requests import CreateJob
+from services.control_plane.jobs.requests import ValidateJob, is_local
 from services.control_plane.models.shapes import NoShapes, model_shapes
 
 router = APIRouter(prefix="/x/plans")
 
 
 @router.post("", responses=answers(PlanDocument))
-async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob) -> dict[str, Any]:
-    """Returns the plan of a job with this body: whether it fits, the memory it needs, and changes that make it fit."""
+async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: ValidateJob) -> dict[str, Any]:
+    """Returns the plan of a job with this body: whether it fits, the memory it needs, and changes that make it fit.
+
+    The body may name files on the client's machine. The plan then assumes rows as long as `max_length`.
+    """
     spec, asked = body.spec(), body.asked()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
-        spec, model, *_ = await admission.admit(session, settings, spec, asked)
-        file = None if spec.is_at_uri else await files.find(session, spec.training_file, param="training_file")
+        spec, model, *_ = await admission.admit(session, settings, spec, asked, local_files=True)
+        is_elsewhere = spec.is_at_uri or is_local(spec.training_file)
+        file = None if is_elsewhere else await files.find(session, spec.training_file, param="training_file")
     try:
         shapes = await model_shapes(model)
         counted = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import ceil
+from math import ceil, inf
 from typing import Any, Literal
 
 from dpo_core.plan.inputs import Rows, Run, Shapes
@@ -109,15 +109,26 @@ def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
     return max((node.memory for node in nodes), default=None)
 
 
-def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None) -> Plan:
+def most_workers(nodes: Sequence[Node], settings: Settings) -> float:
+    """Returns for how many workers of one job the cluster has GPUs, or may grow to have them.
+
+    Returns infinity if this is unknown, or workers use CPUs. `nodes` are the machines of the Ray cluster.
+    """
+    if _device(settings) == "cpu" or not nodes:
+        return inf
+    num_gpus = max(sum(len(node.gpus) for node in nodes), settings.max_cluster.get("GPU", 0))
+    return num_gpus // settings.num_gpus_per_worker
+
+
+def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None, workers: float) -> Plan:
     """Returns the plan of the job: its need for memory compared with `room`, and changes of options that make the job
     fit.
 
-    `room` is the number of bytes that a worker has, None if unknown. With CPUs, a larger number of workers is not among
-    the changes, because workers share a machine's memory.
+    `room` is the number of bytes that a worker has, None if unknown. `workers` is the number of workers for which there
+    are GPUs. With CPUs, a larger number of workers is not among the changes, because workers share a machine's memory.
     """
     settable = [name for name in SETTABLE if name != "num_workers" or run.device == "cuda"]
-    return plan(shapes, run, rows, room, settable)
+    return plan(shapes, run, rows, room, settable, workers)
 
 
 async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, ray_api: RayApi) -> None:
@@ -129,7 +140,8 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
         nodes = await ray_api.nodes()
         room = most_of(nodes, settings)
         rows, _ = rows_of(None, None, spec)
-        found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room) if room else None
+        workers = most_workers(nodes, settings)
+        found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room, workers) if room else None
     except ValueError:
         return  # no plan is possible; the job itself reports the error of the model
     # A model with a `text_config` is loaded in part only, so the plan would be too high.
@@ -170,7 +182,9 @@ def plan_object(
     """
     rows, how = rows_of(file, counted, spec)
     room = room_of(nodes, settings, spec.num_workers)
-    found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room)
+    workers = most_workers(nodes, settings)
+    found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room, workers)
+    fits = found.fits and spec.num_workers <= workers
     held = asdict(found.memory)
     notes = [f"Rows: {how}."]
     if shapes.config.get("model_type") not in MEASURED:
@@ -182,10 +196,15 @@ def plan_object(
         notes.append("Ray does not report how much memory its workers have, so whether the job fits is not known.")
     elif not found.fits:
         notes.append(_remedy(found))
+    if spec.num_workers > workers:
+        notes.append(
+            f"The job asks for {spec.num_workers} workers, but the cluster has GPUs for {workers:g}, so the job would "
+            f"wait; set num_workers to {workers:g} or less, or ask the operator for more GPUs."
+        )
     return {
         "object": "plan",
         "model": spec.model,
-        "fits": found.fits,
+        "fits": fits,
         "num_workers": spec.num_workers,
         "device": "gpu" if found.run.device == "cuda" else "cpu",
         "worker_bytes": room,

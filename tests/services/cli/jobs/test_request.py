@@ -3,7 +3,12 @@
 import gzip
 import json
 
+import httpx
 import pytest
+from openai import OpenAI
+
+from services.cli.jobs.request import plan_unsent
+from tests.services.headers import SMALL, write_model
 
 PAIR = {"prompt": "Do you have a red saw?", "chosen": "Yes, gladly!", "rejected": "Aisle 3."}
 YAML = """
@@ -97,6 +102,24 @@ def created(raydpo):
         raydpo("jobs", "cancel", job_id)
 
 
+def test_a_dry_run_plans_the_memory_of_the_job_before_its_files_are_uploaded(raydpo, folder, base_model):
+    before = files_of(raydpo)
+    write_model(base_model, SMALL)
+    told = json.loads(raydpo("jobs", "create", "--config", folder / "job.yaml", "--dry-run").stdout)
+    assert told["plan"]["object"] == "plan"
+    assert told["plan"]["needed_bytes"] > 0
+    assert "the file was not read" in told["plan"]["notes"][0]
+    assert files_of(raydpo) == before
+
+
+def test_a_dry_run_says_why_there_is_no_plan(capsys):
+    error = {"message": "config.json has no num_attention_heads", "code": "model_unplannable", "param": "model"}
+    answer = httpx.MockTransport(lambda _: httpx.Response(400, json={"error": error}))
+    with OpenAI(api_key="rd", base_url="http://127.0.0.1:9", http_client=httpx.Client(transport=answer)) as client:
+        assert plan_unsent(client, {"model": "tiny"}, {}) is None
+    assert "config.json has no num_attention_heads" in capsys.readouterr().err
+
+
 def files_of(raydpo):
     return raydpo("files", "list").stdout
 
@@ -162,7 +185,8 @@ def test_the_method_is_the_one_named_last(planned, folder, pairs):
     assert request["method"] == {"type": "ipo", "ipo": {"hyperparameters": options}}
 
 
-def test_what_a_change_of_method_leaves_out_is_said(raydpo, folder):
+def test_what_a_change_of_method_leaves_out_is_said(raydpo, folder, base_model):
+    write_model(base_model, SMALL)
     changed = raydpo("jobs", "create", "--config", folder / "job.yaml", "--method", "ipo", "--dry-run")
     dropped = "The method changes from simpo to ipo; these options of simpo are dropped: gamma_beta_ratio.\n"
     assert changed.stderr == dropped

@@ -4,11 +4,14 @@ import asyncio
 
 import httpx
 import psycopg
+import pytest
 
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import Evaluation
 from services.control_plane.evaluations import evaluations
 from services.control_plane.evaluations.evaluations import Ended
+from services.control_plane.models import models
+from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, new_project
 from tests.services.control_plane.evaluations.conftest import Engines, chats, created, until
 
@@ -81,6 +84,38 @@ def test_a_stage_is_stored_once_and_not_after_the_end(api: httpx.Client, databas
     until(lambda: api.get(f"/x/evaluations/{made['id']}").json()["status"] == "running")
     assert asyncio.run(twice()) == (1, ["stored", "ended", "ended"])
     engines.delay = 0
+
+
+@pytest.mark.parametrize("field", ["model", "baseline", "judge"])
+def test_a_model_that_an_evaluation_needs_stays_until_the_evaluation_has_ended(
+    api: httpx.Client, settings: Settings, policy: str, engines: Engines, field: str
+) -> None:
+    engines.is_away = True
+    name = f"ft:tiny:raydpo::{field}"
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        columns, values = "id, project_id, source, root, job_id, num_outputs", "%s, 'proj_default', %s, 'tiny', %s, 0"
+        row = (name, f"file:///nowhere/{field}", "ftjob-one")
+        connection.execute(f"INSERT INTO models ({columns}) VALUES ({values})", row)
+
+    async def dropped() -> set[str]:
+        store = Store(settings.database_url)
+        try:
+            async with store.begin() as session:
+                return await models.withdraw_unused(session, [name])
+        finally:
+            await store.close()
+
+    judge = {"type": "model", "model": name} if field == "judge" else {"type": "length"}
+    named = {} if field == "judge" else {field: name}
+    made = created(api, **{"kind": "compare", "model": policy, "judge": judge, "rows": chats(1)} | named)
+    refused = api.delete(f"/models/{name}")
+    assert refused.status_code == 400
+    assert f"is used by the evaluation {made['id']}, which has not ended" in refused.json()["error"]["message"]
+    assert asyncio.run(dropped()) == set()
+    api.post(f"/x/evaluations/{made['id']}/cancel").raise_for_status()
+    api.delete(f"/models/{name}").raise_for_status()
+    gone = api.post("/x/evaluations", json={"kind": "drift", "model": name, "rows": chats(1)})
+    assert gone.json()["error"]["code"] == "model_not_found"
 
 
 def test_a_project_is_archived_only_when_its_evaluations_have_ended(

@@ -9,15 +9,17 @@ from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from dpo_core.config import Lora
-from dpo_core.options import OBJECTIVES, Kind
+from dpo_core.options import OBJECTIVES, Kind, Limit
 from services.control_plane.jobs.combinations import RULES, Combination
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.weights import decide
+from services.control_plane.models.deployments.engines import why_merged
 from services.control_plane.models.models import STARTED_AT, NamedModel
 from services.control_plane.settings import Settings
+from services.deployment_settings import DeploymentSettings
 
 Body = dict[str, Any]
 PAGE = Path(__file__).parents[4] / "docs" / "use" / "combinations.md"
@@ -148,7 +150,19 @@ def _named(model_id: str) -> NamedModel:
 
 
 def page(settings: Settings) -> str:
-    return "\n".join([HEAD, *_rules(), MATRIX, *_matrix(settings), DATA, *_data()]) + "\n"
+    parts = [
+        HEAD,
+        *_rules(),
+        MATRIX,
+        *_matrix(settings),
+        DATA,
+        *_data(),
+        LIMITS,
+        *_limits(),
+        UNATTACHED,
+        *_unattached(),
+    ]
+    return "\n".join(parts) + "\n"
 
 
 HEAD = """\
@@ -174,6 +188,21 @@ DATA = """
 file holds other rows, with the code `invalid_training_file` or `invalid_validation_file`. The last column has the
 objectives that take rows with margins.
 """
+LIMITS = """
+## An adapter's numbers
+
+A job whose adapter has other numbers is refused with the code `invalid_value`:
+
+| field | it must be |
+|---|---|"""
+UNATTACHED = """
+## Adapters that are not attached
+
+vLLM can attach most adapters to the engine of their base. The others are not refused: their policy is
+[merged into its base](deployments.md) and has an engine of its own, and an event of the job says why.
+
+| adapter | what the event says |
+|---|---|"""
 
 
 def _rules() -> list[str]:
@@ -206,6 +235,31 @@ def _data() -> list[str]:
         cells = " | ".join("yes" if each else "" for each in (*learns, traits.takes_margins))
         lines.append(f"| `{kind}` | {cells} |")
     return lines
+
+
+def _limits() -> list[str]:
+    lines = []
+    for name, hint in get_type_hints(Lora, include_extras=True).items():
+        words = [each.words for each in _metadata(hint) if isinstance(each, Limit)]
+        lines += [f"| `x_raydpo.adapter.{name}` | {each} |" for each in words]
+    return lines
+
+
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
+
+
+def _unattached() -> list[str]:
+    base = DeploymentSettings()
+    cases = {
+        "DoRA": (Lora(use_dora=True), None, base),
+        "on a base in NF4": (Lora(), "nf4", base),
+        f"of a rank above `max_lora_rank`, which is {base.max_lora_rank}": (Lora(r=base.max_lora_rank + 1), None, base),
+        "on a base with `max_lora_rank` 0": (Lora(), None, DeploymentSettings(max_lora_rank=0)),
+        "on a base with the mode `merged`": (Lora(), None, DeploymentSettings(mode="merged")),
+    }
+    reasons = {words: why_merged(lora, bits, own.mode, own) for words, (lora, bits, own) in cases.items()}
+    return [f"| {words} | {reason} |" for words, reason in reasons.items()]
 
 
 def plain_settings() -> Settings:

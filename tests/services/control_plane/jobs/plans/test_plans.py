@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from dpo_core.plan.inputs import Shapes
 from dpo_core.plan.sizes import llama
 from services.contract import JobSpec, SideJobResult
 from services.control_plane.jobs.plans import plans
@@ -83,6 +84,13 @@ def test_a_max_length_beyond_the_models_positions_is_refused(path, ask, machines
     assert refused["message"] == (
         "max_length is 513, but the model has only 512 positions; set it to 512 or less, or leave it out."
     )
+
+
+def test_a_chosen_max_length_is_refused_even_if_it_equals_the_default(ask, machines):
+    machines(GB, 8 * GB)
+    refused = ask("short", "/x/jobs/validate", max_length=2048)["error"]
+    assert (refused["param"], refused["code"]) == ("x_raydpo.max_length", "invalid_value")
+    assert ask("short", "/x/jobs/validate", max_length="auto")["x_raydpo"]["request"]["x_raydpo"]["max_length"] == 512
 
 
 def test_the_default_max_length_is_no_more_than_the_models_positions(ask, machines):
@@ -164,6 +172,28 @@ def test_nothing_is_refused_where_the_cluster_may_grow(settings):
     assert plans.most_of(nodes, on_gpus) == 80 * GB
     assert plans.room_of(nodes, on_gpus, 4) == 8 * GB
     assert plans.most_of(nodes, settings.model_copy(update={"max_cluster": {"GPU": 8}})) is None
+
+
+def test_workers_for_which_there_are_no_gpus_do_not_fit_and_are_not_advised(settings):
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": 1})
+    spec = JobSpec.model_validate({"model": "large", "training_file": "file-1", "config": {}, "num_workers": 2})
+    shapes = Shapes(LARGE, llama(LARGE).weights)
+
+    def plan(num_gpus: int, size: int, settings: Settings, num_workers: int = 2) -> dict[str, Any]:
+        nodes = [Node(64 * GB, (size,) * num_gpus)]
+        asked = spec.model_copy(update={"num_workers": num_workers})
+        return plans.plan_object(asked, shapes, None, None, nodes, settings)
+
+    assert plan(2, 80 * GB, on_gpus)["fits"] is True
+    alone = plan(1, 80 * GB, on_gpus)
+    assert (alone["fits"], alone["changes"]) == (False, [])
+    assert alone["notes"][-1] == (
+        "The job asks for 2 workers, but the cluster has GPUs for 1, so the job would wait; set num_workers to 1 or "
+        "less, or ask the operator for more GPUs."
+    )
+    growing = on_gpus.model_copy(update={"max_cluster": {"GPU": 8}})
+    assert plan(1, 80 * GB, growing)["fits"] is True
+    assert "num_workers" not in str(plan(1, 5 * GB, on_gpus, num_workers=1)["changes"])
 
 
 def test_tokens_that_a_check_has_counted_are_taken(settings, training_file, api, client):
