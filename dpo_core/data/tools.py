@@ -11,7 +11,7 @@ TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
 MOST_CALLS = 128  # calls in one message; each answer is compared with all calls
 Tool = dict[str, object]  # with the row's keys: "type", and "function" with name, description and parameters
 
-_FILLED = "as tables write it into empty cells; keep tools and the arguments of calls as texts of JSON in the table."
+_FILLED = "which tables write into empty cells; in the table, store tools and the arguments of calls as JSON texts."
 _FUNCTION_KEYS = {"name", "description", "parameters", "strict", "return"}  # transformers' get_json_schema adds return
 
 

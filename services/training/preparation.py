@@ -142,7 +142,7 @@ def _prepare_file(
             Message(
                 message=(
                     "The chat template writes the date into every row; "
-                    f"the job's day, {spec.today}, is used for all rows."
+                    f"all rows get the day on which the job was created, {spec.today}."
                 )
             )
         )
@@ -234,7 +234,8 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
                 figures = str(disagreement)
                 message = (
                     f"The served reference model {spec.reference} computes other log-probabilities than the trainer "
-                    f"({figures}); set reference_dtype to float32, or send x_raydpo.reference.source 'auto'."
+                    f"({figures}); send x_raydpo.reference.source 'auto', or ask the operator to set reference_dtype "
+                    "to float32."
                 )
                 raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
             report(Message(level="warn", message="The workers compute the reference model's scores instead of vLLM."))
