@@ -6,6 +6,7 @@ A file is written as a whole or not at all. A folder that must be complete as we
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -13,9 +14,9 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -238,13 +239,29 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
     filesystem, path = _resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         return Path(path)
-    copies = _copies() if cache is None else cache
-    target = copies / hashlib.sha256(" ".join([uri, *only]).encode()).hexdigest()[:16] / Path(path).name
+    name = hashlib.sha256(" ".join([uri, *only]).encode()).hexdigest()[:16]
+    if cache is not None:
+        target = cache / name / Path(path).name
+        if not target.exists():
+            _download(filesystem, path, target, only)
+        return target
+    target = _copies() / name / Path(path).name
     with suppress(FileNotFoundError):
         os.utime(target.parent)
     if not target.exists():
-        _download(filesystem, path, target, only, makes_room=cache is None)
+        with _alone(target.parent):
+            if not target.exists():
+                _download(filesystem, path, target, only, makes_room=True)
     return target
+
+
+@contextmanager
+def _alone(copy: Path) -> Iterator[None]:
+    """Waits until no other process of this node downloads the same copy, and keeps others waiting in the `with`
+    block. The kernel ends the wait if the other process dies."""
+    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _copies() -> Path:
@@ -270,7 +287,8 @@ def make_room(folder: Path, needed: int) -> None:
     """
     limit = int(os.environ.get(COPIES_VARIABLE, 2**63))
     now = time.time()
-    sizes = {copy: sum(file.stat().st_size for file in copy.rglob("*") if file.is_file()) for copy in folder.iterdir()}
+    copies = [path for path in folder.iterdir() if path.is_dir()]
+    sizes = {copy: sum(file.stat().st_size for file in copy.rglob("*") if file.is_file()) for copy in copies}
     held = sum(sizes.values()) + needed
     for unused_seconds, copy in sorted(((now - copy.stat().st_mtime, copy) for copy in sizes), reverse=True):
         lacks = held > limit or shutil.disk_usage(folder).free < needed + SPARE
@@ -279,7 +297,9 @@ def make_room(folder: Path, needed: int) -> None:
             held -= sizes[copy]
 
 
-def _download(filesystem: fs.FileSystem, path: str, target: Path, only: Sequence[str], *, makes_room: bool) -> None:
+def _download(
+    filesystem: fs.FileSystem, path: str, target: Path, only: Sequence[str], *, makes_room: bool = False
+) -> None:
     beside = target.parent.with_name(f".{target.parent.name}.{secrets.token_hex(4)}")
     (info,) = filesystem.get_file_info([path])
     selector = fs.FileSelector(path, recursive=True)

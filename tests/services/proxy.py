@@ -16,6 +16,7 @@ class Proxy:
     is passed on. If `cut_after` is set, a connection is closed after this number of bytes from the client; if
     `truncate_after` is set, after this number of bytes from the server. With `fail_every` n, each n-th connection
     is closed immediately. The proxy listens at the address `host`.
+    `passed` counts the bytes that went through it, both ways.
     """
 
     def __init__(self, target: tuple[str, int] | str | None = None, *, host: str = "127.0.0.1") -> None:
@@ -23,7 +24,7 @@ class Proxy:
         self.cut_after: int | None = None
         self.truncate_after: int | None = None
         self.fail_every: int | None = None
-        self.host, self._count = host, 0
+        self.host, self._count, self.passed = host, 0, 0
         self._target = target
         self._passing: set[asyncio.Event] = set()  # of each connection
         self._writers: set[asyncio.StreamWriter] = set()
@@ -121,6 +122,7 @@ class Proxy:
             while data := await source.read(1 << 16):
                 await asyncio.sleep(self.delay_seconds)
                 await passing.wait()
+                self.passed += len(data)
                 sink.write(data[:most])
                 await sink.drain()
                 if most is not None and (most := most - len(data)) <= 0:

@@ -309,6 +309,21 @@ def test_old_copies_and_unfinished_downloads_go_in_any_case(tmp_path: Path) -> N
     assert [copy.exists() for copy in (old, young, unfinished)] == [False, True, False]
 
 
+@pytest.mark.slow
+def test_of_several_processes_that_need_a_model_one_downloads_it(s3: S3, tmp_path: Path) -> None:
+    uri = storage.join(s3.new_folder(), "model")
+    storage.write_bytes(storage.join(uri, "weights"), bytes(2**24))
+    s3.proxy.passed = 0
+    s3.proxy.delay_seconds = 0.001
+    fetches = "import sys; from services import storage; print(storage.fetch(sys.argv[1]))"
+    command = [sys.executable, "-c", fetches, uri]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    (folder,) = {rank.communicate()[0].strip() for rank in ranks}
+    assert (Path(folder) / "weights").stat().st_size == 2**24
+    assert 2**24 < s3.proxy.passed < 1.5 * 2**24
+
+
 def test_a_copy_that_is_asked_for_is_in_use_from_then_on(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
