@@ -54,7 +54,7 @@ from services.training.reports.logs import keep_logs
 from services.training.reports.reporting import WATCH, JobFailed, Reporter
 from services.training.run.commands import PAUSED, Commands
 from services.training.run.deaths import cause_of
-from services.training.run.full_disk import retry_while_full
+from services.training.run.unavailable_storage import retry_while_unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def main(spec_uri: str) -> int:
         reporter.report.remote(Died(cause=cause_of(error)))
         raise
     finally:
-        if not retry_while_full(
+        if not retry_while_unavailable(
             lambda: ray.get(reporter.close.remote(CLOSE_SECONDS)), "writing the job's last report", logger.info
         ):
             logger.warning("Some events could not be sent to the control plane, which reads them from storage instead.")
@@ -173,13 +173,13 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
         return trained
     preparing.result()
     report(Progress(stage="exporting", done=0, total=1))
-    exported = retry_while_full(lambda: export(spec, trained, report), "exporting the policy", report)
+    exported = retry_while_unavailable(lambda: export(spec, trained, report), "exporting the policy", report)
     report(Progress(stage="exporting", done=1, total=1))
     return exported
 
 
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
-    """Prepares the job's data, and returns where the data are. If storage is full, waits until there is room.
+    """Prepares the job's data, and returns where the data are. If storage is full or does not answer, waits.
 
     If training can begin before all data are prepared, the function gives the future `stream` a Stream as its result.
     Workers can read from this Stream while rows are still being encoded.
@@ -188,12 +188,12 @@ def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Futur
     def try_once() -> Prepared:
         if stream.done():
             raise RuntimeError(
-                "The storage was full while data were prepared during training; "
-                "the job continues when there is room again."
+                "The storage was full or did not answer while data were prepared during training; "
+                "the next attempt goes on from the last checkpoint."
             )
         return prepare(spec, report, stream.set_result)
 
-    prepared = retry_while_full(try_once, "preparing data", report)
+    prepared = retry_while_unavailable(try_once, "preparing data", report)
     if stream.done():
         stream.result().finish(prepared.validation)
     return prepared

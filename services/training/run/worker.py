@@ -41,7 +41,7 @@ from services.training.reports.logs import keep_logs
 from services.training.reports.reporting import JobFailed
 from services.training.run import stored_checkpoints
 from services.training.run.commands import pause_requests
-from services.training.run.full_disk import retry_while_full
+from services.training.run.unavailable_storage import retry_while_unavailable
 
 LN2_TOLERANCE = 1e-3
 GROUPS_PER_EVALUATION = 256  # groups that are read at a time, and divided among all workers
@@ -291,7 +291,7 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
         storage.publish(folder, uri)
 
     metrics = read_manifest(folder).metrics if dist.get_rank() == 0 else {}
-    retry_while_full(publish, f"publishing the checkpoint at step {step}", reporter.report.remote)
+    retry_while_unavailable(publish, f"publishing the checkpoint at step {step}", reporter.report.remote)
     shutil.rmtree(folder)
     if dist.get_rank() == 0:
         reporter.report.remote(CheckpointSaved(step=step, uri=uri, metrics=metrics))

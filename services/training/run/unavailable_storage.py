@@ -1,0 +1,50 @@
+"""Repeats work while storage is full or does not answer, so that the job waits and does not fail."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from ray.exceptions import RayTaskError
+
+from services import storage
+from services.contract import Message, Report
+from services.deaths import REFUSED
+
+logger = logging.getLogger(__name__)
+
+PERIOD_SECONDS = 5.0
+MOST_AWAY_SECONDS = 600.0  # how long storage may not answer; then the attempt ends, and the next one resumes
+
+Result = TypeVar("Result")
+
+
+def retry_while_unavailable(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
+    """Calls `write`, and returns its result. If `write` or one of its Ray tasks fails because storage is full, calls
+    `write` again and again until it succeeds; if storage does not answer, for ten minutes at most.
+
+    The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".
+    """
+    reported, began = "", time.monotonic()
+    while True:
+        try:
+            return write()
+        except (OSError, RayTaskError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if storage.is_full(cause):
+                sentence = (
+                    f"The storage is full; {what} waits until there is room. The operator has to free some space."
+                )
+            elif _is_away(cause) and time.monotonic() - began < MOST_AWAY_SECONDS:
+                sentence = f"The storage does not answer; {what} waits for it, ten minutes at most."
+            else:
+                raise
+            logger.warning("%s %s", sentence, cause)
+        if sentence != reported:
+            reported = sentence
+            report(Message(level="warn", message=sentence))
+        time.sleep(PERIOD_SECONDS)
+
+
+def _is_away(error: BaseException) -> bool:
+    return storage.is_away(error) and not REFUSED.search(str(error))
