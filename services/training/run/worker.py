@@ -183,7 +183,8 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
     if starts_at_ln2(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
         sentence = (
             f"The first loss is {loss:.6f}, but must be ln 2 = {math.log(2):.6f} (within {LN2_TOLERANCE}), because the "
-            "policy and its reference model are equal at the start; use the same weights for both, in float32."
+            f"policy and its reference model {spec.reference or spec.reference_model} are equal at the start; use the "
+            "same weights for both, in float32."
         )
         return Failed(code="reference_mismatch", message=sentence)
     return None
