@@ -197,17 +197,7 @@ async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
     running = [attempt for attempt in map(_attempt_of, await ray_api.live_submissions()) if attempt]
     async with store.begin() as session:
         orphans = await _ended(session, running)
-    return [submission_id for submission_id in orphans if await _stop(ray_api, submission_id)]
-
-
-async def _stop(ray_api: RayApi, submission_id: str) -> bool:
-    """Asks Ray to stop a job. Returns False if Ray does not accept the request; the next cleanup then asks again."""
-    try:
-        await ray_api.stop(submission_id)
-    except httpx.HTTPError as error:
-        log.warning("Ray did not stop %s, which is asked for again: %s", submission_id, error)
-        return False
-    return True
+    return [submission_id for submission_id in orphans if await ray_api.try_to_stop(submission_id)]
 
 
 def _attempt_of(submission_id: str) -> tuple[str, int] | None:

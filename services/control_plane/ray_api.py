@@ -5,6 +5,7 @@ short program beside training, such as a check of a file. Each of them is a job 
 """
 
 import asyncio
+import logging
 import re
 import shlex
 import signal
@@ -20,6 +21,8 @@ from pydantic import ValidationError
 from services.contract import LOAD_ROUTE, Deployment, storable
 from services.control_plane.settings import Settings
 from services.deaths import cause_in, killer_in
+
+log = logging.getLogger(__name__)
 
 AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
 
@@ -220,6 +223,15 @@ class RayApi:
     async def stop(self, submission_id: str) -> None:
         """Asks Ray to stop a job: first with SIGTERM, and with SIGKILL if the job still runs STOP_SECONDS later."""
         (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
+
+    async def try_to_stop(self, submission_id: str) -> bool:
+        """Asks Ray to stop a job. Returns False if Ray does not accept the request, which a later cleanup repeats."""
+        try:
+            await self.stop(submission_id)
+        except httpx.HTTPError as error:
+            log.warning("Ray did not stop %s, which is asked for again: %s", submission_id, error)
+            return False
+        return True
 
     async def live_submissions(self) -> list[str]:
         """Returns the submission ids of all jobs in Ray that run or wait to run."""

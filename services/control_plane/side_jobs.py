@@ -223,8 +223,7 @@ async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
     for row, age in running:
         if not await _lives(row, age, ray_api):
             ended.append(row.submission_id)
-        elif age > LONGEST_SECONDS:
-            await ray_api.stop(row.submission_id)
+        elif age > LONGEST_SECONDS and await ray_api.try_to_stop(row.submission_id):
             late.append(row.submission_id)
     async with store.begin() as session:
         await _note_ends(session, ended)

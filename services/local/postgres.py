@@ -35,6 +35,7 @@ def start_postgres(folder: Path) -> str:
     while folder.exists() and not initialized.exists() and time.monotonic() < deadline:
         # The first start was interrupted, so there are no data yet. Processes of this start may still write files.
         shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.2)
     while not _settled(folder):
         if time.monotonic() > deadline:
             raise StackError(f"PostgreSQL is not ready after {START_SECONDS:.0f} s; its log {folder / 'log'} says why.")

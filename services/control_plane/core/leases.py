@@ -49,7 +49,7 @@ class LeasedWork(Protocol[Piece]):
 
     async def interrupted(self, session: AsyncSession, piece: Piece, error: Exception) -> None:
         """Records that the work on the piece failed with an error that nobody expected. It is tried again after
-        RETRY_SECONDS.
+        RETRY_SECONDS, unless NOBODY takes its lease for longer.
         """
 
 
@@ -101,7 +101,7 @@ class Leaseholder(Generic[Piece]):
                 work.result()
         except Exception as error:  # an error with one piece must not stop the others
             what = self._kind.lease_of(piece)
-            log.warning("The work '%s' failed and is tried again in %d s", what, RETRY_SECONDS, exc_info=error)
+            log.warning("The work '%s' failed and is tried again later", what, exc_info=error)
             failure = error
         finally:
             work.cancel()

@@ -1,14 +1,14 @@
 """Builds the JSON objects of the API for files, uploads and checks of training files."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from services.contract import Reading, SideJobResult
+from services.contract import InvalidRows, SideJobResult
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
     File,
     Upload,
     UploadPart,
-    reading_of,
 )
 from services.control_plane.files.files import TRAINING
 
@@ -28,16 +28,20 @@ def file_object(row: File) -> dict[str, Any]:
             "sha256": row.sha256,
             "report": row.report,
             "checked_bytes": row.num_checked,
-            **reading_fields(reading_of(row)),
+            **reading_fields(row.reading or {}),
         },
     }
 
 
-def reading_fields(how: Reading) -> dict[str, Any]:
+def reading_fields(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options for reading a file's rows as fields of the API. `reading` is a stored `Reading`, which may be
+    of another release.
+    """
+    rows = InvalidRows().model_dump() | reading.get("invalid_rows", {})
     return {
-        "columns": how.columns or None,
-        "invalid_rows": how.invalid_rows.how,
-        "max_invalid_share": how.invalid_rows.max_share if how.invalid_rows.how == "drop" else None,
+        "columns": reading.get("columns") or None,
+        "invalid_rows": rows["how"],
+        "max_invalid_share": rows["max_share"] if rows["how"] == "drop" else None,
     }
 
 

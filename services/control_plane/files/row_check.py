@@ -24,8 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.contract import Reading
 from services.control_plane.core.errors import InvalidRequest, Unavailable
-from services.control_plane.core.leases import take
-from services.control_plane.core.store import Store, refuses_value
+from services.control_plane.core.leases import NOBODY, take
+from services.control_plane.core.store import Store, hold_lease, refuses_value
 from services.control_plane.core.tables import UNCHECKED, File, Lease, reading_of
 from services.control_plane.core.turns import Turns
 from services.control_plane.files.check_program import check_rows
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 IN_PROCESS_BYTES = 4 * 2**20  # checking this many bytes takes 0.1 s, less than starting a process
 AT_ONCE = 4  # the most processes at the same time, each of 90 MiB, even if there are more cores
 AT_ONCE_BYTES = 512 * 2**20  # checking this many bytes takes 12 s; proxies cut responses off after 60 s
+LEAST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 30.0, 3600.0  # after a check that failed
 GIVEN_UP_AFTER = timedelta(days=1)
 LEASE = "check of "  # the name of a file's lease is this text and the file's id
 
@@ -157,7 +158,9 @@ class RowChecker:
         return await _write(session, row, num_checked=self._num_checked.get(row.id, 0))
 
     async def interrupted(self, session: AsyncSession, row: File, error: Exception) -> None:
-        """Does nothing: `claim` refuses the file after a day."""
+        """Postpones the next check of the file. `claim` refuses the file after a day."""
+        age = await session.scalar(select(func.extract("epoch", func.now() - File.created_at)).where(File.id == row.id))
+        await hold_lease(session, self.lease_of(row), NOBODY, seconds=pause_seconds(float(age or 0)))
 
     async def _conclude(self, row: File, **outcome: Any) -> None:
         try:
@@ -194,3 +197,11 @@ def _next(most: int) -> Select[File]:
     leased = exists().where(Lease.name == literal(LEASE) + File.id, Lease.expires_at > func.clock_timestamp())
     query = select(File).join(unchecked, unchecked.c.id == File.id).where(~leased)
     return query.order_by(unchecked.c.place, File.created_at, File.id).limit(most)
+
+
+def pause_seconds(age_seconds: float) -> float:
+    """Returns how many seconds to wait after a failed check of a file of this age.
+
+    The pause is half the age within two limits, so the pauses grow and a file is checked about 30 times in a day.
+    """
+    return min(max(age_seconds / 2, LEAST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)

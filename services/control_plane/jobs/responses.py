@@ -4,9 +4,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from dpo_core.config import Lora
 from dpo_core.methods import COMMON
 from dpo_core.options import LOSS
-from services.contract import Integrations, Reading, Weights
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
     Checkpoint,
@@ -32,21 +32,21 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
     }
     hyperparameters = {**objective, **schedule}
-    # The oldest jobs have no integrations. Jobs of another release may have fields that this release does not know.
-    integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
-    weights = Weights.model_validate(row.spec.get("weights", {}))  # the oldest jobs have no weights
-    wandb = [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb]
-    how = reading_fields(Reading.model_validate(row.spec))
+    # The spec is shown as it is stored, because another release may have stored values that this release refuses.
+    weights, integrations = ({**row.spec.get(name, {})} for name in ("weights", "integrations"))  # the oldest have none
+    adapter, mlflow = weights.get("adapter"), integrations.get("mlflow")
+    wandb = [{**each, "wandb": _without_none(each["wandb"])} for each in integrations.get("wandb", ())]
+    how = reading_fields(row.spec)
     asked = {
         "num_workers": row.spec["num_workers"],
-        "adapter": {"type": "lora", **asdict(weights.adapter)} if weights.adapter else "none",
-        "precision": weights.precision,
-        "quantization": weights.quantization,
+        "adapter": {"type": "lora", **asdict(Lora()), **adapter} if adapter else "none",
+        "precision": weights.get("precision", "float32"),
+        "quantization": weights.get("quantization"),
         "priority": row.priority,
         "validation_share": row.spec.get("validation_share") or None,
         **_selection(row),
-        "tensorboard": integrations.tensorboard,
-        "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
+        "tensorboard": integrations.get("tensorboard", False),
+        "mlflow": mlflow and _without_none(mlflow),
     }
     if rate := config["optim"]["learning_rate"]:
         hyperparameters["learning_rate"] = rate

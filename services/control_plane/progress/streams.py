@@ -178,7 +178,10 @@ class Streams:
         for row in rows:
             watched = looked[row.id]
             watched.add(events[row.id])
-            self._show(watched, row)
+            try:
+                self._show(watched, row)
+            except Exception:  # an error with one job must not stop the streams of others
+                log.exception("The state of job %s could not be sent to the clients that follow it", row.id)
             await watched.news.tell()
 
     def _show(self, watched: Watched, row: Job) -> None:

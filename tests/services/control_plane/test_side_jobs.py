@@ -264,6 +264,18 @@ def test_a_check_that_runs_too_long_is_stopped_and_one_that_was_never_launched_i
     assert sql(settings, running) == []
 
 
+def test_a_late_check_that_ray_fails_to_stop_keeps_no_other_one_running(
+    ray: FakeRay, ask: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, late = sorted(ask(model="tiny", max_length=length).json()["id"] + "-1" for length in (66, 67))
+    sql(settings, "UPDATE checks SET created_at = now() - interval '2 hours'")
+    stop = ray.post
+    monkeypatch.setattr(ray, "post", lambda path, body: (500, "stuck") if stuck in path else stop(path, body))
+    assert sweep(settings) == [late]
+    sweep(settings)
+    assert sql(settings, "SELECT submission_id FROM checks WHERE ended_at IS NULL") == [(stuck,)]
+
+
 def test_what_a_check_left_is_removed_after_a_week(ray: FakeRay, ask: Any, settings: Settings) -> None:
     ask(model="tiny")
     finish(ray, DONE)

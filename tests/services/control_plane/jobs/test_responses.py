@@ -82,6 +82,21 @@ def test_a_job_of_the_oldest_release_lacks_what_came_later(offline: Settings) ->
     assert own["reference"] == {"source": "auto", "model": "tiny"}
 
 
+def test_a_job_of_another_release_is_shown_as_it_is_stored(offline: Settings) -> None:
+    row = job()
+    row.spec |= {
+        "weights": {"adapter": {"r": 3000, "kind": "new"}, "precision": "float4", "quantization": "int2"},
+        "integrations": {"wandb": [{"type": "new", "wandb": {"project": "a", "name": None}}], "mlflow": {"new": 1}},
+        "invalid_rows": {"how": "repair"},
+    }
+    told = job_object(row, offline)
+    assert told["integrations"] == [{"type": "new", "wandb": {"project": "a"}}]
+    extension = told["x_raydpo"]
+    assert extension["adapter"].items() >= {"type": "lora", "r": 3000, "alpha": 64, "kind": "new"}.items()
+    assert (extension["precision"], extension["quantization"]) == ("float4", "int2")
+    assert (extension["mlflow"], extension["invalid_rows"]) == ({"new": 1}, "repair")
+
+
 def test_events_and_checkpoints_have_their_public_ids(offline: Settings) -> None:
     event = Event(
         id=7, public_id="ftevent-1", created_at=AT, level="warn", message="m", type="metrics", data={"step": 1}

@@ -14,6 +14,8 @@ import pytest
 from services.contract import JobEvent, Message
 from services.control_plane.attempts import attempts
 from services.control_plane.core.store import Store, newest_events
+from services.control_plane.core.tables import Job
+from services.control_plane.jobs import responses
 from services.control_plane.progress import streams
 from services.control_plane.progress.streams import Streams
 from services.control_plane.settings import Settings
@@ -143,6 +145,35 @@ def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
             assert b"[DONE]" not in b"".join([frame async for frame in stream])
         task.cancel()
 
+    run(settings, work)
+
+
+def test_a_job_that_cannot_be_shown_stops_the_streams_of_no_other_job(
+    client: openai.OpenAI, settings: Settings, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_id = client.fine_tuning.jobs.retrieve(job_id).training_file
+    other = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method={"type": "dpo"}).id
+    looked_at, other_is_shown = list[str](), asyncio.Event()
+
+    def job_object(row: Job, settings: Settings) -> dict[str, Any]:
+        looked_at.append(row.id)
+        if row.id == looked_at[0]:
+            raise KeyError("a field that this release expects")
+        other_is_shown.set()
+        return responses.job_object(row, settings)
+
+    async def work(store: Store) -> None:
+        hub = Streams(store, settings)
+        follows = [hub.follow(each, 0) for each in (job_id, other)]
+        for each in follows:
+            await anext(each)  # both jobs are read at the same time
+        task = asyncio.create_task(hub.run())
+        await other_is_shown.wait()
+        for each in follows:
+            await each.aclose()
+        task.cancel()
+
+    monkeypatch.setattr(streams, "job_object", job_object)
     run(settings, work)
 
 
