@@ -43,7 +43,10 @@ class Optim:
         Doc("The share of all steps in which the learning rate rises to its highest value."),
     ] = 0.1
     schedule: Annotated[
-        Literal["linear", "cosine", "constant"], Doc("How the learning rate changes after the warm-up.")
+        Literal["linear", "cosine", "constant"],
+        Doc(
+            "How the learning rate changes after the warm-up: linear and cosine lower it towards 0, constant keeps it."
+        ),
     ] = "linear"
     weight_decay: Annotated[
         float, Limit("from 0 to 1", lambda x: 0 <= x <= 1), Doc("How much AdamW pulls the weights towards 0.")

@@ -329,7 +329,7 @@ def run_and_end(spec_uri: str) -> NoReturn:
     try:
         status = main(spec_uri)
     except Exception:
-        logger.exception("The attempt ended with an error that nobody expected")
+        logger.exception("The attempt ended with an unexpected error")
         status = 1
     logging.shutdown()
     sys.stdout.flush()

@@ -238,7 +238,7 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
                     "to float32."
                 )
                 raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
-            report(Message(level="warn", message="The workers compute the reference model's scores instead of vLLM."))
+            report(Message(level="warn", message="The workers, and not vLLM, compute the reference model's scores."))
         except CannotAttach as refusal:
             why = str(getattr(refusal, "cause", refusal))  # Ray's own error has a traceback in its text
             if spec.reference_source == "serve":
@@ -278,7 +278,7 @@ def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, rep
     if rates.pays(trainer, engine, num_tokens):
         return True
     figures = rates.in_words(trainer, engine, num_tokens)
-    report(Message(message=f"The workers compute the reference model's scores instead of vLLM: {figures}."))
+    report(Message(message=f"The workers, and not vLLM, compute the reference model's scores: {figures}."))
     return False
 
 

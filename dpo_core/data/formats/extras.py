@@ -76,7 +76,7 @@ def template_arguments(row: Row) -> dict[str, object] | None:
             raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", what)
         if str(value).casefold() in ("true", "false") and not isinstance(value, bool):
             what = (
-                f"is the text {shown(value)}, and chat templates take any text for true; "
+                f"is the text {shown(value)}, but chat templates treat every text as true; "
                 "write the value without quotes."
             )
             raise row.invalid(pointer_to(("chat_template_kwargs", key)), "wrong_type", what)

@@ -470,7 +470,7 @@ def test_the_trainer_scores_where_the_deployment_departs(
     assert warnings[0].startswith(
         "vLLM and the trainer compute different log-probabilities of the reference model: differences in 24 rows with "
     )
-    assert warnings[1] == "The workers compute the reference model's scores instead of vLLM."
+    assert warnings[1] == "The workers, and not vLLM, compute the reference model's scores."
     released = driver.reports().index(ReferenceReleased())
     assert "scoring" in {report.stage for report in only(Progress, driver.reports()[released:])}
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -483,7 +483,7 @@ def test_a_small_job_does_not_wait_for_an_engine(
     driver = start(make_spec(config=TrainConfig(batch_size=8, n_epochs=1), **given))
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     messages = [report.message for report in only(Message, driver.reports())]
-    assert messages[2].startswith("The workers compute the reference model's scores instead of vLLM: they need about ")
+    assert messages[2].startswith("The workers, and not vLLM, compute the reference model's scores: they need about ")
     assert "and loading vLLM pays only if they need more than 60 s" in messages[2]
     assert not only(ReferenceWanted, driver.reports())
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
