@@ -1,7 +1,6 @@
 """Loads models from folders or hub ids. Refuses a model whose weights are not exactly those that its config asks
 for."""
 
-import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from dpo_core.models.architecture import UnusableModel, decoder_layers, is_reward_model, kind_of, local_part
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,11 +81,6 @@ def read(found: Found) -> PreTrainedModel:
     _check_weights(model, report, source)
     _check_finite(model, source)
     _correct_tying(model)
-    if getattr(found.config.get_text_config(), "output_router_logits", False):
-        sentence = (
-            "The config of %s sets output_router_logits, but training does not add the loss that balances experts."
-        )
-        logger.warning(sentence, source)
     if found.quantization is not None:  # expanded weights are in bfloat16, whatever the dtype of the others
         model.to(model.dtype)
     return cast(PreTrainedModel, model)

@@ -35,6 +35,11 @@ _AT_MOST = {
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
+    # The fields below say which layers have experts; a miniature has only the first layers.
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "moe_layer_start_index": 1,
+    "decoder_sparse_step": 2,
     # The fields below have no effect on texts shorter than their value: windows, chunks between which a state is passed
     # on, the number of keys that sparse attention chooses, and the tokens after which a scale of positions grows.
     "sliding_window": 4,

@@ -70,7 +70,14 @@ def segment_attention(
 
 # Arguments that architectures pass and that do not change what attention computes. Any other argument may change the
 # result, such as a cap of the scores, a sink, a bias or a choice of keys; such an architecture cannot share prompts.
-_CHANGES_NOTHING = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+_CHANGES_NOTHING = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
 
 
 def _suits_flash(query: Tensor, value: Tensor) -> bool:

@@ -38,8 +38,7 @@ class Flops:
             (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
             for prefix_start, prefix_stop, start, stop in batch.segments
         )
-        rows = 0 if len(batch.ends) else len(batch.rows)
-        return self.per_token * len(batch.input_ids) + self.per_row * rows + self.per_seen_token * seen
+        return self.per_token * len(batch.input_ids) + self.per_row * len(batch.rows) + self.per_seen_token * seen
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dpo_core.models.architecture import is_sharded
 from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.batch import Batch, batches_of_like_lengths
 from dpo_core.policy.logps import token_logps
+from dpo_core.policy.routing import Experts, by_completion
 
 LEAST_FILL = 0.75  # the least share of tokens, not padding, in a padded batch
 
@@ -60,23 +61,33 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return inner if inner is not model else getattr(model, "model", model)
 
 
-def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """Computes the R targets of the batch (tokens that count in the loss). Returns two tensors: the log-probability of
-    each target, [R], and whether the target was the likeliest of all tokens, [R].
+class Logps(NamedTuple):
+    """What a language model gives K completions with R targets, which are the tokens that count in the loss."""
+
+    logps: Tensor  # [R] log-probability of each target
+    correct: Tensor  # [R] whether the target was the likeliest token
+    spread: Tensor  # [K, 2N] how routers spread each completion and its prompt over N experts; N is 0 unless asked for
+
+
+def packed_logps(
+    model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool, experts: Experts | None = None
+) -> Logps:
+    """Returns the log-probabilities of the batch's targets and, if `experts` are given, how routers spread its tokens.
 
     `logits` says how the model turns its head's outputs into logits. If completions share prompts (`shared`), one
     forward pass computes all of them. If they do not, completions of similar lengths are padded and computed together.
     """
-    hidden = _hidden(model, batch, shared=shared)
+    states = _states(model, batch, experts, shared=shared)
     head = cast(Any, model).get_output_embeddings()
-    rows = hidden.index_select(0, batch.rows)
-    return token_logps(
+    rows = states.hidden.index_select(0, batch.rows)
+    logps, correct = token_logps(
         rows if logits.scale == 1 else rows * logits.scale,
         head.weight,
         getattr(head, "bias", None),
         batch.targets,
         soft_cap=logits.cap,
     )
+    return Logps(logps, correct, by_completion(batch, states.spread))
 
 
 def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
@@ -86,40 +97,54 @@ def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Ten
     If completions share prompts (`shared`), one forward pass computes all of them. If they do not, completions of
     similar lengths are padded and computed together.
     """
-    hidden = _hidden(model, batch, shared=shared)
+    hidden = _states(model, batch, None, shared=shared).hidden
     outputs: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))
     return outputs.float()
 
 
-def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """Returns the hidden states after the model's last layer, [T, H], for the T tokens of the batch. `shared` says
-    whether the completions of a prompt share one copy of it."""
+class _States(NamedTuple):
+    """What a model's decoder computes for T tokens. The first dimension may be split into rows of a padded batch."""
+
+    hidden: Tensor  # [T, H] hidden states after the last layer
+    spread: Tensor  # [T, 2N] how routers spread each token over N experts; N is 0 unless asked for
+
+
+def _states(model: PreTrainedModel, batch: Batch, experts: Experts | None, *, shared: bool) -> _States:
+    """Runs the model's decoder on the T tokens of the batch. `shared` says whether the completions of a prompt share
+    one copy of it."""
     if not shared:
-        return _hidden_apart(model, batch)
+        return _states_apart(model, batch, experts)
     with shared_prompts(model):
-        hidden: Tensor = decoder(model)(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            segments=batch.segments,
-            use_cache=False,
-        ).last_hidden_state[0]
-    return hidden
+        states = _decode(
+            model, experts, batch.input_ids[None], position_ids=batch.position_ids[None], segments=batch.segments
+        )
+    return _States(states.hidden[0], states.spread[0])
 
 
-def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns the hidden states after the model's last layer, [T, H], for the T tokens of a batch in which each segment
-    (range of tokens) holds its own prompt. Segments of similar lengths are padded and computed together.
+def _states_apart(model: PreTrainedModel, batch: Batch, experts: Experts | None) -> _States:
+    """Runs the model's decoder on the T tokens of a batch in which each segment (range of tokens) holds its own prompt.
+    Segments of similar lengths are padded and computed together.
 
     In a causal model, padding after a segment does not change the segment's hidden states.
     """
     lengths = [segment.stop - segment.start for segment in batch.segments]
     streams = batch.input_ids.split_with_sizes(lengths)
-    states_by_segment: dict[int, Tensor] = {}
+    states_by_segment: dict[int, tuple[Tensor, Tensor]] = {}
     for places in batches_of_like_lengths(lengths, 0.0 if is_sharded(model) else LEAST_FILL):
-        ids = pad_sequence([streams[i] for i in places], batch_first=True)
-        states = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-        states_by_segment |= {i: state[: lengths[i]] for i, state in zip(places, states, strict=True)}
-    return torch.cat([states_by_segment[i] for i in range(len(lengths))])
+        states = _decode(model, experts, pad_sequence([streams[i] for i in places], batch_first=True))
+        for i, hidden, spread in zip(places, *states, strict=True):
+            states_by_segment[i] = hidden[: lengths[i]], spread[: lengths[i]]
+    hiddens, spreads = zip(*(states_by_segment[i] for i in range(len(lengths))), strict=True)
+    return _States(torch.cat(hiddens), torch.cat(spreads))
+
+
+def _decode(model: PreTrainedModel, experts: Experts | None, input_ids: Tensor, **arguments: object) -> _States:
+    """Runs the model's decoder on a batch of token ids, [B, L]. The results have B and L as first dimensions."""
+    if experts is None:
+        hidden = decoder(model)(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+        return _States(hidden, hidden.new_zeros(*input_ids.shape, 0))
+    outputs = decoder(model)(input_ids=input_ids, use_cache=False, output_router_logits=True, **arguments)
+    return _States(outputs.last_hidden_state, experts.spread(outputs.router_logits).view(*input_ids.shape, -1))
 
 
 def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -131,18 +156,19 @@ def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     return outputs.float()
 
 
-def plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Computes the R targets of the batch (tokens that count in the loss) with the model's own forward, one completion
-    after the other. Returns two tensors: the log-probability of each target, [R], and whether the target was the
-    likeliest of all tokens, [R]."""
-    logps, correct = [], []
+def plain_logps(model: PreTrainedModel, batch: Batch, *, experts: Experts | None = None) -> Logps:
+    """Returns the log-probabilities of the batch's targets and, if `experts` are given, how routers spread its tokens.
+    The model's own forward computes the completions one after the other."""
+    logps, correct, spreads = [], [], []
     rows, targets = batch.rows, batch.targets
     sizes = batch.num_completion_tokens.tolist()
+    asked = {"output_router_logits": True} if experts else {}
     for segment, segment_rows, ids in zip(
         batch.segments, rows.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True
     ):
-        stream = batch.input_ids[None, segment.start : segment.stop]
-        logits = model(input_ids=stream, use_cache=False).logits[0, segment_rows - segment.start].float()
+        outputs = model(input_ids=batch.input_ids[None, segment.start : segment.stop], use_cache=False, **asked)
+        logits = outputs.logits[0, segment_rows - segment.start].float()
         logps.append(logits.log_softmax(1).gather(1, ids[:, None])[:, 0])
         correct.append(logits.argmax(1) == ids)
-    return torch.cat(logps), torch.cat(correct)
+        spreads.append(experts.spread(outputs.router_logits).sum(0) if experts else logits.new_zeros(0))
+    return Logps(torch.cat(logps), torch.cat(correct), torch.stack(spreads))

@@ -54,7 +54,8 @@ class Measures:
     completions). The completions are listed group by group, the best first.
 
     `table` is [K, NUM_MEASURES]: a row for each completion. The columns are LOGPS, HEAD_LOGPS and NUM_CORRECT for a
-    policy, and REWARD and LOG_VARIANCE for a reward model.
+    policy, and REWARD and LOG_VARIANCE for a reward model. For a mixture of N experts
+    that training balances, 2N more columns follow, see `spread`.
     """
 
     def __init__(self, groups: Sequence[EncodedGroup], table: Tensor) -> None:
@@ -128,6 +129,12 @@ class Measures:
         """For each of K completions, [K], the number of its tokens that the policy found the likeliest of all
         tokens."""
         return self.table[:, NUM_CORRECT]
+
+    @property
+    def spread(self) -> Tensor:
+        """How routers spread the completions and their prompts over N experts: 2N sums for each completion, see
+        `Experts.spread`. The sums are 0 for completions that answer another prompt than their group's."""
+        return self.table[:, NUM_MEASURES:] * ~self.ratings.isnan()[:, None]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:
         """Returns `values`, one for each completion, as a matrix with a row for each group (a prompt with its

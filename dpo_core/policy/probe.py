@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_core.encoding.encode import EncodedGroup
@@ -14,6 +15,8 @@ from dpo_core.models.architecture import UnusableModel, is_reward_model
 from dpo_core.models.miniature import miniature, ropes
 from dpo_core.policy.batch import Batch, collate
 from dpo_core.policy.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
+from dpo_core.policy.measures import NUM_MEASURES, Measures
+from dpo_core.policy.routing import Experts, experts_of
 
 TOLERATED = 1e-4  # allowed difference in float32, relative to the larger of 1 and the largest answer
 NUM_TOKENS = 30  # in the example: more than the windows and chunks of a miniature
@@ -31,6 +34,8 @@ class Manner:
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
     no_batches: str = ""  # why each completion needs a forward of its own; empty: batches work
+    experts: Experts | None = None  # those that training balances
+    no_balance: str = ""  # why training does not balance experts, although the model's config says that it does
 
 
 @torch.no_grad()
@@ -58,7 +63,10 @@ def probe(model: PreTrainedModel) -> Manner:
     no_batches = stretched or coarse
     if no_sharing and not no_batches:
         no_batches, place = _try_packs(subject, shared=False)
-    return Manner(readings(config)[place], no_sharing, no_batches)
+    no_balance = _try_balance(subject) if experts_of(model) else ""
+    return Manner(
+        readings(config)[place], no_sharing, no_batches, None if no_balance else experts_of(model), no_balance
+    )
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
@@ -109,20 +117,38 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
     """
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
-    plain = plain_rewards(model, unshared) if rewards else plain_logps(model, unshared)[0]
+    plain = plain_rewards(model, unshared) if rewards else plain_logps(model, unshared).logps
     differences = []
     for place, logits in enumerate(candidates):
         try:
             if rewards:
                 answer = packed_rewards(model, packed, shared=shared)
             else:
-                answer, _ = packed_logps(model, packed, logits, shared=shared)
+                answer = packed_logps(model, packed, logits, shared=shared).logps
         except REFUSALS as error:
             return f"{type(error).__name__}: {error}", 0
         differences.append(_difference(answer, plain))
         if differences[-1] <= _tolerated(model, plain):
             return "", place
     return f"its log-probabilities would differ by {differences[0]:.2g}", 0
+
+
+def _try_balance(model: PreTrainedModel) -> str:
+    """Compares the load-balancing loss of a small example with the loss that the model's own forward returns. Returns
+    how the two differ; empty if they agree."""
+    ids, experts = _ids(model), experts_of(model)
+    assert experts is not None
+    try:
+        inputs = torch.tensor([ids], device=model.device)
+        outputs = model(input_ids=inputs, use_cache=False, output_router_logits=True)
+        if not outputs.router_logits:
+            return "a small copy of the model has no routers"
+        spread = experts.spread(outputs.router_logits).sum(0)[None]
+    except REFUSALS as error:
+        return f"{type(error).__name__}: {error}"
+    measures = Measures([EncodedGroup(ids[:9], (ids[9:],), None, 1)], pad(spread, (NUM_MEASURES, 0)))
+    difference = _difference(experts.loss(measures), outputs.aux_loss)
+    return f"it would differ by {difference:.2g}" if difference > _tolerated(model, outputs.aux_loss) else ""
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:

@@ -15,7 +15,7 @@ from dpo_core.models.architecture import is_reward_model, is_sharded
 from dpo_core.models.model import adapter_off, check_policy
 from dpo_core.policy.admission import admit
 from dpo_core.policy.batch import Batch, collate, plan
-from dpo_core.policy.forward import packed_logps, packed_rewards, plain_logps, plain_rewards
+from dpo_core.policy.forward import Logps, packed_logps, packed_rewards, plain_logps, plain_rewards
 from dpo_core.policy.measures import NUM_MEASURES
 from dpo_core.policy.probe import probe
 
@@ -30,9 +30,12 @@ class Scorer(nn.Module):
     this: it compares the results on a few tokens with those of the model's own forward. If the results differ, every
     completion follows its own copy of the prompt, and completions are computed in padded batches of similar lengths, or
     one at a time.
+
+    With `balances`, the scorer also measures how a mixture of experts spreads tokens over its experts, if the model's
+    config says that training balances them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, balances: bool = False) -> None:
         super().__init__()
         check_policy(model)
         self.model = model
@@ -40,6 +43,10 @@ class Scorer(nn.Module):
         self.rewards = is_reward_model(model)
         self.manner = probe(model)
         self.shares_prompts, self.takes_batches = not self.manner.no_sharing, not self.manner.no_batches
+        self.experts = self.manner.experts if balances else None
+        if balances and self.manner.no_balance:
+            sentence = "The load-balancing loss of %s's experts is not added: %s."
+            logger.warning(sentence, type(model).__name__, self.manner.no_balance)
         if no_batches := self.manner.no_batches:
             way = f"one row at a time ({no_batches})"
         else:
@@ -76,7 +83,14 @@ class Scorer(nn.Module):
 
     def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
         """Returns the groups (prompts with their completions) as one batch on the model's device."""
-        return collate(groups, share_prompts=self.shares_prompts, with_ends=self.rewards).to(self.model.device)
+        with_ends = self.rewards or self.experts is not None
+        return collate(groups, share_prompts=self.shares_prompts, with_ends=with_ends).to(self.model.device)
+
+    def table(self, groups: Sequence[EncodedGroup]) -> Tensor:
+        """Returns a table of zeros with a row for each completion of the groups (prompts with their completions), and
+        the columns that `forward` fills."""
+        columns = NUM_MEASURES + (2 * self.experts.number if self.experts else 0)
+        return torch.zeros(sum(len(g.completion_ids) for g in groups), columns, device=self.model.device)
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the log-probabilities or rewards of the completions in the batch. Returns [K, NUM_MEASURES] float32:
@@ -86,14 +100,16 @@ class Scorer(nn.Module):
         - the log-probability of the completion's first tokens: as many as the shortest completion of its group has
         - the number of its tokens that the model found the likeliest of all tokens
 
-        For a reward model the columns are the outputs of the model's head, followed by zeros.
+        For a reward model the columns are the outputs of the model's head, followed by zeros. If the scorer measures
+        how N experts are used, 2N more columns follow, see `Experts.spread`.
         """
         if self.rewards:
             outputs = self._outputs(batch)
             return pad(outputs, (0, NUM_MEASURES - outputs.shape[1]))
-        logps, correct = self.token_logps(batch)
+        logps, correct, spread = self._logps(batch)
         columns = torch.stack([logps, logps * batch.in_head, correct.to(logps.dtype)], 1)
-        return columns.new_zeros(batch.num_completions, NUM_MEASURES).index_add(0, batch.completion_of_row, columns)
+        sums = columns.new_zeros(batch.num_completions, NUM_MEASURES).index_add(0, batch.completion_of_row, columns)
+        return torch.cat([sums, spread], 1) if self.experts else sums
 
     def _outputs(self, batch: Batch) -> Tensor:
         if not self.takes_batches:
@@ -103,9 +119,14 @@ class Scorer(nn.Module):
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Computes the R targets of the batch (tokens that count in the loss). Returns two tensors: the log-probability
         of each target, [R], and whether the target was the likeliest of all tokens, [R]."""
+        logps, correct, _ = self._logps(batch)
+        return logps, correct
+
+    def _logps(self, batch: Batch) -> Logps:
         if not self.takes_batches:
-            return plain_logps(self.model, batch)
-        return packed_logps(self.model, batch, self.manner.logits, shared=self.shares_prompts)
+            return plain_logps(self.model, batch, experts=self.experts)
+        shared = self.shares_prompts
+        return packed_logps(self.model, batch, self.manner.logits, shared=shared, experts=self.experts)
 
 
 @torch.no_grad()

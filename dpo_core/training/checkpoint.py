@@ -300,7 +300,7 @@ def _check_adapter(folder: Path, policy: Any) -> None:
 # The keys of a config that do not affect what the model computes, such as its folder and its initialization.
 _IRRELEVANT = re.compile(
     r"_name_or_path|architectures|dtype|transformers_version|use_cache|quantization_config|(pad|bos|eos)_token_id"
-    r"|.*(initializer|dropout|pdrop|aux_loss).*|output_router_logits"
+    r"|.*(initializer|dropout|pdrop).*|output_router_logits"
 )
 
 

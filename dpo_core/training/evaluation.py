@@ -12,9 +12,10 @@ from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.objectives.losses import Statistics, check_groups
 from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.options import Objective
-from dpo_core.policy.measures import NUM_MEASURES, Measures
+from dpo_core.policy.measures import Measures
+from dpo_core.policy.routing import balance_metrics
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.gradients import check_agreement, make_packs, share_of_loss
+from dpo_core.training.gradients import check_agreement, loss_of_batch, make_packs
 from dpo_core.training.ranks import all_reduce_sum
 
 Batches = Iterable[Sequence[EncodedGroup]]
@@ -37,7 +38,7 @@ def evaluate(
     for groups in batches:
         check_groups(objective, groups)
         check_agreement(groups, "groups to evaluate on", scorer.model.device)
-        table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
+        table = scorer.table(groups)
         for pack in make_packs(scorer, groups, max_tokens_per_pack=max_tokens_per_pack):
             table[pack.places] = scorer(pack.batch)[: len(pack.places)]
         if isinstance(scorer, FSDPModule):
@@ -49,10 +50,9 @@ def evaluate(
     table = torch.cat(tables)
     all_reduce_sum(table)
     measures = Measures(seen, table.cpu())  # comparing many large rankings may need more memory than a GPU has
-    loss = share_of_loss(objective, measures, seen, _Frozen(**vars(statistics)))
-    return {
-        f"eval/{key}": value.item() for key, value in {"loss": loss, **compute_metrics(objective, measures)}.items()
-    }
+    loss = loss_of_batch(objective, scorer.experts, measures, _Frozen(**vars(statistics)))
+    metrics = {"loss": loss, **compute_metrics(objective, measures), **balance_metrics(scorer.experts, measures)}
+    return {f"eval/{key}": value.item() for key, value in metrics.items()}
 
 
 class _Frozen(Statistics):

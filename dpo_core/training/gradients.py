@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +19,8 @@ from dpo_core.models.architecture import is_sharded
 from dpo_core.objectives.losses import Statistics, denominator, losses
 from dpo_core.options import Objective
 from dpo_core.policy.batch import Batch
-from dpo_core.policy.measures import NUM_MEASURES, Measures
+from dpo_core.policy.measures import Measures
+from dpo_core.policy.routing import Experts
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memory
 
@@ -78,10 +80,10 @@ def backward(
 
     Raises MemoryRanOut on all ranks if memory ran out on one rank; gradients and `statistics` are then incomplete.
     """
-    table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
-    run = _backward_of_whole_batch if objective.traits.needs_whole_batch else _backward_by_pack
+    by_pack = scorer.experts is None and not objective.traits.needs_whole_batch
+    run = _backward_by_pack if by_pack else _backward_of_whole_batch
     with _dropout(scorer.model):
-        return run(objective, scorer, groups, packs, statistics, table)
+        return run(objective, scorer, groups, packs, statistics, scorer.table(groups))
 
 
 @contextmanager
@@ -128,7 +130,8 @@ def _backward_by_pack(
             slope = torch.zeros_like(measured)
             if pack.groups:
                 table[pack.places] = measured.detach()
-                _, slope = _differentiate(objective, Measures(pack.groups, measured.detach()), groups, statistics)
+                loss_of = partial(share_of_loss, objective, global_batch=groups, statistics=statistics)
+                _, slope = _differentiate(loss_of, Measures(pack.groups, measured.detach()))
             measured.backward(slope)
 
     _guard(scorer, compute)
@@ -146,7 +149,8 @@ def _backward_of_whole_batch(
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
     """Computes the gradient of the loss: first the forward passes of all packs, then the backward passes. Works also
-    for an objective that compares completions of different packs. A pack is the groups of one forward pass.
+    for an objective that compares completions of different packs, and for a loss that balances experts: how much a
+    token's probabilities count depends on how all tokens are spread. A pack is the groups of one forward pass.
 
     The forward pass of each pack is repeated before its backward pass, unless there is only one pack. Adds the gradient
     to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of all completions,
@@ -172,7 +176,7 @@ def _backward_of_whole_batch(
     _guard(scorer, measure)
     all_reduce_sum(table)
     measures = Measures(groups, table)
-    loss, slopes = _differentiate(objective, measures, groups, statistics)
+    loss, slopes = _differentiate(partial(loss_of_batch, objective, scorer.experts, statistics=statistics), measures)
     _guard(scorer, differentiate)
     return measures, loss
 
@@ -189,14 +193,11 @@ def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
         within_memory(compute, scorer.model.device)
 
 
-def _differentiate(
-    objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
-) -> tuple[Tensor, Tensor]:
-    """Returns two values: what the groups (prompts with their completions) in `measures` contribute to the loss of the
-    global batch, and the gradient of this contribution with respect to the measures (log-probabilities or rewards) of
-    their completions."""
+def _differentiate(loss_of: Callable[[Measures], Tensor], measures: Measures) -> tuple[Tensor, Tensor]:
+    """Returns two values: the loss that `loss_of` computes from `measures`, and its gradient with respect to the
+    measures (log-probabilities or rewards) of all completions."""
     leaf = measures.table.clone().requires_grad_()
-    loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
+    loss = loss_of(Measures(measures.groups, leaf))
     (slope,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), slope
 
@@ -209,6 +210,13 @@ def share_of_loss(
     with its completions."""
     loss_per_group = losses(objective, measures, statistics) * measures.weights
     return loss_per_group.sum() / denominator(objective, global_batch)
+
+
+def loss_of_batch(objective: Objective, experts: Experts | None, measures: Measures, statistics: Statistics) -> Tensor:
+    """Returns the loss of the global batch whose groups (prompts with their completions) are in `measures`. The
+    load-balancing loss of the experts that training balances is added."""
+    loss = share_of_loss(objective, measures, measures.groups, statistics)
+    return loss if experts is None else loss + experts.coefficient * experts.loss(measures)
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:

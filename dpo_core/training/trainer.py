@@ -29,6 +29,7 @@ from dpo_core.plan.positions import check_max_length
 from dpo_core.policy.admission import admit, last_position
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.measures import Measures
+from dpo_core.policy.routing import balance_metrics
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.checkpoint_writer import Publish, Writer
@@ -190,7 +191,7 @@ class _Run:
         first = list(islice(batches, 1))  # the groups on which `plan_memory` measures memory
         self.batches = chain(first, batches)
         agree_on_weights(policy)
-        self.scorer = Scorer(policy)
+        self.scorer = Scorer(policy, balances=True)
         self.matmul_rate = matmul_rate(policy.dtype, device)
         shard(self.scorer, config.sharding)
         saved = resume / "model" if resume and is_unread(policy) and not has_adapter(policy) else None
@@ -243,7 +244,8 @@ class _Run:
         check_agreement(groups, f"global batches for step {self.step}", scorer.model.device)
         packs, measures, loss = self._backward(groups)
         grad_norm = self.weights.collect_gradients(optim.max_grad_norm)
-        scalars = {"loss": loss, **compute_metrics(objective, measures), "grad_norm": grad_norm}
+        balance = balance_metrics(scorer.experts, measures)
+        scalars = {"loss": loss, **compute_metrics(objective, measures), **balance, "grad_norm": grad_norm}
         metrics = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
         rate = learning_rate(optim, self.step, self.total_steps)
         if not _not_finite(metrics):

@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.policy.scorer import score_reference
@@ -63,6 +70,20 @@ def build_policy(seed: int = 0, **overrides: object) -> PreTrainedModel:
     """Returns a random two-layer Llama. Its weights are large, so that a wrong mask or position shows."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(SIZES | {"initializer_range": 0.3} | overrides))).eval()
+
+
+def build_mixture(kind: str = "mixtral", seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """Returns a random mixture of four experts, of which each token is sent to two. The load-balancing loss counts more
+    than by default, so that a wrong one shows."""
+    counts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    more = {"sliding_window": None, "router_aux_loss_coef": 0.1, "initializer_range": 0.3}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | counts | more | overrides))).eval()
+
+
+@pytest.fixture(scope="session")
+def make_mixture() -> Callable[..., PreTrainedModel]:
+    return build_mixture
 
 
 @pytest.fixture(scope="session")

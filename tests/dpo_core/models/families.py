@@ -205,6 +205,7 @@ class Found:
     prompts: str  # how completions get at theirs
     reason: str = ""  # why not faster, or why the family is refused
     adapted: str = ""  # the layers that the default adapter is put on
+    balanced: bool = False  # whether training balances the experts
 
 
 def examine(family: str) -> Found:
@@ -231,7 +232,8 @@ def examine(family: str) -> Found:
         found = cast(Any, adapted).peft_config["default"]
         targets = {name.rpartition(".")[2] for name in found.target_modules} | set(found.target_parameters or ())
         prompts = "shared" if scorer.shares_prompts else "behind copies" if scorer.takes_batches else "one at a time"
-        return Found(prompts, scorer.manner.no_batches or scorer.manner.no_sharing, ", ".join(sorted(targets)))
+        reason, balanced = scorer.manner.no_batches or scorer.manner.no_sharing, scorer.manner.experts is not None
+        return Found(prompts, reason, ", ".join(sorted(targets)), balanced)
 
 
 def _train(base: Path, groups: list[EncodedGroup], folder: Path, *, adapter: Lora | None) -> None:
@@ -294,18 +296,18 @@ completion has its own copy, in padded batches. *one at a time*: each completion
 mask alone, or positions that stretch with the text end the sharing. **Adapter** names the linear layers, or stacked
 weights of experts, that `Lora()` adapts by default.
 
-Experts are trained by the objective alone: a router's load-balancing loss is not added, whatever `router_aux_loss_coef`
-is. TRL adds it. A model whose config has `output_router_logits` is told so in a warning when it is loaded.
+**Balanced** says whether the [load-balancing loss](objectives.md#mixtures-of-experts) of a mixture of experts is added.
+It is, if transformers defines it for the family, and the config's `router_aux_loss_coef` is not 0.
 
-| Family | Prompts | Why | Adapter |
-|---|---|---|---|
+| Family | Prompts | Why | Adapter | Balanced |
+|---|---|---|---|---|
 """
 
 
 def row(family: str, found: Found) -> str:
     reason = re.sub(r"( by [\d.e+-]+|^ValueError: )", "", found.reason).partition(";")[0].rstrip(".").replace("|", "/")
     adapted = ", ".join(f"`{name}`" for name in found.adapted.split(", ") if name)
-    return f"| {family} | {found.prompts} | {reason} | {adapted} |\n"
+    return f"| {family} | {found.prompts} | {reason} | {adapted} | {'yes' if found.balanced else ''} |\n"
 
 
 def main() -> None:

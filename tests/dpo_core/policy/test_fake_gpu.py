@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -20,6 +21,8 @@ from dpo_core.policy import attention, logps
 from dpo_core.policy.batch import collate
 from dpo_core.policy.forward import packed_logps, readings
 from dpo_core.policy.logps import token_logps
+from dpo_core.policy.measures import NUM_MEASURES, Measures
+from dpo_core.policy.routing import Experts, by_completion
 from tests.dpo_core.conftest import SIZES, build_groups
 
 DEVICE = torch.device("meta")
@@ -90,7 +93,7 @@ def test_a_pack_goes_through_the_kernels_of_a_gpu_and_back_and_waits_for_nothing
     if ADAPTERS[adapter]:
         attach(model, ADAPTERS[adapter], task_type="CAUSAL_LM")
     with on_the_device(model) as calls:
-        found, correct = packed(model, batch)
+        found, correct, _ = packed(model, batch)
         found.sum().backward()
     assert {FLASH, FLASH_BACKWARD, WIDE_PRODUCT} <= calls.seen
     assert {found.device, correct.device} == {DEVICE}
@@ -105,10 +108,23 @@ def test_a_pack_goes_through_the_kernels_of_a_gpu_and_back_and_waits_for_nothing
 def test_float32_goes_segment_by_segment_and_stays_on_the_device(batch, gpu):
     model = AutoModelForCausalLM.from_config(CONFIGS["with windows"]).eval()
     with on_the_device(model, torch.float32) as calls:
-        found, _ = packed(model, batch)
+        found = packed(model, batch).logps
         found.sum().backward()
     assert not {FLASH, WIDE_PRODUCT} & calls.seen
     assert (found.device, found.dtype) == (DEVICE, torch.float32)
+
+
+def test_the_loss_that_balances_experts_waits_for_nothing():
+    groups, experts = build_groups(4, 3), Experts(number=8, chosen=2, coefficient=0.1)
+    batch = collate(groups, with_ends=True).to(DEVICE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shape = len(batch.input_ids), experts.number
+        logits = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(2)]
+        table = pad(by_completion(batch, experts.spread(logits)), (NUM_MEASURES, 0))
+        loss = experts.loss(Measures(groups, table))
+        loss.backward()
+    assert (table.shape, loss.device, loss.dtype) == ((12, NUM_MEASURES + 16), DEVICE, torch.float32)
+    assert all(layer.grad.dtype == torch.bfloat16 for layer in logits)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 30.0])

@@ -58,10 +58,11 @@ def unseen(batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_forward_and_backward_take_the_counted_operations(name, make_groups):
+@pytest.mark.parametrize("with_ends", [False, True], ids=["", "with the last tokens"])
+def test_a_forward_and_backward_take_the_counted_operations(name, with_ends, make_groups):
     """Both counts are equal. Both count the head's tiles and attention's scores twice."""
     policy = AutoModelForCausalLM.from_config(MODELS[name]).eval()
-    batch, flops = collate(make_groups(6, 4)), Flops(policy)
+    batch, flops = collate(make_groups(6, 4), with_ends=with_ends), Flops(policy)
     assert flops.count(batch) + flops.per_seen_token * unseen(batch) == counted(policy, batch)
 
 

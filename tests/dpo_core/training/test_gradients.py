@@ -16,6 +16,8 @@ from dpo_core.objectives.losses import Statistics
 from dpo_core.options import Aot, Dpo
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.gradients import backward, make_packs, share_of_loss
+from dpo_core.training.pack_size import checkpoint_activations
+from tests.dpo_core.policy.test_routing import own_loss
 
 DPO, AOT = Dpo(beta=0.5), Aot(beta=0.5)
 WEIGHTS = (1.0, 2.0, 0.5, 1.0, 1.0, 3.0, 1.0, 1.0)
@@ -60,6 +62,47 @@ def test_a_loss_over_the_whole_batch_does_not_depend_on_packs(policy, groups):
         found.append((loss, measures.table, [p.grad.clone() for p in policy.parameters()]))
         torch.testing.assert_close(loss, share_of_loss(AOT, measures, groups, Statistics()))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shared", "adapter", "recomputed"),
+    [
+        (40, True, None, False),
+        (90, False, None, False),
+        (90, True, None, True),
+        (8192, True, None, True),
+        (40, True, Lora(r=4), True),
+        (8192, False, Lora(r=4), False),
+    ],
+)
+def test_experts_are_balanced_over_the_whole_batch(
+    tokens, shared, adapter, recomputed, make_mixture, groups, plain_token_logps, tmp_path
+):
+    """The oracle is transformers' loss of one batch that holds all completions with their prompts. An adapter leaves
+    the routers frozen, and the loss reaches it through what the routers read."""
+    make_mixture("qwen3_moe", router_aux_loss_coef=10.0).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, adapter=adapter)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    scorer = Scorer(policy, balances=True)
+    assert scorer.shares_prompts
+    scorer.shares_prompts = shared
+    packs = make_packs(scorer, groups, max_tokens_per_pack=tokens)
+    assert (len(packs) == 1) == (tokens == 8192)
+    undo = checkpoint_activations(scorer) if recomputed else lambda: None
+    _, loss = backward(DPO, scorer, groups, packs, Statistics())
+    undo()
+    ours = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    without, _ = whole_loss(policy, groups, plain_token_logps)
+    expected = without + 10 * own_loss(policy, groups)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-4)
+    theirs = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert any("router" in name or name.endswith("mlp.gate.weight") for name in ours) == (adapter is None)
 
 
 def test_gradients_are_added_to_those_that_are_there(policy, groups):

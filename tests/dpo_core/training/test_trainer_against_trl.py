@@ -104,6 +104,36 @@ def test_twenty_steps_are_those_of_trl(make_policy, tokenizer, scored, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_twenty_steps_of_a_mixture_of_experts_are_those_of_trl(kind, make_mixture, tokenizer, scored, tmp_path):
+    """TRL balances the experts over each padded batch, which here is the global batch. We cut it into packs."""
+    ours, theirs, reference = (make_mixture(kind, seed, initializer_range=0.1) for seed in (0, 0, 1))
+    expected = train_with_trl(theirs, reference, tokenizer, tmp_path / "trl")
+    groups = scored(
+        [encode_group(group, tokenizer) for group in read_groups([json.dumps(row).encode() for row in ROWS])],
+        make_mixture(kind, 1, initializer_range=0.1),
+    )
+    config = TrainConfig(
+        objective=o.Dpo(beta=BETA),
+        optim=Optim(learning_rate=RATE, warmup_ratio=0.0),
+        batch_size=BATCH_SIZE,
+        n_epochs=STEPS // 2,
+        max_length=64,
+        max_tokens_per_pack=64,  # several packs to a step
+        checkpoint_steps=STEPS,
+    )
+    batches = [groups[:BATCH_SIZE], groups[BATCH_SIZE:]] * (STEPS // 2)
+    found = list(train(config, ours, tokenizer, batches, total_steps=STEPS, checkpoint_dir=tmp_path / "ours"))
+    for own, other in zip(found, expected, strict=True):
+        for key in ("loss", "aux_loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+            assert own.metrics[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), (own.step, key)
+        assert own.metrics["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-4)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"]
 )

@@ -71,6 +71,11 @@ CASES = {
         2, replace(CONFIG, sharding="full"), adapter=Lora(r=4), dtype=torch.bfloat16, in_parts=True
     ),
     "parts that are copies": Case(2, CONFIG, in_parts=True),
+    "copies of a mixture": Case(2, CONFIG, model="mixture"),
+    "shards of a mixture": Case(2, replace(CONFIG, sharding="full", activation_checkpointing="on"), model="mixture"),
+    "parts of a mixture with an adapter": Case(
+        2, replace(CONFIG, sharding="full"), adapter=Lora(r=4), model="mixture", in_parts=True
+    ),
     "four shards": Case(4, replace(CONFIG, sharding="full")),
     "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
 }
@@ -198,11 +203,12 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
+def home(make_policy, make_mixture, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
     """Runs all cases on all ranks, and returns the folder of what they left."""
     home = tmp_path_factory.mktemp("ranks")
     make_policy().save_pretrained(home / "model")
     Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(home / "capped model")
+    make_mixture().save_pretrained(home / "mixture")
     tokenizer.save_pretrained(home / "model")
     (home / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
     for name in IN_HALVES:
