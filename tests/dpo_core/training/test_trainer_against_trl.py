@@ -6,13 +6,17 @@ The policy differs from the reference. If they were equal, any code would return
 import importlib
 import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
@@ -22,7 +26,8 @@ from dpo_core.data.feedback import read_groups
 from dpo_core.data.groups import Group
 from dpo_core.encoding.encode import EncodedGroup, encode_group
 from dpo_core.models.model import load_policy, load_reward_model
-from dpo_core.training.trainer import train
+from dpo_core.models.quantization import round_to_nf4
+from dpo_core.training.trainer import StepResult, train
 
 STEPS, BATCH_SIZE, BETA, RATE = 20, 4, 0.1, 3e-4
 
@@ -132,26 +137,39 @@ def test_twenty_steps_of_a_mixture_of_experts_are_those_of_trl(kind, make_mixtur
         torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-3, atol=1e-4)
 
 
+def agree(found: list[StepResult], expected: list[dict[str, float]], tolerance: float) -> bool:
+    return all(
+        own.metrics[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance)
+        for own, other in zip(found, expected, strict=True)
+        for key in ("loss", "rewards/margins", "logps/chosen", "logps/rejected")
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"]
+    ("dtype", "quantization", "tolerance"),
+    [(torch.float32, None, 1e-4), (torch.bfloat16, None, 3e-2), (torch.float32, "nf4", 1e-4)],
+    ids=["float32", "bfloat16", "nf4"],
 )
-def test_twenty_steps_of_an_adapter_are_those_of_trl(dtype, tolerance, make_policy, tokenizer, scored, tmp_path):
-    """Training starts from a trained adapter, which as it was is also the reference. TRL computes in float32 in both
-    cases."""
+def test_twenty_steps_of_an_adapter_are_those_of_trl(
+    dtype, quantization, tolerance, make_policy, tokenizer, scored, tmp_path
+):
+    """Training starts from a trained adapter, which as it was is also the reference. TRL computes in float32 in all
+    cases, on a base that for NF4 is rounded. A wrong sign or scale of the adapter, of its gradient or of NF4's blocks
+    goes beyond the tolerance."""
     make_policy(0, initializer_range=0.1).save_pretrained(tmp_path / "base")
-    options = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), options)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if quantization:
+        round_to_nf4(base)
+    theirs = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     torch.manual_seed(0)
     for name, weight in theirs.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     theirs.save_pretrained(tmp_path / "adapter")
     expected = train_with_trl(theirs, None, tokenizer, tmp_path / "trl")
-    ours, reference = (load_policy(tmp_path / "base", adapter=tmp_path / "adapter", dtype=dtype) for _ in range(2))
     encoded = [encode_group(group, tokenizer) for group in read_groups([json.dumps(row).encode() for row in ROWS])]
-    groups = scored(encoded, reference.requires_grad_(False))
     config = TrainConfig(
         objective=o.Dpo(beta=BETA),
         optim=Optim(learning_rate=RATE, warmup_ratio=0.0),
@@ -159,12 +177,49 @@ def test_twenty_steps_of_an_adapter_are_those_of_trl(dtype, tolerance, make_poli
         n_epochs=STEPS // 2,
         checkpoint_steps=STEPS,
     )
-    batches = [groups[:BATCH_SIZE], groups[BATCH_SIZE:]] * (STEPS // 2)
-    found = list(train(config, ours, tokenizer, batches, total_steps=STEPS, checkpoint_dir=tmp_path / "ours"))
-    assert abs(expected[-1]["loss"] - expected[0]["loss"]) > 5 * tolerance  # so there is something to compare
-    for own, other in zip(found, expected, strict=True):
-        for key in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
-            assert own.metrics[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (own.step, key)
+
+    def run(spoil: Callable[[nn.Module], object], rows: list[EncodedGroup] = encoded) -> list[StepResult]:
+        ours, reference = (
+            load_policy(tmp_path / "base", adapter=tmp_path / "adapter", dtype=dtype, quantization=quantization)
+            for _ in range(2)
+        )
+        with torch.no_grad():
+            for policy in (ours, reference):
+                for module in policy.modules():
+                    spoil(module)
+        groups = scored(rows, reference.requires_grad_(False))
+        batches = [groups[:BATCH_SIZE], groups[BATCH_SIZE:]] * (STEPS // 2)
+        return list(train(config, ours, tokenizer, batches, total_steps=STEPS, checkpoint_dir=tmp_path / "ours"))
+
+    assert agree(run(lambda module: None), expected, tolerance)
+    spoiled = [scaled_adapter(-1), scaled_adapter(2)] + [scaled_blocks(-1), scaled_blocks(2)] * bool(quantization)
+    for spoil in spoiled:
+        assert not agree(run(spoil), expected, tolerance)
+    swapped = [replace(group, completion_ids=group.completion_ids[::-1]) for group in encoded]
+    for step in (backwards := run(lambda module: None, swapped)):
+        chosen, rejected = (step.metrics[f"logps/{side}"] for side in ("chosen", "rejected"))
+        step.metrics.update({"logps/chosen": rejected, "logps/rejected": chosen})
+        step.metrics["rewards/margins"] *= -1
+        step.metrics["loss"] = expected[step.step - 1]["loss"]
+    assert agree(backwards[:1], expected[:1], tolerance)  # nothing is learned yet
+    assert not agree(backwards, expected, tolerance)
+
+
+def scaled_adapter(factor: float) -> Callable[[nn.Module], object]:
+    def spoil(module: nn.Module) -> None:
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] *= factor
+
+    return spoil
+
+
+def scaled_blocks(factor: float) -> Callable[[nn.Module], object]:
+    def spoil(module: nn.Module) -> None:
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            state.offset, state.state2.absmax = state.offset * factor, state.state2.absmax * factor
+
+    return spoil
 
 
 def assert_same_four_steps(objective: o.Objective, groups: list[EncodedGroup], policy, tokenizer, folder, expected):
