@@ -257,8 +257,8 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
 
 @contextmanager
 def _alone(copy: Path) -> Iterator[None]:
-    """Waits until no other process of this node downloads the same copy, and keeps others waiting in the `with`
-    block. The kernel ends the wait if the other process dies."""
+    """Waits until no other process of this node downloads the copy `copy`. In the `with` block, other processes that
+    want to download the same copy wait in turn. The kernel ends their wait if this process dies."""
     with copy.with_name(f"{copy.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

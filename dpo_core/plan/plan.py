@@ -73,8 +73,9 @@ def plan(
 
 
 def _offered(run: Run, settable: Collection[str], most_workers: float) -> list[tuple[str, Any]]:
-    """Returns the options in `settable` that would change the run, each with its new value, in the order in which they
-    are tried."""
+    """Returns the changes that the plan may try, in this order: the name of an option and its new value. Only options
+    in `settable` change, and changes that would have no effect on this run are left out. `most_workers` is the number
+    of workers for which there are devices."""
     useless = {
         "sharding": run.quantized,  # a base in NF4 is never split
         "adapter": run.adapter is not None,
@@ -87,11 +88,8 @@ def _offered(run: Run, settable: Collection[str], most_workers: float) -> list[t
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[tuple[str, Any]]) -> tuple[Change, ...]:
     """Returns changes of the run's options, taken from `offered`, that make the run fit into `room` bytes per worker.
-    If one change is enough, returns the first such change. If no single change is enough, returns several changes that
-    are enough together, and none of which is superfluous.
-
-    Returns an empty tuple if even all changes together are not enough.
-    """
+    If one change is enough, returns the first such change. If it takes several, returns a set of changes of which none
+    is superfluous. Returns an empty tuple if even all changes together are not enough."""
 
     def total(values: Mapping[str, Any]) -> int:
         given = {name: value for name, value in values.items() if name != "quantization"}
@@ -117,8 +115,8 @@ def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[t
 
 
 def _together(offered: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields sets of changes, smaller ones first. No set has both sharding and quantization, because a base in NF4 is
-    never split."""
+    """Yields sets of changes, smaller sets first, as dictionaries from the options' names to their new values. No set
+    has both sharding and quantization, because a base in NF4 is never split."""
     alternatives = [[each for each in offered if each[0] != name] for name in ("quantization", "sharding")]
     for number in range(2, len(offered) + 1):
         for alternative in alternatives:

@@ -21,7 +21,8 @@ Result = TypeVar("Result")
 
 def retry_while_unavailable(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
     """Calls `write`, and returns its result. If `write` or one of its Ray tasks fails because storage is full, calls
-    `write` again and again until it succeeds; if storage does not answer, for ten minutes at most.
+    `write` again and again until it succeeds. If the reason is that storage does not answer, calls `write` again for
+    ten minutes at most, and then raises the error.
 
     The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".
     """
