@@ -43,10 +43,10 @@ SHARES = {  # results that are printed as percentages
 def create(
     client: "OpenAI",
     kind: Annotated[
-        Literal["compare", "score", "preferences", "drift"],
+        Literal["compare", "score", "samples", "preferences", "drift"],
         typer.Argument(
             help="What to find out: `compare` says which of two models answers better, `score` how good the answers "
-            "of one model are, `preferences` whether the model prefers what people preferred, `drift` how far the "
+            "of one model are, `samples` how good the best of several answers to each prompt is, `preferences` whether the model prefers what people preferred, `drift` how far the "
             "model has moved from its reference model."
         ),
     ],
@@ -63,8 +63,8 @@ def create(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Judge of the answers: the name of a model, `length`, `exact`, or `regex:PATTERN`. `compare` and "
-            "`score` need a judge. Default: none."
+            help="Judge of the answers: the name of a model, `implicit` (the model's implicit reward), `length`, "
+            "`exact`, or `regex:PATTERN`. `compare`, `score` and `samples` need a judge. Default: none."
         ),
     ] = None,
     criteria: Annotated[
@@ -74,13 +74,18 @@ def create(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="For `preferences` and `drift`: name of the reference model. Default: the reference model of the job "
-            "that trained the policy."
+            help="For `preferences`, `drift` and the judge `implicit`: name of the reference model. Default: the "
+            "reference model of the job that trained the policy."
         ),
     ] = None,
     beta: Annotated[
         float | None,
-        typer.Option(help="For `preferences`: factor of the log-ratios. Default: beta of the policy's job."),
+        typer.Option(
+            help="For `preferences` and the judge `implicit`: factor of the log-ratios. Default: beta of the policy's job."
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="For `samples`: number of answers to each prompt. Default: 4.", min=2)
     ] = None,
     max_items: Annotated[
         int | None, typer.Option(help="Maximum number of the file's rows to take. Default: 200.", min=1)
@@ -98,14 +103,15 @@ def create(
     ] = False,
 ) -> None:
     """Create an evaluation and print its id. The service works on it in the background."""
+    implicit = {"reference": reference, "beta": beta}
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     body: dict[str, Any] = {
         "kind": kind,
         "model": model,
         "baseline": baseline,
-        "judge": _judge(judge, criteria),
-        "reference": reference,
-        "beta": beta,
+        "judge": judge_of(judge, criteria, implicit),
+        **({} if judge == "implicit" else implicit),
+        "num_samples": num_samples,
         "max_items": max_items,
         "sampling": {name: value for name, value in sampling.items() if value is not None} or None,
         "file": send_file(client, Path(file), reading(columns, None)).id if Path(file).is_file() else file,
@@ -120,12 +126,18 @@ def create(
             fail(found["error"]["message"] if found["error"] else f"the evaluation was {found['status']}.")
 
 
-def _judge(judge: str | None, criteria: str | None) -> dict[str, Any] | None:
+def judge_of(judge: str | None, criteria: str | None, implicit: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the field `judge` of a request for the option --judge. Returns None without this option.
+
+    `implicit` holds the fields of the judge `implicit`; those that are None are left out.
+    """
     if judge is None:
         return None
     kind, _, pattern = judge.partition(":")
     if kind == "regex":
         asked = {"type": "regex", "pattern": pattern}
+    elif judge == "implicit":
+        asked = {"type": judge, **{name: value for name, value in implicit.items() if value is not None}}
     else:
         asked = {"type": judge} if judge in ("length", "exact") else {"type": "model", "model": judge}
     return asked | ({"criteria": criteria} if criteria else {})

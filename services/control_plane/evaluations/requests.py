@@ -10,17 +10,27 @@ from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.evaluations.rules import InvalidPattern, Rule, check_pattern
 from services.control_plane.http.validation import Text
 
-Kind = Literal["compare", "score", "preferences", "drift"]
+Kind = Literal["compare", "score", "samples", "preferences", "drift"]
 
 MOST_ITEMS, MOST_INLINE = 1000, 256
 OF_ALL_KINDS = {"kind", "model", "file", "rows", "max_items"}
 OF_KIND: dict[str, set[str]] = {  # the fields that only some kinds have
     "compare": {"baseline", "judge", "sampling"},
     "score": {"judge", "sampling"},
+    "samples": {"judge", "sampling", "num_samples"},
     "preferences": {"reference", "beta"},
     "drift": {"reference", "sampling"},
 }
-NEEDS_JUDGE = ("compare", "score")
+NEEDS_JUDGE = ("compare", "score", "samples")
+MOST_SAMPLES, MOST_SAMPLES_TO_COMPARE = 64, 8  # a judge that is asked gives n (n - 1) verdicts on n samples
+OF_JUDGE: dict[str, set[str]] = {  # the fields of each type of judge
+    "model": {"model", "criteria"},
+    "implicit": {"model", "reference", "beta"},
+    "regex": {"pattern"},
+    "length": set(),
+    "exact": set(),
+}
+NEEDED_BY_JUDGE = {"model": "model", "regex": "pattern"}
 
 _MESSAGE = {"type": "object", "properties": {"role": {"type": "string"}, "content": {"type": "string"}}}
 _TEXT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": _MESSAGE}]}
@@ -32,15 +42,24 @@ class Judge(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    type: Literal["model"] | Rule = Field(
-        description="`model` asks a model that this service serves. The others are rules: `regex` gives 1 to an answer "
-        "in which `pattern` matches, `length` gives the number of words, `exact` gives 1 to an answer that equals the "
-        "row's best completion."
+    type: Literal["model", "implicit"] | Rule = Field(
+        description="`model` asks a model that this service serves, `implicit` takes a policy's implicit reward. The "
+        "others are rules: `regex` gives 1 to an answer in which `pattern` matches, `length` gives the number of "
+        "words, `exact` gives 1 to an answer that equals the row's best completion."
     )
     model: Text | None = Field(
         default=None,
         description="For the type `model`: a policy or a base model, which is asked which answer is better (only of "
-        "the kind `compare`); or a reward model.",
+        "the kinds `compare` and `samples`); or a reward model. For the type `implicit`: the policy whose reward "
+        "counts. Without it: the model that is evaluated.",
+    )
+    reference: Text | None = Field(
+        default=None,
+        description="For the type `implicit`: the policy's reference model. Without it: that of the policy's job.",
+    )
+    beta: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="For the type `implicit`: the factor of the log-ratios. Without it: the beta of the policy's job.",
     )
     criteria: Annotated[str, Field(max_length=4000)] | None = Field(
         default=None,
@@ -52,12 +71,11 @@ class Judge(BaseModel):
 
     @model_validator(mode="after")
     def _fits_its_type(self) -> Self:
-        needed = {"model": "model", "regex": "pattern"}.get(self.type)
-        for name in ("model", "criteria", "pattern"):
-            given = getattr(self, name) is not None
-            if name == needed and not given:
-                raise ValueError(f"a judge of the type '{self.type}' needs the field '{name}'.")
-            if given and name != needed and not (name == "criteria" and self.type == "model"):
+        needed = NEEDED_BY_JUDGE.get(self.type)
+        if needed is not None and getattr(self, needed) is None:
+            raise ValueError(f"a judge of the type '{self.type}' needs the field '{needed}'.")
+        for name in sorted(set[str]().union(*OF_JUDGE.values()) - OF_JUDGE[self.type]):
+            if getattr(self, name) is not None:
                 raise ValueError(f"a judge of the type '{self.type}' has no field '{name}'; leave it out.")
         if self.pattern is not None:
             try:
@@ -118,8 +136,8 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid")
     kind: Kind = Field(
         description="`compare`: which of two models answers better. `score`: how good a model's answers are. "
-        "`preferences`: whether a policy, or a reward model, prefers what people preferred. `drift`: how far a policy "
-        "has moved from its reference."
+        "`samples`: several answers to each prompt, each with its score. `preferences`: whether a policy, or a reward "
+        "model, prefers what people preferred. `drift`: how far a policy has moved from its reference."
     )
     model: Text = Field(description="The policy, checkpoint or base model to evaluate.")
     baseline: Text | None = Field(
@@ -137,6 +155,9 @@ class Spec(BaseModel):
         description="Only of `preferences`: the factor of the log-ratios. Without it: the beta of the policy's job.",
     )
     sampling: Sampling = Field(default_factory=Sampling, description="How answers are sampled.")
+    num_samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] | None = Field(
+        default=None, description="Only of `samples`: number of answers to each prompt. Without it: 4."
+    )
     file: Text | None = Field(
         default=None, description="Id of an uploaded file with the prompts to evaluate on. Send this or `rows`."
     )

@@ -15,7 +15,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Evaluation, EvaluationItem
 from services.control_plane.evaluations import evaluations
 from services.control_plane.evaluations.evaluations import Ended
-from services.control_plane.evaluations.kinds import compare, drift, preferences, score
+from services.control_plane.evaluations.kinds import compare, drift, preferences, samples, score
 from services.control_plane.evaluations.kinds.asking import Models
 from services.control_plane.evaluations.kinds.kind import Kind
 from services.control_plane.evaluations.requests import Spec
@@ -34,6 +34,7 @@ STALLED_SECONDS = 24 * 3600.0  # items fail if no stage of the evaluation was fi
 OF_KIND: dict[str, Callable[[AsyncSession, Settings, Spec], Awaitable[Kind]]] = {
     "compare": compare.of,
     "score": score.of,
+    "samples": samples.of,
     "preferences": preferences.of,
     "drift": drift.of,
 }

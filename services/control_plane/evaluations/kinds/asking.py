@@ -44,6 +44,22 @@ class Models:
         """
         return _answer(await self._complete(model, group, _options(sampling, number)))
 
+    async def answers(
+        self, model: NamedModel, group: Group, sampling: Sampling, number: int, count: int
+    ) -> list[dict[str, Any]]:
+        """Returns `count` answers to the prompt of `group` (a prompt with completions), as JSON objects like the one
+        that the method `answer` returns.
+
+        All come from one request, so the engine reads the prompt once. `number` is as for the method `answer`.
+        """
+        options = {**_options(sampling, number), "n": count, "return_token_ids": True}
+        found = await self._complete(model, group, options)
+        choices = sorted(found["choices"], key=lambda choice: choice["index"])
+        if len(choices) != count or not all(choice.get("token_ids") for choice in choices):
+            message = f"The model '{model.id}' returned {len(choices)} answers that can be read, not {count}."
+            raise ApiError(message, code="model_error")
+        return [_of_choice(choice, len(choice["token_ids"])) for choice in choices]
+
     async def sample(
         self, model: NamedModel, group: Group, sampling: Sampling, number: int
     ) -> tuple[dict[str, Any], Scored]:
@@ -120,10 +136,13 @@ def _options(sampling: Sampling, number: int) -> dict[str, Any]:
 
 
 def _answer(answer: Any) -> dict[str, Any]:
-    choice = answer["choices"][0]
+    return _of_choice(answer["choices"][0], answer["usage"]["completion_tokens"])
+
+
+def _of_choice(choice: Any, num_tokens: int) -> dict[str, Any]:
     return {
         "text": storable(choice["text"] if "text" in choice else said(choice["message"])),
-        "num_tokens": answer["usage"]["completion_tokens"],
+        "num_tokens": num_tokens,
         "is_finished": choice["finish_reason"] != "length",
     }
 

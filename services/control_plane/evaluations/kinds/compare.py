@@ -98,4 +98,4 @@ async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Compare:
         message = f"model and baseline are both '{model.id}'; name two models."
         raise InvalidRequest(message, param="baseline")
     assert spec.judge is not None
-    return Compare(spec, model, baseline, await grader_of(session, settings, spec.judge))
+    return Compare(spec, model, baseline, await grader_of(session, settings, spec.judge, of=model.id))

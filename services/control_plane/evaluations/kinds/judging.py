@@ -1,16 +1,17 @@
 """Judges the answers of models: which of two answers is better, or what score an answer gets.
 
-A judge is a model that is asked, a reward model, or a rule.
+A judge is a model that is asked, a reward model, the implicit reward of a policy, or a rule.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.data.groups import Group
-from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.evaluations import rules
 from services.control_plane.evaluations.kinds.asking import Models, completion_of
 from services.control_plane.evaluations.requests import Judge
@@ -18,6 +19,7 @@ from services.control_plane.evaluations.rows import conversation, text_of
 from services.control_plane.models import models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.rewards.judges import Judge as RewardJudge
+from services.control_plane.rewards.judges import judge_of
 from services.control_plane.settings import Settings
 
 Side = Literal["first", "second", "neither"]
@@ -49,37 +51,37 @@ Reply with one letter: A if answer A is better, B if answer B is better, C if ne
 
 @dataclass(frozen=True)
 class Grader:
-    """A judge of answers: a rule, a reward model, or a model that is asked which of two answers is better.
-
-    `model` is None for a rule.
+    """A judge of answers: a model that is asked which of two answers is better (`asked`), a reward (`rewarding`), or a
+    rule, if both are None.
     """
 
     judge: Judge
-    model: NamedModel | None
+    asked: NamedModel | None = None
+    rewarding: RewardJudge | None = None  # a reward model, or a policy with its reference
 
     @property
     def is_asked(self) -> bool:
         """Whether the judge is a model that is asked which of two answers is better. Other judges give each answer a
         score.
         """
-        return self.model is not None and not self.model.num_outputs
+        return self.asked is not None
 
     async def score(self, models: Models, group: Group, text: str) -> float:
-        """Returns the score that the reward model or the rule gives to `text`, an answer to the prompt of `group` (a
-        prompt with completions).
+        """Returns the score that the reward or the rule gives to `text`, an answer to the prompt of `group` (a prompt
+        with completions).
         """
-        if self.model is not None:
-            answered = Group(
-                group.prompt,
-                (completion_of(group.prompt, text),),
-                group.line,
-                tools=group.tools,
-                template_arguments=group.template_arguments,
-            )
-            return (await models.rewards(RewardJudge(self.model), answered))[0].reward
-        assert self.judge.type != "model"
+        if self.rewarding is not None:
+            return (await models.rewards(self.rewarding, answered(group, [text])))[0].reward
+        return self.score_by_rule(group, text)
+
+    def score_by_rule(self, group: Group, text: str) -> float:
+        """Returns the score that the rule gives to `text`, an answer to the prompt of `group` (a prompt with
+        completions).
+        """
+        assert self.judge.type in get_args(rules.Rule)
+        rule = cast(rules.Rule, self.judge.type)
         expected = text_of(group.completions[0]) if group.completions else None
-        return rules.score(self.judge.type, text, pattern=self.judge.pattern, expected=expected)
+        return rules.score(rule, text, pattern=self.judge.pattern, expected=expected)
 
     async def compare(self, models: Models, group: Group, first: str, second: str) -> list[Side]:
         """Returns the judge's verdicts: which of the answers `first` and `second` to the prompt of `group` (a prompt
@@ -97,14 +99,14 @@ class Grader:
         return ["neither" if scores[0] == scores[1] else "first" if scores[0] > scores[1] else "second"]
 
     async def _ask(self, models: Models, group: Group, first: str, second: str) -> Side:
-        assert self.model is not None
+        assert self.asked is not None
         question = QUESTION.format(
             criteria=self.judge.criteria or CRITERIA,
             conversation=conversation(group.prompt),
             first=first,
             second=second,
         )
-        return CHOICES[await models.choose(self.model, question, tuple(CHOICES))]
+        return CHOICES[await models.choose(self.asked, question, tuple(CHOICES))]
 
 
 def agreed(verdicts: list[Side]) -> Side:
@@ -114,16 +116,48 @@ def agreed(verdicts: list[Side]) -> Side:
     return verdicts[0] if len(set(verdicts)) == 1 else "neither"
 
 
-async def grader_of(session: AsyncSession, settings: Settings, judge: Judge) -> Grader:
-    """Returns the judge of answers that the request's field `judge` describes, together with the judge's model.
-
-    Raises NotFound if there is no such model, and InvalidRequest for a reward model with `criteria`.
+def answered(group: Group, texts: Sequence[str]) -> Group:
+    """Returns the prompt of `group` (a prompt with completions) with `texts`, answers of a model, as its
+    completions.
     """
-    model = await models.find(session, settings, judge.model, param="judge.model") if judge.model else None
-    if model is not None and model.num_outputs and judge.criteria is not None:
+    return Group(
+        group.prompt,
+        tuple(completion_of(group.prompt, text) for text in texts),
+        group.line,
+        tools=group.tools,
+        template_arguments=group.template_arguments,
+    )
+
+
+async def grader_of(session: AsyncSession, settings: Settings, judge: Judge, *, of: str) -> Grader:
+    """Returns the judge of answers that the request's field `judge` describes, together with the judge's models.
+
+    `of` is the name of the model that is evaluated, whose implicit reward counts if `judge` names no other policy.
+    Raises NotFound if there is no such model, and InvalidRequest for a reward model with `criteria`, and for a policy
+    whose reference model or beta is not known.
+    """
+    if judge.type == "implicit":
+        return Grader(judge, rewarding=await _implicit(session, settings, judge, judge.model or of))
+    if judge.model is None:
+        return Grader(judge)
+    model = await models.find(session, settings, judge.model, param="judge.model")
+    if not model.num_outputs:
+        return Grader(judge, asked=model)
+    if judge.criteria is not None:
         message = f"The model '{model.id}' is a reward model, which reads no criteria; leave the field out."
         raise InvalidRequest(message, param="judge.criteria")
-    return Grader(judge, model)
+    return Grader(judge, rewarding=RewardJudge(model))
+
+
+async def _implicit(session: AsyncSession, settings: Settings, judge: Judge, policy: str) -> RewardJudge:
+    try:
+        found = await judge_of(session, settings, policy, reference=judge.reference, beta=judge.beta)
+    except (InvalidRequest, NotFound) as error:
+        raise type(error)(error.message, param=f"judge.{error.param}", code=error.code or "") from None
+    if found.reference is None:
+        message = f"The model '{policy}' is a reward model, which has no implicit reward; send the type 'model'."
+        raise InvalidRequest(message, param="judge.type")
+    return found
 
 
 async def writer_of(session: AsyncSession, settings: Settings, name: str, *, param: str) -> NamedModel:

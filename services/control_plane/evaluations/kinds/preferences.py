@@ -10,13 +10,12 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.data.groups import Group
-from services.contract import Scored
 from services.control_plane.evaluations import statistics
+from services.control_plane.evaluations.kinds import rewarding
 from services.control_plane.evaluations.kinds.asking import Models
 from services.control_plane.evaluations.kinds.kind import Found
 from services.control_plane.evaluations.requests import Spec
 from services.control_plane.rewards.judges import Judge, judge_of
-from services.control_plane.rewards.scoring import explicit_rewards, implicit_rewards
 from services.control_plane.settings import Settings
 
 MUCH_LONGER = 1.1  # completions are about as long as each other up to this ratio of their tokens
@@ -30,29 +29,18 @@ class Preferences:
 
     @property
     def num_stages(self) -> int:
-        return 1 if self.judge.reference is None else 2
+        return rewarding.num_stages(self.judge)
 
     @property
     def resolved(self) -> dict[str, Any]:
         return {"reference": self.judge.reference and self.judge.reference.id, "beta": self.judge.beta}
 
     async def work(self, stage: int, number: int, group: Group, found: Found, models: Models) -> Found:
-        judge = self.judge
-        if stage == 0:
-            scored = await models.scoring.score_texts(judge.model, [group], models.meter_of, today=judge.today)
-            if judge.reference is not None:
-                return {"scored": scored.model_dump(mode="json")}
-            rewards = explicit_rewards(scored)[0]
-        else:
-            scored = Scored.model_validate(found["scored"])
-            assert judge.reference is not None
-            assert judge.beta is not None
-            reference = await models.scoring.score_tokens(
-                judge.reference, scored.groups, scored.vocabulary, models.meter_of
-            )
-            rewards = implicit_rewards(judge.beta, scored, reference)[0]
+        kept, rewards = await rewarding.reward(self.judge, stage, group, found, models)
+        if rewards is None:
+            return kept
         lengths = [each.num_tokens for each in rewards]
-        return {"scored": None} | ranked([each.reward for each in rewards], lengths, group.ratings)
+        return kept | ranked([each.reward for each in rewards], lengths, group.ratings)
 
     def summarize(self, items: Sequence[Found]) -> dict[str, Any]:
         by_length: dict[str, list[Found]] = {name: [] for name in ("shorter", "similar", "longer")}

@@ -79,6 +79,14 @@ def test_answers_are_scored_by_rules(raydpo: Callable[..., str], file: str, judg
     assert f"score\t{value}\t" in told
 
 
+def test_several_answers_are_scored_by_the_implicit_reward(raydpo: Callable[..., str], file: str) -> None:
+    options = ("--judge", "implicit", "--beta", "2", "--reference", "fair", "--num-samples", "3")
+    told = raydpo("create", "samples", "--model", POLICY, *options, "--file", file, "--watch")
+    rows = {line.split("\t")[0]: line.split("\t")[1:] for line in told.splitlines()[1:]}
+    assert rows["judge"][0] == "implicit"
+    assert float(rows["worst"][0]) < float(rows["score"][0]) < float(rows["best"][0])
+
+
 def test_the_drift_is_printed_with_its_estimator(raydpo: Callable[..., str], file: str) -> None:
     told = raydpo("create", "drift", "--model", POLICY, "--reference", "fair", "--file", file, "--watch")
     rows = {line.split("\t")[0]: line.split("\t")[1:] for line in told.splitlines()[1:]}

@@ -29,9 +29,10 @@ LOGP: dict[str, Callable[[int], float]] = {  # of a token, by the model; of the 
 
 
 class Engines:
-    """Answers for all models. A policy answers with a `good` text, every other model with a `bad` one.
+    """Answers for all models. A policy answers with a `good` text, every other model with a `bad` one. Of several
+    answers to a prompt, each has one word more than the one before.
 
-    Every judge is given by its name: `first` always prefers the first answer, `fair` prefers the good one.
+    Every judge is given by its name: `first` always prefers the first answer, `fair` the good one, `long` the long one.
     """
 
     def __init__(self) -> None:
@@ -73,13 +74,17 @@ class Engines:
         if any(text in prompt for text in self.refusing):
             return 400, {"error": {"message": "I do not take this."}}
         text = self._verdict(model, prompt) if "structured_outputs" in body else self._text(model, prompt)
-        usage = {"prompt_tokens": 10, "completion_tokens": len(text.split())}
+        texts = [f"{text}{' very' * i}" for i in range(body.get("n", 1))]
+        usage = {"prompt_tokens": 10, "completion_tokens": sum(len(each.split()) for each in texts)}
+        return 200, {"choices": [self._choice(body, i, each) for i, each in enumerate(texts)], "usage": usage}
+
+    def _choice(self, body: dict[str, Any], index: int, text: str) -> dict[str, Any]:
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
         said = {"text": text} if "prompt" in body else said
         if body.get("return_token_ids"):
             said |= {"token_ids": self.ids(text), "prompt_token_ids": [1]}
         ends = "length" if len(text.split()) >= body["max_tokens"] else "stop"
-        return 200, {"choices": [{"index": 0, "finish_reason": ends, **said}], "usage": usage}
+        return {"index": index, "finish_reason": ends, **said}
 
     def ids(self, text: str) -> list[int]:
         """Returns an id for each word, and that of the end."""
@@ -106,6 +111,8 @@ class Engines:
         first, second = (
             question.partition(f"<answer_{side}>\n")[2].partition(f"\n</answer_{side}>")[0] for side in "ab"
         )
+        if model == "long":
+            return "A" if len(first) > len(second) else "B"
         if model == "first" or ("good" in first and "good" not in second):
             return "A"
         return "B" if "good" in second and "good" not in first else "C"
@@ -138,7 +145,7 @@ def settings(offline: Settings, fake_ray: FakeRay, engines: Engines) -> Iterator
         "model_wait_seconds": 20.0,
         "max_loaded_models": 10,
     }
-    models = {name: BaseModel(source=f"/nowhere/{name}") for name in ("tiny", "fair", "first")}
+    models = {name: BaseModel(source=f"/nowhere/{name}") for name in ("tiny", "fair", "first", "long")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leases, "TICK_SECONDS", 0.05)
         patch.setattr(work, "LOOK_SECONDS", 0.05)

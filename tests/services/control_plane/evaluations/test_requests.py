@@ -20,7 +20,14 @@ DOCUMENTED = (
     "EvaluationItemDocument",
     "ItemError",
 )
-FIELDS: dict[str, Any] = {"baseline": "b", "judge": LENGTH, "sampling": {"seed": 1}, "reference": "r", "beta": 1.0}
+FIELDS: dict[str, Any] = {
+    "baseline": "b",
+    "judge": LENGTH,
+    "sampling": {"seed": 1},
+    "reference": "r",
+    "beta": 1.0,
+    "num_samples": 3,
+}
 ROWS = [{"prompt": "Why?"}]
 
 
@@ -65,6 +72,8 @@ def test_what_is_kept_has_what_the_service_chose_and_no_rows() -> None:
         ({"type": "exact", "pattern": "a"}, "has no field 'pattern'"),
         ({"type": "length", "criteria": "a"}, "has no field 'criteria'"),
         ({"type": "regex", "pattern": "a", "model": "m"}, "has no field 'model'"),
+        ({"type": "model", "model": "m", "beta": 0.1}, "has no field 'beta'"),
+        ({"type": "implicit", "criteria": "a"}, "has no field 'criteria'"),
     ],
 )
 def test_a_judge_has_the_fields_of_its_type(judge: dict[str, str], said: str) -> None:

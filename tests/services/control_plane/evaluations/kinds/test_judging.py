@@ -49,4 +49,4 @@ def test_orders_that_disagree_are_a_tie(letters: str, verdicts: list[str], outco
 @pytest.mark.parametrize(("first", "verdict"), [("Because.", "first"), ("So.", "neither")])
 def test_a_rule_compares_scores_once(first: str, verdict: str) -> None:
     asked: Any = Asked()
-    assert asyncio.run(Grader(Judge(type="exact"), None).compare(asked, GROUP, first, "No.")) == [verdict]
+    assert asyncio.run(Grader(Judge(type="exact")).compare(asked, GROUP, first, "No.")) == [verdict]

@@ -10,6 +10,7 @@ from services.control_plane.evaluations.kinds.compare import Compare
 from services.control_plane.evaluations.kinds.drift import Drift
 from services.control_plane.evaluations.kinds.kind import Kind
 from services.control_plane.evaluations.kinds.preferences import Preferences
+from services.control_plane.evaluations.kinds.samples import Samples
 from services.control_plane.evaluations.kinds.score import Score
 from services.control_plane.evaluations.work import OF_KIND
 
@@ -18,7 +19,7 @@ def test_there_is_a_kind_for_each_name_that_a_request_may_have() -> None:
     assert set(OF_KIND) == set(get_args(requests.Kind)) == set(requests.OF_KIND)
 
 
-@pytest.mark.parametrize("kind", [Compare, Drift, Preferences, Score])
+@pytest.mark.parametrize("kind", [Compare, Drift, Preferences, Samples, Score])
 @pytest.mark.parametrize("name", ["work", "summarize"])
 def test_a_kind_takes_the_calls_of_the_interface(kind: type, name: str) -> None:
     call, wanted = getattr(kind, name), getattr(Kind, name)

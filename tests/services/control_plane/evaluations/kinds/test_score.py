@@ -18,7 +18,7 @@ def item(text: str, score: float, *, is_finished: bool = True) -> dict[str, Any]
 
 def test_scores_are_summarized_beside_what_the_answers_cost() -> None:
     judge = Judge(type="length")
-    score = Score(Spec(kind="score", model="m", judge=judge), MODEL, Grader(judge, None))
+    score = Score(Spec(kind="score", model="m", judge=judge), MODEL, Grader(judge))
     found = score.summarize([item("a b", 1), item("c d e f", 3, is_finished=False)])
     assert found["score"]["value"] == 2
     assert found["score"]["low"] <= 2 <= found["score"]["high"]
