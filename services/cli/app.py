@@ -14,7 +14,7 @@ import typer
 from services.cli.client import default_home, fail
 from services.cli.files import data, feedback, files
 from services.cli.jobs import jobs, methods, plan, sweeps
-from services.cli.models import chat, deployments, evaluations, models, rewards
+from services.cli.models import chat, deployments, evaluations, models, rewards, rounds
 from services.cli.service import settings
 from services.cli.tenants import audit, keys, projects, usage, webhooks
 
@@ -30,6 +30,7 @@ app.add_typer(sweeps.app, name="sweeps")
 app.add_typer(models.app, name="models")
 app.add_typer(deployments.app, name="deployments")
 app.add_typer(evaluations.app, name="evaluations")
+app.add_typer(rounds.app, name="rounds")
 app.add_typer(keys.app, name="keys")
 app.add_typer(projects.app, name="projects")
 app.add_typer(webhooks.app, name="webhooks")

@@ -59,6 +59,8 @@ from services.control_plane.progress.streams import Streams
 from services.control_plane.ray_api import RayApi
 from services.control_plane.rewards import api as rewards_api
 from services.control_plane.rewards.scoring import Scoring
+from services.control_plane.rounds import api as rounds_api
+from services.control_plane.rounds.runner import RoundsRunner
 from services.control_plane.settings import Settings
 from services.control_plane.sweeps import api as sweeps_api
 from services.control_plane.sweeps.runner import SweepRunner
@@ -93,6 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
         rewards_api,
         evaluations_api,
         sweeps_api,
+        rounds_api,
         feedback_api,
         webhooks_api,
         progress_api,
@@ -155,7 +158,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.usage,
     )
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
-    for kind in (RowChecker(store), evaluation_runner):
+    for kind in (RowChecker(store), evaluation_runner, RoundsRunner(store, settings, ray_api)):
         leaseholder = Leaseholder[Any](store, kind, holder=holder)
         tasks.append(asyncio.create_task(leaseholder.run(), name=type(kind).__name__))
     for task in tasks:

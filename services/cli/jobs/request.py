@@ -148,12 +148,12 @@ def compose(
     place = ("method", str(told["type"]), "hyperparameters") if "type" in told else ("hyperparameters",)
     changes = [*(((*place, name), value) for name, value in hyperparameters.items()), *others, *sets]
     if any(path == ("training_file",) for path, _ in changes):
-        _assign(body, ("x_raydpo", "dataset"), None)  # x_raydpo.dataset repeats the training file of `base`
+        assign(body, ("x_raydpo", "dataset"), None)  # x_raydpo.dataset repeats the training file of `base`
     for path, value in changes:
-        _assign(body, path, value)
+        assign(body, path, value)
     named = body.get("training_file")
     if isinstance(named, str) and "://" in named and "dataset" not in _part(body, "x_raydpo"):
-        _assign(body, ("x_raydpo", "dataset"), named)
+        assign(body, ("x_raydpo", "dataset"), named)
     try:
         json.dumps(body, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -186,7 +186,10 @@ def _part(body: Body, name: str) -> Body:
     return part if isinstance(part, dict) else {}
 
 
-def _assign(body: Body, path: tuple[str, ...], value: Any) -> None:
+def assign(body: Body, path: tuple[str, ...], value: Any) -> None:
+    """Sets the field of a request's body with this path to `value`, and makes the objects around it that are missing.
+    None removes the field. Exits with an error if a part of the path is no object.
+    """
     *parents, last = path
     part = body
     for depth, name in enumerate(parents, 1):

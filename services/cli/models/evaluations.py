@@ -46,8 +46,9 @@ def create(
         Literal["compare", "score", "samples", "preferences", "drift"],
         typer.Argument(
             help="What to find out: `compare` says which of two models answers better, `score` how good the answers "
-            "of one model are, `samples` how good the best of several answers to each prompt is, `preferences` whether the model prefers what people preferred, `drift` how far the "
-            "model has moved from its reference model."
+            "of one model are, `samples` how good the best of several answers to each prompt is, `preferences` "
+            "whether the model prefers what people preferred, `drift` how far the model has moved from its reference "
+            "model."
         ),
     ],
     model: Annotated[str, typer.Option(help="Name of the policy, checkpoint or base model to evaluate.")],
@@ -81,7 +82,8 @@ def create(
     beta: Annotated[
         float | None,
         typer.Option(
-            help="For `preferences` and the judge `implicit`: factor of the log-ratios. Default: beta of the policy's job."
+            help="For `preferences` and the judge `implicit`: factor of the log-ratios. Default: beta of the policy's "
+            "job."
         ),
     ] = None,
     num_samples: Annotated[

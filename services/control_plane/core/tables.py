@@ -580,6 +580,38 @@ class SweepTrial(Base):
     __table_args__ = (CheckConstraint(f"state IN {('training', 'evaluating', *TRIAL_ENDS)}"),)
 
 
+class Rounds(Owned, Base):
+    """Rounds that improve a policy. In each round the newest policy writes answers, which are scored and become rows of
+    training data; a job trains the next policy on them, and evaluations judge it.
+
+    `history` has an object for each round so far, and one, with the number 0, for the first policy. The object names
+    the evaluations, the file and the job of the round. The control plane adds what is next in the transaction that
+    creates it, so nothing is created twice.
+    """
+
+    __tablename__ = "rounds"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    key_id: Mapped[str]  # of the API key that created them, whose usage they count as
+    spec: Mapped[dict[str, Any]]  # rounds.requests.RoundsSpec
+    prompts: Mapped[dict[str, Any]] = mapped_column(deferred=True)  # rows: `sampled` and `held_out` prompts
+    state: Mapped[str] = mapped_column(default="running")
+    history: Mapped[list[dict[str, Any]]] = mapped_column(JSONB)
+    waits_for: Mapped[str | None]  # why they do not go on at the moment, as text for the user
+    troubled_at: Mapped[datetime | None]  # of the first of the unexpected errors since they last went on
+    end_reason: Mapped[str | None]  # why they succeeded: num_rounds, not_better or too_few_rows
+    error: Mapped[dict[str, Any] | None]  # {code, message, param}
+    finished_at: Mapped[datetime | None]
+    __table_args__ = (
+        CheckConstraint(f"state IN {('running', 'paused', *EVALUATION_ENDS)}"),
+        CheckConstraint(f"(state IN {EVALUATION_ENDS}) = (finished_at IS NOT NULL)"),
+        CheckConstraint("(state = 'succeeded') = (end_reason IS NOT NULL)"),
+        CheckConstraint("(state = 'failed') = (error IS NOT NULL)"),
+        Index("rounds_by_time", "project_id", "created_at", "id"),
+        Index("rounds_live", "created_at", postgresql_where=text(f"state NOT IN {EVALUATION_ENDS}")),
+    )
+
+
 class UsageRow(Base):
     """The usage of one model with one API key on one day (in UTC): requests, tokens and accelerator seconds."""
 

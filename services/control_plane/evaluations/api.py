@@ -5,10 +5,8 @@ An item is one prompt of an evaluation, with the results for this prompt.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select
@@ -19,13 +17,12 @@ from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import ProjectStore, page
-from services.control_plane.core.tables import Evaluation, EvaluationItem, reading_of
+from services.control_plane.core.tables import Evaluation, EvaluationItem
 from services.control_plane.evaluations import evaluations, rows
 from services.control_plane.evaluations.documents import EvaluationDocument, EvaluationItemDocument, Status
 from services.control_plane.evaluations.requests import CreateEvaluation
 from services.control_plane.evaluations.responses import as_csv, as_jsonl, columns_of, evaluation_object, item_object
 from services.control_plane.evaluations.work import kind_of
-from services.control_plane.files import files
 from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.idempotency import IdempotentRequest
 from services.control_plane.models import models
@@ -58,34 +55,22 @@ async def create(
 
 async def groups_of(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
     """Returns the rows of the request, or of the file that it names: prompts with their completions."""
-    if body.rows is not None:
-        return rows.read_request(body.rows)
-    assert body.file is not None
-    async with store.begin() as session:
-        file = await files.find_checked(session, body.file, param="file")
-    read = partial(rows.read_file, only_labelled=body.kind == "preferences")
-    return await anyio.to_thread.run_sync(read, file.uri, reading_of(file), body.max_items)
+    return await rows.read(store, body.rows, body.file, body.max_items, only_labelled=body.kind == "preferences")
 
 
 def check(body: CreateEvaluation, groups: list[Group]) -> None:
-    """Raises InvalidRequest if the file has no usable row, or a row lacks the completions that the evaluation needs.
+    """Raises InvalidRequest if a row lacks the completions that the evaluation needs.
 
     `groups` are the rows: prompts with their completions.
     """
     where = "rows" if body.rows is not None else "file"
-    if not groups:
-        what = " with a better and a worse completion" if body.kind == "preferences" else ""
-        raise InvalidRequest(f"The file has no row{what} that can be used; name another file.", param=where)
     if body.kind == "preferences":
         for group in groups:
             if not rows.labelled(group):
                 message = f"Row {group.line} needs at least two completions, the best one first."
                 raise InvalidRequest(message, param=f"rows.{group.line - 1}.completions")
-    if body.judge is not None and body.judge.type == "exact":
-        for group in groups:
-            if not group.completions:
-                message = f"Row {group.line} has no completion for the rule 'exact' to compare answers with; add one."
-                raise InvalidRequest(message, param=where)
+    if body.judge is not None:
+        rows.check_expected(groups, body.judge, where)
 
 
 @router.get("", responses=answers(Page[EvaluationDocument]))

@@ -34,7 +34,7 @@ from services.contract import storable
 from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
 from services.control_plane.core.leases import take
 from services.control_plane.core.store import now, project_of
-from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem, Lease
+from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem, Lease, Rounds
 from services.control_plane.evaluations.requests import Spec
 from services.control_plane.tenants import projects
 
@@ -131,10 +131,18 @@ async def resume(session: AsyncSession, evaluation_id: str) -> Evaluation:
 
 
 async def remove(session: AsyncSession, evaluation_id: str) -> None:
-    """Deletes the evaluation and its items (prompts with results). Raises InvalidRequest if it has not ended."""
+    """Deletes the evaluation and its items (prompts with results).
+
+    Raises InvalidRequest if it has not ended, or if rounds that have not ended need it.
+    """
     evaluation = await find(session, evaluation_id)
     if evaluation.state not in EVALUATION_ENDS:
         message = f"The evaluation {evaluation_id} is {evaluation.state}; cancel it before you delete it."
+        raise InvalidRequest(message)
+    parts = [{"samples": evaluation_id}, *({"evaluations": {name: evaluation_id}} for name in ("quality", "drift"))]
+    needing = select(Rounds.id).where(LIVE, or_(*(Rounds.history.contains([part]) for part in parts)))
+    if (rounds_id := await session.scalar(needing.limit(1))) is not None:
+        message = f"The evaluation {evaluation_id} is needed by the rounds {rounds_id}; cancel the rounds first."
         raise InvalidRequest(message)
     await session.execute(delete(EvaluationItem).where(EvaluationItem.evaluation_id == evaluation_id))
     await session.execute(delete(Evaluation).where(Evaluation.id == evaluation_id))

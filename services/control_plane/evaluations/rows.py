@@ -4,7 +4,10 @@ back.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+import anyio.to_thread
 
 from dpo_core.data.feedback import read_records
 from dpo_core.data.groups import Group
@@ -15,10 +18,51 @@ from services import storage
 from services.containers import json_lines
 from services.contract import Reading
 from services.control_plane.core.errors import InvalidRequest
-from services.control_plane.evaluations.requests import EvaluationRow
+from services.control_plane.core.store import ProjectStore
+from services.control_plane.core.tables import reading_of
+from services.control_plane.evaluations.requests import EvaluationRow, Judge
+from services.control_plane.files import files
 
 MOST_BYTES = 16 * 2**20  # of all rows of an evaluation, as JSON
 SHOWN = ("prompt", "completions", "ratings", "tools", "template_arguments", "line")
+
+
+async def read(
+    store: ProjectStore,
+    rows: Sequence[EvaluationRow] | None,
+    file_id: str | None,
+    most: int,
+    *,
+    only_labelled: bool = False,
+) -> list[Group]:
+    """Returns the rows of a request or, if `rows` is None, the first `most` rows of the project's file, as groups
+    (prompts with their completions).
+
+    If `only_labelled`, leaves out rows of the file in which people prefer no completion. Raises InvalidRequest if there
+    is no row that can be used.
+    """
+    if rows is not None:
+        return read_request(rows)
+    assert file_id is not None
+    async with store.begin() as session:
+        file = await files.find_checked(session, file_id, param="file")
+    read_rows = partial(read_file, file.uri, reading_of(file), most, only_labelled=only_labelled)
+    groups = await anyio.to_thread.run_sync(read_rows)
+    if not groups:
+        what = " with a better and a worse completion" if only_labelled else ""
+        raise InvalidRequest(f"The file has no row{what} that can be used; name another file.", param="file")
+    return groups
+
+
+def check_expected(groups: Sequence[Group], judge: Judge, param: str) -> None:
+    """Raises InvalidRequest if the judge compares answers with the best completion of their row, and a row has none.
+
+    `param` is the request's field that holds the rows.
+    """
+    for group in groups:
+        if judge.type == "exact" and not group.completions:
+            message = f"Row {group.line} has no completion for the rule 'exact' to compare answers with; add one."
+            raise InvalidRequest(message, param=param)
 
 
 def read_request(rows: Sequence[EvaluationRow]) -> list[Group]:

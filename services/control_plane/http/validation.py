@@ -4,7 +4,8 @@ Each error names the field and the mistake. If only certain values or names are 
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +16,7 @@ from pydantic import (
 )
 
 from dpo_core.options import InvalidOption
-from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.errors import ApiError, InvalidRequest
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -101,3 +102,21 @@ def _names(kind: Any) -> set[str]:
     """Returns the names of the fields of a pydantic model or a dataclass. Returns an empty set for any other type."""
     fields: Mapping[str, Any] = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
     return set(fields)
+
+
+@contextmanager
+def within(where: str, note: str = "") -> Iterator[None]:
+    """Makes errors of a part of the body, at the path `where`, name their fields by the path in the whole body.
+
+    `note` is added to the error's message.
+    """
+    try:
+        yield
+    except ApiError as error:
+        if error.param is None:
+            error.param = where
+        elif not error.param.startswith(f"{where}."):
+            error.param = f"{where}.{error.param}"
+        error.message += note
+        error.args = (error.message,)
+        raise

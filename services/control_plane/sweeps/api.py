@@ -25,10 +25,11 @@ from services.control_plane.http.dependencies import (
     SettingsPart,
     StorePart,
 )
+from services.control_plane.http.validation import within
 from services.control_plane.jobs import admission
 from services.control_plane.sweeps import frontier, search, sweeps, trials
 from services.control_plane.sweeps.documents import FrontierDocument, Status, SweepDocument, TrialDocument
-from services.control_plane.sweeps.requests import CreateSweep, within
+from services.control_plane.sweeps.requests import CreateSweep
 from services.control_plane.sweeps.responses import frontier_object, sweep_object, trial_object
 
 router = APIRouter(prefix="/x/sweeps")

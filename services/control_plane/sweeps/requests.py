@@ -1,17 +1,16 @@
 """Defines the JSON body of POST /v1/x/sweeps, which creates a sweep: many jobs that differ in chosen options."""
 
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from dpo_core.options import LOSS, Metric
-from services.control_plane.core.errors import ApiError, InvalidRequest
+from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.evaluations.requests import CreateEvaluation
-from services.control_plane.http.validation import meant, parse
+from services.control_plane.http.validation import meant, parse, within
 
 MOST_TRIALS, MOST_PARAMETERS, MOST_EVALUATIONS = 256, 16, 8
 TRAINING_METRICS: tuple[str, ...] = get_args(Metric)
@@ -210,18 +209,3 @@ class CreateSweep(BaseModel):
             with within(where):
                 found[name].check()
         return found
-
-
-@contextmanager
-def within(where: str, note: str = "") -> Iterator[None]:
-    """Makes errors of a part of the body, at the path `where`, name their fields by the path in the whole body.
-
-    `note` is added to the error's message.
-    """
-    try:
-        yield
-    except ApiError as error:
-        error.param = f"{where}.{error.param}" if error.param else where
-        error.message += note
-        error.args = (error.message,)
-        raise

@@ -19,14 +19,14 @@ from services.control_plane.evaluations import evaluations
 from services.control_plane.evaluations.kinds.judging import grader_of, writer_of
 from services.control_plane.evaluations.requests import CreateEvaluation
 from services.control_plane.evaluations.work import kind_of
-from services.control_plane.http.validation import parse
+from services.control_plane.http.validation import parse, within
 from services.control_plane.jobs import admission, jobs
 from services.control_plane.jobs.combinations import Asked
 from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
-from services.control_plane.sweeps.requests import TRAINING_METRICS, CreateSweep, within
+from services.control_plane.sweeps.requests import TRAINING_METRICS, CreateSweep
 from services.control_plane.sweeps.search import Values
 from services.control_plane.sweeps.stopping import Curve, Point
 
@@ -124,9 +124,9 @@ async def check_evaluations(session: AsyncSession, settings: Settings, bodies: M
                 if body.baseline is not None:
                     await writer_of(session, settings, body.baseline, param="baseline")
                 assert body.judge is not None
-                await grader_of(session, settings, body.judge)
+                await grader_of(session, settings, body.judge, of=body.model)
             else:
-                given: dict[str, Any] = {"reference": body.reference or body.model} if body.kind != "score" else {}
+                given: dict[str, Any] = {"reference": body.reference or body.model} if body.judge is None else {}
                 given |= {"beta": body.beta or 1.0} if body.kind == "preferences" else {}
                 await kind_of(session, settings, body.model_copy(update=given))
 

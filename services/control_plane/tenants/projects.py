@@ -18,6 +18,7 @@ from services.control_plane.core.tables import (
     Evaluation,
     Job,
     Project,
+    Rounds,
     Sweep,
 )
 
@@ -103,7 +104,8 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
     """Archives the project: its keys stop working, but its files, jobs and models stay.
 
-    Raises InvalidRequest for the default project, and if a job, an evaluation or a sweep of the project has not ended.
+    Raises InvalidRequest for the default project, and if a job, an evaluation, a sweep or rounds of the project have
+    not ended.
     """
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(
@@ -116,16 +118,11 @@ async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Pro
     living = select(func.count()).where(jobs.c.project_id == project_id, jobs.c.observed.not_in(TERMINAL))
     if count := await session.scalar(living):
         raise InvalidRequest(f"The project {project_id} has {count} jobs that have not ended; cancel these jobs first.")
-    evaluations = Evaluation.__table__
-    running = select(func.count()).where(
-        evaluations.c.project_id == project_id, evaluations.c.state.not_in(EVALUATION_ENDS)
-    )
-    if count := await session.scalar(running):
-        message = f"The project {project_id} has {count} evaluations that have not ended; cancel these first."
-        raise InvalidRequest(message)
-    sweeps = Sweep.__table__
-    live = select(func.count()).where(sweeps.c.project_id == project_id, sweeps.c.state == "running")
-    if count := await session.scalar(live):
-        raise InvalidRequest(f"The project {project_id} has {count} sweeps that have not ended; cancel these first.")
+    for kind, name in ((Evaluation, "evaluations"), (Sweep, "sweeps"), (Rounds, "rounds")):
+        rows = kind.__table__.c
+        running = select(func.count()).where(rows.project_id == project_id, rows.state.not_in(EVALUATION_ENDS))
+        if count := await session.scalar(running):
+            message = f"The project {project_id} has {count} {name} that have not ended; cancel these first."
+            raise InvalidRequest(message)
     project.archived_at = datetime.now(UTC)
     return project

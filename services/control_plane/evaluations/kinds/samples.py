@@ -1,5 +1,6 @@
-"""Samples several answers of a model to each prompt, and scores each answer. Shows how good the best of them is, and how
-much they differ. Rounds make training data of these samples.
+"""Samples several answers of a model to each prompt, and scores each answer.
+
+Shows how good the best of them is, and how much they differ. Rounds make training data of these samples.
 """
 
 import asyncio

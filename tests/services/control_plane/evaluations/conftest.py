@@ -39,6 +39,7 @@ class Engines:
         self.asked: list[tuple[str, dict[str, Any]]] = []  # models and bodies
         self.failing: Counter[str] = Counter()  # how many requests to a model fail from now on
         self.refusing: set[str] = set()  # texts that a model refuses
+        self.endings: dict[str, str] = {}  # what models add to their answers
         self.is_away = False  # whether all answers are that the model cannot be asked now
         self.delay = 0.0
         self._words: dict[str, int] = {}
@@ -105,7 +106,8 @@ class Engines:
 
     def _text(self, model: str, prompt: str) -> str:
         number = prompt.rpartition(" ")[2]
-        return f"good answer {number}" if model.startswith("ft:") else f"a bad answer to {number}"
+        text = f"good answer {number}" if model.startswith("ft:") else f"a bad answer to {number}"
+        return text + self.endings.get(model, "")
 
     def _verdict(self, model: str, question: str) -> str:
         first, second = (
@@ -134,6 +136,7 @@ def calm(engines: Engines) -> None:
     engines.asked.clear()
     engines.failing.clear()
     engines.refusing.clear()
+    engines.endings.clear()
     engines.delay, engines.is_away = 0.0, False
 
 

@@ -33,13 +33,11 @@ def real(client: openai.OpenAI) -> dict[str, str]:
         "parameters": {"seed": {"values": [1, 2]}},
     }
     sweep: Any = client.post("/x/sweeps", body=searched, cast_to=object)
-    return {
-        "file_id": file.id,
-        "job_id": job.id,
-        "model_id": "tiny",
-        "evaluation_id": evaluation["id"],
-        "sweep_id": sweep["id"],
-    }
+    rounds: Any = client.post(
+        "/x/rounds", body={"model": "tiny", "judge": {"type": "length"}, "rows": [{"prompt": "Hello"}]}, cast_to=object
+    )
+    names = {"evaluation_id": evaluation["id"], "sweep_id": sweep["id"], "rounds_id": rounds["id"]}
+    return {"file_id": file.id, "job_id": job.id, "model_id": "tiny", **names}
 
 
 def check(answer: Any) -> None:

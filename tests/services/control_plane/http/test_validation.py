@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_core.options import InvalidOption
-from services.control_plane.core.errors import InvalidRequest
-from services.control_plane.http.validation import meant, parse, refuse_unknown
+from services.control_plane.core.errors import InvalidRequest, NotFound
+from services.control_plane.http.validation import meant, parse, refuse_unknown, within
 
 
 class Inner(BaseModel):
@@ -97,3 +97,17 @@ def test_keys_are_compared_with_the_known_ones() -> None:
 def test_a_name_that_resembles_none_is_not_guessed() -> None:
     assert meant("learning_rat", ["learning_rate", "beta"]) == " Did you mean 'learning_rate'?"
     assert meant("zzz", ["learning_rate", "beta"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "param"),
+    [
+        (InvalidRequest("a", param="judge.model"), "evaluation.judge.model"),
+        (InvalidRequest("a", param="evaluation.file"), "evaluation.file"),
+        (NotFound("a", code="model_not_found"), "evaluation"),
+    ],
+)
+def test_an_error_in_a_part_of_the_request_names_the_whole_path(error: Any, param: str) -> None:
+    with pytest.raises(type(error)) as told, within("evaluation"):
+        raise error
+    assert told.value.param == param

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from services.control_plane.core.errors import InvalidRequest
-from services.control_plane.sweeps.requests import CreateSweep, Parameter, within
+from services.control_plane.http.validation import within
+from services.control_plane.sweeps.requests import CreateSweep, Parameter
 
 JOB = {"model": "tiny", "training_file": "file-1", "method": {"type": "dpo"}}
 VALUES = {"method.dpo.hyperparameters.beta": {"values": [0.1, 0.2]}}

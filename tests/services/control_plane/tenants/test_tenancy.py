@@ -45,6 +45,7 @@ EVALUATION = {"kind": "score", "model": "tiny", "judge": {"type": "length"}, "ro
 OF_A_SWEEP = {name: value for name, value in EVALUATION.items() if name != "model"}
 SEEDS = {"seed": {"values": [1, 2]}}
 SWEEP = {"job": JOB, "parameters": SEEDS}
+ROUNDS = {"model": "tiny", "judge": {"type": "length"}, "rows": [{"prompt": "Hello?"}]}
 BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     "POST /v1/fine_tuning/jobs": NAMED_BY_A_JOB,
     "POST /v1/x/jobs/validate": NAMED_BY_A_JOB,
@@ -73,6 +74,10 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
             "evaluations.a.file",
             {**SWEEP, "evaluations": {"a": {**OF_A_SWEEP, "rows": None, "file": "file_id"}}},
         ),
+    ],
+    "POST /v1/x/rounds": [
+        ("model", {**ROUNDS, "model": "model_id"}),
+        ("file", {**ROUNDS, "rows": None, "file": "file_id"}),
     ],
     "PUT /v1/x/deployments/{model_id}": [(None, {"pinned": True})],
     "POST /v1/x/keys": [("project_id", {"name": "a key", "project_id": "project_id"})],
@@ -191,6 +196,8 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
     while not a.get(f"/x/sweeps/{sweep_id}/trials").json()["data"]:
         assert time.monotonic() < deadline
     a.post(f"/x/sweeps/{sweep_id}/cancel")
+    rounds_id = a.post("/x/rounds", json=ROUNDS).json()["id"]
+    a.post(f"/x/rounds/{rounds_id}/cancel")
     sharing = f"/fine_tuning/checkpoints/{job['fine_tuned_model']}/permissions"
     shared = a.post(sharing, json={"project_ids": [new_project(api, "c")]}).json()["data"][0]
     return {
@@ -200,6 +207,7 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
         "model_id": job["fine_tuned_model"],
         "evaluation_id": evaluation_id,
         "sweep_id": sweep_id,
+        "rounds_id": rounds_id,
         "key_id": key["id"],
         "project_id": key["project_id"],
         "permission_id": shared["id"],

@@ -1,0 +1,113 @@
+"""The routes below /v1/x/rounds, which create, list, show, pause, resume, cancel and delete rounds that improve a
+policy.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, Response
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.auth.keys import Caller
+from services.control_plane.core.documents import Page, answers
+from services.control_plane.core.responses import deleted, listing
+from services.control_plane.core.store import page
+from services.control_plane.core.tables import Rounds
+from services.control_plane.http.dependencies import (
+    CallerPart,
+    IdempotentPart,
+    Limit,
+    RayApiPart,
+    SettingsPart,
+    StorePart,
+)
+from services.control_plane.http.idempotency import IdempotentRequest
+from services.control_plane.rounds import checks, rounds
+from services.control_plane.rounds.documents import RoundsDocument, Status
+from services.control_plane.rounds.requests import CreateRounds
+from services.control_plane.rounds.responses import rounds_object
+
+router = APIRouter(prefix="/x/rounds")
+
+
+@router.post("", responses=answers(RoundsDocument))
+async def create(
+    idempotent: IdempotentPart,
+    store: StorePart,
+    caller: CallerPart,
+    settings: SettingsPart,
+    ray_api: RayApiPart,
+    body: CreateRounds,
+) -> Response:
+    """Creates rounds, which improve a policy by training on its own scored answers. The service works on them in the
+    background.
+    """
+    body.check()
+    sampled, held_out = await checks.prompts_of(store, body)
+
+    async def submit(session: AsyncSession) -> dict[str, Any]:
+        await checks.check(session, settings, ray_api, body.spec())
+        return rounds_object(await rounds.create(session, body.spec(), sampled, held_out, caller.key_id))
+
+    return await idempotent.act(submit)
+
+
+@router.get("", responses=answers(Page[RoundsDocument]))
+async def list_rounds(
+    store: StorePart, after: str | None = None, limit: Limit = 20, status: Status | None = None
+) -> dict[str, Any]:
+    """Lists the project's rounds, newest first. If `status` is given, lists only rounds with this status."""
+    query = select(Rounds)
+    if status is not None:
+        query = query.where(Rounds.state == status)
+    async with store.look() as session:
+        found, more = await page(session, query, [Rounds.created_at, Rounds.id], after=after, limit=limit)
+    return listing(list(map(rounds_object, found)), more)
+
+
+@router.get("/{rounds_id}", responses=answers(RoundsDocument))
+async def retrieve(store: StorePart, rounds_id: str) -> dict[str, Any]:
+    async with store.look() as session:
+        return rounds_object(await rounds.find(session, rounds_id))
+
+
+@router.post("/{rounds_id}/pause", responses=answers(RoundsDocument))
+async def pause(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
+    """Pauses rounds that have not ended, and their job or evaluations that are under way."""
+    return await _wish(rounds.pause, idempotent, caller, rounds_id)
+
+
+@router.post("/{rounds_id}/resume", responses=answers(RoundsDocument))
+async def resume(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
+    """Lets paused rounds go on where they were."""
+    return await _wish(rounds.resume, idempotent, caller, rounds_id)
+
+
+@router.post("/{rounds_id}/cancel", responses=answers(RoundsDocument))
+async def cancel(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
+    """Cancels rounds that have not ended, and their job or evaluations that are under way. The rest is kept."""
+    return await _wish(rounds.cancel, idempotent, caller, rounds_id)
+
+
+async def _wish(
+    wish: Callable[[AsyncSession, str, str], Awaitable[Rounds]],
+    idempotent: IdempotentRequest,
+    caller: Caller,
+    rounds_id: str,
+) -> Response:
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return rounds_object(await wish(session, rounds_id, caller.key_id))
+
+    return await idempotent.act(act, changes=rounds_id)
+
+
+@router.delete("/{rounds_id}")
+async def delete(idempotent: IdempotentPart, rounds_id: str) -> Response:
+    """Deletes rounds that have ended. The files, jobs, models and evaluations that they have made stay."""
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        await rounds.remove(session, rounds_id)
+        return deleted("rounds", rounds_id)
+
+    return await idempotent.act(remove, changes=rounds_id)

@@ -1,0 +1,97 @@
+"""Checks a request for rounds before anything is created: prompts, judges, and the job of a round."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.data.groups import Group
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.store import ProjectStore
+from services.control_plane.evaluations import rows
+from services.control_plane.evaluations.kinds import drift, samples
+from services.control_plane.evaluations.kinds.judging import grader_of
+from services.control_plane.evaluations.requests import EvaluationRow, Judge
+from services.control_plane.http.validation import within
+from services.control_plane.jobs import admission
+from services.control_plane.jobs.plans import plans
+from services.control_plane.jobs.requests import ValidateJob
+from services.control_plane.ray_api import RayApi
+from services.control_plane.rounds.requests import LOCAL_ROWS, CreateRounds, RoundsSpec
+from services.control_plane.settings import Settings
+
+
+async def prompts_of(store: ProjectStore, body: CreateRounds) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the prompts to sample answers to, and those to evaluate policies on, as JSON objects.
+
+    Raises InvalidRequest if there are none, if they are too large together, or if some are texts and others messages.
+    """
+    sampled = await _read(store, body.rows, body.file, body.max_items, body.judge)
+    if len({isinstance(group.prompt, str) for group in sampled}) > 1:
+        message = "Some prompts are texts and others are messages, but a training file has one form; send one of them."
+        raise InvalidRequest(message, param="rows")
+    held_out = body.evaluation
+    if held_out.rows is None and held_out.file is None:
+        return rows.to_json(sampled), rows.to_json(sampled)
+    with within("evaluation"):
+        judge = held_out.judge or body.judge
+        return rows.to_json(sampled), rows.to_json(
+            await _read(store, held_out.rows, held_out.file, held_out.max_items, judge)
+        )
+
+
+async def _read(
+    store: ProjectStore, given: Sequence[EvaluationRow] | None, file: str | None, most: int, judge: Judge
+) -> list[Group]:
+    groups = await rows.read(store, given, file, most)
+    rows.check_expected(groups, judge, "rows" if given is not None else "file")
+    return groups
+
+
+async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, spec: RoundsSpec) -> None:
+    """Raises ApiError, which names the field, if the first round could not be done as `spec` describes it."""
+    sampling = await samples.of(session, settings, spec.samples_of(spec.model, 1))
+    if sampling.grader.is_asked and spec.selection.type == "rso":
+        message = (
+            f"The judge '{spec.judge.model}' only compares answers, but 'rso' samples by scores; take a reward model, "
+            "an implicit reward or a rule."
+        )
+        raise InvalidRequest(message, param="selection.type")
+    await _check_evaluation(session, settings, spec)
+    await _check_job(session, settings, ray_api, spec)
+
+
+async def _check_evaluation(session: AsyncSession, settings: Settings, spec: RoundsSpec) -> None:
+    if spec.evaluating_judge.type == "implicit" and spec.evaluating_judge.model is None:
+        message = (
+            "Implicit rewards of different policies cannot be compared; name a judge for the evaluations in "
+            "'evaluation.judge', or one policy for all rounds in 'judge.model'."
+        )
+        raise InvalidRequest(message, param="evaluation.judge")
+    if spec.evaluation.judge is not None:
+        with within("evaluation"):
+            await grader_of(session, settings, spec.evaluation.judge, of=spec.model)
+    with within("evaluation"):
+        await drift.of(session, settings, spec.drift_of(spec.model))
+
+
+async def _check_job(session: AsyncSession, settings: Settings, ray_api: RayApi, spec: RoundsSpec) -> None:
+    with within("job"):
+        asked = spec.job_of("rounds-" + "0" * 24, 1, spec.model, LOCAL_ROWS)
+        validated = ValidateJob.model_validate(asked.model_dump(exclude_unset=True))
+        job = validated.spec()
+        admitted = await admission.admit(session, settings, job, validated.asked(), local_files=True)
+        await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
+    traits = job.config.objective.traits
+    made = "ratings" if spec.selection.type == "ranking" else "pairs"
+    if made not in traits.learns_from:
+        kinds = " or ".join(traits.learns_from)
+        message = (
+            f"The selection '{spec.selection.type}' makes {made}, but the method '{job.config.objective.type}' learns "
+            f"from {kinds}; choose another selection or another method."
+        )
+        raise InvalidRequest(message, param="selection.type")
+    if traits.num_outputs:
+        method = job.config.objective.type
+        message = f"The method '{method}' trains a reward model, which writes no answers; choose another one."
+        raise InvalidRequest(message, param="job.method.type")

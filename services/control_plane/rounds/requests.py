@@ -1,0 +1,226 @@
+"""Defines the JSON body of POST /v1/x/rounds, which creates rounds, and the description that is stored of them."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.evaluations.requests import (
+    MOST_INLINE,
+    MOST_ITEMS,
+    MOST_SAMPLES,
+    EvaluationRow,
+    Judge,
+    Sampling,
+    Spec,
+)
+from services.control_plane.http.validation import Text, parse
+from services.control_plane.jobs.requests import CreateJob
+from services.control_plane.rounds import selection
+
+MOST_ROUNDS = 20
+GIVEN_BY_ROUNDS = ("model", "training_file")  # fields of a job that rounds fill in
+LOCAL_ROWS = "./rows.jsonl"  # stands for the file of a round that has not been made yet
+
+Rows = Annotated[list[EvaluationRow], Field(min_length=1, max_length=MOST_INLINE)]
+MaxItems = Annotated[int, Field(ge=1, le=MOST_ITEMS)]
+
+
+class Selection(BaseModel):
+    """The field `selection` of a request for rounds: which of the answers to a prompt become training data."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: selection.Type = Field(
+        default="best_worst",
+        description="`best_worst`: a pair of the best and the worst answer. `all_pairs`: each two answers with "
+        "different scores. `ranking`: all answers with their scores, for objectives that learn from ratings. `rso`: "
+        "pairs of answers that statistical rejection sampling accepts.",
+    )
+    beta: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Only of `rso`: the temperature of the sampling. A lower one accepts only answers with high "
+        "scores. Without it: 0.5.",
+    )
+    num_accepted: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] | None = Field(
+        default=None,
+        description="Only of `rso`: number of answers to accept of each prompt; each two make a pair. Without it: an "
+        "eighth of `num_samples`, at least 2.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> Self:
+        for name in ("beta", "num_accepted"):
+            if self.type != "rso" and getattr(self, name) is not None:
+                raise ValueError(f"a selection of the type '{self.type}' has no field '{name}'; leave it out.")
+        return self
+
+    def resolved(self, num_samples: int) -> selection.Selection:
+        return selection.Selection(self.type, self.beta or 0.5, self.num_accepted or max(2, num_samples // 8))
+
+
+class HeldOut(BaseModel):
+    """The field `evaluation` of a request for rounds: how the policy of each round is evaluated."""
+
+    model_config = ConfigDict(extra="forbid")
+    file: Text | None = Field(
+        default=None,
+        description="Id of an uploaded file with the prompts to evaluate on. Without it and `rows`: those of the "
+        "rounds.",
+    )
+    max_items: MaxItems = Field(
+        default=200, description="Maximum number of rows to take, from the first row of the file on."
+    )
+    judge: Judge | None = Field(
+        default=None, description="Who judges the answers. Without it: the judge of the rounds."
+    )
+    sampling: Sampling | None = Field(
+        default=None, description="How answers are sampled. Without it: as for the rounds."
+    )
+
+
+class CreateHeldOut(HeldOut):
+    """The field `evaluation` of a request for rounds, perhaps with the prompts themselves."""
+
+    rows: Rows | None = Field(default=None, description="Prompts to evaluate on, instead of a file.")
+
+
+class RoundsSpec(BaseModel):
+    """The description of rounds. If the request contains prompts itself, they are not part of the description."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Text = Field(description="The first policy: a base model, or a trained policy.")
+    file: Text | None = Field(
+        default=None, description="Id of an uploaded file with the prompts to sample answers to. Send this or `rows`."
+    )
+    max_items: MaxItems = Field(
+        default=200, description="Maximum number of prompts to take, from the first row of the file on."
+    )
+    prompts_per_round: Annotated[int, Field(ge=1, le=MOST_ITEMS)] | None = Field(
+        default=None,
+        description="How many prompts a round takes: the next ones, and the first ones again after the last. Without "
+        "it: each round takes all.",
+    )
+    num_rounds: int = Field(default=3, ge=1, le=MOST_ROUNDS, description="Number of rounds, at most.")
+    num_samples: int = Field(default=4, ge=2, le=MOST_SAMPLES, description="Number of answers to each prompt.")
+    sampling: Sampling = Field(
+        default_factory=Sampling, description="How answers are sampled. Each round has seeds of its own."
+    )
+    judge: Judge = Field(description="Who scores the answers: a model, an implicit reward, or a rule.")
+    selection: Selection = Field(
+        default_factory=Selection, description="Which of the answers to a prompt become training data."
+    )
+    job: dict[str, Any] = Field(
+        default_factory=lambda: {"method": {"type": "dpo"}},
+        description="The job of each round: the fields of POST /v1/fine_tuning/jobs, without `model` and "
+        "`training_file`. Without it: dpo with its defaults.",
+    )
+    start: Literal["newest", "first"] = Field(
+        default="newest", description="The model that the job of a round starts from: the newest policy, or the first."
+    )
+    reference: Literal["newest", "first"] = Field(
+        default="first",
+        description="The reference model of the job of a round: the first policy, or the newest.",
+    )
+    evaluation: HeldOut = Field(
+        default_factory=HeldOut, description="How the first policy, and the policy of each round, is evaluated."
+    )
+    stop_if_not_better: bool = Field(
+        default=False, description="Whether to end after a round whose policy is not better than the best one before."
+    )
+
+    def seeded(self, sampling: Sampling, number: int) -> Sampling:
+        """Returns `sampling` with the seed of the round with this number, so that no round repeats another one."""
+        return sampling.model_copy(update={"seed": (sampling.seed + number * 1_000_003) % 2**31})
+
+    def samples_of(self, model: str, number: int) -> Spec:
+        """Returns the description of the evaluation that samples the answers of a round from `model`."""
+        return Spec(
+            kind="samples",
+            model=model,
+            judge=self.judge,
+            num_samples=self.num_samples,
+            sampling=self.seeded(self.sampling, number),
+        )
+
+    @property
+    def evaluating_judge(self) -> Judge:
+        return self.evaluation.judge or self.judge
+
+    @property
+    def evaluating_sampling(self) -> Sampling:
+        return self.evaluation.sampling or self.sampling
+
+    def quality_of(self, model: str, before: str | None, *, is_asked: bool) -> Spec | None:
+        """Returns the description of the evaluation that judges the answers of `model`. Returns None if there is none.
+
+        A judge that is asked compares them with those of `before`, the policy of the round before; if this is None,
+        there is nothing to compare with.
+        """
+        told: dict[str, Any] = {"judge": self.evaluating_judge, "sampling": self.evaluating_sampling}
+        if not is_asked:
+            return Spec(kind="score", model=model, **told)
+        return None if before is None else Spec(kind="compare", model=model, baseline=before, **told)
+
+    def drift_of(self, model: str) -> Spec:
+        """Returns the description of the evaluation that measures how far `model` is from the first policy."""
+        whole = Sampling(max_tokens=self.evaluating_sampling.max_tokens, seed=self.evaluating_sampling.seed)
+        return Spec(kind="drift", model=model, reference=self.model, sampling=whole)
+
+    def job_of(self, rounds_id: str, number: int, newest: str, file: str) -> CreateJob:
+        """Returns the request for the job of the round with this number.
+
+        `newest` is the newest policy, and `file` the id of the file with the round's rows. Raises InvalidRequest for a
+        wrong field of `job`.
+        """
+        start = newest if self.start == "newest" else self.model
+        reference = newest if self.reference == "newest" else self.model
+        asked = {**self.job, "model": start, "training_file": file}
+        asked["metadata"] = _with(asked.get("metadata"), rounds=rounds_id, round=str(number))
+        job = parse(CreateJob, asked, "job")
+        if reference == start or not job.spec().config.objective.traits.needs_reference:
+            return job
+        extension = asked.get("x_raydpo") or {}
+        named = _with(extension.get("reference"), model=reference)
+        return parse(CreateJob, {**asked, "x_raydpo": _with(extension, reference=named)}, "job")
+
+
+def _with(value: Any, **more: Any) -> Any:
+    """Returns the JSON object `value`, which may be None, with further fields. Returns any other value as it is."""
+    return {**(value or {}), **more} if value is None or isinstance(value, dict) else value
+
+
+class CreateRounds(RoundsSpec):
+    """The JSON body of POST /v1/x/rounds, which improves a policy in rounds."""
+
+    rows: Rows | None = Field(default=None, description="Prompts, instead of a file.")
+    evaluation: CreateHeldOut = Field(
+        default_factory=CreateHeldOut, description="How the first policy, and the policy of each round, is evaluated."
+    )
+
+    def check(self) -> None:
+        """Raises InvalidRequest, which names the field, if a field is missing, or two fields contradict each other."""
+        if (self.file is None) == (self.rows is None):
+            message = "Rounds take their prompts from one place; send either 'file' or 'rows'."
+            raise InvalidRequest(message, param="file", code="missing_required_parameter")
+        if self.evaluation.file is not None and self.evaluation.rows is not None:
+            message = "An evaluation takes its prompts from one place; send either 'file' or 'rows'."
+            raise InvalidRequest(message, param="evaluation.file")
+        accepted = self.selection.num_accepted or 2
+        if accepted > self.num_samples:
+            message = f"num_accepted is {accepted}, but there are {self.num_samples} samples; accept at most as many."
+            raise InvalidRequest(message, param="selection.num_accepted")
+        for name in GIVEN_BY_ROUNDS:
+            if name in self.job:
+                message = f"The field '{name}' of a round's job is given by the rounds; leave it out."
+                raise InvalidRequest(message, param=f"job.{name}")
+        extension = self.job.get("x_raydpo")
+        reference = extension.get("reference") if isinstance(extension, dict) else None
+        if isinstance(reference, dict) and reference.get("model") is not None:
+            message = (
+                "The reference of a round's job is named by the field 'reference' of the rounds; leave it out here."
+            )
+            raise InvalidRequest(message, param="job.x_raydpo.reference.model")
+
+    def spec(self) -> RoundsSpec:
+        """Returns the description of the rounds to store."""
+        return RoundsSpec.model_validate(self.model_dump(exclude={"rows": True, "evaluation": {"rows"}}))

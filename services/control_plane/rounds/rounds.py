@@ -1,0 +1,187 @@
+"""Creates rounds, and makes all changes of their states that users wish.
+
+Rounds are running or paused, and end succeeded, failed or cancelled. A wish also reaches the job or the evaluations
+that are under way.
+"""
+
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from sqlalchemy import exists, func, literal, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.contract import storable
+from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
+from services.control_plane.core.leases import take
+from services.control_plane.core.store import now, project_of
+from services.control_plane.core.tables import EVALUATION_ENDS, TERMINAL, Evaluation, Job, Lease, Rounds
+from services.control_plane.evaluations import evaluations
+from services.control_plane.jobs import jobs
+from services.control_plane.rounds.requests import RoundsSpec
+from services.control_plane.tenants import projects
+
+MOST_LIVE = 20  # rounds of a project that have not ended
+LEASE = "rounds "  # the name of the lease of rounds is this text and their id
+LIVE = text(f"state NOT IN {EVALUATION_ENDS}")  # as in the index
+CLAIMS = func.pg_try_advisory_xact_lock(func.hashtextextended("claims of rounds", 0))
+
+Row = dict[str, Any]
+
+
+# --- requests --------------------------------------------------------------------------------
+
+
+async def create(
+    session: AsyncSession, spec: RoundsSpec, sampled: Sequence[Row], held_out: Sequence[Row], key_id: str
+) -> Rounds:
+    """Adds rounds, and returns them. `sampled` are the prompts to sample answers to, `held_out` those of evaluations.
+
+    `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the project has too
+    many rounds that have not ended, and Forbidden if the project is archived.
+    """
+    project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
+    if project.archived_at is not None:
+        message = f"The project {project.id} of your key is archived; use a key of another project."
+        raise Forbidden(message, code="project_archived")
+    live = await session.scalar(select(func.count()).select_from(Rounds).where(LIVE)) or 0
+    if live >= MOST_LIVE:
+        raise OverQuota(f"The project has {live} rounds that have not ended, which is the limit; wait, or cancel some.")
+    rounds = Rounds(
+        id=f"rounds-{secrets.token_hex(12)}",
+        created_at=await now(session),
+        key_id=key_id,
+        spec=spec.model_dump(mode="json"),
+        prompts={"sampled": list(sampled), "held_out": list(held_out)},
+        history=[{"number": 0, "model": spec.model}],
+    )
+    session.add(rounds)
+    await session.flush()
+    return rounds
+
+
+async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> Rounds:
+    """Returns the rounds with this id; if `lock`, nobody else can change them until the transaction ends."""
+    rounds = await session.get(Rounds, rounds_id, populate_existing=True, with_for_update=True if lock else None)
+    if rounds is None:
+        message = f"There are no rounds '{rounds_id}'; list the project's rounds for their ids."
+        raise NotFound(message, param="rounds_id", code="rounds_not_found")
+    return rounds
+
+
+async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
+    """Pauses the rounds, and the job or the evaluations that are under way. Returns the rounds.
+
+    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds have ended.
+    """
+    rounds = await _live(session, rounds_id, "paused")
+    async for child in _under_way(session, rounds):
+        if isinstance(child, Evaluation):
+            await evaluations.pause(session, child.id)
+        elif child.desired == "run" and child.observed in ("queued", "running"):
+            await jobs.pause(session, child.id, actor)
+    rounds.state, rounds.waits_for = "paused", None
+    return rounds
+
+
+async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
+    """Lets the paused rounds go on, with the job or the evaluations that were under way. Returns the rounds.
+
+    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds are not paused, and
+    OverQuota if the project may not queue the paused job.
+    """
+    rounds = await find(session, rounds_id, lock=True)
+    if rounds.state != "paused":
+        raise InvalidRequest(f"The rounds {rounds_id} are {rounds.state}; only paused rounds can be resumed.")
+    async for child in _under_way(session, rounds):
+        if isinstance(child, Evaluation):
+            if child.state == "paused":
+                await evaluations.resume(session, child.id)
+        elif child.desired == "pause":
+            await jobs.resume(session, child.id, actor)
+    rounds.state = "running"
+    return rounds
+
+
+async def cancel(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
+    """Ends the rounds as cancelled, and the job or the evaluations that are under way. Returns the rounds.
+
+    What the rounds have made is kept. `actor` is the id of the API key that sent the request. Raises InvalidRequest if
+    the rounds have ended.
+    """
+    rounds = await _live(session, rounds_id, "cancelled")
+    async for child in _under_way(session, rounds):
+        if isinstance(child, Evaluation):
+            await evaluations.cancel(session, child.id)
+        else:
+            await jobs.cancel(session, child.id, actor)
+    await end(session, rounds, "cancelled")
+    return rounds
+
+
+async def remove(session: AsyncSession, rounds_id: str) -> None:
+    """Deletes the rounds. The files, jobs, models and evaluations that they have made stay.
+
+    Raises InvalidRequest if they have not ended.
+    """
+    rounds = await find(session, rounds_id, lock=True)
+    if rounds.state not in EVALUATION_ENDS:
+        raise InvalidRequest(f"The rounds {rounds_id} are {rounds.state}; cancel them before you delete them.")
+    await session.delete(rounds)
+
+
+async def _live(session: AsyncSession, rounds_id: str, wish: str) -> Rounds:
+    rounds = await find(session, rounds_id, lock=True)
+    if rounds.state in EVALUATION_ENDS:
+        raise InvalidRequest(f"The rounds {rounds_id} have already {rounds.state}; they cannot be {wish}.")
+    return rounds
+
+
+async def _under_way(session: AsyncSession, rounds: Rounds) -> AsyncIterator[Evaluation | Job]:
+    """Yields the job and the evaluations of the newest round that have not ended, and that nobody deleted."""
+    entry = rounds.history[-1]
+    for evaluation_id in (entry.get("samples"), *(entry.get("evaluations") or {}).values()):
+        evaluation = await session.get(Evaluation, evaluation_id) if evaluation_id else None
+        if evaluation is not None and evaluation.state not in EVALUATION_ENDS:
+            yield evaluation
+    job = await session.get(Job, entry["job"]) if entry.get("job") else None
+    if job is not None and job.observed not in TERMINAL:
+        yield job
+
+
+# --- the background --------------------------------------------------------------------------
+
+
+async def end(session: AsyncSession, rounds: Rounds, state: str, **values: Any) -> None:
+    """Ends the rounds, whose row the caller has locked, in the state `state`, and sets the columns in `values`."""
+    finished_at = await session.scalar(select(func.clock_timestamp()))
+    ending = {"state": state, "waits_for": None, "finished_at": finished_at}
+    for name, value in (ending | values).items():  # together: constraints hold of the columns
+        setattr(rounds, name, value)
+
+
+async def fail(session: AsyncSession, rounds: Rounds, error: ApiError) -> None:
+    """Ends the rounds, whose row the caller has locked, as failed with this error."""
+    told = {"code": error.code, "message": storable(error.message), "param": error.param}
+    await end(session, rounds, "failed", error=told)
+
+
+async def claim(session: AsyncSession, holder: str) -> Rounds | None:
+    """Takes the lease of the oldest running rounds on which no control plane works, for `holder`, a control plane.
+
+    Returns the rounds. Returns None if there are none.
+    """
+    if not await session.scalar(select(CLAIMS)):
+        return None
+    leased = exists().where(Lease.name == literal(LEASE) + Rounds.id, Lease.expires_at > func.clock_timestamp())
+    query = select(Rounds).where(LIVE, Rounds.state == "running", ~leased)
+    row = await session.scalar(query.order_by(Rounds.created_at, Rounds.id).limit(1))
+    return row if row is not None and await take(session, lease_of(row), holder) else None
+
+
+def lease_of(rounds: Rounds) -> str:
+    return f"{LEASE}{rounds.id}"
+
+
+async def is_running(session: AsyncSession, rounds: Rounds) -> bool:
+    return await session.scalar(select(Rounds.state).where(Rounds.id == rounds.id)) == "running"

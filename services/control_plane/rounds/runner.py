@@ -1,0 +1,68 @@
+"""Runs rounds in the background. Every control plane does so.
+
+To work on rounds, a control plane takes their lease. If a control plane dies, another one goes on with the stage that
+the rounds are at.
+"""
+
+import asyncio
+from datetime import timedelta
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import ApiError
+from services.control_plane.core.leases import RETRY_SECONDS
+from services.control_plane.core.store import ProjectStore, Store
+from services.control_plane.core.tables import Rounds
+from services.control_plane.ray_api import RayApi
+from services.control_plane.rounds import rounds as changes
+from services.control_plane.rounds.stages import Ended, Stages
+from services.control_plane.settings import Settings
+
+LOOK_SECONDS = 2.0  # how often rounds look whether their job or evaluation has ended
+GIVEN_UP_AFTER = timedelta(days=1)  # of unexpected errors, without going on in between
+
+
+class RoundsRunner:
+    """The background work on rounds. A piece of it is the stages of one object of rounds that are left."""
+
+    at_once = 64  # most of them only wait for a job
+
+    def __init__(self, store: Store, settings: Settings, ray_api: RayApi) -> None:
+        self._store, self._settings, self._ray_api = store, settings, ray_api
+
+    def lease_of(self, rounds: Rounds) -> str:
+        return changes.lease_of(rounds)
+
+    async def claim(self, session: AsyncSession, holder: str) -> Rounds | None:
+        return await changes.claim(session, holder)
+
+    async def goes_on(self, session: AsyncSession, rounds: Rounds) -> bool:
+        return await changes.is_running(session, rounds)
+
+    async def interrupted(self, session: AsyncSession, rounds: Rounds, error: Exception) -> None:
+        """Stores for the user that the rounds wait after an unexpected error. If these errors go on for a day, the
+        rounds fail.
+        """
+        rounds = await changes.find(session, rounds.id, lock=True)
+        if rounds.state != "running":
+            return
+        now = await session.scalar(select(func.clock_timestamp()))
+        assert now is not None
+        rounds.troubled_at = rounds.troubled_at or now
+        what = (
+            f"The service cannot go on because of an error of its own ({type(error).__name__}), which its log explains"
+        )
+        if now - rounds.troubled_at > GIVEN_UP_AFTER:
+            await changes.fail(session, rounds, ApiError(f"{what}; ask the operator.", code="rounds_stalled"))
+        else:
+            rounds.waits_for = f"{what}; it tries again every {RETRY_SECONDS:g} s."
+
+    async def work(self, rounds: Rounds) -> None:
+        stages = Stages(ProjectStore(self._store, rounds.project_id), rounds.id, self._settings, self._ray_api)
+        try:
+            while True:
+                if not await stages.step():
+                    await asyncio.sleep(LOOK_SECONDS)
+        except Ended:
+            pass

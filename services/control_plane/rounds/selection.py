@@ -1,0 +1,157 @@
+"""Makes rows of training data from a policy's scored answers: pairs or rankings, without ties and repetitions.
+
+The functions depend only on their arguments.
+"""
+
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+from dpo_core.data.groups import Group
+from dpo_core.data.messages import Text
+from services.control_plane.evaluations.kinds.asking import completion_of
+
+Type = Literal["best_worst", "all_pairs", "ranking", "rso"]
+Row = dict[str, Any]
+
+WORDS = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of the policy to a prompt, and its score; higher is better."""
+
+    text: str
+    score: float
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Returns the answer's words, by which near-duplicates are found: without case, white space and punctuation."""
+        return tuple(WORDS.findall(self.text.casefold())) or (self.text.strip(),)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The answers that a rejection sampling accepted, in the order of their acceptance, and how many it looked at."""
+
+    answers: list[Answer]
+    num_tried: int
+
+
+def reject(candidates: Sequence[Answer], beta: float, count: int, draw: random.Random) -> Accepted:
+    """Returns `count` of the candidates, or all if there are no more, by statistical rejection sampling.
+
+    The method is algorithm 1 of RSO (arXiv 2309.06657): a candidate is accepted with the probability
+    exp((score - highest score of the candidates left) / beta), and is then not accepted again; the candidates are gone
+    through until enough are accepted. If many candidates are drawn from a policy pi, the accepted ones are distributed
+    as pi(y) exp(score(y) / beta), up to a constant.
+    """
+    left, accepted, num_tried = list(candidates), list[Answer](), 0
+    while left and len(accepted) < count:
+        highest, kept = max(answer.score for answer in left), list[Answer]()
+        for answer in left:
+            if len(accepted) == count:
+                break
+            num_tried += 1
+            is_accepted = draw.random() < math.exp((answer.score - highest) / beta)
+            (accepted if is_accepted else kept).append(answer)
+        left = kept
+    return Accepted(accepted, num_tried)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the answers to a prompt become rows. `beta` and `num_accepted` are options of `rso`."""
+
+    type: Type
+    beta: float = 0.5
+    num_accepted: int = 2
+
+    def rows(self, group: Group, answers: Sequence[Answer], draw: random.Random, counts: Counter[str]) -> list[Row]:
+        """Returns the rows that the answers to the prompt of `group` (a prompt with completions) make.
+
+        `draw` gives the random numbers of `rso`. Counts what was left out, and why, in `counts`.
+        """
+        if self.type == "rso":
+            accepted = reject(answers, self.beta, self.num_accepted, draw)
+            counts.update(num_tried=accepted.num_tried, num_accepted=len(accepted.answers))
+            pairs = zip(accepted.answers[::2], accepted.answers[1::2], strict=False)
+            return [_pair(group, *sides) for sides in map(_sorted, _different(pairs, counts)) if sides]
+        distinct = list({answer.words: answer for answer in reversed(answers)}.values())[::-1]
+        counts["num_duplicates"] += len(answers) - len(distinct)
+        ordered = sorted(distinct, key=lambda answer: -answer.score)
+        if len({answer.score for answer in ordered}) < 2:
+            counts["num_ties"] += 1
+            return []
+        if self.type == "best_worst":
+            return [_pair(group, ordered[0], ordered[-1])]
+        if self.type == "ranking":
+            return [_ranking(group, ordered)]
+        two = combinations(ordered, 2)
+        return [_pair(group, one, other) for one, other in two if one.score > other.score]
+
+
+def _different(pairs: Iterable[tuple[Answer, Answer]], counts: Counter[str]) -> Iterable[tuple[Answer, Answer]]:
+    """Yields the pairs whose answers differ in words and in score, and counts the others."""
+    for one, other in pairs:
+        if one.words == other.words:
+            counts["num_duplicates"] += 1
+        elif one.score == other.score:
+            counts["num_ties"] += 1
+        else:
+            yield one, other
+
+
+def _sorted(pair: tuple[Answer, Answer]) -> tuple[Answer, Answer]:
+    one, other = pair
+    return (one, other) if one.score > other.score else (other, one)
+
+
+def _pair(group: Group, better: Answer, worse: Answer) -> Row:
+    return {
+        **_prompt(group),
+        "chosen": completion_of(group.prompt, better.text),
+        "rejected": completion_of(group.prompt, worse.text),
+        "score_chosen": better.score,
+        "score_rejected": worse.score,
+    }
+
+
+def _ranking(group: Group, answers: Sequence[Answer]) -> Row:
+    completions: list[Text] = [completion_of(group.prompt, answer.text) for answer in answers]
+    return {**_prompt(group), "completions": completions, "scores": [answer.score for answer in answers]}
+
+
+def _prompt(group: Group) -> Row:
+    more = {"tools": group.tools, "chat_template_kwargs": group.template_arguments}
+    return {"prompt": group.prompt, **{name: value for name, value in more.items() if value}}
+
+
+def rows_of(
+    selection: Selection, samples: Sequence[tuple[Group, Mapping[str, Any]]], seed: str
+) -> tuple[list[Row], dict[str, int]]:
+    """Returns the rows of training data that samples make, each row once, and counts of what was left out.
+
+    `samples` are prompts, each with what the evaluation `samples` found: `answers` and their `scores`. Answers that
+    were cut off at the largest number of tokens are left out, because training adds an end to each completion. The
+    same `seed` gives the same rows.
+    """
+    counts, rows = Counter[str](), dict[str, Row]()
+    num_rows = 0
+    for number, (group, found) in enumerate(samples):
+        pairs = zip(found["answers"], found["scores"], strict=True)
+        answers = [Answer(answer["text"], score) for answer, score in pairs if answer["is_finished"]]
+        counts.update(num_answers=len(found["answers"]), num_unfinished=len(found["answers"]) - len(answers))
+        made = selection.rows(group, answers, random.Random(f"{seed} {number}"), counts)
+        num_rows += len(made)
+        rows |= {json.dumps(row, sort_keys=True): row for row in made}
+    names = ["num_answers", "num_unfinished", "num_duplicates", "num_ties"]
+    names += ["num_tried", "num_accepted"] if selection.type == "rso" else []
+    told = {"num_prompts": len(samples), **{name: counts[name] for name in names}}
+    return list(rows.values()), told | {"num_repeated_rows": num_rows - len(rows), "num_rows": len(rows)}

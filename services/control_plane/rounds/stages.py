@@ -1,0 +1,322 @@
+"""Does the stages of a round: samples with scores, a file of rows, a job, and evaluations of the job's policy.
+
+What a stage makes is an evaluation, a file or a job, whose id the rounds keep. Both are written in one transaction, so
+that a stage that is interrupted leaves nothing, or is done.
+"""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from tempfile import TemporaryFile
+from typing import Any
+
+import anyio.to_thread
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.data.groups import Group
+from services.contract import MIN_EXAMPLES, Reading
+from services.control_plane.core.errors import ApiError, OverQuota, RateLimited, Unavailable
+from services.control_plane.core.store import ProjectStore
+from services.control_plane.core.tables import TERMINAL, EvaluationItem, Rounds
+from services.control_plane.evaluations import evaluations
+from services.control_plane.evaluations.kinds.judging import grader_of
+from services.control_plane.evaluations.requests import Spec
+from services.control_plane.evaluations.rows import group_of
+from services.control_plane.evaluations.work import kind_of
+from services.control_plane.files import files, row_check
+from services.control_plane.http.validation import within
+from services.control_plane.jobs import admission, jobs
+from services.control_plane.jobs.plans import plans
+from services.control_plane.ray_api import RayApi
+from services.control_plane.rounds import rounds as changes
+from services.control_plane.rounds.requests import RoundsSpec
+from services.control_plane.rounds.selection import rows_of
+from services.control_plane.settings import Settings
+
+STAGES = ("samples", "file", "job", "model", "evaluations", "results")  # the keys that they add to the round, in order
+OF_FIRST_POLICY = ("evaluations", "results")
+READ_AT_ONCE = 100  # items of an evaluation
+
+Entry = dict[str, Any]
+Act = Callable[[AsyncSession, Rounds], Awaitable[bool]]
+"""Changes the rounds, whose row is locked. Returns False if it must wait, and then says in `waits_for` for what."""
+
+
+class Ended(Exception):
+    """Raised if there is no more work to do, because the rounds have ended or were paused."""
+
+
+def stage_of(entry: Entry) -> str:
+    """Returns the stage that the round `entry` is at, such as `samples`. Returns `next` if all are done."""
+    stages = STAGES if entry["number"] else OF_FIRST_POLICY
+    return next((name for name in stages if name not in entry), "next")
+
+
+class Stages:
+    """The work on the rounds with one id."""
+
+    def __init__(self, store: ProjectStore, rounds_id: str, settings: Settings, ray_api: RayApi) -> None:
+        self._store, self._id, self._settings, self._ray_api = store, rounds_id, settings, ray_api
+
+    async def step(self) -> bool:
+        """Does the next stage, if nothing must be waited for. Returns whether it was done.
+
+        Raises Ended if the rounds do not run.
+        """
+        acts: dict[str, Act] = {
+            "samples": self._sample,
+            "job": self._train,
+            "model": self._take_policy,
+            "evaluations": self._evaluate,
+            "results": self._conclude,
+            "next": self._go_on,
+        }
+        async with self._store.look() as session:
+            rounds = await changes.find(session, self._id)
+        if rounds.state != "running":
+            raise Ended
+        stage = stage_of(rounds.history[-1])
+        try:
+            return await (self._make_file(rounds) if stage == "file" else self._change(rounds, acts[stage]))
+        except (OverQuota, RateLimited, Unavailable) as error:
+            await self._wait(error.message)
+            return False
+        except ApiError as error:  # such as: a model was deleted, or the rows are not what the job learns from
+            message = f"Round {rounds.history[-1]['number']}, stage {stage}: {error.message}"
+            await self._fail(ApiError(message, code=error.code, param=error.param))
+            raise Ended from None
+
+    async def _change(self, seen: Rounds, act: Act) -> bool:
+        """Does `act` in a transaction that holds the lock of the rounds, unless another control plane has done it since
+        the rounds were `seen`. Returns whether it was done.
+        """
+        async with self._store.begin() as session:
+            rounds = await changes.find(session, self._id, lock=True)
+            if rounds.state != "running":
+                raise Ended
+            if rounds.history != seen.history:
+                return True
+            done = await act(session, rounds)
+            if done:
+                rounds.waits_for = None
+            if not done or rounds.history != seen.history:  # the stage is whole, or waits for another object
+                rounds.troubled_at = None
+            return done
+
+    async def _wait(self, what: str) -> None:
+        async with self._store.begin() as session:
+            rounds = await changes.find(session, self._id, lock=True)
+            if rounds.state == "running":
+                rounds.waits_for = what
+
+    async def _fail(self, error: ApiError) -> None:
+        async with self._store.begin() as session:
+            rounds = await changes.find(session, self._id, lock=True)
+            if rounds.state == "running":
+                await changes.fail(session, rounds, error)
+
+    # --- samples and their rows --------------------------------------------------------------
+
+    async def _sample(self, session: AsyncSession, rounds: Rounds) -> bool:
+        spec, number = _spec(rounds), rounds.history[-1]["number"]
+        prompts = (await self._prompts(session))["sampled"]
+        count = min(spec.prompts_per_round or len(prompts), len(prompts))
+        first = (number - 1) * count
+        chosen = [prompts[i % len(prompts)] for i in range(first, first + count)]
+        samples = await self._create(session, rounds, spec.samples_of(_newest(rounds), number), chosen)
+        return _add(rounds, samples=samples)
+
+    async def _prompts(self, session: AsyncSession) -> dict[str, Any]:
+        found: dict[str, Any] | None = await session.scalar(select(Rounds.prompts).where(Rounds.id == self._id))
+        assert found is not None  # the row is locked
+        return found
+
+    async def _create(self, session: AsyncSession, rounds: Rounds, spec: Spec, rows: list[Entry]) -> str:
+        """Creates the evaluation that `spec` describes, on the prompts `rows`, and returns its id."""
+        kind = await kind_of(session, self._settings, spec)
+        whole = Spec.model_validate(spec.model_dump() | kind.resolved)
+        return (await evaluations.create(session, whole, rows, kind.num_stages, rounds.key_id)).id
+
+    async def _make_file(self, rounds: Rounds) -> bool:
+        """Writes the round's rows into a file of the project, once its samples are scored. Returns whether it did so.
+
+        If there are too few rows for a job, ends the rounds instead.
+        """
+        if not await self._change(rounds, self._have_samples):
+            return False
+        spec, number = _spec(rounds), rounds.history[-1]["number"]
+        samples = [sample async for sample in self._samples(rounds.history[-1]["samples"])]
+        select_rows = partial(rows_of, spec.selection.resolved(spec.num_samples), samples, f"{rounds.id} {number}")
+        rows, counts = await anyio.to_thread.run_sync(select_rows)
+        if len(rows) < MIN_EXAMPLES:
+            return await self._change(rounds, partial(_end_without_rows, counts=counts))
+        with TemporaryFile() as file:
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+            file.seek(0)
+            stored = await files.store_file(file, self._settings)
+        async with files.removed_unless_named(stored):
+            report = await row_check.report_of(stored, Reading(), param="file", project_id=rounds.project_id)
+
+            async def keep(session: AsyncSession, rounds: Rounds) -> bool:
+                await files.reserve(session, rounds.project_id, stored.num_bytes, param="file")
+                row = await files.add(
+                    session,
+                    stored,
+                    filename=f"{rounds.id}-{number}.jsonl",
+                    purpose=files.TRAINING,
+                    project_id=rounds.project_id,
+                    report=report,
+                )
+                return _add(rounds, rows=counts, file=row.id)
+
+            return await self._change(rounds, keep)
+
+    async def _have_samples(self, session: AsyncSession, rounds: Rounds) -> bool:
+        return not await self._waits_for(session, rounds, [rounds.history[-1]["samples"]])
+
+    async def _samples(self, evaluation_id: str) -> AsyncIterator[tuple[Group, dict[str, Any]]]:
+        """Yields the prompts of the evaluation whose answers are scored, each with what was found."""
+        async with self._store.look() as session:
+            evaluation = await evaluations.find(session, evaluation_id)
+        for first in range(0, evaluation.num_items, READ_AT_ONCE):
+            numbers = EvaluationItem.number.between(first, first + READ_AT_ONCE - 1)
+            done = EvaluationItem.stage == evaluation.num_stages
+            query = select(EvaluationItem).where(EvaluationItem.evaluation_id == evaluation.id, numbers, done)
+            async with self._store.look() as session:
+                items = list(await session.scalars(query.order_by(EvaluationItem.number)))
+            for item in items:
+                yield group_of(item.row), item.found
+
+    async def _waits_for(self, session: AsyncSession, rounds: Rounds, evaluation_ids: Iterable[str]) -> bool:
+        """Whether one of the evaluations has not ended. Stores in the rounds why it does not go on.
+
+        Raises ApiError if an evaluation failed, or was cancelled or deleted.
+        """
+        found = [await evaluations.find(session, evaluation_id) for evaluation_id in evaluation_ids]
+        for evaluation in found:
+            if evaluation.state in ("failed", "cancelled"):
+                error = evaluation.error or {"code": "evaluation_cancelled", "message": "it was cancelled"}
+                message = f"the evaluation {evaluation.id} did not succeed: {error['message']}"
+                raise ApiError(message, code=error["code"])
+        waiting = [evaluation for evaluation in found if evaluation.state != "succeeded"]
+        reasons = [
+            f"the evaluation {evaluation.id}, which is paused" if evaluation.state == "paused" else evaluation.waits_for
+            for evaluation in waiting
+        ]
+        rounds.waits_for = next(filter(None, reasons), None)
+        return bool(waiting)
+
+    # --- the job -------------------------------------------------------------------------------
+
+    async def _train(self, session: AsyncSession, rounds: Rounds) -> bool:
+        spec, entry = _spec(rounds), rounds.history[-1]
+        with within("job"):
+            asked = spec.job_of(rounds.id, entry["number"], _newest(rounds), entry["file"])
+            admitted = await admission.admit(session, self._settings, asked.spec(), asked.asked())
+            await plans.refuse_hopeless(admitted.spec, admitted.model, self._settings, self._ray_api)
+        job = await jobs.submit(session, *admitted[:3], rounds.key_id, self._settings, are_checked=admitted.are_checked)
+        return _add(rounds, job=job.id)
+
+    async def _take_policy(self, session: AsyncSession, rounds: Rounds) -> bool:
+        job = await jobs.find(session, rounds.history[-1]["job"])
+        if job.observed == "succeeded":
+            return _add(rounds, model=job.fine_tuned_model)
+        if job.observed in TERMINAL:
+            error = job.error or {"code": "job_cancelled", "message": "it was cancelled"}
+            raise ApiError(f"the job {job.id} did not succeed: {error['message']}", code=error["code"])
+        is_paused = job.observed == "paused"
+        rounds.waits_for = f"the job {job.id}, which is paused" if is_paused else job.waits_for
+        return False
+
+    # --- evaluations of its policy -------------------------------------------------------------
+
+    async def _evaluate(self, session: AsyncSession, rounds: Rounds) -> bool:
+        spec, entry = _spec(rounds), rounds.history[-1]
+        prompts = (await self._prompts(session))["held_out"]
+        before = rounds.history[-2]["model"] if entry["number"] else None
+        grader = await grader_of(session, self._settings, spec.evaluating_judge, of=entry["model"])
+        wanted = {"quality": spec.quality_of(entry["model"], before, is_asked=grader.is_asked)}
+        if entry["number"]:
+            wanted["drift"] = spec.drift_of(entry["model"])
+        made = {
+            name: await self._create(session, rounds, each, prompts)
+            for name, each in wanted.items()
+            if each is not None
+        }
+        return _add(rounds, evaluations=made)
+
+    async def _conclude(self, session: AsyncSession, rounds: Rounds) -> bool:
+        """Adds the results of the round's evaluations, once all have ended."""
+        ids: dict[str, str] = rounds.history[-1]["evaluations"]
+        if await self._waits_for(session, rounds, ids.values()):
+            return False
+        told = {name: (await evaluations.find(session, each)).results or {} for name, each in ids.items()}
+        quality = told.get("quality", {})
+        results = {
+            "score": quality.get("score"),
+            "win_rate": quality.get("win_rate"),
+            "kl": told.get("drift", {}).get("kl_per_sequence"),
+        }
+        return _add(rounds, results=results)
+
+    async def _go_on(self, session: AsyncSession, rounds: Rounds) -> bool:
+        """Begins the next round, or ends the rounds."""
+        spec, number = _spec(rounds), rounds.history[-1]["number"]
+        if number == spec.num_rounds:
+            await changes.end(session, rounds, "succeeded", end_reason="num_rounds")
+        elif spec.stop_if_not_better and number and best_of(rounds.history)["number"] != number:
+            await changes.end(session, rounds, "succeeded", end_reason="not_better")
+        else:
+            rounds.history = [*rounds.history, {"number": number + 1}]
+        return True
+
+
+def best_of(history: Sequence[Entry]) -> Entry:
+    """Returns the round with the best policy so far. The first policy counts as round 0.
+
+    If the judge scores, this is the first round with the highest mean score. If the judge compares each policy with the
+    one before, it is the last of the rounds that won more than half, one after the other, from the first on.
+    """
+    done = [entry for entry in history if "results" in entry]
+    scored = [entry for entry in done if entry["results"]["score"]]
+    if scored:
+        return max(scored, key=lambda entry: (entry["results"]["score"]["value"], -entry["number"]))
+    compared = [entry for entry in done if entry["number"]]
+    won = list(takewhile(lambda entry: entry["results"]["win_rate"]["value"] > 0.5, compared))
+    return won[-1] if won else history[0]
+
+
+async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Mapping[str, int]) -> bool:
+    """Ends the rounds, because the samples of the newest round make too few rows for a job.
+
+    In the first round, this is a failure. Later it means that the judge does not tell the policy's answers apart any
+    more.
+    """
+    number = rounds.history[-1]["number"]
+    _add(rounds, rows=counts)
+    if number > 1:
+        await changes.end(session, rounds, "succeeded", end_reason="too_few_rows")
+    else:
+        left_out = ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in counts.items() if value)
+        message = (
+            f"The samples of the first round make {counts['num_rows']} rows, but a job needs {MIN_EXAMPLES} "
+            f"({left_out}); take more prompts or samples, a higher temperature, or another judge."
+        )
+        await changes.fail(session, rounds, ApiError(message, code="too_few_rows"))
+    return True
+
+
+def _add(rounds: Rounds, **more: Any) -> bool:
+    rounds.history = [*rounds.history[:-1], rounds.history[-1] | more]  # a new list: the session compares
+    return True
+
+
+def _newest(rounds: Rounds) -> str:
+    """Returns the newest policy: that of the last round that has one."""
+    return str(next(entry["model"] for entry in reversed(rounds.history) if "model" in entry))
+
+
+def _spec(rounds: Rounds) -> RoundsSpec:
+    return RoundsSpec.model_validate(rounds.spec, extra="ignore")
