@@ -14,6 +14,7 @@ def network() -> Iterator[Network]:
         pytest.skip("machines cannot be made of namespaces here: the program ip is missing, Debian's package iproute2")
     try:
         with running_network() as network:
+            network.add("probe").kill()
             yield network
     except NoNamespaces as error:
         pytest.skip(f"machines cannot be made of namespaces here: {error}")

@@ -174,7 +174,7 @@ class Network:
         self._machines: list[Machine] = []
         self._subnet = _free_subnet()
         self.host = str(self._subnet[1])
-        self._cable = f"rd{secrets.token_hex(5)}"  # between the host and the bridge
+        self.cable = f"rd{secrets.token_hex(5)}"  # the device of the host that leads to the bridge
         try:
             self._lay_out()
         except AssertionError as error:
@@ -185,10 +185,10 @@ class Network:
         inside = [["link", "add", "bridge", "type", "bridge"], ["link", "set", "bridge", "up"]]
         for command in inside:
             _call(*self._switch.enter("ip", *command, kinds=["--net"]))
-        _call("ip", "link", "add", self._cable, "type", "veth", "peer", "name", "host", "netns", str(self._switch.pid))
+        _call("ip", "link", "add", self.cable, "type", "veth", "peer", "name", "host", "netns", str(self._switch.pid))
         _call(*self._switch.enter("ip", "link", "set", "host", "master", "bridge", "up", kinds=["--net"]))
-        _call("ip", "address", "add", f"{self.host}/24", "dev", self._cable)
-        _call("ip", "link", "set", self._cable, "up")
+        _call("ip", "address", "add", f"{self.host}/24", "dev", self.cable)
+        _call("ip", "link", "set", self.cable, "up")
 
     def add(self, name: str, *, volume: Path | None = None) -> Machine:
         """Adds a machine to the network, turns it on, and returns it. `name` has at most 15 characters."""
@@ -200,7 +200,7 @@ class Network:
     def close(self) -> None:
         for machine in self._machines:
             machine.kill()
-        subprocess.run(["ip", "link", "delete", self._cable], capture_output=True)  # otherwise it goes a little later
+        subprocess.run(["ip", "link", "delete", self.cable], capture_output=True)  # otherwise it goes a little later
         self._switch.end()
 
 
