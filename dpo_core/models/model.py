@@ -208,11 +208,31 @@ def load_merged(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """Loads a trained adapter and its base (the model under it), merged into one model that is ready to train. `base`
-    is the folder or hub id of the base; None means the one that the adapter's config names. `dtype` is the dtype of the
-    merged weights; auto means the dtype of the base. Raises ValueError if the adapter does not fit the base."""
+    """Loads a trained adapter and its base (the model under it), merged into one model that is ready to train.
+
+    `base` is the folder or hub id of the base; None means the one that the adapter's config names. `dtype` is the dtype
+    of the merged weights; auto means the dtype of the base. Each weight is merged in float32 and rounded to `dtype`
+    once. Raises ValueError if the adapter does not fit the base.
+    """
     both = load_attached(adapter, base=base, dtype=dtype, device=device)
-    return cast(PreTrainedModel, both.merge_and_unload()).requires_grad_(True).eval()
+    _merge_in_float32(both)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        return cast(PreTrainedModel, both.merge_and_unload()).requires_grad_(True).eval()
+
+
+def _merge_in_float32(both: Any) -> None:
+    """Merges each layer's adapter into the layer's weights, one layer after the other, so that only one layer at a time
+    takes the memory of float32."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in both.modules():
+        if isinstance(layer, BaseTunerLayer):
+            under = layer.get_base_layer()
+            dtype = next(under.parameters()).dtype
+            under.to(torch.float32)
+            layer.merge()
+            under.to(dtype)
 
 
 def load_attached(

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dpo_core.config import Lora
 from dpo_core.models import merging
 from dpo_core.models.merging import merge_and_compare
-from dpo_core.models.model import load_attached, load_policy, load_reward_model
+from dpo_core.models.model import load_attached, load_policy, load_reward_model, merge_adapter
 from dpo_core.models.quantization import is_quantized
 
 
@@ -46,6 +46,20 @@ def test_a_merged_folder_is_in_float32_and_answers_as_its_adapter_does(quantizat
     attached = load_attached(adapter, base=base, dtype=torch.float32)
     torch.testing.assert_close(merged(texts).logits, attached(texts).logits, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+
+
+def test_a_merge_in_bfloat16_is_the_merge_in_float32_rounded_once(base, tokenizer, tmp_path):
+    adapter = save_adapter(base, tokenizer, tmp_path / "adapter")
+    merge_and_compare(adapter, tmp_path / "exact", base=base)
+    merge_adapter(adapter, tmp_path / "served", base=base, dtype="bfloat16")
+    exact, served = (
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").named_parameters())
+        for name in ("exact", "served")
+    )
+    assert exact.keys() == served.keys()
+    for name, weight in served.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, exact[name].to(torch.bfloat16)), name
 
 
 def merging_base_file(base):
