@@ -84,7 +84,7 @@ async def want(session: AsyncSession, attempt: Attempt, loaded: NamedModel, app_
     """
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     await session.execute(statement.values(reference=app_name))
-    await deployments.use(session, loaded, app_name=app_name)
+    await deployments.use(session, loaded, app_name=app_name, for_job=True)
 
 
 async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:

@@ -14,6 +14,7 @@ from services import spool, storage, tracing
 from services.contract import WIRE, Adapter, AttemptSpec, JobEvent, JobSpec, Message, Reading, Weights
 from services.control_plane.attempts import attempts
 from services.control_plane.attempts.decision import Decision, rest_seconds
+from services.control_plane.attempts.scheduling import reference_model
 from services.control_plane.core import telemetry
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.store import History, Store, history
@@ -106,11 +107,11 @@ class Executor:
         """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
         If vLLM must compute the log-probabilities of the reference model, the same transaction requests that the model
-        is loaded. If the attempt may choose between vLLM and its training workers for this, the attempt requests the
-        model later, once it knows that vLLM is faster.
+        is loaded. If the attempt may choose between vLLM and its training workers for this, or the job has begun to
+        train, so that the log-probabilities are stored, the attempt itself requests the model if it needs it.
         """
         spec = JobSpec.model_validate(job.spec)
-        insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
+        insists = spec.reference_source == "serve" and reference_model(job) is not None
         accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
@@ -118,7 +119,7 @@ class Executor:
             if insists:
                 reference = await deployments.reference(session, self._settings, models.reference_of(job))
                 app_name = reference.app_name
-                await deployments.use(session, reference.loaded, app_name=app_name)
+                await deployments.use(session, reference.loaded, app_name=app_name, for_job=True)
             attempt = await attempts.begin(session, job.id, number, app_name, num_accelerators=accelerators)
             if job.observed == "queued":
                 started = "The job is starting on the cluster"

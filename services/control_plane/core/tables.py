@@ -455,6 +455,7 @@ class Deployment(Base):
     source: Mapped[str]
     num_outputs: Mapped[int] = mapped_column(server_default="0")  # of a reward model's head; 0: no reward model
     scores: Mapped[bool] = mapped_column(server_default="false")  # the application only computes log-probabilities
+    for_jobs: Mapped[bool] = mapped_column(server_default="false")  # no client has requested the model, only jobs
     asked_at: Mapped[datetime] = mapped_column(server_default=func.now())  # of the first request; gives the turns
     last_used_at: Mapped[datetime] = mapped_column(server_default=func.now())
     placed_at: Mapped[datetime | None]  # when Ray Serve was told to load the model; None: the model waits

@@ -34,17 +34,18 @@ DELETED_SECONDS = 3600.0  # a request that began before its adapter was deleted 
 SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
-async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None) -> None:
+async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None, for_job: bool = False) -> None:
     """Requests that the model is loaded, or records that it is used. Both are stored in the model's row in
     `deployments`.
 
-    `app_name` is given only to load a second engine of the model, which only computes log-probabilities. Raises
-    Unavailable if another model has the same application name on the cluster.
+    `app_name` is given only to load a second engine of the model, which only computes log-probabilities. `for_job` says
+    that a job needs the model as its reference; a model that only jobs have requested is unloaded after they have used
+    it. Raises Unavailable if another model has the same application name on the cluster.
     """
     named = {"app_name": app_name or model.app_name, "model_id": model.id, "source": model.source}
     scores = named["app_name"] != model.app_name
-    row = insert(Deployment).values(**named, num_outputs=model.num_outputs, scores=scores)
-    used = {"last_used_at": func.clock_timestamp()}
+    row = insert(Deployment).values(**named, num_outputs=model.num_outputs, scores=scores, for_jobs=for_job)
+    used = {"last_used_at": func.clock_timestamp(), "for_jobs": Deployment.for_jobs if for_job else False}
     same = (Deployment.model_id == model.id) & (Deployment.source == model.source)
     row = row.on_conflict_do_update(index_elements=[Deployment.app_name], set_=used, where=same)
     if await session.scalar(row.returning(Deployment.app_name)) is None:
@@ -144,7 +145,7 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
     until = extract("epoch", func.clock_timestamp()) + MARK_SECONDS
     mark = func.jsonb_build_object(cast(replica, Text), cast(until, Double))
     now = {"last_used_at": func.clock_timestamp(), "answered_at": func.clock_timestamp()}
-    return update(Deployment).where(which).values(answering=Deployment.answering.op("||")(mark), **now)
+    return update(Deployment).where(which).values(answering=Deployment.answering.op("||")(mark), for_jobs=False, **now)
 
 
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
@@ -316,7 +317,8 @@ def _model(
         gpus=application.most_gpus,
         is_reference=is_reference,
         pinned=own.pinned and not row.scores,
-        idle_seconds=eviction.STAY_SECONDS if row.scores else own.idle_seconds or settings.model_idle_seconds,
+        for_jobs=row.for_jobs or row.scores,
+        idle_seconds=own.idle_seconds or settings.model_idle_seconds,
         answers=any(until > now.timestamp() for until in row.answering.values()),
         answered=row.answered_at is not None,
     )

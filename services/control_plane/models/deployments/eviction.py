@@ -3,7 +3,7 @@ arguments.
 
 Reference models of running jobs are loaded first, then pinned models; neither are ever evicted (unloaded). A model that
 is loading or answering is not evicted either. An idle model is evicted after its own `idle_seconds`, or to make room
-for other models or for jobs.
+for other models or for jobs. A model that only jobs have requested is evicted a minute after they have used it.
 
 Waiting models are loaded in the order in which they were first requested. A model that is always busy has a turn: it
 runs for TURN_SECONDS while other models wait. After its turn it gets no new requests, and is unloaded when its answers
@@ -30,6 +30,7 @@ class Model:
     used: float = 0.0  # since the last request for the model
     gpus: float = 0.0  # GPUs of all its replicas
     is_reference: bool = False  # whether an open attempt needs the model as its reference
+    for_jobs: bool = False  # whether only jobs have requested the model, as their reference
     pinned: bool = False  # whether its settings keep the model loaded
     idle_seconds: float | None = None  # an idle model is evicted after this time even if no other model waits
     answers: bool = False  # whether requests to the model are in flight
@@ -51,9 +52,15 @@ class Model:
 
     @property
     def is_unused(self) -> bool:
-        """Whether nobody has used the model for longer than `idle_seconds`. It is then evicted even if no other model
-        needs its memory."""
-        return self.is_idle and self.idle_seconds is not None and self.used > self.idle_seconds
+        """Whether nobody has used the model for longer than `idle_seconds`, or STAY_SECONDS if only jobs have requested
+        it. It is then evicted even if no other model needs its memory."""
+        idle_seconds = STAY_SECONDS if self.for_jobs else self.idle_seconds
+        return self.is_idle and idle_seconds is not None and self.used > idle_seconds
+
+    def is_awaited(self, wait_seconds: float) -> bool:
+        """Whether the model, which waits to be loaded, is still to be loaded: it is to stay loaded, or a client
+        requested it at most `wait_seconds` ago."""
+        return self.stays or (not self.for_jobs and self.used <= wait_seconds)
 
     @property
     def had_its_turn(self) -> bool:
@@ -98,7 +105,7 @@ def decide(models: Collection[Model], room: Room) -> Plan:
     `models` are all requested models, and `room` says how many models and GPUs are allowed.
     """
     queue = sorted(
-        (model for model in models if model.state == "waiting" and (model.stays or model.used <= room.wait_seconds)),
+        (model for model in models if model.state == "waiting" and model.is_awaited(room.wait_seconds)),
         key=lambda model: (not model.is_reference, not model.pinned, -model.asked, model.app_name),
     )
     served = _Served([model for model in models if model.state != "waiting" and not model.is_unused], room)
@@ -238,7 +245,7 @@ def engines(
     pinned = frozenset(model.app_name for model in models if model.pinned)
     pinned_gpus = sum(model.gpus for model in models if model.pinned)
     waiting = [model for model in models if model.state == "waiting" and model.asked > since_last_job]
-    waiting = [model for model in waiting if model.pinned or model.used <= room.wait_seconds]
+    waiting = [model for model in waiting if model.is_awaited(room.wait_seconds) and not model.is_reference]
     fits = any(0 < model.gpus <= capacity - pinned_gpus * (not model.pinned) for model in waiting)
     go_first = len(loaded) < room.places and fits
     return Engines(sum(model.gpus for model in others) + stopping_gpus, pinned, pinned_gpus, go_first)

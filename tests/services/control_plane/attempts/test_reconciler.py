@@ -282,8 +282,15 @@ def test_an_attempt_that_insists_on_a_served_reference_finds_it_wished_for(
     ticks(settings, 1)
     spec = spec_of(ray.submissions[0])
     assert ray.applications == [spec.reference]
-    spool(settings, job_id, 1, reports(settings, job_id))
-    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    started, *rest = reports(settings, job_id)
+    spool(settings, job_id, 1, [started])
+    ray.jobs[f"{job_id}-1"] = "FAILED"
+    ticks(settings, 3)
+    with psycopg.connect(settings.database_url) as database:
+        (again,) = database.execute("SELECT reference FROM attempts WHERE job_id = %s AND number = 2", [job_id])
+    assert (again, spec_of(ray.submissions[1]).reference) == ((None,), spec.reference)  # the scores are in
+    spool(settings, job_id, 2, rest)
+    ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
     ticks(settings, 2)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
 

@@ -127,7 +127,7 @@ def test_a_model_that_is_served_in_another_precision_is_scored_by_an_engine_of_i
         async with cluster.store.begin() as session:
             scorer = await deployments.reference(session, on_gpus, A)
             await deployments.use(session, A)
-            await deployments.use(session, A, app_name=scorer.app_name)
+            await deployments.use(session, A, app_name=scorer.app_name, for_job=True)
         assert scorer == Reference(deployments.scorer_of(A), 1.0, A, None)
         await cluster.pin(A, scorer.app_name)
         async with cluster.store.begin() as session:
@@ -140,6 +140,29 @@ def test_a_model_that_is_served_in_another_precision_is_scored_by_an_engine_of_i
         async with cluster.store.begin() as session:
             placed = await deployments.place(session, on_gpus, cluster.loaded, TWO)
         assert [row.app_name for row in placed] == [A.app_name]  # nothing is left to be scored
+
+    tell(story)
+
+
+@pytest.mark.parametrize("asks", ["a request", "an answer", "nobody"])
+def test_an_engine_that_clients_use_too_stays_when_the_scores_are_in(tell: Callable[[Story], None], asks: str) -> None:
+    async def story(cluster: Cluster) -> None:
+        async with cluster.store.begin() as session:
+            await deployments.use(session, A, for_job=True)
+        await cluster.pin(A, A.app_name)
+        for _ in range(2):
+            assert await cluster.place() == {"a"}
+        if asks == "a request":
+            await cluster.use(A)
+        elif asks == "an answer":  # a client does not wait for a model that is loaded
+            assert await cluster.enter(A)
+            await cluster.leave(A)
+        async with cluster.store.begin() as session:
+            await deployments.use(session, A, for_job=True)  # another attempt
+        await cluster.release(A)
+        assert await cluster.place() == {"a"}
+        await cluster.sql("UPDATE deployments SET last_used_at = now() - interval '2 minutes'")
+        assert await cluster.place() == (set() if asks == "nobody" else {"a"})
 
     tell(story)
 

@@ -1,12 +1,7 @@
-"""Tests which models are loaded, which are unloaded, and what the others are told.
+"""Tests which models are loaded, which are unloaded, and what the others are told."""
 
-One test simulates a day of jobs and requests with its own clock.
-"""
+from dataclasses import replace
 
-import random
-from dataclasses import dataclass, field, replace
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +53,18 @@ def test_an_idle_model_stays_while_nobody_waits_or_as_long_as_the_settings_say()
     assert decide([replace(long_ago, idle_seconds=600), BUSY], TWO).serve == {"busy"}
     young, busy = replace(IDLE, used=599, idle_seconds=600), replace(BUSY, used=601, idle_seconds=600)
     assert decide([young, busy], TWO).forget == set()
+
+
+def test_a_model_that_only_jobs_requested_leaves_after_them_and_is_not_loaded_without_them() -> None:
+    scored = replace(IDLE, for_jobs=True, used=STAY_SECONDS + 1)
+    assert decide([scored], TWO).forget == {"idle"}
+    assert decide([replace(scored, for_jobs=False)], TWO).serve == {"idle"}
+    assert decide([replace(scored, used=STAY_SECONDS - 1)], TWO).serve == {"idle"}  # another job may come
+    for kept in (replace(scored, is_reference=True), replace(scored, pinned=True), replace(scored, answers=True)):
+        assert decide([kept], TWO).serve == {"idle"}
+    waiting = replace(WAITING, for_jobs=True)
+    assert decide([waiting], TWO).forget == {"waiting"}
+    assert decide([replace(waiting, is_reference=True)], TWO).serve == {"waiting"}
 
 
 def test_a_model_that_nobody_waits_for_any_more_is_forgotten_and_a_reference_is_not() -> None:
@@ -167,6 +174,7 @@ models = st.builds(
     gpus=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     is_reference=st.booleans(),
     pinned=st.booleans(),
+    for_jobs=st.booleans(),
     idle_seconds=st.none() | st.just(60.0),
     answers=st.booleans(),
     answered=st.booleans(),
@@ -190,128 +198,3 @@ def test_whatever_there_is_nobody_is_lost_and_nothing_that_works_is_evicted(foun
     assert placed & {model.app_name for model in found if not model.is_idle} <= plan.serve
     assert len(plan.serve) <= max(room.places, len(placed))
     assert not plan.forget & {model.app_name for model in found if model.stays}
-
-
-# --- a day ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Engine:
-    """The state of a model, and the requests for it."""
-
-    asked_at: float = 0.0
-    used_at: float = float("-inf")
-    state: str = "waiting"
-    since: float = 0.0
-    answered: bool = False
-    loads: int = 0  # since it last answered
-    pinned: bool = False
-    idle_seconds: float | None = None
-    waiting: list[float] = field(default_factory=list)  # when each client first asked
-    answers: list[float] = field(default_factory=list)  # when each answer ends
-
-
-@dataclass
-class Job:
-    came: float
-    seconds: float
-    began: float | None = None
-
-
-class Day:
-    """Simulates clients that ask until they are answered, and jobs of one GPU each, on a given number of GPUs."""
-
-    def __init__(self, seed: int, *, gpus: int, places: int, num_models: int, busy: float) -> None:
-        self.random = random.Random(seed)
-        self.gpus, self.places, self.busy = gpus, places, busy
-        self.models = {f"m{number}": Engine() for number in range(num_models)}
-        self.models[f"m{num_models - 1}"].idle_seconds = 600.0
-        self.models["m1"].pinned = gpus > 2
-        self.queue: list[Job] = []
-        self.running: list[Job] = []
-        self.longest = {"request": 0.0, "job": 0.0}
-        self.now, self.last_job = 0.0, float("-inf")
-
-    def wished(self) -> list[Model]:
-        found = []
-        for name, engine in self.models.items():
-            if engine.used_at == float("-inf") and not engine.pinned:
-                continue
-            ages = {"held": self.now - engine.since, "asked": self.now - engine.asked_at}
-            ages["used"] = self.now - engine.used_at
-            bits = {"answers": bool(engine.answers), "answered": engine.answered}
-            bits |= {"gpus": 1.0, "pinned": engine.pinned, "idle_seconds": engine.idle_seconds}  # type: ignore[dict-item]
-            found.append(Model(app_name=name, state=engine.state, **ages, **bits))  # type: ignore[arg-type]
-        return found
-
-    def tick(self) -> None:
-        self.come()
-        seen, free = self.wished(), self.gpus - len(self.running)
-        room = Room(places=self.places, gpus=float(free), wait_seconds=180)
-        loaded = engines(seen, 0, room, capacity=float(self.gpus), since_last_job=self.now - self.last_job)
-        if self.queue and free >= 1 and not loaded.go_first:
-            if free - loaded.gpus >= 1:
-                self.start(self.queue.pop(0))
-                room = replace(room, gpus=free - 1.0)
-            else:
-                room = replace(room, gpus_of_next_job=1.0)
-        plan = decide(seen, room)
-        self.serve(plan.serve, plan.forget, plan.waits)
-        self.now += 5.0
-
-    def come(self) -> None:
-        for name, engine in self.models.items():
-            popular = self.busy if name in ("m0", "m1") else 0.01
-            if self.random.random() < popular:
-                engine.waiting.append(self.now)
-        if self.random.random() < 0.004:
-            self.queue.append(Job(self.now, self.random.uniform(60, 1200)))
-        for job in [job for job in self.running if job.began is not None and self.now - job.began > job.seconds]:
-            self.running.remove(job)
-
-    def start(self, job: Job) -> None:
-        self.longest["job"] = max(self.longest["job"], self.now - max(job.came, self.last_job))
-        job.began = self.last_job = self.now
-        self.running.append(job)
-
-    def serve(self, served: set[str], forgotten: set[str], waits: dict[str, str]) -> None:
-        for name, engine in self.models.items():
-            engine.answers = [ends for ends in engine.answers if ends > self.now]
-            if name in forgotten:
-                assert not engine.answers
-                assert not engine.pinned
-                kept = {"loads": engine.loads, "waiting": engine.waiting, "idle_seconds": engine.idle_seconds}
-                self.models[name] = Engine(**kept)  # type: ignore[arg-type]
-                engine = self.models[name]
-            if name in served and engine.state == "waiting":
-                engine.state, engine.since, engine.answered = "loading", self.now, False
-                engine.loads += 1
-                assert engine.loads <= 2, "loaded again and again without answering"
-            elif engine.state == "loading" and self.now - engine.since > 90:
-                engine.state, engine.since = "running", self.now
-            if engine.waiting and engine.state == "running" and name not in waits:
-                self.answer(engine)
-            unused = engine.state == "running" and not engine.answers and self.now - engine.used_at > 605
-            assert not (unused and engine.idle_seconds and engine.answered), "an idle model stays after its time"
-            if engine.waiting:
-                if engine.used_at == float("-inf"):
-                    engine.asked_at = self.now
-                engine.used_at = self.now
-        assert len(self.running) + sum(engine.state != "waiting" for engine in self.models.values()) <= self.gpus
-
-    def answer(self, engine: Engine) -> None:
-        self.longest["request"] = max(self.longest["request"], self.now - min(engine.waiting))
-        engine.answers += [self.now + self.random.uniform(1, 120) for _ in engine.waiting]
-        engine.waiting, engine.used_at, engine.answered, engine.loads = [], self.now, True, 0
-
-
-@pytest.mark.parametrize(("gpus", "places", "num_models"), [(1, 2, 2), (2, 2, 3), (4, 2, 5)])
-@pytest.mark.parametrize("busy", [0.02, 0.9])  # 0.9: two models are never idle by themselves
-def test_in_a_day_of_jobs_and_requests_nobody_starves(gpus: int, places: int, num_models: int, busy: float) -> None:
-    for seed in range(2):
-        day = Day(seed, gpus=gpus, places=places, num_models=num_models, busy=busy)
-        while day.now < 86400:
-            day.tick()
-        left = [min(engine.waiting) for engine in day.models.values() if engine.waiting]
-        assert day.now - min(left, default=day.now) < 3600
-        assert max(day.longest.values()) < 3600  # of a job: since it is the next one

@@ -1,0 +1,22 @@
+"""Adds which models only jobs have requested, so that they are unloaded when the jobs no longer need them
+
+Revision ID: 0022 Revises: 0021
+"""
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0022"
+down_revision = "0021"
+branch_labels: Sequence[str] | None = None
+depends_on: Sequence[str] | None = None
+
+
+def upgrade() -> None:
+    op.add_column("deployments", sa.Column("for_jobs", sa.Boolean(), server_default="false", nullable=False))
+
+
+def downgrade() -> None:
+    op.drop_column("deployments", "for_jobs")
