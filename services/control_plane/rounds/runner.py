@@ -10,7 +10,7 @@ from datetime import timedelta
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.core.errors import ApiError
+from services.control_plane.core.errors import ApiError, NotFound
 from services.control_plane.core.leases import RETRY_SECONDS
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.core.tables import Rounds
@@ -64,5 +64,5 @@ class RoundsRunner:
             while True:
                 if not await stages.step():
                     await asyncio.sleep(LOOK_SECONDS)
-        except Ended:
+        except (Ended, NotFound):  # rounds that have ended may be deleted at once
             pass

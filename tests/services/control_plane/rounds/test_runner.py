@@ -1,5 +1,6 @@
 """Tests that rounds survive the death of a control plane and errors that nobody expected."""
 
+import asyncio
 import json
 from datetime import timedelta
 
@@ -8,9 +9,12 @@ import psycopg
 import pytest
 
 from services.control_plane.core import leases
-from services.control_plane.core.store import migrate
+from services.control_plane.core.store import Store, migrate
+from services.control_plane.core.tables import DEFAULT_PROJECT, Rounds
 from services.control_plane.evaluations import work
+from services.control_plane.ray_api import RayApi
 from services.control_plane.rounds import runner, stages
+from services.control_plane.rounds.runner import RoundsRunner
 from services.control_plane.settings import Settings
 from tests.services.control_plane.attempts.test_reconciler import reports, spool
 from tests.services.control_plane.conftest import FakeRay, api_of, serving
@@ -42,6 +46,19 @@ def test_errors_that_last_a_day_end_the_rounds(api: httpx.Client, monkeypatch: p
     monkeypatch.setattr(stages, "rows_of", unforeseen)
     found = ended(api, created(api)["id"])
     assert (found["status"], found["error"]["code"]) == ("failed", "rounds_stalled")
+
+
+def test_rounds_that_were_deleted_need_no_work(settings: Settings, base_url: str) -> None:
+    async def work() -> None:
+        store = Store(settings.database_url)
+        ray_api = RayApi(settings, store.instance)
+        try:
+            await RoundsRunner(store, settings, ray_api).work(Rounds(id="rounds-none", project_id=DEFAULT_PROJECT))
+        finally:
+            await ray_api.close()
+            await store.close()
+
+    asyncio.run(work())
 
 
 def test_after_a_kill_the_rounds_go_on_and_repeat_no_stored_sample(
