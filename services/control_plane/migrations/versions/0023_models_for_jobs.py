@@ -1,6 +1,6 @@
 """Adds which models only jobs have requested, so that they are unloaded when the jobs no longer need them
 
-Revision ID: 0022 Revises: 0021
+Revision ID: 0023 Revises: 0022
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0022"
-down_revision = "0021"
+revision = "0023"
+down_revision = "0022"
 branch_labels: Sequence[str] | None = None
 depends_on: Sequence[str] | None = None
 
