@@ -7,7 +7,8 @@ manifest lists the parts with their sha256.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -33,6 +34,7 @@ SCORES = pa.schema(  # one per completion, in nats; null: not scored
 )
 
 DIGEST = ".sha256"
+READ_AT_ONCE = 8  # files; a bucket takes long to answer, but answers many requests at once
 
 
 class DamagedPart(ValueError):
@@ -138,10 +140,20 @@ def find_scores(uri: str, part: Part) -> Part | None:
 
 
 def check(dataset: Dataset) -> None:
-    """Raises DamagedPart if a file of the dataset is missing or was changed."""
-    for part in dataset.parts:
-        for uri, sha256 in _files(dataset, part):
-            _read_bytes(uri, sha256)
+    """Raises DamagedPart if a file of the dataset is missing or was changed. Reads all files, several at a time."""
+    files = [file for part in dataset.parts for file in _files(dataset, part)]
+    with ThreadPoolExecutor(READ_AT_ONCE) as threads:
+        reads = [threads.submit(_check_file, *file) for file in files]
+        try:
+            for read in reads:
+                read.result()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _check_file(uri: str, sha256: str) -> None:
+    _read_bytes(uri, sha256)  # not returned, because a future would keep the bytes
 
 
 def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
@@ -161,7 +173,8 @@ def read_numbered(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> 
 
     Raises DamagedPart if a file is missing or was changed.
     """
-    tables = [_read(data, part) for part in parts if part.num_groups]
+    with ThreadPoolExecutor(READ_AT_ONCE) as threads:
+        tables = list(threads.map(partial(_read, data), [part for part in parts if part.num_groups]))
     if tables:
         yield from _Groups(pa.concat_tables(tables)).take(numbers)
 
