@@ -175,19 +175,21 @@ def storage_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def offline(database_url: str, storage_url: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def offline(database_url: str, storage_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     home = Path(tmp_path_factory.mktemp("home"))
-    return Settings(
-        home=home,
-        DATABASE_URL=database_url,
-        storage_url=storage_url,
-        api_key=API_KEY,
-        advertised_url="http://127.0.0.1:9",
-        ray_url=f"http://127.0.0.1:{free_port()}",
-        models={"tiny": "/nowhere/tiny"},
-        model_wait_seconds=0.2,
-        dataset_uris=["https://", "hf://datasets/", "s3://bucket/rows/", f"{home.as_uri()}/data/"],
-    )
+    with socket.socket() as silent:  # its port is taken, so that no other test's Ray listens there
+        silent.bind(("127.0.0.1", 0))
+        yield Settings(
+            home=home,
+            DATABASE_URL=database_url,
+            storage_url=storage_url,
+            api_key=API_KEY,
+            advertised_url="http://127.0.0.1:9",
+            ray_url=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            models={"tiny": "/nowhere/tiny"},
+            model_wait_seconds=0.2,
+            dataset_uris=["https://", "hf://datasets/", "s3://bucket/rows/", f"{home.as_uri()}/data/"],
+        )
 
 
 @pytest.fixture(scope="module")

@@ -628,7 +628,7 @@ def test_what_a_tick_asks_ray_is_asked_at_once(
     """If slow answers came one after the other, they would last longer than the lease."""
     ticks(settings, 1)
     waiting = submit(client, settings)
-    all_asked, get = threading.Barrier(3, timeout=5), ray.get
+    all_asked, get = threading.Barrier(3, timeout=60), ray.get
     seen: set[str] = set()
 
     def hold(path: str) -> tuple[int, Any]:

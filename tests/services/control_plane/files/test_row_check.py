@@ -104,8 +104,8 @@ def test_a_file_whose_check_cannot_be_told_keeps_no_other_waiting(offline: Setti
         with psycopg.connect(offline.database_url, autocommit=True) as rows:
             rows.execute("UPDATE files SET uri = 'https://[' WHERE id = %s", [unreadable.id])
         last = client.files.create(file=sound, purpose="fine-tune")
-        assert client.files.wait_for_processing(last.id, poll_interval=0.2, max_wait_seconds=60).status == "processed"
-        found = client.files.wait_for_processing(crafted.id, poll_interval=0.2, max_wait_seconds=60)
+        assert client.files.wait_for_processing(last.id, poll_interval=0.2, max_wait_seconds=300).status == "processed"
+        found = client.files.wait_for_processing(crafted.id, poll_interval=0.2, max_wait_seconds=300)
         assert found.status == "error"
         assert "list_view<a\ufffdb: int32>" in (found.status_details or "")
         assert process.poll() is None
@@ -214,7 +214,7 @@ def test_what_a_check_found_and_the_database_refuses_is_a_refusal_of_the_file(
     monkeypatch.setattr(row_check, "check_rows", lambda uri, reading: {"report": {"a\0b": 1}, "refusal": None})
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         rows.execute("UPDATE files SET report = NULL WHERE id = %s", [file.id])
-    found = client.files.wait_for_processing(file.id, poll_interval=0.2, max_wait_seconds=60)
+    found = client.files.wait_for_processing(file.id, poll_interval=0.2, max_wait_seconds=300)
     assert "cannot be stored" in (found.status_details or "")
 
 

@@ -1,7 +1,6 @@
 """Tests /v1/uploads with OpenAI's unmodified client."""
 
 import hashlib
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -163,14 +162,14 @@ def test_a_large_file_with_a_bad_row_ends_in_error_with_its_line(client: openai.
 
 @pytest.mark.slow
 def test_a_check_whose_control_plane_died_is_done_by_another(client: openai.OpenAI, settings: Settings) -> None:
-    file = client.files.create(file=("pairs.jsonl", DATA), purpose="fine-tune")
-    with psycopg.connect(settings.database_url) as connection:
-        dead = "INSERT INTO leases VALUES (%s, 'the dead', now() + interval '2 seconds')"
+    file, other = (client.files.create(file=("pairs.jsonl", DATA), purpose="fine-tune") for _ in range(2))
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        dead = "INSERT INTO leases VALUES (%s, 'the dead', now() + interval '1 hour')"
         connection.execute(dead, [f"check of {file.id}"])
-        connection.execute("UPDATE files SET report = NULL WHERE id = %s", [file.id])
-    assert client.files.retrieve(file.id).status == "uploaded"
-    time.sleep(1.5)
-    assert client.files.retrieve(file.id).status == "uploaded"
+        connection.execute("UPDATE files SET report = NULL WHERE id IN (%s, %s)", [file.id, other.id])
+        assert client.files.wait_for_processing(other.id, poll_interval=0.1).status == "processed"
+        assert client.files.retrieve(file.id).status == "uploaded"
+        connection.execute("UPDATE leases SET expires_at = now() WHERE name = %s", [f"check of {file.id}"])
     assert client.files.wait_for_processing(file.id, poll_interval=0.1).status == "processed"
 
 

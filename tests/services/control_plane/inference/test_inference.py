@@ -97,7 +97,7 @@ def settings(offline: Settings, fake_ray: FakeRay, serve: Serve) -> Settings:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -275,7 +275,6 @@ def used(api: httpx.Client, settings: Settings, key_id: str) -> tuple[int, int, 
     query = "SELECT num_requests, prompt_tokens, completion_tokens FROM usage WHERE key_id = %s"
     with rows:
         until(lambda: rows.execute(query, [key_id]).fetchone() is not None)
-        time.sleep(0.1)
         found = rows.execute(query, [key_id]).fetchone()
     assert found is not None
     return (int(found[0]), int(found[1]), int(found[2]))
@@ -432,7 +431,7 @@ def test_a_request_without_a_connection_to_the_model_is_told_so(
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
 
-    asyncio.run(asyncio.wait_for(two(), 60))
+    asyncio.run(asyncio.wait_for(two(), 300))
 
 
 def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remembered(
@@ -483,7 +482,7 @@ def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remember
             async with store.begin() as session:
                 await session.execute(update(Lease).values(expires_at=text("now()")))
 
-    asyncio.run(asyncio.wait_for(use(), 60))
+    asyncio.run(asyncio.wait_for(use(), 300))
 
 
 def test_requests_in_flight_share_the_time_of_their_model() -> None:

@@ -31,7 +31,7 @@ def asked(serve: Serve, use: Callable[[Upstream, str], Awaitable[Any]], **option
             given = {"connections": 2, "silence_seconds": 5.0, "wait_seconds": 0.1} | options
             return await use(Upstream(**given), f"http://127.0.0.1:{port}/app/v1/completions")
 
-    return asyncio.run(asyncio.wait_for(run(), 30))
+    return asyncio.run(asyncio.wait_for(run(), 300))
 
 
 async def post(client: Upstream, url: str) -> Answer:

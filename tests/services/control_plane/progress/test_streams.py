@@ -72,7 +72,7 @@ def run(settings: Settings, work: Callable[[Store], Any]) -> None:
     async def with_store() -> None:
         store = Store(settings.database_url)
         try:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(300):
                 await work(store)
         finally:
             await store.close()
@@ -190,7 +190,7 @@ def test_a_stream_that_joins_while_the_last_one_leaves_misses_nothing(
 
     async def read(stream: AsyncGenerator[bytes], last: int) -> list[int]:
         found: list[int] = []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(300):
             while last not in found:
                 found += [int(match) for match in NUMBER.findall(await anext(stream))]
         return found

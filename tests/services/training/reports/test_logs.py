@@ -37,7 +37,7 @@ def kept(folder: Path) -> str:
 
 
 def until_kept(folder: Path, text: str) -> str:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while text not in kept(folder):
         assert time.monotonic() < deadline, kept(folder)
         time.sleep(0.1)

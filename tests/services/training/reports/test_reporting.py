@@ -30,7 +30,7 @@ def spec(tmp_path: Path, control_plane: Any) -> AttemptSpec:
     )
 
 
-def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+def until(condition: Callable[[], Any], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

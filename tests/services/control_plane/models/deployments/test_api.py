@@ -44,7 +44,7 @@ def refused(api: httpx.Client, model_id: str, status: int = 400, **values: Any) 
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
