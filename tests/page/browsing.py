@@ -14,6 +14,13 @@ ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
 AXE = ROOT / "page" / "node_modules" / "axe-core" / "axe.min.js"
 SIZES = {"wide": (1280, 800), "narrow": (390, 844)}
+SEE_CHARTS = """async () => {
+    for (const chart of document.querySelectorAll("figure.curve")) {
+        chart.scrollIntoView();
+        for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
+    }
+    scrollTo(0, 0);
+}"""  # a chart that is out of sight is not drawn
 expect.set_options(timeout=120_000)  # a guard against hanging, on a machine that is busy
 
 
@@ -27,6 +34,7 @@ def look_at(page: Page, name: str) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     for size, (width, height) in SIZES.items():
         page.set_viewport_size({"width": width, "height": height})
+        page.evaluate(SEE_CHARTS)
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
             page.wait_for_timeout(150)  # charts are drawn anew

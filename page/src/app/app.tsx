@@ -13,6 +13,7 @@ import { Admin } from "../views/admin/admin";
 import { Ask } from "../views/ask/ask";
 import { Model } from "../views/models/model";
 import { Models } from "../views/models/models";
+import { visible } from "../parts/words/words";
 
 interface View {
   name: string; // the first part of the path
@@ -58,7 +59,7 @@ export function App() {
             </a>
           ))}
         </nav>
-        {session.value?.issued && <span class="who">{session.value.issued.name}</span>}
+        {session.value?.issued && <span class="who">{visible(session.value.issued.name)}</span>}
         <button class="quiet" onClick={() => forget()}>
           Sign out
         </button>

@@ -4,6 +4,7 @@ import { signal, useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
+import { drawSoon, leave, see } from "./drawing";
 import { count, figure, whole } from "../words/words";
 
 export interface Line {
@@ -28,7 +29,7 @@ interface Props {
   isLabelled?: boolean; // writes the name of each line at its end
 }
 
-const HEIGHT = 220;
+const HEIGHT = 200;
 const darkness = matchMedia("(prefers-color-scheme: dark)");
 const isDark = signal(darkness.matches);
 darkness.addEventListener("change", (event) => (isDark.value = event.matches));
@@ -65,13 +66,19 @@ export function Curve({ title, unit, steps, lines: given, show = figure, onZoom,
     const made = (chart.current = new uPlot(options, data, element));
     const watching = new ResizeObserver(() => made.setSize({ width: element.clientWidth, height: HEIGHT }));
     watching.observe(element);
+    const looking = new IntersectionObserver(([entry]) => see(made, entry!.isIntersecting));
+    looking.observe(element);
     return () => {
       watching.disconnect();
+      looking.disconnect();
+      leave(made);
       made.destroy();
       chart.current = null;
     };
   }, [shape, isDark.value]);
-  useEffect(() => chart.current?.setData(data), [steps, ...lines.map((line) => line.values)]);
+  useEffect(() => {
+    if (chart.current) drawSoon(chart.current, data);
+  }, [steps, ...lines.map((line) => line.values)]);
 
   const at = cursor.value;
   return (
@@ -180,7 +187,7 @@ function optionsOf(lines: Line[], width: number, show: (value: number) => string
     cursor: { sync: { key: "steps" }, y: false, drag: { x: true, y: false, setScale: false } },
     scales: { x: { time: false }, y: isLog ? { distr: 3 } : {} },
     axes: [
-      { ...axis, values: (_, marks) => marks.map((mark) => (Number.isInteger(mark) ? whole(mark) : "")) },
+      { ...axis, size: 30, values: (_, marks) => marks.map((mark) => (Number.isInteger(mark) ? whole(mark) : "")) },
       { ...axis, size: 62, values: (_, marks) => marks.map((mark) => (mark === null ? "" : show(mark))) },
     ],
     series,

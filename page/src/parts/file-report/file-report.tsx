@@ -4,7 +4,7 @@ import { useEffect } from "preact/hooks";
 import { api, ask, type FileReport, type TrainingFile } from "../../api/client";
 import { useLoaded, type Loaded } from "../loading/loading";
 import { href } from "../route/route";
-import { bytes, count, percent, whole } from "../words/words";
+import { bytes, count, percent, visible, whole } from "../words/words";
 
 const CHECK_MS = 2000;
 
@@ -44,7 +44,7 @@ export function Findings({ file }: { file: TrainingFile }) {
       <ul>
         {report.problems.map((problem) => (
           <Finding key={problem.code} file={file} of={problem.rows} is="bad">
-            left out ({problem.code}). {problem.message}
+            left out ({problem.code}). {visible(problem.message)}
           </Finding>
         ))}
         {warnings(report).map(([of, words]) => (

@@ -2,6 +2,7 @@ import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { Failure } from "../../api/client";
 import { forget, isSignedIn } from "../session/session";
+import { visible } from "../words/words";
 
 export interface Loaded<Value> {
   value?: Value; // stays while it is loaded anew
@@ -40,7 +41,7 @@ export function Show<Value>({ of, children }: { of: Loaded<Value>; children: (va
 export function FailureNote({ failure, again }: { failure: Failure; again?: () => void }) {
   return (
     <div class="failure" role="alert">
-      <p>{failure.message}</p>
+      <p>{visible(failure.message)}</p>
       {failure.status === 401 && isSignedIn.value ? (
         <button onClick={() => forget()}>Sign in again</button>
       ) : (

@@ -2,7 +2,7 @@ import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { Failure, type TrainingFile } from "../../api/client";
 import { FailureNote } from "../loading/loading";
-import { bytes, percent } from "../words/words";
+import { bytes, percent, visible } from "../words/words";
 import { upload, type Reading } from "./upload";
 
 const LENIENT: Reading = { invalid_rows: "drop", max_invalid_share: 0.5 };
@@ -72,7 +72,7 @@ function Sending({ file, sent }: { file: File; sent: number }) {
     <div class="progress">
       <progress aria-label={`Upload of ${file.name}`} max={1} value={isThere ? undefined : sent / file.size} />
       <span>
-        <bdi>{file.name}</bdi>{" "}
+        <bdi>{visible(file.name)}</bdi>{" "}
         {isThere ? "has arrived; the service checks its rows." : `${percent(sent / file.size)} of ${bytes(file.size)}`}
       </span>
     </div>
@@ -90,7 +90,7 @@ function Refused({ file, failure, again }: RefusedProps) {
   return (
     <>
       <p>
-        <bdi>{file.name}</bdi> was not taken:
+        <bdi>{visible(file.name)}</bdi> was not taken:
       </p>
       <FailureNote failure={failure} again={isForRows ? undefined : again} />
       {isForRows && (

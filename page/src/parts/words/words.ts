@@ -1,4 +1,4 @@
-/** Numbers with their units, and times in the reader's own zone. */
+/** Numbers with their units, times in the reader's own zone, and words of others. */
 
 const MOMENT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
@@ -41,3 +41,10 @@ export function figure(value: number): string {
 }
 
 export const percent = (share: number) => `${(100 * share).toFixed(share === 0 || share === 1 ? 0 : 1)} %`;
+
+const UNSEEN = /[^\P{C}\n\t\u200c\u200d]|[\u2028\u2029]/gu; // joiners belong to scripts and emoji
+
+/** Names the characters that nobody sees, or that turn others around, such as ⟨U+202E⟩. */
+export function visible(text: string): string {
+  return text.replace(UNSEEN, (sign) => `⟨U+${sign.codePointAt(0)!.toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}

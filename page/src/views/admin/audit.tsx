@@ -1,7 +1,7 @@
 import { api, ask, type AuditEntry } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
-import { count, moment, zone } from "../../parts/words/words";
+import { count, moment, visible, zone } from "../../parts/words/words";
 import { loadKeyNames, loadProjects } from "./load";
 
 const PAGE = 50;
@@ -25,7 +25,7 @@ export function Audit() {
           Project{" "}
           <select value={project_id ?? ""} onChange={(event) => setQuery({ project: event.currentTarget.value, after: null })}>
             <option value="">all that you manage</option>
-            {projects.value?.map((project) => <option value={project.id}>{project.name}</option>)}
+            {projects.value?.map((project) => <option value={project.id}>{visible(project.name)}</option>)}
           </select>
         </label>
       </div>

@@ -3,7 +3,7 @@ import { api, ask, Failure, type Key, type NewKey, type Project } from "../../ap
 import { AskFirst } from "../../parts/dialog/dialog";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
-import { moment, zone } from "../../parts/words/words";
+import { moment, visible, zone } from "../../parts/words/words";
 import { loadProjects } from "./load";
 import { MakeKey, Secret } from "./new-key";
 
@@ -91,7 +91,7 @@ function Table({ keys, projects, revoke }: TableProps) {
         {keys.map((key) => (
           <tr key={key.id}>
             <th scope="row">
-              {key.name}
+              {visible(key.name)}
               <small class="id">{key.redacted_value}</small>
               <small class="id">{key.id}</small>
             </th>
@@ -108,7 +108,7 @@ function Table({ keys, projects, revoke }: TableProps) {
             </td>
             <td>
               {!key.revoked_at && (
-                <AskFirst act="Revoke" question={`Revoke the key ${key.name}?`} refusal="Keep it" onAgree={() => revoke(key.id)}>
+                <AskFirst act="Revoke" question={`Revoke the key ${visible(key.name)}?`} refusal="Keep it" onAgree={() => revoke(key.id)}>
                   <p>It stops working within a second, and for good.</p>
                 </AskFirst>
               )}

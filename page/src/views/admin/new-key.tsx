@@ -1,6 +1,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { api, ask, Failure, type Key, type NewKey, type Project } from "../../api/client";
 import { FailureNote } from "../../parts/loading/loading";
+import { visible } from "../../parts/words/words";
 
 const DAY = 86_400;
 const SCOPES: Record<Key["scopes"][number], string> = {
@@ -29,7 +30,7 @@ export function Secret({ made, onDone }: { made: NewKey; onDone: () => void }) {
 
   return (
     <section class="panel" aria-label="The new key">
-      <h2>The key {made.name}</h2>
+      <h2>The key {visible(made.name)}</h2>
       {made.value === null ? (
         <p class="bad">The answer with the key was lost. Revoke this key, and make another one.</p>
       ) : (
@@ -82,7 +83,7 @@ export function MakeKey({ projects, onMade }: { projects: Project[]; onMade: (ke
             {projects
               .filter((project) => !project.archived_at)
               .map((project) => (
-                <option value={project.id}>{project.name}</option>
+                <option value={project.id}>{visible(project.name)}</option>
               ))}
           </select>
         </div>

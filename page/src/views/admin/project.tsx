@@ -3,7 +3,7 @@ import { api, ask, Failure, type Project as ProjectObject } from "../../api/clie
 import { AskFirst } from "../../parts/dialog/dialog";
 import { Fact } from "../../parts/fact/fact";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
-import { moment } from "../../parts/words/words";
+import { moment, visible } from "../../parts/words/words";
 import { LIMITS, shown } from "./limits";
 
 export function Project({ id }: { id: string }) {
@@ -36,7 +36,7 @@ export function Project({ id }: { id: string }) {
         <>
           <div class="heading">
             <div class="title">
-              <h1>{project.name}</h1>
+              <h1>{visible(project.name)}</h1>
               <small class="id">{project.id}</small>
             </div>
             {project.archived_at ? (

@@ -2,7 +2,7 @@ import { useState } from "preact/hooks";
 import { api, ask, Failure, type Project } from "../../api/client";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
-import { moment, zone } from "../../parts/words/words";
+import { moment, visible, zone } from "../../parts/words/words";
 import { LIMITS, shown } from "./limits";
 
 const PAGE = 25;
@@ -50,7 +50,7 @@ function Table({ projects }: { projects: Project[] }) {
         {projects.map((project) => (
           <tr key={project.id}>
             <th scope="row">
-              <a href={href(["admin", "projects", project.id])}>{project.name}</a>
+              <a href={href(["admin", "projects", project.id])}>{visible(project.name)}</a>
               <small class="id">{project.id}</small>
               {project.archived_at && <small>archived {moment(project.archived_at)}</small>}
             </th>

@@ -1,7 +1,7 @@
 import { api, ask, type Usage as Row } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
-import { figure, whole } from "../../parts/words/words";
+import { figure, visible, whole } from "../../parts/words/words";
 import { loadKeyNames, loadProjects } from "./load";
 
 const GROUPS = ["day", "model", "key", "project"] as const;
@@ -17,7 +17,7 @@ export function Usage() {
   const projects = useLoaded(loadProjects, []);
   const keys = useLoaded(loadKeyNames, []);
   const nameOf = (id: string) =>
-    (group_by === "key" ? keys.value?.get(id) : projects.value?.find((project) => project.id === id)?.name) ?? id;
+    visible((group_by === "key" ? keys.value?.get(id) : projects.value?.find((project) => project.id === id)?.name) ?? id);
 
   return (
     <>
@@ -35,7 +35,7 @@ export function Usage() {
           Project{" "}
           <select value={asked.project_id ?? ""} onChange={(event) => setQuery({ project: event.currentTarget.value, after: null })}>
             <option value="">all that you manage</option>
-            {projects.value?.map((project) => <option value={project.id}>{project.name}</option>)}
+            {projects.value?.map((project) => <option value={project.id}>{visible(project.name)}</option>)}
           </select>
         </label>
         <Day name="from" label="From" value={asked.from} />

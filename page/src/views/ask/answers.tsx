@@ -1,5 +1,6 @@
 import { FailureNote } from "../../parts/loading/loading";
 import type { Answer, Round } from "./round";
+import { visible } from "../../parts/words/words";
 
 export function Answers({ round, areNamed }: { round: Round; areNamed: boolean }) {
   return (
@@ -29,10 +30,10 @@ function Answered({ name, answer, isNamed, round }: Props) {
       {answer.thought.value && (
         <details class="thought">
           <summary>Thoughts</summary>
-          <div class="said">{answer.thought.value}</div>
+          <div class="said">{visible(answer.thought.value)}</div>
         </details>
       )}
-      <div class="said">{answer.text.value}</div>
+      <div class="said">{visible(answer.text.value)}</div>
       {state === "complete" && !answer.text.value && <p class="note">The model wrote nothing.</p>}
       {state === "waiting" && <Waiting words={isNamed ? failure?.message : undefined} />}
       {answer.end.value === "length" && (

@@ -1,10 +1,10 @@
 import { href, route, setQuery } from "../../parts/route/route";
 import { CHARTS } from "../../parts/series/charts";
 import { lastOf } from "../../parts/series/series";
+import { settingsOf } from "../../parts/settings/settings";
 import { Status } from "../../parts/status/status";
 import { figure } from "../../parts/words/words";
 import type { Run } from "./compare";
-import { settingsOf } from "./settings";
 
 type Row = [name: string, values: string[]];
 

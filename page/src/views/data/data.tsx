@@ -4,7 +4,7 @@ import { AskFirst } from "../../parts/dialog/dialog";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { Drop } from "../../parts/upload/drop";
-import { bytes, moment, whole } from "../../parts/words/words";
+import { bytes, moment, visible, whole } from "../../parts/words/words";
 
 const PAGE = 50;
 
@@ -91,7 +91,7 @@ function Row({ file, remove }: { file: TrainingFile; remove: (file: TrainingFile
     <tr>
       <th scope="row">
         <a href={href(["data", file.id])}>
-          <bdi>{file.filename}</bdi>
+          <bdi>{visible(file.filename)}</bdi>
         </a>
         <small class="id">{file.id}</small>
       </th>
@@ -112,7 +112,7 @@ function Row({ file, remove }: { file: TrainingFile; remove: (file: TrainingFile
       <td>
         <AskFirst
           act="Delete"
-          question={`Delete ${file.filename}?`}
+          question={`Delete ${visible(file.filename)}?`}
           refusal="Keep it"
           onAgree={() => remove(file)}
         >

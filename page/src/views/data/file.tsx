@@ -2,7 +2,7 @@ import type { TrainingFile } from "../../api/client";
 import { Findings, useFile } from "../../parts/file-report/file-report";
 import { Show } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
-import { bytes, moment, zone } from "../../parts/words/words";
+import { bytes, moment, visible, zone } from "../../parts/words/words";
 import { Rows } from "./rows";
 import { Seen } from "./seen";
 
@@ -25,7 +25,7 @@ function Known({ file }: { file: TrainingFile }) {
       <div class="heading">
         <div class="title">
           <h1>
-            <bdi>{file.filename}</bdi>
+            <bdi>{visible(file.filename)}</bdi>
           </h1>
           <small class="id">{file.id}</small>
         </div>

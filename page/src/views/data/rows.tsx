@@ -3,7 +3,7 @@ import type { ComponentChildren } from "preact";
 import { api, ask, type FileRow } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
-import { figure, whole } from "../../parts/words/words";
+import { figure, visible, whole } from "../../parts/words/words";
 import { difference, type Part } from "./diff";
 import { textOf } from "./text";
 
@@ -59,7 +59,7 @@ function Row({ row }: { row: FileRow }) {
       <h3>Line {whole(row.line)}</h3>
       {row.problem && (
         <p class="bad">
-          Left out ({row.problem.code}): {row.problem.message}
+          Left out ({row.problem.code}): {visible(row.problem.message)}
         </p>
       )}
       {!row.problem && !row.groups.length && <p class="note">A row above has this answer as well.</p>}

@@ -2,8 +2,7 @@ import { useEffect } from "preact/hooks";
 import { api, ask, type FileCheck } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
-import { count, figure, whole } from "../../parts/words/words";
-import { visible } from "./text";
+import { count, figure, visible, whole } from "../../parts/words/words";
 
 const AGAIN_MS = 2000;
 

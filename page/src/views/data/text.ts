@@ -1,14 +1,9 @@
-/** Makes plain texts of what rows hold. Characters that nobody sees, or that turn others around, are named. */
+/** Makes plain texts of what rows hold. */
 
 import type { FileRow } from "../../api/client";
+import { visible } from "../../parts/words/words";
 
 export type Said = FileRow["groups"][number]["prompt"];
-
-const UNSEEN = /[^\P{C}\n\t\u200c\u200d]|[\u2028\u2029]/gu; // joiners belong to scripts and emoji
-
-export function visible(text: string): string {
-  return text.replace(UNSEEN, (sign) => `⟨U+${sign.codePointAt(0)!.toString(16).toUpperCase().padStart(4, "0")}⟩`);
-}
 
 /** Returns a text as it is. Of messages it returns their roles, contents and other fields. */
 export function textOf(said: Said, isAnswer = false): string {

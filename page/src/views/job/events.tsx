@@ -1,7 +1,7 @@
 import { useState } from "preact/hooks";
 import { Failure } from "../../api/client";
 import { FailureNote } from "../../parts/loading/loading";
-import { moment } from "../../parts/words/words";
+import { moment, visible } from "../../parts/words/words";
 import type { Feed } from "./feed";
 
 const LEVELS = { info: "", warn: "warn", error: "bad" };
@@ -22,7 +22,7 @@ export function Events({ feed }: { feed: Feed }) {
             <time dateTime={new Date(event.created_at * 1000).toISOString()}>{moment(event.created_at)}</time>
             <span>
               {event.level !== "info" && <b>{event.level === "warn" ? "Warning" : "Error"}: </b>}
-              {event.message}
+              {visible(event.message)}
             </span>
           </li>
         ))}

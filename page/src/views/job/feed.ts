@@ -7,6 +7,7 @@ import { append, EMPTY, loadSeries, MOST_POINTS, type Range, type Series } from 
 
 const PAGE = 50;
 const SETTLE_MS = 300;
+const DRAWN_MS = 100; // steps are drawn at most so often
 
 export class Feed {
   job = signal<Job | undefined>(undefined);
@@ -18,7 +19,7 @@ export class Feed {
   isOnLine = signal(true);
 
   private leaving = new AbortController();
-  private steps: Record<string, number>[] = []; // that came since the last frame was drawn
+  private steps: Record<string, number>[] = []; // that came since steps were last drawn
   private looking: number | undefined;
 
   constructor(
@@ -110,15 +111,15 @@ export class Feed {
     this.lookSoon();
   }
 
-  /** Steps that come between two frames of the screen are drawn together. */
+  /** Steps that come soon after each other are drawn together. */
   private step(values: Record<string, number>) {
     if (this.range.to !== undefined && values.step! > this.range.to) return;
     if (this.steps.push(values) > 1) return;
-    requestAnimationFrame(() => {
+    setTimeout(() => {
       this.series.value = append(this.series.value, this.steps);
       this.steps = [];
       if (this.series.value.numAppended > MOST_POINTS) void this.reload(this.range).catch(() => undefined);
-    });
+    }, DRAWN_MS);
   }
 
   private lookSoon() {

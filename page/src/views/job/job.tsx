@@ -7,7 +7,7 @@ import { Fact } from "../../parts/fact/fact";
 import { FailureNote } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { hasEnded, ProgressLine, Status } from "../../parts/status/status";
-import { moment, whole, zone } from "../../parts/words/words";
+import { moment, visible, whole, zone } from "../../parts/words/words";
 import { Checkpoints } from "./checkpoints";
 import { Curves } from "./curves";
 import { Events } from "./events";
@@ -103,7 +103,7 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
       {job.error && (
         <div class="failure">
           <p>
-            <b>{job.error.code}</b>: {job.error.message}
+            <b>{job.error.code}</b>: {visible(job.error.message)}
           </p>
         </div>
       )}
@@ -123,7 +123,7 @@ function Facts({ job }: { job: JobObject }) {
     ["Ended", job.finished_at && moment(job.finished_at)],
     ["Tokens trained", job.trained_tokens && whole(job.trained_tokens)],
     ...Object.entries(job.metadata ?? {}),
-  ].map(([name, value]) => [String(name), value ? String(value) : null]);
+  ].map(([name, value]) => [visible(String(name)), value ? visible(String(value)) : null]);
   return (
     <section class="panel">
       <h2>

@@ -2,6 +2,7 @@ import { useState } from "preact/hooks";
 import { api, ask } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
 import { route, setQuery } from "../../parts/route/route";
+import { visible } from "../../parts/words/words";
 
 const LINES = 1000;
 
@@ -48,7 +49,7 @@ function Log({ id }: { id: string }) {
           </div>
           {log.data.length ? (
             <pre class="log" tabIndex={0} aria-label="Lines of the log">
-              {log.data.join("\n")}
+              {visible(log.data.join("\n"))}
             </pre>
           ) : (
             <p class="note">There are no lines. They come a few seconds after a process prints them.</p>

@@ -3,7 +3,7 @@ import { api, ask, type Job } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
 import { hasEnded, ProgressLine, Status, STATUSES, type JobStatus } from "../../parts/status/status";
-import { count, moment, zone } from "../../parts/words/words";
+import { count, moment, visible, zone } from "../../parts/words/words";
 
 const PAGE = 25;
 const FRESH_MS = 4000;
@@ -139,7 +139,7 @@ function Row({ job }: { job: Job }) {
         <Status of={job.status} />
         {progress && <ProgressLine progress={progress} />}
         {waits_for && <small>waits for {waits_for}</small>}
-        {job.error && <small class="bad">{job.error.message}</small>}
+        {job.error && <small class="bad">{visible(job.error.message)}</small>}
       </td>
       <td data-label="Model">{job.model}</td>
       <td data-label="Method">{String(job.method.type)}</td>

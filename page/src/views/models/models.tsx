@@ -74,7 +74,7 @@ function Row({ row: { model, deployment }, again }: { row: Found; again: () => v
       <td data-label="Created" title={zone()}>
         {job ? moment(model.created) : "–"}
       </td>
-      <td data-label="Acts">
+      <td>
         <div class="acts">
           <Acts of={deployment} onChange={again} />
           {kind === "policy" && (

@@ -3,7 +3,7 @@ import { Findings, useFile } from "../../parts/file-report/file-report";
 import { Show, type Loaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
 import { Drop } from "../../parts/upload/drop";
-import { count, moment } from "../../parts/words/words";
+import { count, moment, visible } from "../../parts/words/words";
 import { change, Field, OptionField, valueOf } from "./field";
 
 interface Props {
@@ -60,7 +60,7 @@ function File({ path, label, files, hint }: { path: string; label: string; files
 
 function nameOf({ filename, created_at, x_raydpo }: TrainingFile): string {
   const rows = x_raydpo.report ? `${count(x_raydpo.report.num_rows, "row")}, ` : "";
-  return `${filename} (${rows}${moment(created_at)})`;
+  return `${visible(filename)} (${rows}${moment(created_at)})`;
 }
 
 function Found({ id }: { id: string }) {

@@ -4,6 +4,7 @@ import { useContext } from "preact/hooks";
 import type { Failure, Option } from "../../api/client";
 import { route, setQuery } from "../../parts/route/route";
 import { textOf } from "./draft";
+import { visible } from "../../parts/words/words";
 
 /** The refusal of the draft, which a field shows if it names the field. */
 export const Refusal = createContext<Failure | undefined>(undefined);
@@ -34,7 +35,7 @@ export function Field({ path, label, hint, children }: Props) {
       <label for={path}>{label}</label>
       {children({ id: path, "aria-describedby": about, "aria-invalid": isRefused })}
       <div id={about} class="hint">
-        {isRefused && <p class="bad">{refusal.message}</p>}
+        {isRefused && <p class="bad">{visible(refusal.message)}</p>}
         {hint}
       </div>
     </div>

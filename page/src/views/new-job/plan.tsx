@@ -2,7 +2,7 @@ import { useEffect, useState } from "preact/hooks";
 import { api, ask, type Failure, type Plan as PlanObject } from "../../api/client";
 import { Fact } from "../../parts/fact/fact";
 import { useLoaded } from "../../parts/loading/loading";
-import { bytes, whole } from "../../parts/words/words";
+import { bytes, visible, whole } from "../../parts/words/words";
 import { textOf, type Body } from "./draft";
 import { change } from "./field";
 
@@ -47,8 +47,8 @@ export function Plan({ of, isReady }: { of: Planned; isReady: boolean }) {
 
 function inWords({ plan, refusal, unplanned }: Planned, isReady: boolean) {
   if (!isReady) return <p class="note">Choose a model and a training file, and see here what the job needs.</p>;
-  if (refusal) return <p class="bad">The service would refuse this job: {refusal.message}</p>;
-  if (unplanned) return <p class="note">There is no plan, but the job may run. {unplanned.message}</p>;
+  if (refusal) return <p class="bad">The service would refuse this job: {visible(refusal.message)}</p>;
+  if (unplanned) return <p class="note">There is no plan, but the job may run. {visible(unplanned.message)}</p>;
   if (!plan) return <p class="note">Planning…</p>;
   const where = plan.device === "gpu" ? "GPU" : "machine";
   if (plan.fits === null) return <p class="warn">Whether the job fits is not known. Each worker needs {bytes(plan.needed_bytes)}.</p>;
@@ -72,7 +72,7 @@ function Figures({ plan }: { plan: PlanObject }) {
     <>
       {plan.changes.map((each) => (
         <p key={each.field}>
-          {each.message}{" "}
+          {visible(each.message)}{" "}
           <button type="button" onClick={() => change(each.field, textOf(each.value))}>
             Set {each.field.split(".").at(-1)} to {textOf(each.value)}
           </button>

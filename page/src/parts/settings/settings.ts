@@ -2,7 +2,7 @@
 
 import type { Job } from "../../api/client";
 
-type Values = Record<string, unknown>;
+export type Values = Record<string, unknown>;
 
 /** Returns what a job was asked for, or decided, by the path of the option. */
 export function settingsOf(job: Job): Record<string, string> {
@@ -18,7 +18,8 @@ export function settingsOf(job: Job): Record<string, string> {
   ]);
 }
 
-function flat(values: Values, before = ""): [string, string][] {
+/** Returns the values by their paths, such as `adapter.r`. */
+export function flat(values: Values, before = ""): [string, string][] {
   return Object.entries(values).flatMap(([name, value]) => {
     const isInner = typeof value === "object" && value !== null && !Array.isArray(value);
     if (isInner) return flat(value as Values, `${before}${name}.`);

@@ -1,0 +1,108 @@
+"""Texts of others that try to do something: on every view they are shown, and nothing more."""
+
+import json
+from dataclasses import dataclass
+
+import httpx
+import psycopg
+import pytest
+from playwright.sync_api import Page, expect
+
+from services import storage
+from tests.page.browsing import SIZES, look_at, sign_in, submit
+from tests.page.conftest import Service
+from tests.services.control_plane.conftest import new_key, new_project, pairs
+
+pytestmark = pytest.mark.slow
+MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+TURNED = "safe \u202egnp.exe"
+SHOWN = "safe ⟨U+202E⟩gnp.exe"
+FILE = "<img src=x onerror=alert(1)> שלום 1.jsonl"  # the service refuses names with characters that nobody sees
+LONG = "w" * 100_000
+EVENT = """
+    INSERT INTO events (public_id, job_id, attempt, level, type, message) VALUES (%s, %s, 0, 'info', 'message', %s)
+"""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The ids of the objects with hostile texts."""
+
+    job: str
+    file: str
+    project: str
+
+
+@pytest.fixture(scope="module")
+def planted(service: Service, api: httpx.Client, database_url: str) -> Planted:
+    """Plants hostile texts in all that users, models, jobs and Ray tell."""
+    upload = {"files": {"file": (FILE, pairs())}, "data": {"purpose": "fine-tune"}}
+    file_id = api.post("/files", **upload).json()["id"]
+    project = new_project(api, f"<b onclick=alert(3)> {TURNED}")
+    new_key(api, name=f"<i onclick=alert(4)> {TURNED}")
+    service.ray.down = True
+    job = submit(api, file_id, metadata={"note": f"{MARKUP} {TURNED}", f"<b>{TURNED}"[:60]: "w" * 512})
+    api.post(f"/fine_tuning/jobs/{job}/cancel")
+    service.ray.down = False
+    error = {"code": "engine_failed", "message": f"{MARKUP} {TURNED} {LONG}", "param": None}
+    with psycopg.connect(database_url) as rows:
+        rows.execute("UPDATE jobs SET observed = 'failed', error = %s WHERE id = %s", (json.dumps(error), job))
+        for number, text in enumerate((MARKUP, TURNED, LONG)):
+            values = (f"ftevent-hostile-{number}", job, f"event {text}")
+            rows.execute(
+                EVENT,
+                values,
+            )
+    log = f"{MARKUP}\n{TURNED}\n{LONG}\n".encode() + b"\xff\xed\xa0\x80\n"
+    storage.write_bytes(storage.join(service.storage_url, "runs", job, "logs", "1", "driver", "000000000000.log"), log)
+    return Planted(job, file_id, project)
+
+
+VIEWS = {
+    "jobs": ("jobs", f"{MARKUP} {SHOWN}"),
+    "job": ("jobs/{job}?log=driver", f"event {SHOWN}"),
+    "new-job": ("jobs/new?training_file={file}", FILE),
+    "compare": ("jobs/compare?jobs={job},{job}", "Compare"),
+    "data": ("data", FILE),
+    "file": ("data/{file}", FILE),
+    "ask": ("ask", "Ask two policies"),
+    "models": ("models", "Models"),
+    "keys": ("admin/keys", f"<i onclick=alert(4)> {SHOWN}"),
+    "projects": ("admin/projects", f"<b onclick=alert(3)> {SHOWN}"),
+    "project": ("admin/projects/{project}", f"<b onclick=alert(3)> {SHOWN}"),
+    "usage": ("admin/usage", "Usage"),
+    "audit": ("admin/audit", "Audit"),
+    "not-found": (f"{MARKUP}/{TURNED}", "There is no such view."),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_hostile_texts_are_shown_on_every_view_and_do_nothing(
+    page: Page, service: Service, planted: Planted, name: str
+) -> None:
+    page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
+    sign_in(page)
+    place, text = VIEWS[name]
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    page.goto(f"{service.url}/#/{place.format(**vars(planted))}")
+    expect(page.locator("main").get_by_text(text).first).to_be_attached()
+    for width, height in SIZES.values():
+        page.set_viewport_size({"width": width, "height": height})
+        hidden = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert hidden <= 0, f"{hidden} pixels are beyond the edge at {width}"
+    assert page.locator("main img, main script, main [onclick]").count() == 0
+    assert "\u202e" not in page.locator("main").inner_text()
+
+
+def test_hostile_answers_thoughts_and_errors_of_models_do_nothing(page: Page, service: Service) -> None:
+    page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
+    service.engine.answers |= {"tiny": [f"?{MARKUP}", MARKUP, TURNED, "\ud83d", LONG], "polite": [f"?{TURNED}", TURNED]}
+    sign_in(page)
+    page.goto(f"{service.url}/#/ask?a=tiny&b=polite")
+    page.get_by_label("Prompt", exact=True).fill(f"{MARKUP} {TURNED} שלום")
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.get_by_text("Both answers are there.")).to_be_visible()
+    expect(page.locator("section > .said").filter(has_text=SHOWN)).to_have_count(2)
+    expect(page.locator("section > .said").filter(has_text="⟨U+D83D⟩")).to_have_count(1)
+    assert page.locator("main img, main script").count() == 0
+    look_at(page, "ask-hostile-long")
