@@ -8,9 +8,10 @@ with the memory that real processes use.
 
 import re
 from dataclasses import dataclass, replace
-from math import ceil, inf, prod
+from math import ceil, inf
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
+from dpo_core.plan.quantization import count_quantized
 from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS, choose_pack, fewest_shards
 
 
@@ -144,8 +145,7 @@ NF4_BITS = 4.127  # bits of one weight, with its part of the scales of a block o
 
 
 def _frozen_bytes(model: Shapes, run: Run) -> int:
-    linear = sum(prod(shape) for name, shape in model.weights.items() if len(shape) == 2 and in_layer(name))
-    quantized = linear if run.quantized else 0
+    quantized = count_quantized(model) if run.quantized else 0
     return (model.numbers - quantized) * run.itemsize + int(quantized * NF4_BITS / 8)
 
 

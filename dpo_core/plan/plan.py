@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes
 from dpo_core.plan.memory import Memory, count_trained, settle
+from dpo_core.plan.quantization import is_quantizable
 
 FILLED = 0.9  # share of a device's memory that a plan may fill, because its figures are accurate to a tenth
 CHANGES: dict[str, Sequence[Any]] = {  # options that may make a run fit, in the order in which they are tried
@@ -68,18 +69,18 @@ def plan(
     fits = None if room is None else held.total <= FILLED * room
     changes: tuple[Change, ...] = ()
     if room is not None and not fits:
-        changes = _changes(model, run, rows, room, _offered(run, settable, most_workers))
+        changes = _changes(model, run, rows, room, _offered(model, run, settable, most_workers))
     return Plan(settled, shards, held, saved, steps, run.n_epochs * rows.groups * rows.tokens, fits, changes)
 
 
-def _offered(run: Run, settable: Collection[str], most_workers: float) -> list[tuple[str, Any]]:
+def _offered(model: Shapes, run: Run, settable: Collection[str], most_workers: float) -> list[tuple[str, Any]]:
     """Returns the changes that the plan may try, in this order: the name of an option and its new value. Only options
     in `settable` change, and changes that would have no effect on this run are left out. `most_workers` is the number
     of workers for which there are devices."""
     useless = {
         "sharding": run.quantized,  # a base in NF4 is never split
         "adapter": run.adapter is not None,
-        "quantization": run.quantized or run.sharding in ("full", "hybrid"),
+        "quantization": run.quantized or run.sharding in ("full", "hybrid") or not is_quantizable(model),
     }
     names = [name for name in CHANGES if name in settable and not useless.get(name)]
     offered = [(name, run.max_length if value == "max_length" else value) for name in names for value in CHANGES[name]]

@@ -4,18 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpo_core.plan.inputs import Shapes
 from dpo_core.plan.sizes import NAMES, SIZES, llama
 
 SMALL = dict(zip(NAMES, (64, 128, 2, 4, 4, 1000, False), strict=True))
 LARGE = dict(zip(NAMES, SIZES["1B"], strict=True))
 
 
-def write_model(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
+def write_model(folder: Path, sizes: dict[str, int], *, experts: int = 0, **changes: Any) -> Path:
     """Writes a model of the given sizes, with two files of weights that have only headers, and returns its folder.
 
-    `changes` replace values of its config.
+    `experts` is a number of experts to add to its first layer, and `changes` replace values of its config.
     """
-    shapes = llama(sizes)
+    shapes, shape = llama(sizes), (sizes["intermediate_size"], sizes["hidden_size"])
+    shapes = Shapes(
+        shapes.config,
+        {**shapes.weights, **{f"model.layers.0.mlp.experts.{each}.up_proj.weight": shape for each in range(experts)}},
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**shapes.config, **changes}))
     names = list(shapes.weights)

@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import InvalidOption, Objective
 from dpo_core.plan.positions import check_max_length, positions_of
+from dpo_core.plan.quantization import check_quantization
 from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import File, reading_of
@@ -16,7 +17,7 @@ from services.control_plane.jobs.combinations import Asked, Combination
 from services.control_plane.jobs.requests import is_local
 from services.control_plane.models import models
 from services.control_plane.models.models import NamedModel
-from services.control_plane.models.shapes import model_shapes
+from services.control_plane.models.shapes import NoShapes, model_shapes
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
@@ -51,6 +52,7 @@ async def admit(
     reference = await _reference(session, spec, model, settings)
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
     combinations.check(Combination(spec, asked, model, reference))
+    await _check_quantization(spec, model)
     spec = await _within_positions(spec, asked, model, reference)
     reports = list[Any]()
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
@@ -76,6 +78,24 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
             file = await session.get_one(File, file_id)
             files.refuse_unusable(file, param)
             _check_file(file, spec.config.objective, param)
+
+
+async def _check_quantization(spec: JobSpec, model: NamedModel) -> None:
+    """Raises InvalidRequest if the job quantizes its base model, but most weights of this model cannot be quantized, as
+    those of stacked experts. If the shapes of the weights cannot be read on this machine, the job itself makes this
+    check.
+    """
+    if spec.weights.quantization is None:
+        return
+    try:
+        shapes = await model_shapes(model)
+    except NoShapes:
+        return
+    try:
+        if "text_config" not in shapes.config:  # of such a model, training loads only a part
+            check_quantization(shapes)
+    except InvalidOption as error:
+        raise InvalidRequest(str(error), param=f"x_raydpo.{error.field}", code="invalid_value") from None
 
 
 async def _within_positions(spec: JobSpec, asked: Asked, model: NamedModel, reference: NamedModel | None) -> JobSpec:

@@ -74,6 +74,16 @@ def test_a_base_in_nf4_is_not_split_over_workers():
     assert not {"sharding", "quantization"} & {offer.field for offer in several.changes}
 
 
+def test_nf4_is_not_advised_for_stacked_experts():
+    experts = {name.replace("mlp.", "mlp.experts.0."): shape for name, shape in MODEL.weights.items()}
+    mixture = Shapes({**MODEL.config, "num_experts_per_tok": 1}, experts)
+    run = replace(RUN, adapter=32)
+    assert [offer.field for offer in plan(MODEL, run, ROWS, 20 * GB).changes] == ["quantization"]
+    assert "quantization" not in [offer.field for offer in plan(mixture, run, ROWS, 20 * GB).changes]
+    whole, rounded = (plan(mixture, replace(run, quantized=flag), ROWS).memory.weights for flag in (False, True))
+    assert rounded > 0.8 * whole  # only attention is compressed
+
+
 def test_no_more_workers_are_advised_than_there_are_devices():
     run = replace(RUN, sharding="full", adapter=32)
     assert [offer.value for offer in plan(MODEL, run, ROWS, 20 * GB, most_workers=8).changes] == [2]

@@ -174,6 +174,9 @@ what does not go together, and gives the remedy. These are all rules. The error 
 | | field | what a job cannot have | remedy |
 |---|---|---|---|"""
 MATRIX = """
+`x_raydpo.quantization` is also refused for a base model of which NF4 would compress less than half of the weights in
+the layers, such as a mixture of experts: transformers stacks its experts, and NF4 compresses only linear layers.
+
 ## Options with options
 
 Each cell has two options, that of its row and that of its column. A number is the rule above that refuses both

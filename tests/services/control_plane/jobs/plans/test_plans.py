@@ -29,6 +29,7 @@ def settings(offline: Settings, fake_ray: FakeRay, tmp_path_factory: pytest.Temp
         "recurrent": str(write_model(home / "recurrent", SMALL, num_attention_heads=None)),
         "quantized": str(write_model(home / "quantized", SMALL, quantization_config={"quant_method": "gptq"})),
         "short": str(write_model(home / "short", SMALL, max_position_embeddings=512)),
+        "mixture": str(write_model(home / "mixture", SMALL, experts=64)),
         "away": "organization/away",
     }
     named = {name: BaseModel(source=source) for name, source in models.items()}
@@ -84,6 +85,22 @@ def test_a_max_length_beyond_the_models_positions_is_refused(path, ask, machines
     assert refused["message"] == (
         "max_length is 513, but the model has only 512 positions; set it to 512 or less, or leave it out."
     )
+
+
+@pytest.mark.parametrize("path", ["/x/plans", "/x/jobs/validate", "/fine_tuning/jobs"])
+def test_a_base_whose_experts_cannot_be_quantized_is_refused(path, ask, machines):
+    machines(GB, 8 * GB)
+    refused = ask("mixture", path, adapter={"r": 4}, quantization="nf4")["error"]
+    assert (refused["param"], refused["code"]) == ("x_raydpo.quantization", "invalid_value")
+    assert "only compresses linear layers, but not stacked experts" in refused["message"]
+    assert refused["message"].endswith("; leave quantization out.")
+
+
+def test_a_base_whose_weights_the_service_cannot_read_may_be_quantized(ask, machines):
+    machines(GB, 8 * GB)
+    for name in ("small", "away"):
+        found = ask(name, "/x/jobs/validate", adapter={"r": 4}, quantization="nf4")
+        assert found["x_raydpo"]["request"]["x_raydpo"]["quantization"] == "nf4"
 
 
 def test_a_chosen_max_length_is_refused_even_if_it_equals_the_default(ask, machines):
