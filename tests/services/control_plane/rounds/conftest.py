@@ -42,7 +42,7 @@ def quick() -> Iterator[None]:
 
 
 @pytest.fixture
-def train(settings: Settings, fake_ray: FakeRay) -> Callable[[str], None]:  # noqa: F811
+def train(settings: Settings, fake_ray: FakeRay) -> Callable[..., None]:  # noqa: F811
     """Returns a function that lets a job's training succeed at once."""
 
     def succeed(job_id: str, attempt: int = 1) -> None:

@@ -8,11 +8,12 @@ import httpx
 import pytest
 
 from services.control_plane.rounds.stages import best_of, stage_of
+from tests.services.control_plane.conftest import FakeRay
 from tests.services.control_plane.evaluations.conftest import POLICY, Engines, chats, until
 from tests.services.control_plane.rounds.conftest import created, ended, look, reached
 
 pytestmark = pytest.mark.usefixtures("policy")
-Train = Callable[[str], None]
+Train = Callable[..., None]
 
 
 def evaluation(api: httpx.Client, evaluation_id: str) -> dict[str, Any]:
@@ -56,6 +57,22 @@ def test_two_rounds_train_each_policy_on_rows_of_the_one_before(
         assert evaluation(api, entry["samples"])["model"] == models[number]
     seeds = {evaluation(api, entry["samples"])["request"]["sampling"]["seed"] for entry in found["rounds"][1:]}
     assert len(seeds) == 2
+
+
+def test_a_driver_that_is_killed_in_the_second_round_costs_an_attempt_of_its_job_and_nothing_else(
+    api: httpx.Client, fake_ray: FakeRay, train: Train
+) -> None:
+    made = created(api)
+    train(reached(api, made["id"], 1, "job"))
+    job_id = reached(api, made["id"], 2, "job")
+    until(lambda: f"{job_id}-1" in fake_ray.jobs)
+    fake_ray.jobs[f"{job_id}-1"] = "FAILED"
+    train(job_id, 2)
+    found = ended(api, made["id"])
+    assert (found["status"], found["end_reason"]) == ("succeeded", "num_rounds")
+    assert found["rounds"][2]["model"] == name_of(job_id)
+    jobs = api.get("/fine_tuning/jobs", params={"metadata[rounds]": made["id"]}).json()["data"]
+    assert [job["id"] for job in jobs] == [job_id, found["rounds"][1]["job"]]  # no job more
 
 
 def test_rounds_end_when_the_policy_is_no_longer_better(api: httpx.Client, train: Train) -> None:
