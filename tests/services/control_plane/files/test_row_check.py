@@ -24,6 +24,7 @@ from services.control_plane.settings import Settings
 from tests.services.control_plane import conftest
 from tests.services.control_plane.conftest import (
     API_KEY,
+    answering,
     api_of,
     new_key,
     new_project,
@@ -230,54 +231,67 @@ Leaseholder.run = ends
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("cores", "checks"), [(64, 4), (3, 3), (1, 2)])
-def test_checks_at_once_are_few_however_many_cores_there_are(
-    cores: int, checks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def places() -> int:
-        return row_check._processes().most
+class HeldChecks:
+    """The URIs of files whose check was asked for, and of those whose check began. Checks end when `go_on` is set."""
 
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
-    assert asyncio.run(places()) == checks
+    def __init__(self) -> None:
+        self.asked, self.begun = list[str](), list[str]()
+        self.go_on = threading.Event()
 
-
-def test_uploads_of_one_project_delay_the_check_of_anothers_by_a_turn_or_two(
-    base_url: str, api: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, begun = list[str](), list[str]()
-    many, other = (api_of(base_url, new_key(api, project_id=new_project(api, name))["value"]) for name in "mo")
-    waits = threading.Event()
-
-    run_check = row_check._run_check
-
-    async def ask(uri: str, *arguments: Any) -> dict[str, Any]:
-        asked.append(uri)
-        return await run_check(uri, *arguments)
-
-    async def check(uri: str, *_: Any) -> dict[str, Any]:
-        begun.append(uri)
-        while not waits.is_set():  # noqa: ASYNC110 - the test's thread sets it
+    async def check(self, uri: str, *_: Any) -> dict[str, Any]:
+        self.begun.append(uri)
+        while not self.go_on.is_set():  # noqa: ASYNC110 - the test's thread sets it
             await asyncio.sleep(0.01)
         return {"report": {"kind": "pairs", "num_rows": 12}, "refusal": None}
 
-    def upload(by: httpx.Client) -> str:
-        sent = {"files": {"file": ("p.jsonl", pairs())}, "data": {"purpose": "fine-tune"}}
-        return str(by.post("/files", **sent).raise_for_status().json()["id"])
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> HeldChecks:
+    checks, run_check = HeldChecks(), row_check._run_check
+
+    async def ask(uri: str, *arguments: Any) -> dict[str, Any]:
+        checks.asked.append(uri)
+        return await run_check(uri, *arguments)
 
     monkeypatch.setattr(row_check, "IN_PROCESS_BYTES", 100)
-    monkeypatch.setattr(row_check, "_run_program", check)
+    monkeypatch.setattr(row_check, "_run_program", checks.check)
     monkeypatch.setattr(row_check, "_run_check", ask)
+    return checks
+
+
+def upload(by: httpx.Client) -> str:
+    sent = {"files": {"file": ("p.jsonl", pairs())}, "data": {"purpose": "fine-tune"}}
+    return str(by.post("/files", **sent).raise_for_status().json()["id"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cores", "checks"), [(64, 4), (3, 3), (1, 2)])
+def test_checks_at_once_are_few_however_many_cores_there_are(
+    cores: int, checks: int, offline: Settings, held: HeldChecks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    with answering(offline) as url, api_of(url, API_KEY) as api, ThreadPoolExecutor(13) as threads:
+        sent = [threads.submit(upload, api) for _ in range(13)]
+        wait_for(lambda: len(held.asked) == 13 and len(held.begun) >= checks)
+        assert len(held.begun) == checks
+        held.go_on.set()
+        assert len({one.result(300) for one in sent}) == 13
+
+
+def test_uploads_of_one_project_delay_the_check_of_anothers_by_a_turn_or_two(
+    base_url: str, api: httpx.Client, held: HeldChecks
+) -> None:
+    many, other = (api_of(base_url, new_key(api, project_id=new_project(api, name))["value"]) for name in "mo")
     with many, other, ThreadPoolExecutor(13) as threads:
         sent = [threads.submit(upload, many) for _ in range(12)]
-        wait_for(lambda: len(asked) == 12 and len(begun) >= 2)
+        wait_for(lambda: len(held.asked) == 12 and len(held.begun) >= 2)
         last = threads.submit(upload, other)
-        wait_for(lambda: len(asked) == 13)
-        at_once = len(begun)
-        waits.set()
+        wait_for(lambda: len(held.asked) == 13)
+        at_once = len(held.begun)
+        held.go_on.set()
         file_id = last.result(300)
         assert len({one.result(300) for one in sent}) == 12
-    (place,) = (number for number, uri in enumerate(begun) if file_id in uri)
+    (place,) = (number for number, uri in enumerate(held.begun) if file_id in uri)
     assert place < at_once + 3
 
 
