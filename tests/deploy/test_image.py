@@ -101,8 +101,10 @@ def database(database_url: str) -> Iterator[str]:
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Forward) as listening:
         threading.Thread(target=listening.serve_forever).start()
-        yield f"postgresql://{parts.username}@127.0.0.1:{listening.server_address[1]}{parts.path}"
-        listening.shutdown()
+        try:
+            yield f"postgresql://{parts.username}@127.0.0.1:{listening.server_address[1]}{parts.path}"
+        finally:
+            listening.shutdown()
 
 
 def copy(source: socket.socket, target: socket.socket) -> None:

@@ -43,9 +43,11 @@ def running_s3(host: str = "127.0.0.1") -> Iterator[S3]:
     server.start()
     address, port = server.get_host_and_port()
     proxy = Proxy((address, port), host=host)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        yield S3(proxy, f"http://{address}:{port}")
-    proxy.close()
-    server.stop()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
+            yield S3(proxy, f"http://{address}:{port}")
+    finally:
+        proxy.close()
+        server.stop()

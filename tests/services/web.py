@@ -74,10 +74,12 @@ class Handler(BaseHTTPRequestHandler):
 def running(server: Server) -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield server
+    finally:  # otherwise pytest would wait for this thread after a test that failed
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def running_web() -> AbstractContextManager[Web]:
