@@ -26,6 +26,12 @@ export type FileCheck = Documents["CheckDocument"];
 export type FileReport = Documents["FeedbackReport"];
 export type Method = Documents["MethodDocument"];
 export type Option = Documents["OptionDocument"];
+export type Evaluation = Documents["EvaluationDocument"];
+export type EvaluationItem = Documents["EvaluationItemDocument"];
+export type Sweep = Documents["SweepDocument"];
+export type Trial = Documents["TrialDocument"];
+export type Frontier = Documents["FrontierDocument"];
+export type FrontierPoint = Documents["FrontierPoint"];
 export type Plan = Documents["PlanDocument"];
 
 type Token = Documents["TokenDocument"];

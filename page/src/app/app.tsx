@@ -11,8 +11,12 @@ import { File } from "../views/data/file";
 import { NewJob } from "../views/new-job/new-job";
 import { Admin } from "../views/admin/admin";
 import { Ask } from "../views/ask/ask";
+import { Evaluation } from "../views/evaluations/evaluation";
+import { Evaluations } from "../views/evaluations/evaluations";
 import { Model } from "../views/models/model";
 import { Models } from "../views/models/models";
+import { Sweep } from "../views/sweeps/sweep";
+import { Sweeps } from "../views/sweeps/sweeps";
 import { visible } from "../parts/words/words";
 
 interface View {
@@ -26,6 +30,12 @@ const VIEWS: View[] = [
   { name: "data", title: "Data", show: ([id]) => (id ? <File key={id} id={id} /> : <Data />) },
   { name: "ask", title: "Ask", show: () => <Ask /> },
   { name: "models", title: "Models", show: ([id]) => (id ? <Model key={id} id={id} /> : <Models />) },
+  {
+    name: "evaluations",
+    title: "Evaluations",
+    show: ([id]) => (id ? <Evaluation key={id} id={id} /> : <Evaluations />),
+  },
+  { name: "sweeps", title: "Sweeps", show: ([id]) => (id ? <Sweep key={id} id={id} /> : <Sweeps />) },
   { name: "admin", title: "Admin", show: (rest) => <Admin rest={rest} /> },
 ];
 

@@ -17,6 +17,7 @@ TRAINING_METRICS: tuple[str, ...] = get_args(Metric)
 RESULTS = {  # the results of each kind of evaluation by which trials can be compared
     "compare": ("win_rate", "length_controlled_win_rate"),
     "score": ("score",),
+    "samples": ("score", "best", "worst"),
     "preferences": ("accuracy", "margin"),
     "drift": ("kl_per_sequence", "kl_per_token"),
 }

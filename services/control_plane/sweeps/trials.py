@@ -123,12 +123,18 @@ async def check_evaluations(session: AsyncSession, settings: Settings, bodies: M
             if body.kind == "compare":
                 if body.baseline is not None:
                     await writer_of(session, settings, body.baseline, param="baseline")
-                assert body.judge is not None
-                await grader_of(session, settings, body.judge, of=body.model)
-            else:
+                if not _is_own_judge(body):
+                    assert body.judge is not None
+                    await grader_of(session, settings, body.judge, of=body.model)
+            elif not _is_own_judge(body):
                 given: dict[str, Any] = {"reference": body.reference or body.model} if body.judge is None else {}
                 given |= {"beta": body.beta or 1.0} if body.kind == "preferences" else {}
                 await kind_of(session, settings, body.model_copy(update=given))
+
+
+def _is_own_judge(body: CreateEvaluation) -> bool:
+    """Whether the policy's own implicit reward judges its answers. It has no reference and no beta before it exists."""
+    return body.judge is not None and body.judge.type == "implicit" and body.judge.model is None
 
 
 async def evaluate(

@@ -4,6 +4,8 @@ import { Failure } from "../../api/client";
 import { forget, isSignedIn } from "../session/session";
 import { visible } from "../words/words";
 
+const FRESH_MS = 3000;
+
 export interface Loaded<Value> {
   value?: Value; // stays while it is loaded anew
   failure?: Failure;
@@ -26,6 +28,14 @@ export function useLoaded<Value>(load: (signal: AbortSignal) => Promise<Value>, 
     return () => leaving.abort();
   }, [now, turn]);
   return { ...(state.keys === now && state), again: () => setTurn((last) => last + 1) };
+}
+
+/** Loads again every few seconds while the page is looked at, as long as `lives`. */
+export function useFresh(again: () => void, lives = true) {
+  useEffect(() => {
+    const timer = setInterval(() => lives && !document.hidden && again(), FRESH_MS);
+    return () => clearInterval(timer);
+  }, [lives]);
 }
 
 /** Shows a loaded value; before that, that it is being loaded, or why it could not be. */

@@ -5,7 +5,8 @@ export const STATUSES = ["queued", "running", "paused", "succeeded", "failed", "
 export type JobStatus = Job["status"];
 export const hasEnded = (status: JobStatus) => ["succeeded", "failed", "cancelled"].includes(status);
 
-export function Status({ of }: { of: JobStatus }) {
+/** Where a job is, or a trial or an evaluation. */
+export function Status({ of }: { of: JobStatus | "training" | "evaluating" | "stopped" }) {
   return <span class={`status ${of}`}>{of}</span>;
 }
 

@@ -5,7 +5,7 @@ import { Show, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
 import { figure, visible, whole } from "../../parts/words/words";
 import { difference, type Part } from "./diff";
-import { textOf } from "./text";
+import { textOf } from "../../parts/text/text";
 
 const PAGE = 10;
 const LONGEST = 2000; // characters of a text that are shown at first

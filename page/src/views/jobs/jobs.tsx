@@ -1,12 +1,10 @@
-import { useEffect } from "preact/hooks";
 import { api, ask, type Job } from "../../api/client";
-import { Show, useLoaded } from "../../parts/loading/loading";
+import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href, route, setQuery } from "../../parts/route/route";
 import { hasEnded, ProgressLine, Status, STATUSES, type JobStatus } from "../../parts/status/status";
 import { count, moment, visible, zone } from "../../parts/words/words";
 
 const PAGE = 25;
-const FRESH_MS = 4000;
 
 export function Jobs() {
   const { query } = route.value;
@@ -15,10 +13,7 @@ export function Jobs() {
   const chosen = chosenOf(query);
   const loaded = useLoaded((signal) => list(status, after, signal), [status, after]);
   const lives = !loaded.value || loaded.value.data.some((job) => !hasEnded(job.status)) || !after;
-  useEffect(() => {
-    const timer = setInterval(() => lives && !document.hidden && loaded.again(), FRESH_MS);
-    return () => clearInterval(timer);
-  }, [lives]);
+  useFresh(loaded.again, lives);
 
   return (
     <>

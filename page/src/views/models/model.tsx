@@ -3,13 +3,13 @@ import { api, Failure, type Deployment, type Model as ModelObject } from "../../
 import { AskFirst } from "../../parts/dialog/dialog";
 import { Download } from "../../parts/download/download";
 import { Fact } from "../../parts/fact/fact";
-import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
+import { FailureNote, Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
 import { moment } from "../../parts/words/words";
 import { loadRow } from "./load";
 import { whatIs } from "./models";
 import { Sharing } from "./sharing";
-import { Acts, State, useFresh } from "./state";
+import { Acts, State } from "./state";
 
 export function Model({ id }: { id: string }) {
   const loaded = useLoaded((signal) => loadRow(id, signal), [id]);

@@ -1,9 +1,9 @@
 import { Download } from "../../parts/download/download";
-import { Show, useLoaded } from "../../parts/loading/loading";
+import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { moment, zone } from "../../parts/words/words";
 import { loadRows, type Row as Found } from "./load";
-import { Acts, State, useFresh } from "./state";
+import { Acts, State } from "./state";
 
 export function Models() {
   const after = route.value.query.get("after") ?? undefined;

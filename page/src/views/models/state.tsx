@@ -3,16 +3,6 @@ import { api, ask, Failure, type Deployment } from "../../api/client";
 import { FailureNote } from "../../parts/loading/loading";
 import { count, duration, figure } from "../../parts/words/words";
 
-const FRESH_MS = 3000;
-
-/** Loads again every few seconds while the page is looked at. */
-export function useFresh(again: () => void) {
-  useEffect(() => {
-    const timer = setInterval(() => document.hidden || again(), FRESH_MS);
-    return () => clearInterval(timer);
-  }, []);
-}
-
 /** Whether the model answers, what it waits for, and how busy it is. */
 export function State({ of }: { of?: Deployment }) {
   if (!of) return <span class="status">not known</span>;

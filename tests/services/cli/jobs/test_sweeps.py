@@ -32,6 +32,8 @@ from tests.services.control_plane.sweeps.conftest import (  # noqa: F401  # fixt
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 SWEEP = """
 job:
   model: tiny

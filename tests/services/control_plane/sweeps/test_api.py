@@ -9,6 +9,8 @@ from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, 
 from tests.services.control_plane.evaluations.conftest import until
 from tests.services.control_plane.sweeps.conftest import BETA, SCORE, body, created
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("more", "param", "code"),

@@ -1,11 +1,14 @@
 """Tests that sweeps, their trials and their frontiers are what the OpenAPI document describes."""
 
 import httpx
+import pytest
 
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay
 from tests.services.control_plane.http.test_documented_answers import check
 from tests.services.control_plane.sweeps.conftest import DRIFT, SCORE, begun, body, ended, train
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_answer_is_as_the_document_says(

@@ -3,6 +3,7 @@
 import json
 
 import psycopg
+import pytest
 
 from services.control_plane.core.store import migrate
 from services.control_plane.settings import Settings
@@ -10,7 +11,9 @@ from tests.services.control_plane.conftest import API_KEY, FakeRay, api_of, pair
 from tests.services.control_plane.evaluations.conftest import Engines, until
 from tests.services.control_plane.sweeps.conftest import BETA, body, created, look, trials
 
-NUM_TRIALS = 40
+pytestmark = pytest.mark.slow
+
+NUM_TRIALS = 16
 
 
 def test_after_kills_every_trial_has_exactly_one_job(

@@ -22,6 +22,8 @@ from tests.services.control_plane.sweeps.conftest import (
     trials,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_jobs_are_submitted_as_places_become_free_and_the_best_is_named(
     api: httpx.Client, settings: Settings, fake_ray: FakeRay, file_id: str

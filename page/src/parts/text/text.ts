@@ -1,7 +1,7 @@
 /** Makes plain texts of what rows hold. */
 
 import type { FileRow } from "../../api/client";
-import { visible } from "../../parts/words/words";
+import { visible } from "../words/words";
 
 export type Said = FileRow["groups"][number]["prompt"];
 

@@ -1,0 +1,117 @@
+"""The list of sweeps, and one: its trials, and the frontier, which can be zoomed and leads to jobs."""
+
+import json
+import re
+import time
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.page.browsing import look_at, sign_in, wait_until_ended
+from tests.page.conftest import Service
+
+pytestmark = pytest.mark.slow
+
+BETA = "method.*.hyperparameters.beta"
+EVALUATIONS = {"polite": {"kind": "score"}, "moved": {"kind": "drift"}}
+FOUND = {0.05: (8.0, 0.95), 0.2: (3.0, 0.9), 1.0: (0.5, 0.6)}  # KL and reward
+
+
+def estimate(value: float, around: float) -> dict[str, float]:
+    return {"value": value, "low": value - around, "high": value + around}
+
+
+def sweep(api: httpx.Client, file_id: str, **more: Any) -> str:
+    job = {"model": "tiny", "training_file": file_id, "x_raydpo": {"validation_share": 0.2}, "method": {"type": "dpo"}}
+    parameters = {"method.type": {"values": ["dpo", "ipo"]}, BETA: {"values": list(FOUND)}}
+    body = {"job": job, "parameters": parameters, "metric": {"name": "eval/loss"}, **more}
+    answer = api.post("/x/sweeps", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+@pytest.fixture(scope="module")
+def sweep_id(api: httpx.Client, file_id: str, database_url: str) -> str:
+    """A sweep that has ended. Its jobs were trained; what evaluations would have found is written into the database,
+    because no engine here answers them.
+    """
+    made = sweep(api, file_id)
+    deadline = time.monotonic() + 600
+    while api.get(f"/x/sweeps/{made}").json()["status"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    trials = api.get(f"/x/sweeps/{made}/trials").json()["data"]
+    assert [trial["status"] for trial in trials] == ["succeeded"] * 6
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        told = json.dumps(EVALUATIONS)
+        connection.execute("UPDATE sweeps SET spec = spec || jsonb_build_object('evaluations', %s::jsonb)", (told,))
+        for trial in trials:
+            kl, reward = FOUND[trial["parameters"][BETA]]
+            worse = 0.2 if trial["parameters"]["method.type"] == "ipo" else 0.0
+            results = {
+                "moved": {"kl_per_sequence": estimate(kl, 0.3)},
+                "polite": {"score": estimate(reward - worse, 0.05)},
+            }
+            of_it = (json.dumps(results), kl, made, trial["id"])
+            told = "results = %s, value = %s"
+            connection.execute(f"UPDATE sweep_trials SET {told} WHERE sweep_id = %s AND number = %s", of_it)
+    return made
+
+
+def test_a_sweep_shows_its_trials_and_the_best(page: Page, service: Service, sweep_id: str) -> None:
+    sign_in(page)
+    page.get_by_role("link", name="Sweeps").click()
+    row = page.get_by_role("row").filter(has_text=sweep_id)
+    expect(row).to_contain_text("6 of 6: 6 succeeded")
+    expect(row).to_contain_text("type dpo, beta 1: 0.5")
+    look_at(page, "sweeps")
+    row.get_by_role("link", name="type, beta").click()
+    expect(page.get_by_role("row")).to_have_count(7)
+    expect(page.get_by_role("row").nth(1)).to_contain_text("the best")
+    expect(page.get_by_role("row").nth(1).get_by_role("cell").nth(1)).to_have_text("1")
+    look_at(page, "sweep")
+
+
+def test_the_frontier_is_zoomed_and_each_point_leads_to_its_job(page: Page, service: Service, sweep_id: str) -> None:
+    sign_in(page)
+    page.goto(f"{service.url}/#/sweeps/{sweep_id}")
+    points = page.locator(".frontier .point")
+    expect(points).to_have_count(6)
+    expect(page.get_by_role("link", name="dpo, beta 0.2: KL 3 (2.7 to 3.3), reward 0.9 (0.85 to 0.95)")).to_be_visible()
+    page.get_by_label("KL from").fill("2")
+    page.keyboard.press("Tab")
+    expect(points).to_have_count(4)
+    page.reload()
+    expect(points).to_have_count(4)
+    page.get_by_role("button", name="All points").click()
+    expect(points).to_have_count(6)
+    box = page.locator(".frontier svg").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 200, steps=4)
+    page.mouse.up()
+    expect(points).to_have_count(2)
+    expect(page).to_have_url(re.compile(r"from=\d.*to=\d"))
+    points.first.focus()
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile("#/jobs/ftjob-"))
+
+
+def test_a_sweep_is_cancelled_with_its_jobs_after_a_question(
+    page: Page, service: Service, api: httpx.Client, file_id: str
+) -> None:
+    made = sweep(api, file_id, parameters={"seed": {"values": list(range(8))}}, max_running_jobs=1)
+    sign_in(page)
+    page.goto(f"{service.url}/#/sweeps/{made}")
+    expect(page.get_by_role("link", name="Trial 0")).to_be_visible()
+    page.get_by_role("button", name="Cancel the sweep").click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel the sweep").click()
+    expect(page.locator(".heading .status")).to_have_text("cancelled")
+    for trial in api.get(f"/x/sweeps/{made}/trials").json()["data"]:
+        wait_until_ended(api, trial["job_id"])
+    page.goto(f"{service.url}/#/sweeps/none")
+    expect(page.get_by_role("alert")).to_contain_text("There is no sweep 'none'")
