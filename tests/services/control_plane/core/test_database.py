@@ -111,8 +111,6 @@ from tests.services.control_plane.conftest import API_KEY, answering
 from tests.services.control_plane.core.test_database import leads, wait_until, works
 from tests.services.proxy import Proxy
 
-pytestmark = pytest.mark.slow
-
 for words in ("link set lo up", "addr add 10.9.0.1/32 dev lo", "addr add 10.9.0.2/32 dev lo"):
     subprocess.run(["ip", *words.split()], check=True)
 socket, name, storage_url, home = sys.argv[1:]
