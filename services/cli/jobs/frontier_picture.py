@@ -8,6 +8,7 @@ from typing import Any
 from services.cli.client import fail
 
 FORMATS = (".svg", ".png", ".pdf")
+LABEL_OFFSET, LABEL_WIDTH, LABEL_HEIGHT = 8.0, 90.0, 14.0  # pixels
 Point = Mapping[str, Any]
 
 
@@ -38,14 +39,25 @@ def draw(frontier: Mapping[str, Any], path: Path) -> None:
             x, y = _values(of_method, "kl"), _values(of_method, "reward")
             xerr, yerr = _bars(of_method, "kl"), _bars(of_method, "reward")
             axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="o", capsize=2, label=method)
-        for point in points:
-            place = (point["kl"]["value"], point["reward"]["value"])
-            axes.annotate(_label(point), place, xytext=(6, 5), textcoords="offset points", fontsize=8)
+        _write_labels(axes, points)
         axes.set(xlabel=f"KL(policy ‖ reference), nats ({frontier['kl']})", ylabel=f"reward ({frontier['reward']})")
         axes.grid(alpha=0.3)
         axes.legend(title="method")
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         pyplot.close(figure)
+
+
+def _write_labels(axes: Any, points: Sequence[Point]) -> None:
+    """Writes the values of each trial beside its point. A label that would cover another one moves up."""
+    places: list[tuple[float, float]] = []  # of the labels so far, in pixels
+    for point in points:
+        at = (point["kl"]["value"], point["reward"]["value"])
+        x, y = axes.transData.transform(at)
+        up = LABEL_OFFSET
+        while any(abs(x - left) < LABEL_WIDTH and abs(y + up - low) < LABEL_HEIGHT for left, low in places):
+            up += LABEL_HEIGHT
+        places.append((x, y + up))
+        axes.annotate(_label(point), at, xytext=(LABEL_OFFSET, up), textcoords="offset pixels", fontsize=8)
 
 
 def _values(points: Sequence[Point], axis: str) -> list[float]:
