@@ -128,23 +128,24 @@ def test_a_cancelled_sweep_takes_its_jobs_with_it(api: httpx.Client, file_id: st
     assert "has already cancelled" in answer.json()["error"]["message"]
 
 
-def test_a_sweep_waits_while_the_project_may_not_queue_another_job(
-    api: httpx.Client, settings: Settings, file_id: str
+def test_a_sweep_waits_while_the_project_may_not_submit_another_job(
+    api: httpx.Client, settings: Settings, fake_ray: FakeRay, file_id: str
 ) -> None:
+    made = created(api, **body(file_id, max_running_jobs=1))
+    first = begun(api, made["id"], 0)
+    limit = "UPDATE projects SET max_accelerator_hours = %s WHERE id = 'proj_default'"
+    until(lambda: f"{first['job_id']}-1" in fake_ray.jobs)
     with psycopg.connect(settings.database_url, autocommit=True) as connection:
-        made = created(api, **body(file_id, max_running_jobs=3))
-        begun(api, made["id"], 2)
-        api.post(f"/x/sweeps/{made['id']}/cancel")
-        made = created(api, **body(file_id, max_running_jobs=3))
-        begun(api, made["id"], 0)
-        connection.execute("UPDATE projects SET max_accelerator_hours = 0 WHERE id = 'proj_default'")
+        connection.execute(limit, (0,))
         try:
-            if look(api, made["id"])["trials"].get("training", 0) < 3:
-                until(lambda: look(api, made["id"])["waits_for"])
+            train(settings, fake_ray, first["job_id"], [0.5])
+            until(lambda: look(api, made["id"])["waits_for"])
+            assert "accelerator hours" in look(api, made["id"])["waits_for"]
+            assert len(trials(api, made["id"])) == 1
         finally:
-            connection.execute("UPDATE projects SET max_accelerator_hours = NULL WHERE id = 'proj_default'")
-        begun(api, made["id"], 2)
-        until(lambda: look(api, made["id"])["waits_for"] is None)
+            connection.execute(limit, (None,))
+    begun(api, made["id"], 1)
+    until(lambda: look(api, made["id"])["waits_for"] is None)
 
 
 @pytest.mark.parametrize("kind", ["random", "tpe"])
