@@ -2,6 +2,7 @@
 model's outputs."""
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Compa
     before = _outputs(model, rewards)
     merged = model.merge_and_unload().eval()
     difference = float((_outputs(merged, rewards) - before).abs().max())
-    if difference != difference:
+    if not isfinite(difference):
         raise ValueError(
             f"The outputs of {adapter} merged into {base} are NaN or infinite; merge an earlier checkpoint."
         )

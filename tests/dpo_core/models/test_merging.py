@@ -89,3 +89,25 @@ def test_a_merge_that_changes_answers_is_measured(base, tokenizer, tmp_path, mon
 
     monkeypatch.setattr(merging, "load_attached", lossy)
     assert merge_and_compare(adapter, tmp_path / "merged", base=base).largest_difference > 1e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_merge_whose_outputs_are_not_finite_is_refused(value, base, tokenizer, tmp_path, monkeypatch):
+    adapter = save_adapter(base, tokenizer, tmp_path / "adapter", load=load_reward_model)
+
+    def breaking(*arguments, **options):
+        model = load_attached(*arguments, **options)
+        merge = model.merge_and_unload
+
+        def merge_into_nothing():
+            merged = merge()
+            torch.nn.init.constant_(merged.score.weight, value)
+            return merged
+
+        model.merge_and_unload = merge_into_nothing
+        return model
+
+    monkeypatch.setattr(merging, "load_attached", breaking)
+    with pytest.raises(ValueError, match="are NaN or infinite; merge an earlier checkpoint"):
+        merge_and_compare(adapter, tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
