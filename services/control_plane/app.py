@@ -176,7 +176,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _end_process(part: asyncio.Task[None]) -> None:
-    """Ends this process if a background task has ended by itself, without being cancelled.
+    """Ends this process if the background task `part` has ended by itself, without being cancelled.
 
     Whatever runs the process, such as Kubernetes, must start it again.
     """

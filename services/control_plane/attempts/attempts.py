@@ -48,11 +48,11 @@ async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
     """Adds the row of a new attempt (one run of a job on Ray) to the database, and returns the row. Clears the job's
-    column `waits_for`.
+    column `waits_for`, the reason why the job does not run at the moment.
 
     `number` is the attempt's number within the job, and `num_accelerators` the number of its GPUs. `reference` is the
-    Ray Serve application of the reference model, if the attempt needs it from the beginning. Call this function before
-    Ray launches the attempt, so that the database knows of every launch.
+    name of the Ray Serve application of the reference model; None if the attempt does not need this application from
+    the beginning. Call this function before Ray launches the attempt, so that the database knows of every launch.
     """
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0
@@ -211,7 +211,7 @@ async def record(
 
 async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
     """Records reports of the attempt (run of a job on Ray). Skips a report that the database refuses, and adds an event
-    about this.
+    to the job that says so.
     """
     if not events:
         return

@@ -20,7 +20,9 @@ LONG_REST_SECONDS = 60.0  # in a rest of at least this length, another job may r
 
 
 class Decision(Enum):
-    """An action that the executor, the class that acts on jobs, can take for a job."""
+    """An action for a job, such as to launch or to stop its attempt (run on Ray). The class Executor carries the action
+    out.
+    """
 
     WAIT = auto()  # do nothing now
     QUEUE = auto()  # no attempt may start now; write the reason to the job's `waits_for`
@@ -39,8 +41,11 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class Past:
-    """The facts that a decision about a job depends on, besides the job, its current attempt (run on Ray) and the
-    status of this attempt in Ray."""
+    """The facts besides the job and its current attempt (run on Ray) that a decision about the job depends on.
+
+    These are: whether an attempt may start now, the number of failed attempts and its limit, the time since the last
+    failure, and whether the current attempt hangs or should have paused by now.
+    """
 
     slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
     failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint

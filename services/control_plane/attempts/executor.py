@@ -290,8 +290,8 @@ class Executor:
             jobs.tell(session, job.id, f"Attempt {attempt.number} of the job ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Stores in the job's column `waits_for` when its next attempt (run on Ray) begins. Returns this as a clause
-        for an event.
+        """Stores in the job's column `waits_for` when its next attempt (run on Ray) begins. Returns the end of a
+        sentence that says this, such as "; the next attempt begins 30 s later".
 
         Returns '' if no attempt follows, because too many attempts in a row have failed.
         """
@@ -386,8 +386,8 @@ def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
     """Returns the segments of a spool that may hold report number `next_seq` or later reports.
 
-    A spool is the files in storage with the reports of an attempt (run of a job). A segment is one file: the number of
-    its first report, and its URI.
+    A spool is the files in storage with the reports of an attempt (run of a job). A segment is one of these files, as a
+    pair: the number of its first report, and its URI.
     """
     start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
     return segments[start:]

@@ -245,7 +245,8 @@ class Reconciler:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str], on_gpus: bool) -> dict[str, float]:
-        """Returns the cluster's CPUs and GPUs. Returns {}, without asking Ray, if nobody needs these numbers now.
+        """Returns the numbers of the cluster's CPUs and GPUs, under the keys "CPU" and "GPU". Returns {}, without
+        asking Ray, if nothing needs these numbers now.
 
         The numbers are needed if a job waits for its turn, or if models use GPUs (`on_gpus`). `live` are the jobs that
         have not ended, and `back` the ids of running jobs that wait for their turn again.
@@ -315,11 +316,11 @@ class Reconciler:
         capacity: Mapping[str, float],
         scorers: Mapping[str, Reference],
     ) -> eviction.Engines:
-        """Returns which models are pinned, how many GPUs loaded models use, and whether a waiting model gets GPUs
-        before the next job.
+        """Returns which models are pinned (always kept loaded), how many GPUs loaded models use, and whether a waiting
+        model gets GPUs before the next job.
 
         `view` is the state of Ray Serve, `running` are the running jobs, and `capacity` holds the numbers of CPUs and
-        GPUs of the cluster. `scorers` are the applications of jobs' reference models, by job id.
+        GPUs of the cluster. `scorers` maps a job's id to the Ray Serve application of the job's reference model.
         """
         if view is None:
             return eviction.NO_ENGINES
@@ -345,8 +346,8 @@ class Reconciler:
         """Returns how many models may be loaded at a time, and how many GPUs the running jobs leave to models.
 
         `running` are the running jobs. `next_job` holds the job that waits for GPUs of models, if there is one.
-        `capacity` holds the numbers of CPUs and GPUs of the cluster. `scorers` are the applications of jobs' reference
-        models, by job id.
+        `capacity` holds the numbers of CPUs and GPUs of the cluster. `scorers` maps a job's id to the Ray Serve
+        application of the job's reference model.
         """
 
         def gpus(jobs: Sequence[Job]) -> float:

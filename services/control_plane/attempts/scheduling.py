@@ -51,10 +51,10 @@ def what_each_waits_for(
 ) -> dict[str, str | None]:
     """Returns, by job id, the reason why each queued job waits, or None if the job may start now.
 
-    `live` are the jobs that have not ended. `shares` holds the projects' weights and limits, and `capacity` the
-    resources of the cluster. `back` holds the ids of running jobs whose long wait after a failed attempt is over; these
-    jobs take turns like queued jobs. `engines` says which places and GPUs models use. `scorers` are the applications of
-    jobs' reference models, by job id.
+    `live` are the jobs that have not ended. `shares` holds the projects' weights and limits, and `capacity` the numbers
+    of CPUs and GPUs of the cluster. `back` holds the ids of running jobs whose long wait after a failed attempt (run on
+    Ray) is over; these jobs take turns like queued jobs. `engines` says which models must stay loaded, and how many
+    GPUs models use. `scorers` maps a job's id to the Ray Serve application of the job's reference model.
     """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
@@ -159,8 +159,8 @@ def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SC
     """Returns the numbers of CPUs and GPUs that the job needs.
 
     The job needs what its workers need. If its reference model needs more GPUs than the workers, the GPUs of the
-    reference model count, because it is loaded before the workers start. `scorers` are the applications of jobs'
-    reference models, by job id.
+    reference model count, because it is loaded before the workers start. `scorers` maps a job's id to the Ray Serve
+    application of the job's reference model.
     """
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model
@@ -187,7 +187,8 @@ def _reference(job: Job, scorers: Mapping[str, Reference]) -> str | None:
     """Returns the name of the Ray Serve application that may have to compute the log-probabilities of the job's
     reference model.
 
-    Returns None if no application has to do so. `scorers` are the applications of jobs' reference models, by job id.
+    Returns None if no application has to compute them. `scorers` maps a job's id to the Ray Serve application of the
+    job's reference model.
     """
     if (model := reference_model(job)) is None:
         return None

@@ -25,7 +25,7 @@ class SignedIn:
     """Holds the tokens of a person who signed in. `id_token` serves in place of an API key until `expires_at`, in Unix
     seconds.
 
-    `refresh_token` gets the next ID token; None: the issuer gave none.
+    `refresh_token` gets the next ID token. It is None if the issuer gave none.
     """
 
     id_token: str

@@ -107,9 +107,10 @@ class Issuer:
         return Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
 
     async def _update(self, name: str | None) -> None:
-        """Fetches the issuer's discovery document and public keys if they are old or missing, or lack the key `name`.
+        """Fetches the issuer's discovery document and public keys if they are old or missing, or if the key `name` is
+        missing.
 
-        None as the name means any key.
+        If `name` is None, no particular key is needed.
         """
         if self._is_due(name) and not (self._has(name) and self._asking.locked()):
             async with self._asking:
@@ -121,9 +122,10 @@ class Issuer:
         return bool(self._keys) if name is None else name in self._keys
 
     def _is_due(self, name: str | None) -> bool:
-        """Whether to ask the issuer now, to find the key with the id `name`, or any key.
+        """Whether to ask the issuer for its public keys now, because the key with the id `name` is missing, or the keys
+        are old.
 
-        Returns True if the key is missing or the fetched keys are old, unless the issuer was asked only seconds ago.
+        If `name` is None, any key will do. Returns False if the issuer was asked only seconds ago.
         """
         now = time.monotonic()
         wanted = not self._has(name) or now - self._fetched_at > FRESH_SECONDS
@@ -148,10 +150,10 @@ class Issuer:
         return (await self.http.get(url)).raise_for_status().json()
 
     def _caller_by_role(self, claims: Mapping[str, Any]) -> Caller:
-        """Returns the caller with the project and the scopes that the setting `oidc_roles` gives to the values of a
-        claim.
+        """Returns the caller that a token's claims describe. The setting `oidc_roles` gives the caller's project and
+        scopes for each value of one claim, which the setting `oidc_roles_claim` names.
 
-        Raises Unauthorized, which names the claim, if none of its values is in the setting.
+        Raises Unauthorized, which names the claim, if none of the claim's values is in `oidc_roles`.
         """
         name, given = self._settings.oidc_roles_claim, claims.get(self._settings.oidc_roles_claim)
         values = [given] if isinstance(given, str) else given if isinstance(given, list) else []
@@ -168,7 +170,7 @@ class Issuer:
         return Caller(f"oidc:{claims['sub']}", project, scopes, project_claim=name, scopes_claim=name)
 
     def _caller_by_claims(self, claims: Mapping[str, Any]) -> Caller:
-        """Returns the caller with the project that one claim names, and the scopes that another one lists.
+        """Returns the caller whose project is in one of the token's claims, and whose scopes are in another one.
 
         The claim of scopes is a list of words, or a text with spaces between the words. Words that are no scopes of
         this service are ignored. Raises Unauthorized if the claim of the project is missing.

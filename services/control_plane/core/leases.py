@@ -25,8 +25,9 @@ Piece = TypeVar("Piece")
 
 
 class LeasedWork(Protocol[Piece]):
-    """A kind of background work that comes in pieces, each of which has a lease. A piece is, for example, a file to
-    check.
+    """A kind of background work that comes in pieces, such as files to check.
+
+    Each piece has a lease, a row in the database that gives one control plane the right to work on the piece.
     """
 
     @property
@@ -37,8 +38,8 @@ class LeasedWork(Protocol[Piece]):
         """Returns the name of the piece's lease."""
 
     async def claim(self, session: AsyncSession, holder: str) -> Piece | None:
-        """Takes the lease of the next piece for `holder`, with `take`, and returns the piece. Returns None if there is
-        nothing to do.
+        """Takes the lease of the next piece for `holder` (the name of a control plane), with the function `take`, and
+        returns the piece. Returns None if there is nothing to do.
         """
 
     async def work(self, piece: Piece) -> None:
@@ -48,13 +49,17 @@ class LeasedWork(Protocol[Piece]):
         """Whether the work on the piece should go on. Called every few seconds while the work is under way."""
 
     async def interrupted(self, session: AsyncSession, piece: Piece, error: Exception) -> None:
-        """Records that the work on the piece failed with an error that nobody expected. It is tried again after
-        RETRY_SECONDS, unless NOBODY takes its lease for longer.
+        """Records that the work on the piece failed with an unexpected error. The piece is tried again after
+        RETRY_SECONDS.
+
+        To make the next try later, an implementation gives the piece's lease for a longer time to the holder NOBODY.
         """
 
 
 async def take(session: AsyncSession, name: str, holder: str) -> bool:
-    """Takes or renews the lease `name` for `holder`, and returns whether `holder` has it now."""
+    """Takes or renews the lease `name` (the right to do some work) for `holder`, the name of a control plane. Returns
+    whether `holder` has the lease now.
+    """
     return await hold_lease(session, name, holder, seconds=LEASE_SECONDS)
 
 

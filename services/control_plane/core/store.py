@@ -271,7 +271,8 @@ class Store:
         """Yields the payload of each PostgreSQL notification on the channel. Uses a connection of its own.
 
         Yields None when it begins to listen, and whenever `quiet_seconds` have passed without a notification. At each
-        None, the caller should read the tables. Raises psycopg.OperationalError when the connection is lost.
+        None, the caller should read the tables, in case it has missed a notification. Raises psycopg.OperationalError
+        when the connection is lost.
         """
         url = _conninfo(self._listen_url)
         connect = _Connection.connect(url, autocommit=True, application_name=f"raydpo {channel}")
@@ -506,7 +507,9 @@ async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
 
 @dataclass(frozen=True)
 class History:
-    """Counts of a job's attempts (its runs on Ray) and of their failures so far."""
+    """The number of a job's attempts (its runs on Ray), the number of failed attempts since the last new checkpoint,
+    and the seconds since the last of these failures.
+    """
 
     total: int
     failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
@@ -517,7 +520,9 @@ NO_ATTEMPTS = History(total=0, failures=0, rested_seconds=0.0)
 
 
 async def history(session: AsyncSession, job_id: str) -> History:
-    """Returns the counts of a job's attempts (its runs on Ray) and of their failures so far."""
+    """Returns how many attempts (runs on Ray) a job has had, how many failed since the last new checkpoint, and the
+    seconds since the last of these failures.
+    """
     of_job = Attempt.job_id == job_id
     saved = select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job_id).scalar_subquery()
     progressed = select(func.max(Attempt.number)).where(of_job, Attempt.created_at <= saved).scalar_subquery()
@@ -532,7 +537,9 @@ EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level,
 
 @dataclass(frozen=True)
 class Census:
-    """Counts of jobs and of webhook messages over all projects, for Prometheus."""
+    """Numbers over all projects for Prometheus: jobs in each state, webhook messages that wait to be sent, and the
+    seconds for which the lease (the right of one control plane to handle jobs) is still held.
+    """
 
     jobs: Mapping[str, int]  # by state
     lease_seconds: float  # seconds until the lease ends by which one control plane handles jobs; NaN: never held
@@ -541,7 +548,7 @@ class Census:
 
 
 async def census(session: AsyncSession) -> Census:
-    """Returns the current counts of jobs and of webhook messages over all projects, for Prometheus."""
+    """Returns the current numbers of jobs and of waiting webhook messages over all projects, for Prometheus."""
     by_state = (await session.execute(select(Job.observed, func.count().label("number")).group_by(Job.observed))).all()
     left = func.extract("epoch", Lease.expires_at - func.clock_timestamp())
     lease = await session.scalar(select(left).where(Lease.name == "reconciler"))

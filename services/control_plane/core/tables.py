@@ -585,9 +585,9 @@ class Rounds(Owned, Base):
     """Rounds that improve a policy. In each round the newest policy writes answers, which are scored and become rows of
     training data; a job trains the next policy on them, and evaluations judge it.
 
-    `history` has an object for each round so far, and one, with the number 0, for the first policy. The object names
-    the evaluations, the file and the job of the round. The control plane adds what is next in the transaction that
-    creates it, so nothing is created twice.
+    `history` is a list of objects: number 0 for the first policy, then one for each round so far. Each names the
+    round's evaluations, file and job. The transaction that creates an evaluation, a file or a job also adds it to
+    `history`, so that nothing is created twice.
     """
 
     __tablename__ = "rounds"

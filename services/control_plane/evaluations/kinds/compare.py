@@ -73,8 +73,11 @@ class Compare:
 
 
 def answers_in_numbers(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns figures about a model's answers: mean lengths, the share of words that repeat, and the share of
-    unfinished answers.
+    """Returns figures about a model's answers, of which there is at least one.
+
+    - `mean_characters` and `mean_tokens` are the mean lengths.
+    - `repetition` is the mean share of an answer's four-word sequences that occurred earlier in the same answer.
+    - `unfinished` is the share of answers that were cut off at the largest number of tokens.
     """
     return {
         "mean_characters": fmean(len(answer["text"]) for answer in answers),

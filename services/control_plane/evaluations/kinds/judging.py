@@ -132,9 +132,9 @@ def answered(group: Group, texts: Sequence[str]) -> Group:
 async def grader_of(session: AsyncSession, settings: Settings, judge: Judge, *, of: str) -> Grader:
     """Returns the judge of answers that the request's field `judge` describes, together with the judge's models.
 
-    `of` is the name of the model that is evaluated, whose implicit reward counts if `judge` names no other policy.
-    Raises NotFound if there is no such model, and InvalidRequest for a reward model with `criteria`, and for a policy
-    whose reference model or beta is not known.
+    `of` is the name of the model that is evaluated. If the judge is the implicit reward of a policy, and `judge` names
+    no policy, the reward of the model `of` is used. Raises NotFound if a named model does not exist. Raises
+    InvalidRequest for a reward model with `criteria`, and for a policy whose reference model or beta is not known.
     """
     if judge.type == "implicit":
         return Grader(judge, rewarding=await _implicit(session, settings, judge, judge.model or of))

@@ -21,8 +21,10 @@ async def reward(
 ) -> tuple[Found, list[Judged] | None]:
     """Does one stage of computing the rewards of the completions of `group` (a prompt with completions).
 
-    `stage` counts from 0, and `found` holds the results of the item's earlier stages. Returns what the item keeps for
-    the next stage and, after the last stage, the reward of each completion.
+    `stage` counts from 0, and `found` holds the results of the item's earlier stages. Returns a pair:
+
+    - the results to store for the next stage, as a JSON object;
+    - after the last stage, the reward of each completion; before, None.
     """
     if stage == 0:
         scored = await models.scoring.score_texts(judge.model, [group], models.meter_of, today=judge.today)
