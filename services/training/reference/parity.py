@@ -18,7 +18,7 @@ from services.training.data.dataset import Dataset, read_part
 NUM_GROUPS = 64
 TOLERATED = 1e-3  # in float32, most nats by which 99 of 100 tokens may differ; float32 differs by 1e-5
 # Where the reference or the trainer computes in bfloat16, most reward by which pairs may differ on average. Policies
-# that learn from such references differ by 0.01 nats a token, by 3 % of what another order of the rows does.
+# that learn from such references differ by 0.02 nats a token, a tenth of what another order of the rows does.
 TOLERATED_REWARD = 0.1  # benchmarks/training/reference_precision.py has the figures
 
 Logps = Sequence[Sequence[Sequence[float]]]  # log-probability of each group, completion and token, in nats
