@@ -444,14 +444,23 @@ class Message(Contract):
     message: Text
 
 
-Stage = Literal["downloading", "encoding", "loading reference", "scoring", "training", "exporting"]
+Stage = Literal[
+    "downloading",
+    "encoding",
+    "loading reference",
+    "scoring",
+    "waiting for workers",
+    "loading policy",
+    "training",
+    "exporting",
+]
 
 
 class Progress(Contract):
     """A report of an attempt (one run of a job): how far the current stage, such as downloading or training, has come.
 
-    `done` and `total` are bytes while files are downloaded, and rows while they are encoded or scored. The stage
-    `loading reference` has no count.
+    `done` and `total` are bytes while files are downloaded, and rows while they are encoded or scored. The stages
+    `loading reference`, `waiting for workers` and `loading policy` have no count.
     """
 
     kind: Literal["progress"] = "progress"

@@ -220,7 +220,7 @@ def train(
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from services.training.run.ray_trainer import ReportDeaths, Trainer
+    from services.training.run.ray_trainer import WAITING, ReportDeaths, Trainer
 
     def work_here() -> Succeeded | Failed | Paused:
         from services.training.run.worker import work
@@ -241,6 +241,7 @@ def train(
                 callbacks=[ReportDeaths(reporter)],
             ),
         )
+        ray.get(reporter.report.remote(WAITING))
         trained: Succeeded | Failed | Paused = trainer.fit().return_value
     return trained
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -19,10 +20,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 PATIENT = {"RAYDPO_MODEL_WAIT_SECONDS": "900", "RAYDPO_NUM_GPUS_PER_MODEL": "1"}
 
 
-def submit(client: openai.OpenAI, count: int, epochs: int) -> str:
+def submit(client: openai.OpenAI, count: int, epochs: int, **options: Any) -> str:
     """Submits a DPO job whose reference a vLLM engine must score, and returns the job's id."""
     file = client.files.create(file=("pairs.jsonl", shop_pairs(count)), purpose="fine-tune")
-    own = {"reference": {"source": "serve"}, "adapter": "none"}
+    own = {"reference": {"source": "serve"}, "adapter": "none"} | options
     job = client.fine_tuning.jobs.create(
         model="tiny",
         training_file=file.id,
@@ -88,22 +89,33 @@ def test_three_models_that_are_asked_at_once_take_turns_on_two_gpus() -> None:
 
 
 @pytest.mark.parametrize("seconds", [20, pytest.param(360, marks=pytest.mark.long)])
-def test_a_gpu_node_that_appears_late_fails_nothing(seconds: int) -> None:
-    with running_service(models, **PATIENT, RAYDPO_MAX_CLUSTER='{"GPU": 1}') as service, service.client() as client:
-        job_id = submit(client, 40, 1)
-        stage = wait_for(lambda: stage_of(client, job_id), "its reference is awaited", seconds=600)
-        assert stage == "loading reference"
+@pytest.mark.parametrize(
+    ("stage", "cluster", "options"),
+    [
+        ("loading reference", {"RAYDPO_MAX_CLUSTER": '{"GPU": 1}'}, {}),
+        (
+            "waiting for workers",
+            {"RAYDPO_MAX_CLUSTER": '{"CPU": 4}', "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'},
+            {"reference": {"source": "trainer"}, "num_workers": 3},
+        ),
+    ],
+)
+def test_a_node_that_appears_late_fails_nothing(
+    stage: str, cluster: dict[str, str], options: dict[str, Any], seconds: int
+) -> None:
+    with running_service(models, **PATIENT | cluster) as service, service.client() as client:
+        job_id = submit(client, 40, 1, **options)
+        wait_for(lambda: stage_of(client, job_id) == stage, stage, seconds=600)
         time.sleep(seconds)
-        assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
-        with gpu_node(service):
+        assert (client.fine_tuning.jobs.retrieve(job_id).status, stage_of(client, job_id)) == ("running", stage)
+        with second_node(service):
             assert finished(client, job_id).status == "succeeded", messages(client, job_id)
         assert not any("Attempt 1 of the job ended" in message for message in messages(client, job_id))
 
 
 def stage_of(client: openai.OpenAI, job_id: str) -> str | None:
     job = client.get(f"/fine_tuning/jobs/{job_id}", cast_to=dict[str, dict[str, dict[str, str]]])
-    stage = (job["x_raydpo"].get("progress") or {}).get("stage")
-    return stage if stage == "loading reference" else None
+    return (job["x_raydpo"].get("progress") or {}).get("stage")
 
 
 NODE = """
@@ -118,7 +130,7 @@ time.sleep(3600)
 
 
 @contextmanager
-def gpu_node(service: Service) -> Iterator[None]:
+def second_node(service: Service) -> Iterator[None]:
     """Adds a second node, with a GPU that does not exist, to the service's Ray.
 
     It is started without `ray start`, which allows only one node on loopback.

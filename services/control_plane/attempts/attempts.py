@@ -43,6 +43,8 @@ from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
+BESIDE_ENCODING = ("waiting for workers", "loading policy", "training")  # stages while later rows may still be encoded
+
 
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
@@ -297,14 +299,14 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
     """Stores the job's progress: its current stage, such as training, with `done` of `total` units of work done.
 
     `at` is the Unix time of the report. Also stores the time and the number of done units at which the stage began,
-    from which a client can compute the speed. While the attempt (the job's run on Ray) trains on the first rows, other
-    rows may still be encoded; the progress of this encoding is stored separately.
+    from which a client can compute the speed. While the attempt (the job's run on Ray) trains on the first rows, or
+    prepares to, other rows may still be encoded; the progress of this encoding is stored separately.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}
     if before.get("attempt") != attempt.number:
         before = {}
-    if stage == "encoding" and before.get("stage") == "training":
+    if stage == "encoding" and before.get("stage") in BESIDE_ENCODING:
         encoding = {"done": done, "total": total} if done < total else None
         job.progress = before | {"encoding": encoding}
         return

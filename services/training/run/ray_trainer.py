@@ -14,7 +14,7 @@ from ray.train.v2._internal.constants import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
 )
 
-from services.contract import Message
+from services.contract import Message, Progress
 from services.training.run.deaths import cause_of
 
 # Neither is needed: workers read data from storage, and a placement group ends with the driver that asked for it.
@@ -22,6 +22,7 @@ UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 START_SECONDS = 1800  # a model ends its answers before it leaves its GPU to the workers; a node takes minutes to come
+WAITING = Progress(stage="waiting for workers", done=0, total=0)
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -52,3 +53,4 @@ class ReportDeaths(UserCallback):  # type: ignore[misc]
         ranks = ", ".join(map(str, sorted(worker_exceptions)))
         cause = cause_of(*worker_exceptions.values())
         self._reporter.report.remote(Message(level="warn", message=f"Training workers died (worker {ranks}): {cause}"))
+        self._reporter.report.remote(WAITING)

@@ -28,6 +28,7 @@ from services.contract import (
     Failed,
     Message,
     Paused,
+    Progress,
     Report,
     Started,
     StepMetrics,
@@ -255,6 +256,7 @@ def _warn_of_slow_precision(spec: AttemptSpec, device: torch.device, reporter: A
 
 def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, reporter: Any) -> None:
     reporter.report.remote(started)
+    reporter.report.remote(Progress(stage="loading policy", done=0, total=0))
     if resume:
         step = started.resumed_from
         reporter.report.remote(Message(message=f"Training resumes from the checkpoint of step {step}."))

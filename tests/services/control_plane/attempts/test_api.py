@@ -52,8 +52,9 @@ def test_encoding_that_goes_on_stands_beside_training_in_the_progress(
     token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
     started, first, second, *_ = reports(settings, job_id)
     told = [Progress(stage="encoding", done=done, total=24) for done in (8, 9, 16, 24)]
+    waiting = Progress(stage="waiting for workers", done=0, total=0)
     shown = []
-    for seq, report in enumerate([told[0], started, told[1], first, told[2], second, told[3]]):
+    for seq, report in enumerate([told[0], waiting, started, told[1], first, told[2], second, told[3]]):
         body = spool(settings, job_id, 1, [report], first=seq).model_dump(mode="json")
         url = f"{base_url}/internal/attempts/{job_id}/1/events"
         assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
@@ -61,9 +62,10 @@ def test_encoding_that_goes_on_stands_beside_training_in_the_progress(
         shown.append((progress["stage"], progress["done"], progress["encoding"]))
     assert shown == [
         ("encoding", 8, None),
-        ("encoding", 8, None),
-        ("encoding", 9, None),
-        ("training", 1, None),
+        ("waiting for workers", 0, None),
+        ("waiting for workers", 0, None),
+        ("waiting for workers", 0, {"done": 9, "total": 24}),
+        ("training", 1, {"done": 9, "total": 24}),
         ("training", 1, {"done": 16, "total": 24}),
         ("training", 2, {"done": 16, "total": 24}),
         ("training", 2, None),
