@@ -1,5 +1,6 @@
 """Tests LoRA adapters on the running vLLM engines of their base model, over HTTP."""
 
+import asyncio
 import json
 import shutil
 import threading
@@ -22,6 +23,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dpo_core.models.adapter import BASE, fingerprint
 from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.model import load_policy, load_tokenizer
+from services import storage
+from services.contract import Adapter, Deployment
+from services.serving.engine_args import engine_args
+from tests.services.s3 import S3
 from tests.services.serving.conftest import LORA, SIZES, Serving, make_adapter
 
 pytestmark = pytest.mark.ray
@@ -94,6 +99,55 @@ def test_an_older_vllm_is_refused_because_it_mixes_adapters_up() -> None:
     check_version("0.29.0")
     with pytest.raises(RuntimeError, match="or newer, or set max_lora_rank to 0"):
         check_version("0.28.1")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in vLLM's own imports
+def test_copies_and_engine_shrink_to_the_limit_and_keep_nothing_of_a_deleted_adapter(
+    qwen_folder: Path, folders: list[Path], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from services.serving.adapters import Adapters
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    bucket = s3.new_folder()
+    found = [Adapter(id=f"ft:{number}", source=storage.join(bucket, str(number))) for number in range(NUM_ADAPTERS)]
+    for adapter, folder in zip(found, folders, strict=True):
+        storage.publish(folder, adapter.source)
+    deployment = Deployment(**QWEN, source=str(qwen_folder), dtype="float32", engine=LORA)
+
+    async def story() -> None:
+        arguments = AsyncEngineArgs(model=str(qwen_folder), **engine_args(deployment, on_cpus=True))
+        engine = AsyncLLM.from_engine_args(arguments)
+        try:
+            models = OpenAIServingModels(engine, [BaseModelPath(name="qwen", model_path=str(qwen_folder))])
+            adapters = Adapters(engine, models, str(qwen_folder))
+
+            async def kept() -> tuple[set[str], int, set[int]]:
+                """Returns the attached adapters, the number of local copies, and the ids that the engine holds."""
+                while adapters._detaching:
+                    await asyncio.gather(*adapters._detaching)
+                ids = {request.lora_int_id for request in models.lora_requests.values()}
+                held = await engine.list_loras()
+                assert held == ids
+                return set(models.lora_requests), len(list(adapters._folder.glob(f"*/**/{WEIGHTS}"))), held
+
+            for adapter in found:
+                async with adapters.using(adapter):
+                    pass
+            names, copies, held = await kept()
+            assert (names, copies, len(held)) == ({"ft:2", "ft:3", "ft:4", "ft:5"}, 4, 4)
+            adapters.forget_deleted(["ft:4", "ft:0"])
+            names, copies, after = await kept()
+            assert (names, copies) == ({"ft:2", "ft:3", "ft:5"}, 3)
+            assert after < held
+        finally:
+            engine.shutdown()
+
+    asyncio.run(story())
 
 
 def test_each_adapter_answers_as_in_peft_under_load(qwen: Serving, folders: list[Path], likeliest: list[float]) -> None:
