@@ -33,10 +33,11 @@ class Client(threading.Thread):
     """Streams completions of a model one after the other, and keeps how each of them ended: `answered`, `error event`,
     `503`, `cut` if the connection broke, or else what came."""
 
-    def __init__(self, service: Service, model: str) -> None:
+    def __init__(self, service: Service, model: str, max_tokens: int = 100) -> None:
         super().__init__(daemon=True)
-        self.service, self.model = service, model
+        self.service, self.model, self.max_tokens = service, model, max_tokens
         self.ends: list[tuple[float, str]] = []
+        self.has_begun = False
         self.stopping = threading.Event()
 
     def run(self) -> None:
@@ -50,7 +51,7 @@ class Client(threading.Thread):
                 time.sleep(0.5)
 
     def _ask(self) -> str:
-        body = {"model": self.model, "prompt": "a", "max_tokens": 100, "stream": True, "ignore_eos": True}
+        body = {"model": self.model, "prompt": "a", "max_tokens": self.max_tokens, "stream": True, "ignore_eos": True}
         headers = {"Authorization": f"Bearer {self.service.key}"}
         with httpx.stream(
             "POST", f"{self.service.url}/v1/completions", json=body, headers=headers, timeout=300
@@ -61,7 +62,10 @@ class Client(threading.Thread):
                 return "503" if "retry-after" in answer.headers else "503 without retry-after"
             if answer.status_code != 200:
                 return f"{answer.status_code}: {answer.read().decode()}"
-            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+            lines = list[str]()
+            for line in answer.iter_lines():
+                self.has_begun = True
+                lines += [line.removeprefix("data: ")] if line.startswith("data: ") else []
         events = [json.loads(line) for line in lines if line != "[DONE]"]
         if any("error" in event for event in events):
             return "error event"
@@ -125,9 +129,9 @@ def policies(service: Service) -> tuple[str, str, str]:
 
 
 @contextmanager
-def clients(service: Service, *models: str) -> Iterator[list[Client]]:
+def clients(service: Service, *models: str, max_tokens: int = 100) -> Iterator[list[Client]]:
     """Runs NUM_CLIENTS clients, which ask the models in turn."""
-    found = [Client(service, models[number % len(models)]) for number in range(NUM_CLIENTS)]
+    found = [Client(service, models[number % len(models)], max_tokens) for number in range(NUM_CLIENTS)]
     for client in found:
         client.start()
     yield found
@@ -170,3 +174,19 @@ def test_every_client_of_a_stream_gets_an_answer_after_a_death(
         client.completions.create(model=deleted, prompt="a", max_tokens=1)
     assert answer_of_deleted(service, deleted, folder) == 404
     assert answer_of_deleted(service, "ft:tiny:never-deleted", folder) == 200  # its files are there
+
+
+def test_streams_of_an_adapter_end_within_two_seconds_of_its_deletion(
+    service: Service, policies: tuple[str, str, str]
+) -> None:
+    kept, _, _ = policies
+    with clients(service, "tiny", kept, max_tokens=1500) as asking:
+        wait_for(lambda: all(client.has_begun for client in asking), "all streams have begun")
+        with service.client() as client:
+            client.models.delete(kept)
+        deleted_at = time.monotonic()
+        of_deleted = [client for client in asking if client.model == kept]
+        wait_for(lambda: all(client.ends for client in of_deleted), "all streams of the deleted one have ended")
+        assert max(client.ends[0][0] for client in of_deleted) - deleted_at < 2
+        assert {client.ends[0][1] for client in of_deleted} == {"error event"}
+    assert {end for client in asking if client.model == "tiny" for _, end in client.ends} == {"answered"}
