@@ -5,9 +5,12 @@ through the control plane, in turn.
 
 The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`, the
 engine is vLLM on the CPU with a small random model, in a complete service; then both ways lead through Ray Serve's
-proxy. A round uses one way (directly or through the control plane), and the ways take turns. In a round, each client
-asks a few times, each time as soon as its last answer is over. The clients begin one after the other, spread over the
-time of an answer.
+proxy. That engine has the machine's first core, and everything else has the other cores, because an engine on a GPU
+does not share its processor with the control plane either.
+
+A round uses one way (directly or through the control plane), and the ways take turns. In a round, each client asks a
+few times, each time as soon as its last answer is over. The clients begin one after the other, spread over the time of
+an answer.
 """
 
 import argparse
@@ -29,6 +32,7 @@ import httpx
 import psutil
 
 from services.local.postgres import start_postgres, stop_postgres
+from services.local.ray_head import processes_with
 from tests.e2e.conftest import running_service, tiny_model, wait_for
 from tests.services.control_plane.conftest import FakeRay, free_port
 
@@ -89,9 +93,21 @@ def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "
         told = httpx.get(f"http://127.0.0.1:{head['dashboard_port']}/api/serve/applications/", headers=token)
         (app,) = told.json()["applications"]
         direct = Way(f"127.0.0.1:{head['serve_port']}", f"/{app}{CHAT}", service.key)
+        separate_engine(head["mark"], service.process.pid)
         for _ in range(3):  # warms the engine up
             asyncio.run(ask_all(direct, options))
         yield {"direct": direct, "gateway": gateway}, psutil.Process(service.process.pid)
+
+
+def separate_engine(mark: str, control_plane: int) -> None:
+    """Gives vLLM's engine, the process that computes, the machine's first core, and this process, the control plane and
+    the other processes of Ray's head, which bear the mark `mark`, the other cores."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    for process in [psutil.Process(), psutil.Process(control_plane), *processes_with(mark)]:
+        cores = [first] if process.name().startswith("VLLM::EngineCor") else others
+        for thread in process.threads():
+            with suppress(OSError):  # the thread has ended
+                os.sched_setaffinity(thread.id, cores)
 
 
 @contextmanager

@@ -114,9 +114,9 @@ def stop_ray(home: Path) -> None:
     head = _read(home)
     if head is None:
         return
-    _terminate([process for process in _marked(head.mark) if "--head" in process.cmdline()], STOP_SECONDS)
+    _terminate([process for process in processes_with(head.mark) if "--head" in process.cmdline()], STOP_SECONDS)
     for _ in range(5):  # a process may start another one during the search
-        remaining = _marked(head.mark)
+        remaining = processes_with(head.mark)
         if not remaining:
             break
         _terminate(remaining, 3)
@@ -178,7 +178,7 @@ def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str,
 
 def _adoptable(head: RayHead, token_file: Path) -> bool:
     same = head.ray_version == version("ray") and head.python == sys.executable
-    return same and bool(_marked(head.mark)) and _answers(head, token_file)
+    return same and bool(processes_with(head.mark)) and _answers(head, token_file)
 
 
 def _answers(head: RayHead, token_file: Path) -> bool:
@@ -191,7 +191,8 @@ def _answers(head: RayHead, token_file: Path) -> bool:
         return False
 
 
-def _marked(mark: str) -> list[psutil.Process]:
+def processes_with(mark: str) -> list[psutil.Process]:
+    """Returns the processes of the Ray head whose environment bears the mark `mark`: its servers, workers and jobs."""
     marked = []
     for process in psutil.process_iter():
         try:

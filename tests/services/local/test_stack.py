@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from services.local.errors import StackError
-from services.local.ray_head import MARK
+from services.local.ray_head import processes_with
 from services.local.stack import running_stack, write_secret
 
 KILLED = """
@@ -26,17 +25,6 @@ ENTRYPOINT = (
     "python -c \"import os, subprocess, sys; print(sys.executable, os.environ.get('CUDA_VISIBLE_DEVICES'));"
     " subprocess.Popen(['sleep', '600'], start_new_session=True)\""
 )
-
-
-def processes_with(mark):
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def servers(home, mark):
