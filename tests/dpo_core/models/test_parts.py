@@ -100,7 +100,7 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
         found[f"{name}, adapter"] = compare(load_reward_model, home / folder, seed=3, adapter=Lora(r=4))
     for name, adapter, why in (
         ("broken", None, "NaN or infinity|Another rank"),
-        ("llama", home / "other", "other weights"),
+        ("llama", home / "other", "whose weights differ"),
     ):
         with pytest.raises((UnusableModel, RuntimeError), match=why):
             compare(load_policy, home / name, adapter=adapter)

@@ -37,6 +37,7 @@ def test_the_image_migrates_and_serves_with_the_key_from_its_environment(databas
         service = subprocess.Popen(up, env=environment, stdout=subprocess.PIPE, text=True)
         assert service.stdout is not None
         url = service.stdout.readline().split()[-1]
+        assert service.stdout.readline() == f"page: {url.removesuffix('/v1')}/ (to sign in, paste your API key)\n"
         assert service.stdout.readline() == "api key: as configured\n"
         answer = httpx.get(f"{url}/models", headers={"Authorization": "Bearer rd-from-a-secret"}, trust_env=False)
         assert answer.json() == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}

@@ -31,7 +31,7 @@ def test_each_setting_is_shown_with_its_value_and_where_that_comes_from(settings
     assert rows["api_key"] == ["**********", "RAYDPO_API_KEY"]
     assert rows["storage_url"] == ["", "raydpo up"]
     assert rows["reference_dtype"] == ["float32", "default"]
-    assert "secret" not in found.output
+    assert "a-secret" not in found.output
     listed = {each["name"]: each for each in json.loads(settings("--json").stdout)}
     assert (listed["max_requests"]["value"], listed["models"]["value"]["tiny"]["source"]) == (7, "/models/tiny")
 
