@@ -125,8 +125,9 @@ def create_app(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Builds the parts of the service when the app starts, runs its background tasks, and closes everything at the
-    end."""
+    """Builds the service's parts, such as the database's connections and the client of Ray, when the app starts. Runs
+    the background tasks while the app runs. Closes everything when the app ends.
+    """
     settings = app.state.settings
     store = Store(
         settings.database_url, direct_url=settings.database_direct_url, connections=settings.database_connections

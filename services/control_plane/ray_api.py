@@ -44,7 +44,9 @@ NODES_SECONDS = 10  # submissions within this time share one list of machines
 
 @dataclass(frozen=True)
 class Submission:
-    """The state of a job in Ray, as Ray reports it. The job is an attempt (run of a fine-tuning job) or a side job."""
+    """The state of a job in Ray, as Ray reports it: the status and, if the job failed, the reason. The job is an
+    attempt (run of a fine-tuning job) or a side job.
+    """
 
     status: AttemptStatus
     error_type: str | None = None  # how the job failed, in Ray's categories
@@ -82,7 +84,9 @@ UNKNOWN = Submission("unknown")
 
 @dataclass(frozen=True)
 class Application:
-    """The state of an application in Ray Serve, as Ray Serve reports it."""
+    """The state of an application in Ray Serve, as Ray Serve reports it: whether it runs, how many of its replicas
+    answer, and the arguments that it was deployed with.
+    """
 
     state: Literal["loading", "running", "failed", "stopping"]
     message: str
@@ -94,7 +98,7 @@ class Application:
 
 @dataclass(frozen=True)
 class ServeView:
-    """The state of Ray Serve at one moment."""
+    """The state of Ray Serve at one moment: this service's applications, and the URL of Ray Serve's HTTP proxy."""
 
     applications: dict[str, Application]  # those of this service, by name
     base_url: str | None  # of Serve's HTTP proxy; None while Serve is not up
@@ -103,7 +107,9 @@ class ServeView:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of an application in Ray Serve, summed up over its replicas, as their engines measure it."""
+    """The load of an application in Ray Serve: requests in flight, tokens per second and the time to the first token.
+    The engines of the replicas measure these numbers.
+    """
 
     num_replicas: int  # that answered
     requests_in_flight: int
@@ -113,7 +119,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the Ray cluster, with its memory as Ray's agent on the machine measures it."""
+    """A machine of the Ray cluster: the bytes of its memory and of each of its GPUs, as Ray's agent on the machine
+    measures them.
+    """
 
     memory: int  # bytes; those of the container, if Ray runs in one
     gpus: tuple[int, ...]  # bytes of each GPU

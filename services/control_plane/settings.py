@@ -60,7 +60,9 @@ Scope = Literal["read", "write", "inference", "admin"]  # a kind of permission
 
 
 class Role(pydantic.BaseModel):
-    """What a person may do whose OpenID Connect token has the value `value` in the claim `oidc_roles_claim`."""
+    """A role, which gives people a project and scopes (permissions): those whose OpenID Connect token has the value
+    `value` in the claim that the setting `oidc_roles_claim` names.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     value: str

@@ -1,4 +1,6 @@
-"""Draws the reward-KL frontier of a sweep as a picture: what each policy gained, and how far it moved for it."""
+"""Draws the reward-KL frontier of a sweep as a picture: the reward that each policy reached, against the KL divergence
+from its reference model that the policy needed.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,10 +15,11 @@ Point = Mapping[str, Any]
 
 
 def draw(frontier: Mapping[str, Any], path: Path) -> None:
-    """Draws a frontier, as GET /x/sweeps/{id}/frontier returns it, into the file `path`.
+    """Draws a frontier, as GET /x/sweeps/{id}/frontier returns it, and writes the picture to the file `path`.
 
-    Each method has a colour; bars are the 95% intervals; the dashed line joins the points that no other one beats.
-    Exits with an error if the format is unknown, there is no point, or matplotlib is missing.
+    Each training method has a colour. Bars show the 95% intervals. A dashed line joins the points on the frontier:
+    those for which no other point has a higher reward at the same or a lower KL. Exits with an error if the file's
+    format is unknown, there is no point, or matplotlib is missing.
     """
     if path.suffix.lower() not in FORMATS:
         fail(f"{path} has no known format; give a name that ends with {', '.join(FORMATS)}.")
@@ -65,7 +68,9 @@ def _values(points: Sequence[Point], axis: str) -> list[float]:
 
 
 def _bars(points: Sequence[Point], axis: str) -> list[list[float]]:
-    """Returns how far each point's interval reaches below, and above, its value."""
+    """Returns the lengths of the points' error bars: a list of the lengths below the points' values, and a list of
+    those above.
+    """
     below = [max(0.0, point[axis]["value"] - point[axis]["low"]) for point in points]
     return [below, [max(0.0, point[axis]["high"] - point[axis]["value"]) for point in points]]
 

@@ -67,7 +67,8 @@ def read_config(path: Path) -> Body:
 def read_fields(path: Path, which: str) -> Body:
     """Reads a YAML, TOML or JSON file with the body of a request, and returns the body.
 
-    Exits with an error if the file cannot be read, or has no fields; `which` then says which fields to write.
+    Exits with an error if the file cannot be read or has no fields. `which` is the end of the error message about
+    missing fields, such as "POST /fine_tuning/jobs into the file, such as `model: qwen`".
     """
     readers: dict[str, Callable[[str], Any]] = {
         ".yaml": yaml_values.parse,
@@ -87,8 +88,9 @@ def read_fields(path: Path, which: str) -> Body:
 
 
 def beside(path: Path, body: Body, field: str) -> Body:
-    """Returns the body with the whole path of the data file that `field` names, if the file lies beside the config file
-    `path`."""
+    """Returns the body with the whole path in its field `field`, if this field names a data file in the folder of the
+    config file `path`. Returns any other body unchanged.
+    """
     named = body.get(field)
     if isinstance(named, str) and (path.parent / named).is_file():
         return body | {field: str(path.parent / named)}
@@ -187,8 +189,9 @@ def _part(body: Body, name: str) -> Body:
 
 
 def assign(body: Body, path: tuple[str, ...], value: Any) -> None:
-    """Sets the field of a request's body with this path to `value`, and makes the objects around it that are missing.
-    None removes the field. Exits with an error if a part of the path is no object.
+    """Sets the field of the request body at `path` to `value`, and adds the objects on the path that are missing.
+
+    If `value` is None, removes the field. Exits with an error if the path leads through a value that is no object.
     """
     *parents, last = path
     part = body

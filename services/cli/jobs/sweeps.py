@@ -56,7 +56,9 @@ def create(
 
 
 def _with_files(client: "OpenAI", config: Path) -> Body:
-    """Reads the config file, uploads the local data files that it names, and returns the body of the request."""
+    """Reads the config file, uploads the local data files that it names, and returns the request body with the files'
+    ids.
+    """
     body = read_fields(config, "POST /x/sweeps into the file, such as `job` and `parameters`")
     job, sent = body.get("job"), dict[str, str]()
     if isinstance(job, dict):
@@ -70,9 +72,10 @@ def _with_files(client: "OpenAI", config: Path) -> Body:
 
 
 def _sent(client: "OpenAI", config: Path, evaluation: Any, sent: dict[str, str]) -> Any:
-    """Returns an evaluation of a sweep with the id of its file in place of the path of a local one.
+    """Uploads the local file that an evaluation of the sweep names, if it names one, and returns the evaluation with
+    the file's id in place of the path.
 
-    `sent` holds the ids of the files that were uploaded so far, by their paths.
+    `sent` maps the paths of the files that were uploaded so far to their ids. A file in `sent` is not uploaded again.
     """
     if not isinstance(evaluation, dict):
         return evaluation
@@ -87,7 +90,7 @@ def _sent(client: "OpenAI", config: Path, evaluation: Any, sent: dict[str, str])
 
 
 def _wait_until_ended(client: "OpenAI", sweep_id: str) -> Item:
-    """Waits until the sweep has ended, and returns the sweep. Meanwhile, a terminal shows its state."""
+    """Waits until the sweep has ended, and returns the sweep. On a terminal, shows the sweep's state meanwhile."""
     with Status("", console=err) as status:
         while True:
             found: Any = client.get(f"/x/sweeps/{sweep_id}", cast_to=object)
@@ -196,7 +199,9 @@ def _trials(client: "OpenAI", sweep_id: str) -> list[Item]:
 
 
 def _print_sweep(client: "OpenAI", sweep: Item) -> None:
-    """Prints the sweep's state, and a table of its trials: the best first, those without a value last."""
+    """Prints the sweep's state, and a table of its trials. The best trial comes first; trials without a value of the
+    sweep's metric come last.
+    """
     trials, metric = _trials(client, sweep["id"]), sweep["request"].get("metric")
     if metric:
         sign = 1 if metric["goal"] == "minimize" else -1
@@ -221,6 +226,8 @@ def _text(value: Any) -> str:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Returns a heading for each path: its last part, or the whole path if another one ends alike."""
+    """Returns a heading for each path of a parameter: the last part of the path, such as `beta`. If two paths have the
+    same last part, their headings are the whole paths.
+    """
     last = [path.rpartition(".")[2] for path in paths]
     return [path if last.count(name) > 1 else name for path, name in zip(paths, last, strict=True)]

@@ -146,7 +146,7 @@ def judge_of(judge: str | None, criteria: str | None, implicit: Mapping[str, Any
 
 
 def wait_until_ended(client: "OpenAI", evaluation_id: str) -> Item:
-    """Waits until the evaluation has ended, and returns the evaluation. Meanwhile, a terminal shows the progress."""
+    """Waits until the evaluation has ended, and returns the evaluation. On a terminal, shows the progress meanwhile."""
     with Status("", console=err) as status:
         while True:
             found: Any = client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)

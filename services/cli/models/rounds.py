@@ -154,7 +154,7 @@ def create(
 
 
 def wait_until_ended(client: "OpenAI", rounds_id: str) -> Item:
-    """Waits until the rounds have ended, and returns them. Meanwhile, a terminal shows what they do."""
+    """Waits until the rounds have ended, and returns the rounds. On a terminal, shows the current stage meanwhile."""
     with Status("", console=err) as status:
         while True:
             found: Any = client.get(f"/x/rounds/{rounds_id}", cast_to=object)

@@ -87,10 +87,11 @@ class Executor:
                 await self._lose(job, attempt, submission)
 
     async def _unfit(self, job: Job) -> dict[str, str | None] | None:
-        """Returns the error with which a queued job must end, because it cannot use one of its files.
+        """Returns the error with which a queued job must end, because it cannot use one of its files: its `code`,
+        `message` and `param`.
 
-        Returns None if the job can use all its files. This is checked again when the job starts, because the rows of a
-        large file may be checked only after the job was submitted.
+        Returns None if the job can use all its files. The files are checked again when the job starts, because the rows
+        of a large file may be checked only after the job was submitted.
         """
         if job.observed != "queued":
             return None
@@ -107,8 +108,9 @@ class Executor:
         """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
         If vLLM must compute the log-probabilities of the reference model, the same transaction requests that the model
-        is loaded. If the attempt may choose between vLLM and its training workers for this, or the job has begun to
-        train, so that the log-probabilities are stored, the attempt itself requests the model if it needs it.
+        is loaded. In two cases the attempt itself requests the model, and only if it needs the model: if it may choose
+        between vLLM and its own training workers, or if the job has begun to train, because the log-probabilities are
+        then stored already.
         """
         spec = JobSpec.model_validate(job.spec)
         insists = spec.reference_source == "serve" and reference_model(job) is not None

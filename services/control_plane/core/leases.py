@@ -32,10 +32,10 @@ class LeasedWork(Protocol[Piece]):
 
     @property
     def at_once(self) -> int:
-        """Returns the most pieces on which one control plane works at the same time."""
+        """Returns the largest number of pieces on which one control plane works at the same time."""
 
     def lease_of(self, piece: Piece) -> str:
-        """Returns the name of the piece's lease."""
+        """Returns the name of the piece's lease (the right of one control plane to work on the piece)."""
 
     async def claim(self, session: AsyncSession, holder: str) -> Piece | None:
         """Takes the lease of the next piece for `holder` (the name of a control plane), with the function `take`, and
@@ -43,7 +43,9 @@ class LeasedWork(Protocol[Piece]):
         """
 
     async def work(self, piece: Piece) -> None:
-        """Does the piece's work, or what is left of it. May be cancelled at any time."""
+        """Does the work on the piece, or the rest of the work if an earlier try was interrupted. May be cancelled at
+        any time.
+        """
 
     async def goes_on(self, session: AsyncSession, piece: Piece) -> bool:
         """Whether the work on the piece should go on. Called every few seconds while the work is under way."""
@@ -64,7 +66,7 @@ async def take(session: AsyncSession, name: str, holder: str) -> bool:
 
 
 class Leaseholder(Generic[Piece]):
-    """Does one kind of work, on behalf of the control plane with the name `holder`."""
+    """Does one kind of background work, piece by piece, for the control plane with the name `holder`."""
 
     def __init__(self, store: Store, kind: LeasedWork[Piece], *, holder: str) -> None:
         self._store, self._kind, self._holder = store, kind, holder
@@ -97,7 +99,9 @@ class Leaseholder(Generic[Piece]):
             return await self._kind.claim(session, self._holder)
 
     async def _hold(self, piece: Piece) -> None:
-        """Works on the piece while this control plane holds its lease, and gives the lease up afterwards."""
+        """Works on the piece while this control plane holds the piece's lease (the right to work on it). Gives the
+        lease up afterwards.
+        """
         failure: Exception | None = None
         work, beat = asyncio.create_task(self._kind.work(piece)), asyncio.create_task(self._beat(piece))
         try:
@@ -115,8 +119,8 @@ class Leaseholder(Generic[Piece]):
             await self._give_up(piece, failure)
 
     async def _beat(self, piece: Piece) -> None:
-        """Renews the lease of the piece every few seconds. Returns when the lease was lost, or the work should not go
-        on.
+        """Renews the lease of the piece (the right to work on it) every few seconds. Returns when the lease was lost,
+        or when the work on the piece should not go on.
         """
         is_held, name = True, self._kind.lease_of(piece)
         while is_held:
@@ -128,8 +132,9 @@ class Leaseholder(Generic[Piece]):
                 log.warning("The lease '%s' could not be renewed: %s", name, error)
 
     async def _give_up(self, piece: Piece, failure: Exception | None) -> None:
-        """Gives up the lease of the piece, so that any control plane can take it: at once or, after a failure, when
-        RETRY_SECONDS have passed.
+        """Gives up the lease of the piece (the right to work on it), so that any control plane can take the lease.
+
+        Without a failure, the lease can be taken immediately; after a failure, only when RETRY_SECONDS have passed.
         """
         name = self._kind.lease_of(piece)
         try:

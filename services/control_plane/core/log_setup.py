@@ -28,10 +28,8 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 def configure(log_format: LogFormat, file: Path) -> None:
-    """Sends the service's log to `file` as text, for people. If `log_format` is `json`, sends it to standard error as
-    JSON.
-
-    The JSON is for a program that collects logs.
+    """Sends the service's log to `file` as text, for people. If `log_format` is `json`, sends the log to standard error
+    as JSON instead, for a program that collects logs.
     """
     handler: logging.Handler
     if log_format == "json":

@@ -27,7 +27,9 @@ from services.control_plane.tenants.usage import UsageRecorder
 
 
 class EvaluationRunner:
-    """The background work on evaluations of models. A piece of it is one evaluation, with the items that are left."""
+    """The background work on evaluations of models. The work comes in pieces: a piece is one evaluation, with those of
+    its items (prompts) that are left.
+    """
 
     at_once = 8
 

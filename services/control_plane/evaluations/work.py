@@ -51,7 +51,7 @@ async def kind_of(session: AsyncSession, settings: Settings, spec: Spec) -> Kind
 class Work:
     """The work on one evaluation.
 
-    `admit` raises RateLimited while the API key of the evaluation may use no more tokens.
+    `admit` is a function that raises RateLimited while the API key of the evaluation may use no more tokens.
     """
 
     def __init__(

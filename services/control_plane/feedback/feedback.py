@@ -60,8 +60,9 @@ def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
 
 
 async def counts(session: AsyncSession) -> list[dict[str, Any]]:
-    """Returns the number of the project's votes of each kind (such as `pairs`) and form (`messages` or `text`), as JSON
-    objects of the API.
+    """Returns the number of the project's votes of each kind (such as `pairs`) and form (`messages` or `text`).
+
+    Each object of the list has the fields `kind`, `form` and `num_votes`.
     """
     groups = (Feedback.kind, Feedback.form)
     rows = await session.execute(select(*groups, func.count()).group_by(*groups).order_by(*groups))

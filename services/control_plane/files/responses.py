@@ -34,8 +34,8 @@ def file_object(row: File) -> dict[str, Any]:
 
 
 def reading_fields(reading: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options for reading a file's rows as fields of the API. `reading` is a stored `Reading`, which may be
-    of another release.
+    """Returns the options for reading a file's rows as fields of the API. `reading` is a stored `Reading`, which
+    another release of the service may have written.
     """
     rows = InvalidRows().model_dump() | reading.get("invalid_rows", {})
     return {

@@ -80,8 +80,11 @@ async def _run_check(
 
 
 def _processes() -> Turns:
-    """Returns the limit on the number of processes in which this control plane checks rows. Projects whose checks wait
-    take turns."""
+    """Returns the object of the class Turns that each check of rows in a process of its own must hold while it runs.
+
+    The object limits how many such processes this control plane runs at the same time. Projects whose checks wait take
+    turns.
+    """
     try:
         return _turns.get()
     except LookupError:

@@ -38,12 +38,12 @@ def _rows(lines: Iterator[bytes], columns: Mapping[str, str], first: int) -> Ite
 
 
 def _from(lines: Iterator[bytes], columns: Mapping[str, str], first: int) -> Iterator[bytes]:
-    """Yields the lines of a training file, with blank lines in place of those before line `first` that need not be
-    parsed.
+    """Yields the lines of a training file, with a blank line in place of each line before line `first` that need not be
+    parsed. The line numbers therefore stay the same.
 
-    The first row stays, because it says which format the file has. In formats in which several rows may form one group
-    (a prompt with its completions), all lines stay. `columns` maps roles, such as prompt, to the names of the file's
-    columns.
+    The first row is kept, because it says which format the file has. In formats in which several rows may form one
+    group (a prompt with its completions), all lines are kept. `columns` maps roles, such as prompt, to the names of the
+    file's columns.
     """
     number, has_ended, has_format, is_joined = 0, True, False, False
     for line in lines:

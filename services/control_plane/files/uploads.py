@@ -113,10 +113,10 @@ async def complete(
 ) -> tuple[Upload, File | None]:
     """Joins the parts of the upload to a file, and checks the rows of this file. Returns the upload and the file.
 
-    The file has the parts in the order of `part_ids`; `md5` is the expected digest of the file, if the client sent one.
-    Locks the upload until the transaction ends, so that a second call waits and returns the file of the first call.
-    Raises NotFound if there is no such upload, and InvalidRequest if it was cancelled or has expired, or if the parts,
-    the digest or the rows are wrong.
+    The file has the parts in the order of `part_ids`; `md5` is the expected digest of the file, None if the client sent
+    none. Locks the upload until the transaction ends, so that a second call waits and returns the file of the first
+    call. Raises NotFound if there is no such upload. Raises InvalidRequest if the upload was cancelled or has expired,
+    or if the parts, the digest or the rows are wrong.
     """
     row, state = await find(session, upload_id, lock=True)
     if state == "completed":

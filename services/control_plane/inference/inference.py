@@ -49,7 +49,9 @@ REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidR
 
 @dataclass
 class _Use:
-    """What this control plane knows about its own requests to one model. Times are seconds of the monotonic clock."""
+    """What this control plane remembers about its own requests to one model: how many are in flight, whether the model
+    accepts more, and when requests began and ended. Times are seconds of the monotonic clock.
+    """
 
     in_flight: int = 0
     asked_at: float = float("-inf")
@@ -61,7 +63,9 @@ class _Use:
     shared_at: float = 0.0  # when `share` was brought up to date
 
     def must_ask(self) -> bool:
-        """Whether this control plane must read the model's row again before it sends the model another request."""
+        """Whether this control plane must read the model's row in the table `deployments` again before it sends the
+        model another request.
+        """
         return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
 
     def change(self, in_flight: int, now: float) -> None:

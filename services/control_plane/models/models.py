@@ -181,8 +181,8 @@ async def find_to_download(session: AsyncSession, settings: Settings, model_id: 
 async def check_merged(session: AsyncSession, model: NamedModel) -> None:
     """Raises Forbidden if the model, an adapter, may not be downloaded merged into its base.
 
-    The download is forbidden if the base is a trained model of another project, because it would contain that model's
-    weights.
+    The download is forbidden if the base is a trained model of another project, because the merged model would contain
+    the weights of that project's model.
     """
     rows = Model.__table__.c  # models of all projects
     bases = select(rows.project_id).where(rows.source == model.base_source)

@@ -28,10 +28,11 @@ StreamsPart = Annotated[Streams, Depends(_streams)]
 
 
 class EventStream(StreamingResponse):
-    """A response that sends server-sent events, within the task of the request itself.
+    """A response that sends server-sent events. Whenever no event has come for a while, checks whether the client has
+    disconnected, and ends if so.
 
-    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, ends if the client has
-    left.
+    The response runs in the task of the request itself. Starlette's own class would use two more tasks, and
+    sse-starlette's four.
     """
 
     media_type = "text/event-stream"

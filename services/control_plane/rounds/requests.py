@@ -129,7 +129,9 @@ class RoundsSpec(BaseModel):
     )
 
     def seeded(self, sampling: Sampling, number: int) -> Sampling:
-        """Returns `sampling` with the seed of the round with this number, so that no round repeats another one."""
+        """Returns `sampling` with a seed that depends on the round's `number`, so that each round samples other
+        answers.
+        """
         return sampling.model_copy(update={"seed": (sampling.seed + number * 1_000_003) % 2**31})
 
     def samples_of(self, model: str, number: int) -> Spec:
@@ -151,10 +153,11 @@ class RoundsSpec(BaseModel):
         return self.evaluation.sampling or self.sampling
 
     def quality_of(self, model: str, before: str | None, *, is_asked: bool) -> Spec | None:
-        """Returns the description of the evaluation that judges the answers of `model`. Returns None if there is none.
+        """Returns the description of the evaluation that judges the answers of `model`.
 
-        A judge that is asked compares them with those of `before`, the policy of the round before; if this is None,
-        there is nothing to compare with.
+        If the judge gives scores, the evaluation scores these answers. If the judge is asked which of two answers is
+        better (`is_asked`), the evaluation compares them with the answers of `before`, the policy of the round before.
+        Returns None if the judge is asked and `before` is None, because there is nothing to compare with.
         """
         told: dict[str, Any] = {"judge": self.evaluating_judge, "sampling": self.evaluating_sampling}
         if not is_asked:
@@ -185,7 +188,9 @@ class RoundsSpec(BaseModel):
 
 
 def _with(value: Any, **more: Any) -> Any:
-    """Returns the JSON object `value`, which may be None, with further fields. Returns any other value as it is."""
+    """Returns the JSON object `value` with the fields `more` added. None counts as an empty object. A value of any
+    other type is returned as it is, so that a later check can refuse it.
+    """
     return {**(value or {}), **more} if value is None or isinstance(value, dict) else value
 
 

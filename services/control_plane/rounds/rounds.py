@@ -167,9 +167,10 @@ async def fail(session: AsyncSession, rounds: Rounds, error: ApiError) -> None:
 
 
 async def claim(session: AsyncSession, holder: str) -> Rounds | None:
-    """Takes the lease of the oldest running rounds on which no control plane works, for `holder`, a control plane.
+    """Takes a lease for the control plane `holder`: the right to work on the oldest running rounds on which no control
+    plane works.
 
-    Returns the rounds. Returns None if there are none.
+    Returns these rounds. Returns None if there are none.
     """
     if not await session.scalar(select(CLAIMS)):
         return None

@@ -24,7 +24,9 @@ GIVEN_UP_AFTER = timedelta(days=1)  # of unexpected errors, without going on in 
 
 
 class RoundsRunner:
-    """The background work on rounds. A piece of it is the stages of one object of rounds that are left."""
+    """The background work on rounds, which improve a policy by training on its own scored answers. The work comes in
+    pieces: a piece is one row of the table of rounds, with those stages of these rounds that are left.
+    """
 
     at_once = 64  # most of them only wait for a job
 

@@ -32,25 +32,30 @@ class Answer:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Returns the answer's words, by which near-duplicates are found: without case, white space and punctuation."""
+        """Returns the answer's words, without case, white space and punctuation. Answers with the same words count as
+        duplicates.
+        """
         return tuple(WORDS.findall(self.text.casefold())) or (self.text.strip(),)
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The answers that a rejection sampling accepted, in the order of their acceptance, and how many it looked at."""
+    """The answers that rejection sampling accepted, in the order in which it accepted them, and the number of times
+    that it tried a candidate.
+    """
 
     answers: list[Answer]
     num_tried: int
 
 
 def reject(candidates: Sequence[Answer], beta: float, count: int, draw: random.Random) -> Accepted:
-    """Returns `count` of the candidates, or all if there are no more, by statistical rejection sampling.
+    """Returns `count` of the candidates, chosen by statistical rejection sampling, or all candidates if there are
+    fewer.
 
-    The method is algorithm 1 of RSO (arXiv 2309.06657): a candidate is accepted with the probability
-    exp((score - highest score of the candidates left) / beta), and is then not accepted again; the candidates are gone
-    through until enough are accepted. If many candidates are drawn from a policy pi, the accepted ones are distributed
-    as pi(y) exp(score(y) / beta), up to a constant.
+    The method is algorithm 1 of RSO (arXiv 2309.06657). It goes through the candidates, again and again, until it has
+    accepted enough. It accepts a candidate with the probability exp((score - highest score of the candidates left) /
+    beta), and each candidate only once. If many candidates are drawn from a policy pi, the accepted ones are
+    distributed as pi(y) exp(score(y) / beta), up to a constant.
     """
     left, accepted, num_tried = list(candidates), list[Answer](), 0
     while left and len(accepted) < count:
@@ -67,16 +72,20 @@ def reject(candidates: Sequence[Answer], beta: float, count: int, draw: random.R
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of the answers to a prompt become rows. `beta` and `num_accepted` are options of `rso`."""
+    """The rule by which the answers to a prompt become rows of training data. `beta` and `num_accepted` are options of
+    the type `rso`, which is rejection sampling.
+    """
 
     type: Type
     beta: float = 0.5
     num_accepted: int = 2
 
     def rows(self, group: Group, answers: Sequence[Answer], draw: random.Random, counts: Counter[str]) -> list[Row]:
-        """Returns the rows that the answers to the prompt of `group` (a prompt with completions) make.
+        """Makes rows of training data from the answers to the prompt of `group` (a prompt with completions), and
+        returns them.
 
-        `draw` gives the random numbers of `rso`. Counts what was left out, and why, in `counts`.
+        `draw` gives the random numbers for the type `rso`. Counts in `counts` which answers were left out, by the
+        reason.
         """
         if self.type == "rso":
             accepted = reject(answers, self.beta, self.num_accepted, draw)
@@ -98,7 +107,9 @@ class Selection:
 
 
 def _different(pairs: Iterable[tuple[Answer, Answer]], counts: Counter[str]) -> Iterable[tuple[Answer, Answer]]:
-    """Yields the pairs whose answers differ in words and in score, and counts the others."""
+    """Yields the pairs whose two answers differ both in their words and in their scores. Counts the other pairs in
+    `counts`, as duplicates or as ties.
+    """
     for one, other in pairs:
         if one.words == other.words:
             counts["num_duplicates"] += 1
@@ -136,11 +147,11 @@ def _prompt(group: Group) -> Row:
 def rows_of(
     selection: Selection, samples: Sequence[tuple[Group, Mapping[str, Any]]], seed: str
 ) -> tuple[list[Row], dict[str, int]]:
-    """Returns the rows of training data that samples make, each row once, and counts of what was left out.
+    """Makes rows of training data from samples. Returns the rows, each of them once, and counts of what was left out.
 
-    `samples` are prompts, each with what the evaluation `samples` found: `answers` and their `scores`. Answers that
-    were cut off at the largest number of tokens are left out, because training adds an end to each completion. The
-    same `seed` gives the same rows.
+    `samples` are prompts, each with its result of an evaluation of the kind `samples`: the `answers` and their
+    `scores`. Answers that were cut off at the largest number of tokens are left out, because training adds an end to
+    each completion. The same `seed` gives the same rows.
     """
     counts, rows = Counter[str](), dict[str, Row]()
     num_rows = 0

@@ -1,7 +1,7 @@
 """Does the stages of a round: samples with scores, a file of rows, a job, and evaluations of the job's policy.
 
-What a stage makes is an evaluation, a file or a job, whose id the rounds keep. Both are written in one transaction, so
-that a stage that is interrupted leaves nothing, or is done.
+Each stage makes an evaluation, a file or a job. One transaction writes this object, and its id into the row of the
+rounds. So a stage that is interrupted leaves nothing behind, or is done.
 """
 
 import json
@@ -49,21 +49,24 @@ class Ended(Exception):
 
 
 def stage_of(entry: Entry) -> str:
-    """Returns the stage that the round `entry` is at, such as `samples`. Returns `next` if all are done."""
+    """Returns the name of the next stage of the round `entry`, such as `samples`. Returns `next` if all its stages are
+    done.
+    """
     stages = STAGES if entry["number"] else OF_FIRST_POLICY
     return next((name for name in stages if name not in entry), "next")
 
 
 class Stages:
-    """The work on the rounds with one id."""
+    """Does the stages of the rounds with the id `rounds_id`, one after the other."""
 
     def __init__(self, store: ProjectStore, rounds_id: str, settings: Settings, ray_api: RayApi) -> None:
         self._store, self._id, self._settings, self._ray_api = store, rounds_id, settings, ray_api
 
     async def step(self) -> bool:
-        """Does the next stage, if nothing must be waited for. Returns whether it was done.
+        """Does the next stage of the rounds, unless the stage must wait, for example for a job to end. Returns whether
+        the stage was done.
 
-        Raises Ended if the rounds do not run.
+        Raises Ended if the rounds are paused or have ended.
         """
         acts: dict[str, Act] = {
             "samples": self._sample,
@@ -89,8 +92,10 @@ class Stages:
             raise Ended from None
 
     async def _change(self, seen: Rounds, act: Act) -> bool:
-        """Does `act` in a transaction that holds the lock of the rounds, unless another control plane has done it since
-        the rounds were `seen`. Returns whether it was done.
+        """Calls `act` in a transaction that locks the row of the rounds. Returns whether the stage is done.
+
+        `seen` is the row as it was read before. If another control plane has done the stage since then, returns True
+        without calling `act`. Raises Ended if the rounds are paused or have ended.
         """
         async with self._store.begin() as session:
             rounds = await changes.find(session, self._id, lock=True)
@@ -140,9 +145,9 @@ class Stages:
         return (await evaluations.create(session, whole, rows, kind.num_stages, rounds.key_id)).id
 
     async def _make_file(self, rounds: Rounds) -> bool:
-        """Writes the round's rows into a file of the project, once its samples are scored. Returns whether it did so.
+        """Makes a training file of the round's samples, once these are scored. Returns whether the stage is done.
 
-        If there are too few rows for a job, ends the rounds instead.
+        If the samples give too few rows for a job, ends the rounds instead.
         """
         if not await self._change(rounds, self._have_samples):
             return False
@@ -177,7 +182,7 @@ class Stages:
         return not await self._waits_for(session, rounds, [rounds.history[-1]["samples"]])
 
     async def _samples(self, evaluation_id: str) -> AsyncIterator[tuple[Group, dict[str, Any]]]:
-        """Yields the prompts of the evaluation whose answers are scored, each with what was found."""
+        """Yields those prompts of the evaluation whose answers are scored, each with its answers and scores."""
         async with self._store.look() as session:
             evaluation = await evaluations.find(session, evaluation_id)
         for first in range(0, evaluation.num_items, READ_AT_ONCE):
@@ -190,9 +195,10 @@ class Stages:
                 yield group_of(item.row), item.found
 
     async def _waits_for(self, session: AsyncSession, rounds: Rounds, evaluation_ids: Iterable[str]) -> bool:
-        """Whether one of the evaluations has not ended. Stores in the rounds why it does not go on.
+        """Whether at least one of the evaluations has not ended. Stores in the rounds' column `waits_for` what such an
+        evaluation waits for.
 
-        Raises ApiError if an evaluation failed, or was cancelled or deleted.
+        Raises ApiError if one of the evaluations failed, was cancelled or was deleted.
         """
         found = [await evaluations.find(session, evaluation_id) for evaluation_id in evaluation_ids]
         for evaluation in found:
@@ -248,7 +254,9 @@ class Stages:
         return _add(rounds, evaluations=made)
 
     async def _conclude(self, session: AsyncSession, rounds: Rounds) -> bool:
-        """Adds the results of the round's evaluations, once all have ended."""
+        """Stores the results of the round's evaluations in the round. Returns False, and stores no results, until all
+        evaluations have ended.
+        """
         ids: dict[str, str] = rounds.history[-1]["evaluations"]
         if await self._waits_for(session, rounds, ids.values()):
             return False
@@ -276,8 +284,9 @@ class Stages:
 def best_of(history: Sequence[Entry]) -> Entry:
     """Returns the round with the best policy so far. The first policy counts as round 0.
 
-    If the judge scores, this is the first round with the highest mean score. If the judge compares each policy with the
-    one before, it is the last of the rounds that won more than half, one after the other, from the first on.
+    If the judge gives scores, this is the first round with the highest mean score. If the judge compares each policy
+    with the one before, a round is better if its policy wins more than half of the comparisons. The result is then the
+    last round before the first one that is not better, or the newest round if all are better.
     """
     done = [entry for entry in history if "results" in entry]
     scored = [entry for entry in done if entry["results"]["score"]]
@@ -291,8 +300,8 @@ def best_of(history: Sequence[Entry]) -> Entry:
 async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Mapping[str, int]) -> bool:
     """Ends the rounds, because the samples of the newest round make too few rows for a job.
 
-    In the first round, this is a failure. Later it means that the judge does not tell the policy's answers apart any
-    more.
+    In the first round, the rounds end as failed. In a later round, they end as succeeded: too few rows then mean that
+    the judge no longer finds differences between the policy's answers.
     """
     number = rounds.history[-1]["number"]
     _add(rounds, rows=counts)
@@ -314,7 +323,7 @@ def _add(rounds: Rounds, **more: Any) -> bool:
 
 
 def _newest(rounds: Rounds) -> str:
-    """Returns the newest policy: that of the last round that has one."""
+    """Returns the name of the newest policy: that of the last round whose job has made one."""
     return str(next(entry["model"] for entry in reversed(rounds.history) if "model" in entry))
 
 

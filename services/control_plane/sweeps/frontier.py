@@ -1,4 +1,5 @@
-"""Finds the reward-KL frontier of a sweep: what each policy gained, and how far it moved from its reference for it.
+"""Finds the reward-KL frontier of a sweep. It shows the reward that each policy reached, and the KL divergence from its
+reference model that the policy needed for this reward.
 
 This is figure 2 of the DPO paper (arXiv 2305.18290).
 """
@@ -12,16 +13,20 @@ X, Y = {"drift": "kl_per_sequence"}, {"score": "score", "compare": "win_rate"}  
 
 
 class Axes(NamedTuple):
-    """The names of the two evaluations of a sweep that are drawn against each other, and of their results."""
+    """The two axes of a frontier. Each axis is a pair: the name of an evaluation of the sweep, and the name of the
+    result of this evaluation that is drawn, such as ("reward", "score").
+    """
 
     kl: tuple[str, str]
     reward: tuple[str, str]
 
 
 def axes(kinds: Mapping[str, str], kl: str | None, reward: str | None) -> Axes:
-    """Returns the axes of the frontier of a sweep whose evaluations have the `kinds`, by their names.
+    """Returns the axes of the frontier of a sweep: the evaluations to draw against each other, and their results.
 
-    `kl` and `reward` name evaluations; None takes the first one that fits. Raises InvalidRequest if none fits.
+    `kinds` maps the names of the sweep's evaluations to their kinds, such as `drift`. `kl` and `reward` are the names
+    of the evaluations to draw; if one of them is None, the first evaluation of a suitable kind is taken. Raises
+    InvalidRequest if no evaluation is suitable.
     """
     return Axes(_axis(kinds, kl, "kl", X), _axis(kinds, reward, "reward", Y))
 
@@ -38,8 +43,9 @@ def _axis(kinds: Mapping[str, str], name: str | None, param: str, results: Mappi
 
 
 def mark(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the points by rising KL, each with `on_frontier`: whether no other point has a higher reward at the same
-    or a lower KL.
+    """Returns the points sorted by rising KL, each with a field `on_frontier`.
+
+    `on_frontier` is true if no other point has at least the same reward at the same or a lower KL.
     """
     found, best = [], float("-inf")
     for point in sorted(points, key=lambda point: (point["kl"]["value"], -point["reward"]["value"])):

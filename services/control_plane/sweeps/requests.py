@@ -183,8 +183,9 @@ class CreateSweep(BaseModel):
         return [*TRAINING_METRICS, *results]
 
     def _evaluation_of(self, metric: str) -> str | None:
-        """Returns the name of the sweep's evaluation that the metric is a result of. Returns None for one of
-        validation."""
+        """Returns the name of the sweep's evaluation to which the metric belongs, such as `reward` for `reward/score`.
+        Returns None for a metric of validation, such as `eval/loss`.
+        """
         name = metric.partition("/")[0]
         return name if name in self.evaluations else None
 

@@ -29,8 +29,9 @@ def sweep_object(row: Sweep, counts: Mapping[str, int], best: dict[str, Any] | N
 
 
 def _without_none(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that are not null, and of the parameters and other parts as well; the job stays as it was
-    sent."""
+    """Returns the JSON object without the fields that are null, also in the objects within it. Only the field `job`
+    stays as the client sent it.
+    """
     shown = {
         name: _without_none(part) if isinstance(part, dict) and name != "job" else part for name, part in value.items()
     }

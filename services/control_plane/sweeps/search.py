@@ -11,17 +11,19 @@ Values = dict[str, Any]  # the values of a trial, by the paths of the fields of 
 
 
 class Tried(NamedTuple):
-    """The values of an earlier trial, and its value of the sweep's metric; None if the trial has none yet."""
+    """An earlier trial: the values of its parameters, and its value of the sweep's metric. This `value` is None if the
+    trial has none yet.
+    """
 
     values: Values
     value: float | None
 
 
 def suggest(sweep: CreateSweep, number: int, tried: Sequence[Tried]) -> Values:
-    """Returns the values of the trial `number` (from 0) of the sweep.
+    """Returns the parameters' values for the trial `number` (from 0) of the sweep.
 
-    `tried` are the earlier trials that have not failed; only `tpe` looks at them. The result depends on nothing else,
-    so that two control planes suggest the same.
+    `tried` are the earlier trials that have not failed. Only the search type `tpe` (tree-structured Parzen estimator)
+    uses them. The result depends only on the arguments, so that two control planes suggest the same values.
     """
     if sweep.search.type == "grid":
         return grid(sweep)[number]
@@ -29,15 +31,18 @@ def suggest(sweep: CreateSweep, number: int, tried: Sequence[Tried]) -> Values:
 
 
 def grid(sweep: CreateSweep) -> list[Values]:
-    """Returns every combination of values. The last parameter changes fastest."""
+    """Returns the values of every trial of a grid search: all combinations of the parameters' values. The values of the
+    last parameter change fastest.
+    """
     lists = [parameter.extremes() for parameter in sweep.parameters.values()]
     return [dict(zip(sweep.parameters, values, strict=True)) for values in itertools.product(*lists)]
 
 
 def probes(sweep: CreateSweep) -> list[Values]:
-    """Returns trials in which every listed value, and both ends of every range, occur at least once.
+    """Returns a few trials in which every listed value, and both ends of every range, occur at least once. Before a
+    sweep is created, the service checks the jobs of these trials.
 
-    In each of them, all parameters but one have their first value.
+    In each of these trials, all parameters but one have their first value.
     """
     first = {path: parameter.extremes()[0] for path, parameter in sweep.parameters.items()}
     others = [
@@ -77,7 +82,9 @@ def _distribution(parameter: Parameter) -> Any:
 
 
 def _place(parameter: Parameter, value: Any) -> Any:
-    """Returns what Optuna knows a parameter's value by: its place in the list, because it may be a JSON object."""
+    """Returns the value that Optuna stores for a parameter's `value`. For a parameter with listed values, this is the
+    index in the list, because a listed value may be a JSON object.
+    """
     if parameter.values is None:
         return value
     return [json.dumps(each, sort_keys=True) for each in parameter.values].index(json.dumps(value, sort_keys=True))

@@ -125,7 +125,9 @@ async def cancel(session: AsyncSession, sweep_id: str) -> Sweep:
 
 @dataclass
 class State:
-    """A sweep with its trials, and with the jobs and evaluations of these trials, as the database has them."""
+    """A sweep with its trials, and with the jobs and evaluations of these trials, as the database holds them now.
+    `jobs` and `evaluations` are by id.
+    """
 
     sweep: Sweep
     trials: list[SweepTrial]
@@ -186,7 +188,10 @@ async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_
 
 
 async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, settings: Settings) -> None:
-    """If the trial's job has ended, stores its value, and begins to evaluate its policy."""
+    """If the trial's job has ended, ends the trial or creates the evaluations of the job's policy.
+
+    Also stores the trial's value of the sweep's metric, if this is a metric of validation.
+    """
     job, metric = state.job_of(trial), state.request.metric
     assert job is not None
     if job.observed in ("failed", "cancelled"):
@@ -236,7 +241,9 @@ def _fail(trial: SweepTrial, error: ApiError) -> None:
 
 
 async def _stop_hopeless(session: AsyncSession, state: State) -> None:
-    """Cancels the jobs of trials that are hopeless by the sweep's rule (`early_stop`)."""
+    """Cancels the jobs of those trials that are hopeless by the sweep's field `early_stop`. Does nothing if the sweep
+    has no such field.
+    """
     rule = state.request.early_stop
     if rule is None:
         return

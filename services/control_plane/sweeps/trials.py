@@ -32,9 +32,9 @@ from services.control_plane.sweeps.stopping import Curve, Point
 
 
 def job_of(sweep: CreateSweep, values: Values) -> tuple[JobSpec, Asked]:
-    """Returns what the trial's job is to do, and the options for which the service chooses values.
+    """Returns the complete description of the trial's job, and the options for which the service can choose values.
 
-    Raises InvalidRequest, which names the field and the trial's values, if this is no valid job.
+    Raises InvalidRequest, which names the field and the trial's values, if the job is not valid.
     """
     with within("job", f" (This is the trial with {json.dumps(values)}.)"):
         body = parse(CreateJob, body_of(sweep, values), "")
@@ -44,7 +44,8 @@ def job_of(sweep: CreateSweep, values: Values) -> tuple[JobSpec, Asked]:
 
 
 def body_of(sweep: CreateSweep, values: Values) -> dict[str, Any]:
-    """Returns the body of the trial's job: the sweep's job with the trial's values in their places.
+    """Returns the request body of the trial's job: the sweep's job, with the trial's values in the fields that the
+    parameters' paths name.
 
     If the method is a parameter, only the options of the trial's own method remain. Raises InvalidRequest for a path
     that leads through a value that is no object.
@@ -76,7 +77,10 @@ def _put(body: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _check_metrics(sweep: CreateSweep, spec: JobSpec) -> None:
-    """Raises InvalidRequest if the job has no validation, or no such metric of validation, by which to compare it."""
+    """Raises InvalidRequest if the sweep compares trials by a metric of validation that the job does not have.
+
+    The job lacks the metric if it has no validation data, or if its training method does not measure the metric.
+    """
     asked = {"metric.name": sweep.metric.name} if sweep.metric and sweep.metric.name in TRAINING_METRICS else {}
     if sweep.early_stop:
         asked["early_stop.metric"] = sweep.early_stop.metric
@@ -116,7 +120,8 @@ async def submit(
 async def check_evaluations(session: AsyncSession, settings: Settings, bodies: Mapping[str, CreateEvaluation]) -> None:
     """Raises an ApiError if a model that an evaluation of the sweep needs does not exist or does not fit.
 
-    The policies do not exist yet. The model that the job starts from takes their place; it is named in `bodies`.
+    The policies do not exist yet, so the model that the job starts from takes their place; `bodies` name this model.
+    The models of evaluations in which a policy judges its own answers are not checked.
     """
     for name, body in bodies.items():
         with within(f"evaluations.{name}"):
@@ -133,16 +138,22 @@ async def check_evaluations(session: AsyncSession, settings: Settings, bodies: M
 
 
 def _is_own_judge(body: CreateEvaluation) -> bool:
-    """Whether the policy's own implicit reward judges its answers. It has no reference and no beta before it exists."""
+    """Whether the evaluation judges the policy's answers by the policy's own implicit reward.
+
+    Such a judge cannot be checked before the policy exists, because its reference model and beta are those of the
+    policy's job.
+    """
     return body.judge is not None and body.judge.type == "implicit" and body.judge.model is None
 
 
 async def evaluate(
     session: AsyncSession, settings: Settings, sweep: Sweep, kept: Sequence[SweepEvaluation], model: str
 ) -> dict[str, str]:
-    """Creates the sweep's evaluations of the policy `model`, and returns their ids by their names.
+    """Creates the sweep's evaluations of the policy `model`. Returns their ids, by the names of the evaluations in the
+    sweep.
 
-    `kept` are the evaluations as the sweep keeps them, with their rows. Raises an ApiError if one is refused.
+    `kept` are the descriptions of the evaluations that the sweep stores, with their rows. Raises an ApiError if one of
+    the evaluations is refused.
     """
     found = {}
     for each in kept:
@@ -158,7 +169,9 @@ async def evaluate(
 
 
 async def curves(session: AsyncSession, job_ids: Sequence[str], metric: str) -> dict[str, Curve]:
-    """Returns the values of a metric of validation that each job has reached so far, by the job's id."""
+    """Returns the curve of a metric of validation for each job, by the job's id: the values at the job's checkpoints so
+    far, each with the share of the job's steps at which it was measured.
+    """
     query = select(Checkpoint.job_id, Checkpoint.step, Checkpoint.metrics, Job.training, Job.spec)
     query = query.join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.job_id.in_(job_ids))
     found: dict[str, list[Point]] = {}

@@ -176,7 +176,7 @@ class Sender:
         return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
-        """Returns those claims (rows to send) that may be sent now, and counts them as under way.
+        """Returns those claims (rows of messages to send) that may be sent now, and counts them as under way.
 
         At most AT_ONCE sends are under way. A project may begin another send only while it has fewer sends under way
         than AT_ONCE still leaves free. So a project with slow endpoints takes at most half of AT_ONCE, and two such

@@ -118,8 +118,11 @@ def _new_secret() -> str:
 
 
 async def announce(session: AsyncSession, job: Job, to: str) -> None:
-    """Adds a message to the outbox for each endpoint of the job's project that wants it, if `to` is a state that ends a
-    job."""
+    """If `to` is a state that ends a job, writes a message that the job has ended for each of the project's endpoints
+    (users' URLs) that wants such messages.
+
+    The messages go into the outbox, the table of messages to send.
+    """
     if to not in TERMINAL:
         return
     body = event(f"fine_tuning.job.{to}", job.id)

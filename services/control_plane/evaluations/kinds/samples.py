@@ -60,8 +60,10 @@ class Samples:
         return kept if rewards is None else kept | {"scores": [each.reward for each in rewards]}
 
     async def _compare(self, models: Models, group: Group, texts: Sequence[str]) -> list[float]:
-        """Returns the score of each text: the share of comparisons with the other texts that it wins, where a tie is
-        half a win. The judge is asked about each two different texts in both orders.
+        """Returns the score of each text: the share of comparisons with the other texts that the text wins. A tie
+        counts as half a win.
+
+        The judge compares every pair of different texts, in both orders. Equal texts count as a tie.
         """
         pairs = list(combinations(range(len(texts)), 2))
         different = [(i, j) for i, j in pairs if texts[i] != texts[j]]

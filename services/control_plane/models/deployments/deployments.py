@@ -56,7 +56,9 @@ async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None 
 
 @dataclass(frozen=True)
 class Reference:
-    """The Ray Serve application that computes the log-probabilities of a job's reference model."""
+    """The Ray Serve application that computes the log-probabilities of a job's reference model: its name, its number of
+    GPUs, and the model that it loads.
+    """
 
     app_name: str
     num_gpus: float
@@ -97,9 +99,9 @@ async def scorer_named(
     `model`.
 
     Returns the model that the application loads, and the application's name without the service's prefix. `name` is the
-    full name that the attempt gave. It decides, because the settings of `model` may have changed since the attempt
-    began, so that new attempts would use another application. An attempt of an old release gives no name; it uses the
-    model's own engine.
+    full name that the attempt gave. This name decides, because the settings of `model` may have changed since the
+    attempt began, so that new attempts would use another application. If `name` is None, as for an attempt of an old
+    release, the application is the model's own engine.
     """
     hosts = await hosts_of(session, settings, model)
     for loaded in hosts:

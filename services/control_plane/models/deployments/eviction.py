@@ -58,8 +58,9 @@ class Model:
         return self.is_idle and idle_seconds is not None and self.used > idle_seconds
 
     def is_awaited(self, wait_seconds: float) -> bool:
-        """Whether the model, which waits to be loaded, is still to be loaded: it is to stay loaded, or a client
-        requested it at most `wait_seconds` ago."""
+        """Whether the model, which is not loaded yet, must still be loaded: because it must stay loaded (it is pinned,
+        or the reference model of a job), or because a client requested it at most `wait_seconds` ago.
+        """
         return self.stays or (not self.for_jobs and self.used <= wait_seconds)
 
     @property
@@ -132,9 +133,10 @@ class _Served:
     def make_way(self, why: str, *, beside_next_job: bool) -> None:
         """Evicts (unloads) idle models until the remaining models fit into the allowed numbers of models and GPUs.
 
-        Reference models do not count. If too few models are idle, busy models get no further requests, with the reason
-        `why`. If `beside_next_job`, the GPUs that the next job waits for are left free, and only busy models that have
-        run for TURN_SECONDS are chosen. If not, busy models are chosen immediately, because running jobs need the GPUs.
+        Reference models do not count. If too few models are idle, busy models get no further requests; `why` is the
+        reason that waiting clients are told. If `beside_next_job`, the GPUs that the next job waits for are left free,
+        and only busy models that have run for TURN_SECONDS are chosen. If not, busy models are chosen immediately,
+        because running jobs need the GPUs.
         """
         most = self._room.most_gpus(beside_next_job=beside_next_job)
         while (few := len(self._others()) > self._room.places) or _exceeds(self._gpus(), most):
@@ -158,9 +160,9 @@ class _Served:
         return None
 
     def _lacks(self, model: Model) -> tuple[str, bool] | None:
-        """Returns what the model lacks to be loaded now. Returns None if it lacks nothing.
+        """Returns why the model cannot be loaded now. Returns None if it can be loaded.
 
-        The result is a phrase that says what the model waits for, and whether it waits for GPUs.
+        The result is a pair: a phrase that says what the model waits for, and whether it waits for GPUs.
         """
         room = self._room
         if len(self.models) >= room.places:
@@ -219,7 +221,9 @@ def _exceeds(gpus: float, most: float) -> bool:
 
 @dataclass(frozen=True)
 class Engines:
-    """The places and GPUs that models use. The scheduler of jobs needs them, because jobs share both with models."""
+    """What the scheduler of jobs must know about models: how many GPUs they use, which of them are pinned (always kept
+    loaded), and whether a waiting model gets GPUs before the next job.
+    """
 
     gpus: float = 0.0  # GPUs of models that no job needs as its reference
     pinned: frozenset[str] = frozenset()  # application names of pinned models, which their settings keep loaded

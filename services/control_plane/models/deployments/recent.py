@@ -15,7 +15,9 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Found:
-    """What the database says about a model that a request names."""
+    """A model that a request names, as the database describes it, with the engine (model server) that answers for the
+    model and the number of GPUs of this engine.
+    """
 
     model: NamedModel
     engine: Engine
@@ -35,8 +37,9 @@ class RecentModels:
         self._found[project_id, name] = found
 
     def forget(self) -> None:
-        """Forgets all models. Every request that changes what a name leads to calls this, so that the client sees the
-        change in its next request."""
+        """Forgets all models. Every request that changes which model a name stands for, or how the model is served,
+        calls this method, so that the client sees the change in its next request.
+        """
         self._found.clear()
 
 
