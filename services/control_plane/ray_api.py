@@ -160,8 +160,8 @@ class RayApi:
         """Launches an attempt (one run of a fine-tuning job) as a job in Ray.
 
         `spec_uri` is the file that says what the attempt is to do, and `token` the secret with which it reports. Ray
-        accepts a submission id only once, so the attempt starts at most once. Raises Refused if Ray
-        refuses the launch for a reason that another try would not change.
+        accepts a submission id only once, so the attempt starts at most once. Raises Refused if Ray refuses the launch
+        for a reason that another try would not change.
         """
         # Ray's job supervisor reads the second variable, and so does the driver.
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}

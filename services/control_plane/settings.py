@@ -361,7 +361,7 @@ class Settings(BaseSettings):
 
     @property
     def oidc_audiences(self) -> list[str]:
-        """Returns the audiences of which an OpenID Connect token must name one."""
+        """Returns the accepted audiences. An OpenID Connect token must name at least one of them."""
         return [name for name in (self.oidc_audience, self.oidc_client_id) if name is not None]
 
     def num_gpus_of(self, own: DeploymentSettings) -> float:

@@ -266,7 +266,9 @@ def plan_unsent(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body
 
 
 def _names(local: Mapping[str, Path]) -> dict[str, str]:
-    """Returns the names of local files as the service expects them, each by the field of the body that names it."""
+    """Returns the names of local files in the form that the service expects: an absolute path, or a relative one that
+    begins with `./`. Each is under the field of the body that names the file.
+    """
     return {field: str(path) if path.is_absolute() else f"./{path}" for field, path in local.items()}
 
 

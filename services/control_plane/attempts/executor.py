@@ -32,10 +32,10 @@ LAUNCH_SECONDS = 900  # an attempt fails if Ray answers its launch with errors f
 
 
 class Executor:
-    """Carries out decisions about jobs.
+    """Carries out decisions about jobs, such as to launch or to stop a job's attempt (its run on Ray).
 
-    A method raises jobs.Stale if the job changed after the decision, and passes on errors of the database, storage and
-    Ray. After an error, the job stays as it is until the next decision.
+    Each method raises jobs.Stale if the job has changed since the decision was made, and passes on errors of the
+    database, storage and Ray. After an error, the job stays as it is until the next decision.
     """
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings, *, holder: str) -> None:
@@ -48,7 +48,7 @@ class Executor:
         """Carries out a decision about a job.
 
         `attempt` is the job's open attempt (its current run on Ray), `submission` is what Ray says about this attempt,
-        and `past` counts the earlier attempts.
+        and `past` holds the numbers of the job's earlier attempts and of their failures.
         """
         if decision in (Decision.OPEN, Decision.LAUNCH) and (error := jobs.unreadable(job) or await self._unfit(job)):
             await self._fail(job, error, attempt)
@@ -237,10 +237,10 @@ class Executor:
 
     async def _stop(self, job: Job, attempt: Attempt) -> None:
         """Asks Ray to stop the attempt (run of the job). Unless the user cancelled the job, also stores why the attempt
-        is stopped, and adds an event about it.
+        is stopped, and adds an event to the job that says so.
 
-        The reconciler calls this method about once a second until the attempt has ended. Only the first call adds an
-        event.
+        The reconciler, the task that handles all jobs, calls this method about once a second until the attempt has
+        ended. Only the first call adds an event.
         """
         if job.desired != "cancel":
             late = "the job was asked to pause and did not pause in time" if job.desired == "pause" else None
@@ -250,7 +250,7 @@ class Executor:
         await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
-        """Ends an attempt (a run of the job on Ray) that stopped because the service asked it to.
+        """Ends an attempt (a run of the job on Ray) that stopped because the service asked it to stop.
 
         If the user still wants a pause, pauses the job. If not, the job continues with its next attempt.
         """

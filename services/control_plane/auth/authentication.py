@@ -83,7 +83,7 @@ class Authentication:
             return None
 
     async def _with_project(self, caller: Caller) -> Caller:
-        """Returns the caller. Raises Unauthorized if its project does not exist or is archived."""
+        """Returns the caller. Raises Unauthorized if the caller's project does not exist or is archived."""
         async with self._store.begin() as session:
             living = select(Project.id).where(Project.id == caller.project_id, Project.archived_at.is_(None))
             if await session.scalar(living) is None:

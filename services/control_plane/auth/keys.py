@@ -123,7 +123,10 @@ async def find(session: AsyncSession, caller: Caller, key_id: str) -> Key:
 
 
 async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
-    """Revokes the key, so that it no longer works. Revoking a key twice is harmless."""
+    """Revokes the API key, so that it no longer works, and returns its row. Revoking a key twice is harmless.
+
+    Raises NotFound if the caller may not manage a key with this id.
+    """
     key = await find(session, caller, key_id)
     key.revoked_at = key.revoked_at or datetime.now(UTC)
     return key

@@ -1,7 +1,8 @@
 """Runs work in the background that only one control plane may do at a time.
 
-To do a piece of work, such as a check of a file, a control plane takes its lease: a row in the database that expires if
-it is not renewed. If a control plane dies, its leases expire, and another control plane repeats or continues the work.
+To do a piece of work, such as a check of a file, a control plane takes the lease of this piece: a row in the database
+that expires if it is not renewed. If a control plane dies, its leases expire, and another control plane repeats or
+continues the work.
 """
 
 import asyncio

@@ -136,8 +136,8 @@ def _conninfo(url: URL) -> str:
 class NoDatabase(ValueError):
     """Raised if the database's URL does not lead to a PostgreSQL server that the service can use.
 
-    The message says why. It does not contain the URL, which has a password. The URL may lead to a connection pooler,
-    for example: poolers support neither LISTEN nor the limits on statements that the service sets.
+    For example, the URL leads to a connection pooler: poolers support neither LISTEN nor the limits on statements that
+    the service sets. The message gives the reason, but not the URL, because the URL has a password.
     """
 
 
@@ -412,7 +412,7 @@ async def _append(session: AsyncSession) -> None:
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
     """Returns the SQL statement that inserts rows into the tables of the classes `kinds`.
 
-    The statement has a parameter for each table, with the table's name: a JSON list of the rows.
+    For each table, the statement has a parameter with the table's name. Its value is a JSON list of the rows to insert.
     """
     parts = []
     for kind in kinds:
@@ -424,7 +424,7 @@ def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
 
 
 def owns(session: AsyncSession, row: Owned) -> bool:
-    """Whether the session may change the row. It may not if another project owns the row and only shares it."""
+    """Whether the session may change the row. Returns False if another project owns the row and only shares it."""
     return session.info.get("project_id") in (None, row.project_id)
 
 

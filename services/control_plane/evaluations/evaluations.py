@@ -120,7 +120,9 @@ async def pause(session: AsyncSession, evaluation_id: str) -> Evaluation:
 
 
 async def resume(session: AsyncSession, evaluation_id: str) -> Evaluation:
-    """Queues the paused evaluation again, and returns it. Raises InvalidRequest if it is not paused."""
+    """Queues the paused evaluation again, and returns the evaluation. Raises InvalidRequest if the evaluation is not
+    paused.
+    """
     evaluation = await find(session, evaluation_id)
     since = case((Evaluation.progressed_at.is_not(None), func.clock_timestamp()))  # the pause is no standstill
     values = {"state": "queued", "progressed_at": since}
@@ -133,7 +135,7 @@ async def resume(session: AsyncSession, evaluation_id: str) -> Evaluation:
 async def remove(session: AsyncSession, evaluation_id: str) -> None:
     """Deletes the evaluation and its items (prompts with results).
 
-    Raises InvalidRequest if it has not ended, or if rounds that have not ended need it.
+    Raises InvalidRequest if the evaluation has not ended, or if rounds that have not ended need the evaluation.
     """
     evaluation = await find(session, evaluation_id)
     if evaluation.state not in EVALUATION_ENDS:
@@ -349,7 +351,9 @@ async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: 
 async def _set(
     session: AsyncSession, evaluation_id: str, condition: ColumnElement[bool] | TextClause, values: dict[str, Any]
 ) -> bool:
-    """Sets columns of the evaluation, if the condition holds for it. Returns whether it holds."""
+    """Sets the columns that `values` names in the evaluation's row, if `condition` holds for the row. Returns whether
+    it holds.
+    """
     changed = update(Evaluation).where(Evaluation.id == evaluation_id, condition).values(**values)
     statement = changed.returning(Evaluation.id).execution_options(synchronize_session=False)
     return await session.scalar(statement) is not None

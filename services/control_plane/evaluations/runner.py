@@ -1,7 +1,7 @@
 """Runs evaluations of models in the background. Every control plane does so.
 
-To work on an evaluation, a control plane takes its lease. If a control plane dies, another one goes on with the items
-(prompts) that are left.
+To work on an evaluation, a control plane takes the evaluation's lease, which is the right to work on it. If a control
+plane dies, another one continues with the items (prompts) that are left.
 """
 
 from functools import partial
@@ -56,8 +56,8 @@ class EvaluationRunner:
         return await evaluations.is_running(session, evaluation.id)
 
     async def interrupted(self, session: AsyncSession, evaluation: Evaluation, error: Exception) -> None:
-        """Stores for the user that the evaluation waits after an unexpected error. If nothing was finished for a day,
-        the evaluation fails.
+        """Stores for the user that the evaluation waits after an unexpected error. If no stage of an item (prompt) was
+        finished for a day, the evaluation fails.
         """
         what = (
             f"The service cannot go on because of an error of its own ({type(error).__name__}), which its log explains"

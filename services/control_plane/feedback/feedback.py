@@ -18,7 +18,9 @@ AT_A_TIME = 50  # rows in memory while a file is written; a row may have a megab
 
 
 async def add(session: AsyncSession, vote: Vote) -> Feedback:
-    """Stores the vote, and returns its database row. Raises OverQuota if the project may not store so many bytes."""
+    """Stores the vote, and returns its database row. Raises OverQuota if the bytes of the row would exceed the
+    project's limit.
+    """
     feedback_id = f"fb-{secrets.token_hex(12)}"
     row = {**vote.row, "feedback": {"id": feedback_id, **vote.row["feedback"]}}
     num_bytes = len(_line(row))
@@ -41,8 +43,8 @@ async def find(session: AsyncSession, feedback_id: str) -> Feedback:
 
 
 async def remove(session: AsyncSession, feedback_id: str) -> None:
-    """Deletes the vote. Training files that were made before still contain it. Raises NotFound if there is no such
-    vote.
+    """Deletes the vote. Training files that were made before still contain the vote. Raises NotFound if there is no
+    such vote.
     """
     await session.delete(await find(session, feedback_id))
 

@@ -1,8 +1,8 @@
 """Checks the rows of training files: small files before the upload is answered, large files in the background.
 
-A large file is stored unchecked. Every control plane looks for unchecked files. To check a file, it takes the file's
-lease. So no two control planes check a file at the same time, and if a control plane dies, another one repeats its
-check.
+A large file is stored unchecked. Every control plane looks for unchecked files. To check a file, a control plane takes
+the file's lease, which is the right to check the file. So no two control planes check a file at the same time, and if a
+control plane dies, another one repeats its check.
 """
 
 import asyncio
@@ -128,11 +128,11 @@ class RowChecker:
         return f"{LEASE}{row.id}"
 
     async def claim(self, session: AsyncSession, holder: str) -> File | None:
-        """Takes the lease of an unchecked file for `holder`, which gives it the right to check the file. Returns the
-        file's row.
+        """Takes the lease of an unchecked file (the right to check the file) for the control plane `holder`. Returns
+        the file's row.
 
-        Returns None if every unchecked file is taken. Also marks files as refused whose check has not succeeded for a
-        day.
+        Returns None if every unchecked file is taken. Also marks a file as refused if no check of the file has
+        succeeded for a day.
         """
         await session.execute(
             update(File)
@@ -161,7 +161,9 @@ class RowChecker:
         return await _write(session, row, num_checked=self._num_checked.get(row.id, 0))
 
     async def interrupted(self, session: AsyncSession, row: File, error: Exception) -> None:
-        """Postpones the next check of the file. `claim` refuses the file after a day."""
+        """Postpones the next check of the file. If no check has succeeded for a day, the method `claim` marks the file
+        as refused.
+        """
         age = await session.scalar(select(func.extract("epoch", func.now() - File.created_at)).where(File.id == row.id))
         await hold_lease(session, self.lease_of(row), NOBODY, seconds=pause_seconds(float(age or 0)))
 

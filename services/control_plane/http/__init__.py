@@ -1,2 +1,3 @@
-"""What happens to every HTTP request around its route: limits, authentication, idempotency, errors and the access
-log."""
+"""Does for every HTTP request what does not depend on its route: limits, authentication, idempotency, errors and the
+access log.
+"""

@@ -26,8 +26,8 @@ PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}")
 class AccessLog:
     """The outermost ASGI middleware of the app.
 
-    Gives each request an id, logs it and counts it. Also answers 500 to requests that crash, so that these responses
-    have an id, too.
+    Gives each request an id, logs the request and counts it. Also answers 500 to requests that crash, so that these
+    responses have an id, too.
     """
 
     def __init__(self, app: ASGIApp) -> None:

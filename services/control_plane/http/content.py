@@ -29,8 +29,9 @@ _digests: LRUCache[str, bytes] = LRUCache(1000)  # SHA-256 by ETag, of contents 
 
 @dataclass(frozen=True)
 class Content:
-    """The bytes of a download, and the values that describe them. The bytes never change while `etag` stays the
-    same."""
+    """The bytes of a download, with their number, ETag, file name and media type. The bytes never change while `etag`
+    stays the same.
+    """
 
     num_bytes: int
     etag: str  # without quotes

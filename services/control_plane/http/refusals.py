@@ -36,8 +36,8 @@ class Refusals:
         self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # counted, by key, action, status, code
 
     async def note(self, request: Request, error: ApiError) -> None:
-        """Writes the refused request to the audit log. Only counts it if its key has had many refusals in this minute
-        already.
+        """Writes the refused request to the audit log. If the request's API key has had many refusals in this minute
+        already, only counts the request.
 
         Does nothing for errors that do not belong in the log.
         """

@@ -106,9 +106,11 @@ def _names(kind: Any) -> set[str]:
 
 @contextmanager
 def within(where: str, note: str = "") -> Iterator[None]:
-    """Makes errors of a part of the body, at the path `where`, name their fields by the path in the whole body.
+    """Corrects the field that an error names, if the error is raised in the `with` block, where a part of a request's
+    body is checked.
 
-    `note` is added to the error's message.
+    `where` is the path of this part. The error then names the field by its path in the whole body. `note` is added to
+    the error's message.
     """
     try:
         yield

@@ -3,8 +3,8 @@
 If a request's model is not loaded, the control plane has Ray Serve load it, and the request waits. If a model fails or
 refuses a request, the client gets an error in OpenAI's JSON form.
 
-While a control plane has unanswered requests to a model, it keeps a row in the database, called a mark. A model with a
-mark is not unloaded. Marks expire, so each control plane renews its own.
+While a control plane has unanswered requests to a model, the database holds a record of this, called a mark. A model
+with a mark is not unloaded. Marks expire, so each control plane renews its own marks.
 """
 
 import asyncio
@@ -173,10 +173,11 @@ class Inference:
         return Found(model, engine, min(num_gpus, 1) if model.num_outputs else num_gpus)
 
     async def _note_use(self, found: Found) -> None:
-        """Records that the adapter that a request uses is in use, at most once every few minutes for each adapter.
+        """Records that an adapter is used, at most once every few minutes for each adapter. `found` is the model that a
+        request names.
 
-        Does nothing if the model `found` is no adapter on the engine of its base model. This record is needed because
-        the engine's row in `deployments` names only the base model.
+        Does nothing if this model is no adapter on the engine (model server) of its base model. The record is needed
+        because the engine's row in `deployments` names only the base model.
         """
         if found.engine.adapter and models.must_note_use(found.model):
             async with self._store.begin() as session:
@@ -211,8 +212,8 @@ class Inference:
                 self._end(engine, answer, meter, share)
 
     def _end(self, engine: Engine, answer: Answer | None, meter: Meter, share: float) -> None:
-        """Counts a request as ended and closes the model's answer, if there is one. Tells `meter` how many seconds it
-        used.
+        """Counts a request as ended and closes the model's answer, if there is one. Tells `meter` how many seconds the
+        request used.
 
         The meter then records the tokens and the seconds. `share` is the value of the model's `_Use.share` when the
         request began; its increase since then is the number of seconds.

@@ -1,7 +1,7 @@
 """Counts the tokens of answers while the answers pass through to the client.
 
-The service asks vLLM to add the count of tokens to each stream. It removes the count again, unless the client asked for
-it too.
+The service asks vLLM to add the count of tokens to each stream. It removes the count again, unless the client has asked
+for the count itself.
 """
 
 import re
@@ -37,9 +37,10 @@ def asking_for_usage(body: bytes) -> bytes:
 
 
 class Meter:
-    """Counts the tokens of one answer, and reports the count once, when the answer ends, by calling `note`.
+    """Counts the tokens of one answer. When the answer ends, calls `note` once with the numbers of tokens of the prompt
+    and the completion, and the accelerator seconds.
 
-    `shows_usage` says whether the client sees the event of a stream that holds the count.
+    `shows_usage` says whether a client that reads a stream sees the event with the count of tokens.
     """
 
     def __init__(self, note: Note, *, shows_usage: bool) -> None:

@@ -33,8 +33,8 @@ class Admitted(NamedTuple):
 
 
 async def check_uri(spec: JobSpec, settings: Settings) -> None:
-    """Raises InvalidRequest if the job's training file is at a URI that jobs may not read. The check may take
-    seconds."""
+    """Raises InvalidRequest if the job's training data are at a URI that jobs may not read. The check may take seconds.
+    """
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
 
@@ -69,9 +69,9 @@ async def admit(
 
 
 async def check_files(session: AsyncSession, spec: JobSpec) -> None:
-    """Checks the job's files again when it starts. Raises InvalidRequest if the job cannot use one of them.
+    """Checks the job's files again when the job starts. Raises InvalidRequest if the job cannot use one of them.
 
-    This is needed because the rows of a large file may be checked only after the job was submitted.
+    This second check is needed because the rows of a large file may be checked only after the job was submitted.
     """
     for param in files.NEEDED:
         if (file_id := getattr(spec, param)) and not (param == "training_file" and spec.is_at_uri):

@@ -29,7 +29,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Combination:
-    """The parts of a job request that the rules about forbidden combinations of options depend on."""
+    """What the rules about forbidden combinations of options look at: the job's spec, the options that the user sent,
+    the model that the job starts from, and its reference model.
+    """
 
     spec: JobSpec  # with the service's choice of weights
     asked: Asked

@@ -48,7 +48,7 @@ class News:
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def wait(self) -> None:
-        """Waits until the job changes, which `tell` announces."""
+        """Waits until a call of `tell` announces that the job has changed."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
         try:

@@ -33,8 +33,8 @@ async def judge_of(
     """Returns the models that score completions for a request that names the model `name`.
 
     For a policy, `reference` and `beta` are the request's choices. If they are None, the reference model and beta of
-    the job that trained the policy are used. Raises InvalidRequest if one of the two remains unknown, if one is given
-    for a reward model, or if the reference model is a reward model.
+    the job that trained the policy are used. Raises InvalidRequest if the reference model or beta remains unknown, if
+    the request gives one of them for a reward model, or if the reference model is a reward model.
     """
     model = await models.find(session, settings, name)
     job = await _job_of(session, model)

@@ -15,10 +15,10 @@ GRID_POINTS, DEVIATIONS = 256, 5.0  # of a numerical integral: points, and stand
 
 @dataclass(frozen=True)
 class Judged:
-    """A completion's reward, and the numbers that it was computed from.
+    """A completion's reward, and the numbers that the reward was computed from.
 
-    If a reward model scored the completion, `outputs` holds the model's outputs. If a policy did, the fields after
-    `outputs` hold the log-probabilities.
+    If a reward model scored the completion, `outputs` holds the model's outputs. If a policy scored it, `logp`,
+    `reference_logp` and their difference `log_ratio` hold the log-probabilities, in nats.
     """
 
     reward: float

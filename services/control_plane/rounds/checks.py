@@ -22,9 +22,11 @@ from services.control_plane.settings import Settings
 
 
 async def prompts_of(store: ProjectStore, body: CreateRounds) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns the prompts to sample answers to, and those to evaluate policies on, as JSON objects.
+    """Returns two lists of prompts, as JSON objects: those to which the policies write answers, and those on which the
+    policies are evaluated. If the request has no prompts for evaluations, both lists are the same.
 
-    Raises InvalidRequest if there are none, if they are too large together, or if some are texts and others messages.
+    Raises InvalidRequest if there are no prompts, if the prompts are too large together, or if some are texts and
+    others messages.
     """
     sampled = await _read(store, body.rows, body.file, body.max_items, body.judge)
     if len({isinstance(group.prompt, str) for group in sampled}) > 1:
@@ -49,7 +51,9 @@ async def _read(
 
 
 async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, spec: RoundsSpec) -> None:
-    """Raises ApiError, which names the field, if the first round could not be done as `spec` describes it."""
+    """Checks that the first round can be done as `spec` describes it. Raises ApiError, which names the wrong field, if
+    it cannot.
+    """
     sampling = await samples.of(session, settings, spec.samples_of(spec.model, 1))
     if sampling.grader.is_asked and spec.selection.type == "rso":
         message = (

@@ -1,7 +1,7 @@
-"""Creates rounds, and makes all changes of their states that users wish.
+"""Creates rounds, and changes their states when users pause, resume or cancel them.
 
-Rounds are running or paused, and end succeeded, failed or cancelled. A wish also reaches the job or the evaluations
-that are under way.
+Rounds improve a policy by training on its own scored answers. They are running or paused, and end succeeded, failed or
+cancelled. To pause, resume or cancel rounds also does so with their job or evaluations that are under way.
 """
 
 import secrets
@@ -35,10 +35,11 @@ Row = dict[str, Any]
 async def create(
     session: AsyncSession, spec: RoundsSpec, sampled: Sequence[Row], held_out: Sequence[Row], key_id: str
 ) -> Rounds:
-    """Adds rounds, and returns them. `sampled` are the prompts to sample answers to, `held_out` those of evaluations.
+    """Adds the row of new rounds to the database, and returns the row.
 
-    `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the project has too
-    many rounds that have not ended, and Forbidden if the project is archived.
+    `sampled` are the prompts to which the policies write answers, and `held_out` the prompts on which the policies are
+    evaluated. `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the
+    project has too many rounds that have not ended, and Forbidden if the project is archived.
     """
     project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
     if project.archived_at is not None:
@@ -61,7 +62,10 @@ async def create(
 
 
 async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> Rounds:
-    """Returns the rounds with this id; if `lock`, nobody else can change them until the transaction ends."""
+    """Returns the rounds with this id. If `lock`, nobody else can change the rounds until the transaction ends.
+
+    Raises NotFound if the project has no such rounds.
+    """
     rounds = await session.get(Rounds, rounds_id, populate_existing=True, with_for_update=True if lock else None)
     if rounds is None:
         message = f"There are no rounds '{rounds_id}'; list the project's rounds for their ids."
@@ -70,7 +74,7 @@ async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> 
 
 
 async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Pauses the rounds, and the job or the evaluations that are under way. Returns the rounds.
+    """Pauses the rounds, and their job or evaluations that are under way. Returns the rounds.
 
     `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds have ended.
     """
@@ -85,7 +89,7 @@ async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Lets the paused rounds go on, with the job or the evaluations that were under way. Returns the rounds.
+    """Resumes the paused rounds, and their job or evaluations that were under way. Returns the rounds.
 
     `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds are not paused, and
     OverQuota if the project may not queue the paused job.
@@ -104,10 +108,10 @@ async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def cancel(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Ends the rounds as cancelled, and the job or the evaluations that are under way. Returns the rounds.
+    """Cancels the rounds, and their job or evaluations that are under way. Returns the rounds.
 
-    What the rounds have made is kept. `actor` is the id of the API key that sent the request. Raises InvalidRequest if
-    the rounds have ended.
+    The files, jobs, models and results so far are kept. `actor` is the id of the API key that sent the request. Raises
+    InvalidRequest if the rounds have ended.
     """
     rounds = await _live(session, rounds_id, "cancelled")
     async for child in _under_way(session, rounds):
@@ -120,9 +124,9 @@ async def cancel(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def remove(session: AsyncSession, rounds_id: str) -> None:
-    """Deletes the rounds. The files, jobs, models and evaluations that they have made stay.
+    """Deletes the row of the rounds. The files, jobs, models and evaluations that the rounds have made stay.
 
-    Raises InvalidRequest if they have not ended.
+    Raises InvalidRequest if the rounds have not ended.
     """
     rounds = await find(session, rounds_id, lock=True)
     if rounds.state not in EVALUATION_ENDS:
@@ -138,7 +142,7 @@ async def _live(session: AsyncSession, rounds_id: str, wish: str) -> Rounds:
 
 
 async def _under_way(session: AsyncSession, rounds: Rounds) -> AsyncIterator[Evaluation | Job]:
-    """Yields the job and the evaluations of the newest round that have not ended, and that nobody deleted."""
+    """Yields the evaluations and the job of the newest round that still exist and have not ended."""
     entry = rounds.history[-1]
     for evaluation_id in (entry.get("samples"), *(entry.get("evaluations") or {}).values()):
         evaluation = await session.get(Evaluation, evaluation_id) if evaluation_id else None

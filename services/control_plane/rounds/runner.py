@@ -1,7 +1,7 @@
 """Runs rounds in the background. Every control plane does so.
 
-To work on rounds, a control plane takes their lease. If a control plane dies, another one goes on with the stage that
-the rounds are at.
+To work on rounds, a control plane takes their lease, which is the right to work on them. If a control plane dies,
+another one continues with the stage that the rounds have reached.
 """
 
 import asyncio
@@ -43,8 +43,8 @@ class RoundsRunner:
         return await changes.is_running(session, rounds)
 
     async def interrupted(self, session: AsyncSession, rounds: Rounds, error: Exception) -> None:
-        """Stores for the user that the rounds wait after an unexpected error. If these errors go on for a day, the
-        rounds fail.
+        """Stores for the user that the rounds wait after an unexpected error. If such errors repeat for a day without
+        progress, the rounds fail.
         """
         rounds = await changes.find(session, rounds.id, lock=True)
         if rounds.state != "running":

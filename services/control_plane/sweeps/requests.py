@@ -146,8 +146,9 @@ class CreateSweep(BaseModel):
     def settled(self) -> "CreateSweep":
         """Returns the request with its seeds drawn and the goal of its metric chosen.
 
-        All jobs of a sweep have the same seed, unless the seed is a parameter. So they hold out the same rows, and
-        prepared data serve all of them. Raises InvalidRequest, which names the field, if fields contradict each other.
+        All jobs of a sweep have the same seed, unless the seed is a parameter. So all jobs hold out the same rows for
+        validation, and can share prepared data. Raises InvalidRequest, which names the field, if fields contradict each
+        other.
         """
         self._check()
         search = self.search

@@ -19,8 +19,8 @@ RETRY_SECONDS = 30.0  # after an error that nobody expected
 
 
 class SweepRunner:
-    """The background task that advances sweeps. Every control plane runs one; the lock of a sweep's row lets only one
-    of them change the sweep at a time.
+    """The background task that advances sweeps. Every control plane runs one. A lock on a sweep's row ensures that only
+    one control plane changes the sweep at a time.
     """
 
     def __init__(self, store: Store, settings: Settings, ray_api: RayApi) -> None:

@@ -12,7 +12,9 @@ from services.control_plane.sweeps.requests import Goal
 
 
 class Point(NamedTuple):
-    """A value of a metric of validation, and the share of the job's steps after which it was measured."""
+    """A value of a metric on validation data, and the share of the job's steps (from 0 to 1) after which the value was
+    measured.
+    """
 
     progress: float
     value: float
@@ -22,11 +24,12 @@ Curve = Sequence[Point]  # the values of one job, in order
 
 
 def is_hopeless(curve: Curve, others: Sequence[Curve], goal: Goal, *, min_trials: int, min_progress: float) -> bool:
-    """Whether the job with `curve` should stop: its best value is worse than the median of the best values that the
-    jobs of `others` had reached after the same share of their steps.
+    """Whether the job with `curve` should stop: its best value is worse than the median of the best values that other
+    jobs had reached after the same share of their steps.
 
-    Jobs are compared by the share of their steps, because they may have different numbers of steps. Returns False if
-    fewer than `min_trials` others had a value by then, or the job has trained less than `min_progress`.
+    `curve` and `others` hold the values of the metric that the jobs have measured so far. Jobs are compared by the
+    share of their steps, because they may have different numbers of steps. Returns False if fewer than `min_trials`
+    other jobs had a value by then, or if the job has trained less than the share `min_progress` of its steps.
     """
     if not curve or curve[-1].progress < min_progress:
         return False

@@ -41,8 +41,9 @@ async def find(session: AsyncSession, caller: Caller, project_id: str) -> Projec
 
 
 async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Returns the project with this id. Raises NotFound if the caller does not manage it, InvalidRequest if it is
-    archived."""
+    """Returns the project with this id. Raises NotFound if the caller does not manage the project, and InvalidRequest
+    if the project is archived.
+    """
     project = await find(session, caller, project_id)
     if project.archived_at is not None:
         raise InvalidRequest(f"The project {project_id} is archived; use another project.", param="project_id")

@@ -56,10 +56,10 @@ async def admit_job(session: AsyncSession) -> None:
 
 
 async def admit_resumption(session: AsyncSession, project_id: str) -> None:
-    """Raises OverQuota if the project may not queue a paused job again now.
+    """Raises OverQuota if the project may not queue a paused job again now, because of its limits on jobs or
+    accelerator hours.
 
-    This is checked against the project's limits on jobs and accelerator hours. Only its queued jobs, not its paused
-    ones, count against the limit on jobs.
+    Only the project's queued jobs count against its limit on jobs here. Its paused jobs do not.
     """
     await _admit(session, project_id, ("queued",))
 

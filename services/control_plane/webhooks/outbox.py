@@ -60,7 +60,9 @@ class Claim(NamedTuple):
 
 
 class End(NamedTuple):
-    """The result of one send of a webhook message to an endpoint."""
+    """The result of one send of a webhook message to an endpoint: a text for the endpoint's owner, and whether the
+    message is sent again later.
+    """
 
     claim: Claim
     outcome: str  # as text, for the endpoint's owner
@@ -85,7 +87,8 @@ NOTE_ENDPOINT = (
 
 
 class Sender:
-    """Sends the messages in the outbox whose time has come, to many endpoints (URLs of users) at the same time.
+    """Sends the webhook messages whose time has come, to many endpoints (URLs of users) at the same time. The messages
+    are in the outbox, a table of the database.
 
     A slow or dead endpoint delays only the messages of its own project.
     """
@@ -227,7 +230,7 @@ class Sender:
         """Stores the results of the sends that have ended, in one transaction for all of them.
 
         Many sends to slow endpoints end in the same moment. A transaction for each would take all connections to the
-        database. If the transaction fails, the messages are due again when their leases end.
+        database. If the transaction fails, the messages are due again LEASE_SECONDS after they were claimed.
         """
         ends, self._ends = self._ends, []
         if not ends:

@@ -50,7 +50,8 @@ class Models:
         """Returns `count` answers to the prompt of `group` (a prompt with completions), as JSON objects like the one
         that the method `answer` returns.
 
-        All come from one request, so the engine reads the prompt once. `number` is as for the method `answer`.
+        All answers come from one request, so the engine reads the prompt once. `number` is the number of the
+        evaluation's item, which is added to the seed of `sampling`.
         """
         options = {**_options(sampling, number), "n": count, "return_token_ids": True}
         found = await self._complete(model, group, options)

@@ -1,7 +1,7 @@
 """Evaluates which of two models answers better: a judge compares their answers to the same prompts.
 
-A model that judges sees each pair of answers in both orders; if it always prefers the first answer, it finds only ties.
-If the two models are swapped, a win rate of w becomes 1 - w.
+If the judge is a model, it sees each pair of answers in both orders. A model that always prefers the answer that it
+sees first therefore finds only ties. If the two compared models are swapped, a win rate of w becomes 1 - w.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,6 @@
-"""Measures how far a policy has moved from its reference model, on answers that are sampled from the policy."""
+"""Measures how far a policy has moved from its reference model: the KL divergence, estimated on answers that are
+sampled from the policy.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ ESTIMATOR = "k1: the mean of log pi(y|x) - log pi_ref(y|x) over samples y of pi,
 
 @dataclass(frozen=True)
 class Drift:
-    """A policy, and the reference model from which its distance is measured."""
+    """A policy, and the reference model from which the policy's distance is measured."""
 
     spec: Spec
     model: NamedModel

@@ -51,8 +51,10 @@ Reply with one letter: A if answer A is better, B if answer B is better, C if ne
 
 @dataclass(frozen=True)
 class Grader:
-    """A judge of answers: a model that is asked which of two answers is better (`asked`), a reward (`rewarding`), or a
-    rule, if both are None.
+    """A judge of answers, which is one of three kinds.
+
+    If `asked` is set, it is a model that is asked which of two answers is better. If `rewarding` is set, it is a reward
+    model, or the implicit reward of a policy. If both are None, it is a rule.
     """
 
     judge: Judge
@@ -67,8 +69,8 @@ class Grader:
         return self.asked is not None
 
     async def score(self, models: Models, group: Group, text: str) -> float:
-        """Returns the score that the reward or the rule gives to `text`, an answer to the prompt of `group` (a prompt
-        with completions).
+        """Returns the score of `text`, an answer to the prompt of `group` (a prompt with completions), by the reward
+        model, the implicit reward or the rule.
         """
         if self.rewarding is not None:
             return (await models.rewards(self.rewarding, answered(group, [text])))[0].reward

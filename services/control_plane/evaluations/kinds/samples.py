@@ -1,6 +1,7 @@
 """Samples several answers of a model to each prompt, and scores each answer.
 
-Shows how good the best of them is, and how much they differ. Rounds make training data of these samples.
+The results show how good the best answers are, and how much the answers to a prompt differ. Rounds, which improve a
+policy, make training data of these samples.
 """
 
 import asyncio

@@ -1,4 +1,6 @@
-"""Evaluates how good a model's answers are: a reward model or a rule gives each answer a score."""
+"""Evaluates how good a model's answers are: a reward model, the implicit reward of a policy, or a rule gives each
+answer a score.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +22,9 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Score:
-    """A model that writes answers, and the reward model or the rule that scores them."""
+    """A model that writes answers, and the judge that scores them: a reward model, the implicit reward of a policy, or
+    a rule.
+    """
 
     spec: Spec
     model: NamedModel

@@ -74,7 +74,7 @@ class Room:
 class Bounds:
     """The limited amounts that requests share: requests at the same time, open event streams, memory and disk.
 
-    Requests of users share one object of this class, reports of training processes another one.
+    All requests of users share one object of this class. All reports of training processes share another one.
     """
 
     def __init__(self, settings: Settings) -> None:

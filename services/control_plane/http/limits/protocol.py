@@ -14,8 +14,9 @@ HEAD_SECONDS = 30.0
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection to a client. The client must send headers within 30 seconds and 64 KiB, and must read the
-    response."""
+    """A connection to a client. The client must send the request line and headers within 30 seconds, in at most 64 KiB.
+    It must also read the response.
+    """
 
     _head_bytes: int | None = 0  # bytes received of the request line and headers; None: both are complete
     _head_timer: asyncio.TimerHandle | None = None

@@ -126,10 +126,11 @@ async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedM
 async def _check_attached(
     session: AsyncSession, settings: Settings, model: NamedModel, chosen: DeploymentSettings
 ) -> None:
-    """Raises InvalidRequest if the model has no engine (server) of its own, and `chosen` sets something that only an
-    engine has.
+    """Raises InvalidRequest if `chosen` sets another field than `mode`, but the model has no engine (server) of its
+    own.
 
-    An adapter has no engine of its own if the engine of its base model answers for it.
+    A model has no engine of its own if it is an adapter for which the engine of its base model answers. The settings of
+    this engine are those of the base model.
     """
     engine, fields = await engine_of(session, settings, model), sorted(chosen.model_fields_set - {"mode"})
     if engine.adapter and fields:

@@ -38,9 +38,9 @@ async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None 
     """Requests that the model is loaded, or records that it is used. Both are stored in the model's row in
     `deployments`.
 
-    `app_name` is given only to load a second engine of the model, which only computes log-probabilities. `for_job` says
-    that a job needs the model as its reference; a model that only jobs have requested is unloaded after they have used
-    it. Raises Unavailable if another model has the same application name on the cluster.
+    `app_name` is given only to load a second engine (server) of the model, which only computes log-probabilities.
+    `for_job` says that a job needs the model as its reference; a model that only jobs have requested is unloaded after
+    they have used it. Raises Unavailable if another model has the same application name on the cluster.
     """
     named = {"app_name": app_name or model.app_name, "model_id": model.id, "source": model.source}
     scores = named["app_name"] != model.app_name
@@ -113,7 +113,7 @@ async def scorer_named(
 
 
 def scorer_of(model: NamedModel) -> str:
-    """Returns the application name of the model's second engine, which only computes log-probabilities."""
+    """Returns the application name of the model's second engine (server), which only computes log-probabilities."""
     return f"{model.app_name}-scores"
 
 
@@ -376,8 +376,8 @@ async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
 
 
 async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_for: str | None) -> None:
-    """Records the decision about a requested model in its row: whether Ray Serve runs it (`serves`), and what it waits
-    for.
+    """Records the decision about a requested model in the model's row: whether Ray Serve runs the model (`serves`), and
+    what the model waits for.
 
     Updates only the columns that changed, because requests update other columns at the same time.
     """

@@ -37,8 +37,8 @@ class Engine:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the HTTP headers that tell the engine for which adapter a request is. Returns {} if it is for no
-        attached adapter.
+        """Returns the HTTP headers that tell the engine (model server) for which adapter a request is. Returns {} if
+        the request is not for an attached adapter.
 
         An attached adapter is one for which the engine of its base model answers.
         """
@@ -87,10 +87,11 @@ async def hosts_of(session: AsyncSession, settings: Settings, model: NamedModel)
 async def why_merged_on(
     session: AsyncSession, settings: Settings, start: NamedModel, adapter: Lora, quantization: Quantization | None
 ) -> str | None:
-    """Returns the reason why the engine of a job's base model could not answer for the adapter that the job trains.
+    """Returns the reason why the engine (model server) of a job's base model could not answer for the adapter that the
+    job trains.
 
-    Returns None if it could. `start` is the model that the job starts from. `quantization` is that of the base model
-    during training, None for none.
+    Returns None if this engine could answer for the adapter. `start` is the model that the job starts from.
+    `quantization` is that of the base model during training, None for none.
     """
     base = start.root if start.adapter else start.id
     own = (await deployment_settings.of(session, settings, {base}))[base]

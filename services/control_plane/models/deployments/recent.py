@@ -25,7 +25,7 @@ class Found:
 
 
 class RecentModels:
-    """The models that completions asked for in the last second, by project and by the model's name."""
+    """The models that requests for completions named in the last second, by project and by the name in the request."""
 
     def __init__(self) -> None:
         self._found: TTLCache[tuple[str, str], Found] = TTLCache(MOST, SECONDS)
