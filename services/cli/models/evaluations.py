@@ -28,7 +28,7 @@ app = typer.Typer(
 EvaluationId = Annotated[str, id_argument("Id of the evaluation, such as evaluation-1a2b….")]
 
 LOOK_SECONDS = 1.0
-SHARES = {  # results that are printed as percentages
+SHARES = {  # the results that are printed as percentages
     "win_rate",
     "length_controlled_win_rate",
     "order_disagreement",

@@ -24,7 +24,7 @@ SILENCE_SECONDS = 120.0  # a request waits for a merge for a minute before the s
 DIGEST_SECONDS = 3600.0  # the service may read all weights for their digest
 RESUME_SECONDS = 2.0
 MOST_TRIES = 10  # tries in a row that bring no byte
-WORTH_WAITING = ("model_merging", "rate_limit_exceeded")  # codes of answers that end by themselves
+WORTH_WAITING = ("model_merging", "rate_limit_exceeded")  # error codes whose cause ends without the user's help
 Value = TypeVar("Value")
 
 HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
@@ -93,7 +93,7 @@ class Download:
         if part and (size := part.stat().st_size):
             headers |= {"Range": f"bytes={size}-", "If-Range": f'"{part.suffixes[-2][1:]}"'}
         with httpx.stream("GET", self._url, params=self._params, headers=headers, timeout=SILENCE_SECONDS) as answer:
-            if answer.status_code == 416 and part:  # all of it had arrived
+            if answer.status_code == 416 and part:  # the whole file had arrived
                 return part
             if answer.is_error:
                 answer.read()

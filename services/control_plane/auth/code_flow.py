@@ -17,8 +17,8 @@ from services.control_plane.auth.oidc import Issuer
 from services.control_plane.core.errors import Unauthorized
 from services.control_plane.settings import Settings
 
-AT_ONCE = 8  # the most exchanges at the same time; anybody may send one, and each asks the issuer
-LONGEST = 300  # the most characters that an error quotes of the issuer's
+AT_ONCE = 8  # the most exchanges at the same time, because anybody may request one, and each asks the issuer
+LONGEST = 300  # the most characters of the issuer's error that our error quotes
 
 
 @dataclass(frozen=True)

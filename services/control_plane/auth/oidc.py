@@ -23,7 +23,7 @@ ALGORITHMS = ["RS256", "ES256"]  # fixed here, because a token must not choose `
 REQUIRED = ["exp", "iss", "aud", "sub"]
 LEEWAY_SECONDS = 60  # the issuer's clock may differ from ours by this much
 FRESH_SECONDS = 300  # how long the issuer's keys are cached
-PAUSE_SECONDS = 5  # at least this long between two requests to the issuer, whatever tokens strangers send
+PAUSE_SECONDS = 5  # the shortest time between two requests to the issuer, however many wrong tokens arrive
 
 
 class Issuer:

@@ -151,7 +151,7 @@ class Feedback(Owned, Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     vote: Mapped[str]  # choice, thumb, ratings or edit
-    kind: Mapped[str]  # what a file of such rows holds: pairs, unpaired or ratings
+    kind: Mapped[str]  # the kind of training data that the row is: pairs, unpaired or ratings
     form: Mapped[str]  # whether the prompt is messages or text; a file has rows of one form
     row: Mapped[dict[str, Any]]
     num_bytes: Mapped[int] = mapped_column(BigInteger)  # of the row in a file
@@ -486,7 +486,7 @@ class Evaluation(Owned, Base):
     __tablename__ = "evaluations"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    key_id: Mapped[str]  # of the API key that created it, whose usage it counts as
+    key_id: Mapped[str]  # of the API key that created the evaluation; its usage counts as the key's
     spec: Mapped[dict[str, Any]]  # evaluations.requests.Spec
     state: Mapped[str] = mapped_column(default="queued")
     num_items: Mapped[int]
@@ -524,7 +524,7 @@ class EvaluationItem(Base):
     stage: Mapped[int] = mapped_column(default=0)  # how many stages are finished
     found: Mapped[dict[str, Any]] = mapped_column(server_default="{}")  # what these stages found
     num_tries: Mapped[int] = mapped_column(default=0)  # failed tries of the next stage
-    due_at: Mapped[datetime | None]  # the next try comes no earlier; None: at any time
+    due_at: Mapped[datetime | None]  # the time of the next try; None: at any time
     error: Mapped[dict[str, Any] | None]  # {code, message}: why the item failed for good
 
 
@@ -593,14 +593,14 @@ class Rounds(Owned, Base):
     __tablename__ = "rounds"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    key_id: Mapped[str]  # of the API key that created them, whose usage they count as
+    key_id: Mapped[str]  # of the API key that created the rounds; their usage counts as the key's
     spec: Mapped[dict[str, Any]]  # rounds.requests.RoundsSpec
     prompts: Mapped[dict[str, Any]] = mapped_column(deferred=True)  # rows: `sampled` and `held_out` prompts
     state: Mapped[str] = mapped_column(default="running")
     history: Mapped[list[dict[str, Any]]] = mapped_column(JSONB)
-    waits_for: Mapped[str | None]  # why they do not go on at the moment, as text for the user
-    troubled_at: Mapped[datetime | None]  # of the first of the unexpected errors since they last went on
-    end_reason: Mapped[str | None]  # why they succeeded: num_rounds, not_better or too_few_rows
+    waits_for: Mapped[str | None]  # why the rounds make no progress at the moment, as text for the user
+    troubled_at: Mapped[datetime | None]  # of the first unexpected error since the last progress
+    end_reason: Mapped[str | None]  # why the rounds succeeded: num_rounds, not_better or too_few_rows
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]
     __table_args__ = (

@@ -38,7 +38,7 @@ from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, Eval
 from services.control_plane.evaluations.requests import Spec
 from services.control_plane.tenants import projects
 
-MOST_LIVE = 100  # evaluations of a project that have not ended
+MOST_LIVE = 100  # the most evaluations of a project that have not ended
 LEASE = "evaluation "  # the name of an evaluation's lease is this text and the evaluation's id
 LIVE = text(f"state NOT IN {EVALUATION_ENDS}")  # as in the index
 ACTIVE = and_(LIVE, Evaluation.state != "paused")
@@ -124,7 +124,7 @@ async def resume(session: AsyncSession, evaluation_id: str) -> Evaluation:
     paused.
     """
     evaluation = await find(session, evaluation_id)
-    since = case((Evaluation.progressed_at.is_not(None), func.clock_timestamp()))  # the pause is no standstill
+    since = case((Evaluation.progressed_at.is_not(None), func.clock_timestamp()))  # a pause is no standstill
     values = {"state": "queued", "progressed_at": since}
     if not await _set(session, evaluation_id, Evaluation.state == "paused", values):
         message = f"The evaluation {evaluation_id} is {evaluation.state}; only a paused evaluation can be resumed."

@@ -80,7 +80,7 @@ class EvaluationRunner:
             await Work(self._store, evaluation, kind, models, partial(self._admit, evaluation, limit)).run()
         except Ended:
             pass
-        except ApiError as error:  # of one of its models, which was deleted
+        except ApiError as error:  # for example, one of the evaluation's models was deleted
             async with self._store.begin() as session:
                 await evaluations.fail(session, evaluation.id, error)
 

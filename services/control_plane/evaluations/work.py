@@ -25,7 +25,7 @@ from services.control_plane.settings import Settings
 log = logging.getLogger(__name__)
 
 ITEMS_AT_ONCE = 8  # of one evaluation
-MOST_TRIES = 5  # of one stage of an item; a wait for a model is no try
+MOST_TRIES = 5  # the most tries of one stage of an item; a wait for a model does not count as a try
 RETRY_SECONDS = 2.0  # after the first failed try; doubles with each further one
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 15.0, 600.0  # after a model was not available; doubles while none is
 LOOK_SECONDS = 1.0  # how often an evaluation looks for items that are due, if none is being worked on

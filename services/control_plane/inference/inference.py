@@ -314,7 +314,7 @@ class Inference:
         param = error.get("param") if isinstance(error.get("param"), str) else None
         if error.get("code") == "model_not_found":
             return NotFound(message, param="model", code="model_not_found")  # deleted while the request was on its way
-        if error.get("code") == "adapter_unusable":  # by the engine of its base, now and later
+        if error.get("code") == "adapter_unusable":  # the engine of the adapter's base can never load it
             return InvalidRequest(message, param="model", code="adapter_unusable")
         if refusal := REFUSALS.get(status):
             return refusal(message, param=param, code="invalid_value")

@@ -14,7 +14,7 @@ def decide(asked: Asked, start: NamedModel, settings: Settings) -> Weights:
     `asked` holds the user's choices; for `auto`, the service chooses. `start` is the model that the job starts from.
     """
     adapter = _adapter(asked, start, settings)
-    kept = start.quantization if adapter else None  # an adapter goes on with the base that it was trained on
+    kept = start.quantization if adapter else None  # a trained adapter keeps the quantization of its base
     quantization = asked.quantization or kept
     return Weights(adapter=adapter, precision=_precision(asked, settings), quantization=quantization)
 

@@ -46,7 +46,7 @@ class NamedModel:
     job_id: str | None = None  # None: a base model
     base_source: str | None = None  # source of an adapter's base model; None: the model holds all weights
     adapter: Lora | None = None  # the options of an adapter; None: the model is no adapter
-    quantization: Quantization | None = None  # quantization of the base that the adapter was trained on
+    quantization: Quantization | None = None  # of the base model, when the adapter was trained on it
     num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
     attached_at: datetime | None = None  # when the adapter was last recorded in use on the engine of its base
 

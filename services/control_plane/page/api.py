@@ -15,7 +15,7 @@ router = APIRouter(include_in_schema=False)
 
 BUILT = Path(__file__).with_name("built")
 NOT_BUILT = "The web page is not built; run `make page` in the folder of the sources, then load this address again.\n"
-# The page takes code, styles and data from this service only, and none that stand in the page itself.
+# The page may load code, styles and data from this service only. Code and styles within its HTML are not run.
 HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",

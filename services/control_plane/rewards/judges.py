@@ -73,7 +73,7 @@ async def _job_of(session: AsyncSession, model: NamedModel) -> Any:
 
 
 def _beta(name: str, objective: Objective | None) -> float:
-    if isinstance(objective, Mpo):  # the first preference objective, as in the trainer's metrics
+    if isinstance(objective, Mpo):  # the first objective that learns preferences counts, as in the trainer's metrics
         objective = next(part for part in objective.objectives if not isinstance(part, Supervised))
     if objective is None or not _compares(objective):
         why = _why_unknown(name, objective, "beta")

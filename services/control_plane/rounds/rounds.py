@@ -1,7 +1,7 @@
 """Creates rounds, and changes their states when users pause, resume or cancel them.
 
 Rounds improve a policy by training on its own scored answers. They are running or paused, and end succeeded, failed or
-cancelled. To pause, resume or cancel rounds also does so with their job or evaluations that are under way.
+cancelled. Pausing, resuming or cancelling rounds does the same to their job or evaluations that are under way.
 """
 
 import secrets
@@ -21,7 +21,7 @@ from services.control_plane.jobs import jobs
 from services.control_plane.rounds.requests import RoundsSpec
 from services.control_plane.tenants import projects
 
-MOST_LIVE = 20  # rounds of a project that have not ended
+MOST_LIVE = 20  # the most rounds of a project that have not ended
 LEASE = "rounds "  # the name of the lease of rounds is this text and their id
 LIVE = text(f"state NOT IN {EVALUATION_ENDS}")  # as in the index
 CLAIMS = func.pg_try_advisory_xact_lock(func.hashtextextended("claims of rounds", 0))
@@ -160,7 +160,7 @@ async def end(session: AsyncSession, rounds: Rounds, state: str, **values: Any) 
     """Ends the rounds, whose row the caller has locked, in the state `state`, and sets the columns in `values`."""
     finished_at = await session.scalar(select(func.clock_timestamp()))
     ending = {"state": state, "waits_for": None, "finished_at": finished_at}
-    for name, value in (ending | values).items():  # together: constraints hold of the columns
+    for name, value in (ending | values).items():  # all in one UPDATE, as the table's constraints require
         setattr(rounds, name, value)
 
 

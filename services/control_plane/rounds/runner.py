@@ -20,7 +20,7 @@ from services.control_plane.rounds.stages import Ended, Stages
 from services.control_plane.settings import Settings
 
 LOOK_SECONDS = 2.0  # how often rounds look whether their job or evaluation has ended
-GIVEN_UP_AFTER = timedelta(days=1)  # of unexpected errors, without going on in between
+GIVEN_UP_AFTER = timedelta(days=1)  # of unexpected errors without progress in between
 
 
 class RoundsRunner:

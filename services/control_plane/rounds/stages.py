@@ -35,13 +35,13 @@ from services.control_plane.rounds.requests import RoundsSpec
 from services.control_plane.rounds.selection import rows_of
 from services.control_plane.settings import Settings
 
-STAGES = ("samples", "file", "job", "model", "evaluations", "results")  # the keys that they add to the round, in order
+STAGES = ("samples", "file", "job", "model", "evaluations", "results")  # each adds its name to the round's entry
 OF_FIRST_POLICY = ("evaluations", "results")
 READ_AT_ONCE = 100  # items of an evaluation
 
 Entry = dict[str, Any]
 Act = Callable[[AsyncSession, Rounds], Awaitable[bool]]
-"""Changes the rounds, whose row is locked. Returns False if it must wait, and then says in `waits_for` for what."""
+"""Changes the rounds, whose row is locked. Returns False if the stage must wait; `waits_for` then holds the reason."""
 
 
 class Ended(Exception):
@@ -86,7 +86,7 @@ class Stages:
         except (OverQuota, RateLimited, Unavailable) as error:
             await self._wait(error.message)
             return False
-        except ApiError as error:  # such as: a model was deleted, or the rows are not what the job learns from
+        except ApiError as error:  # for example, a model was deleted, or the job cannot learn from the rows
             message = f"Round {rounds.history[-1]['number']}, stage {stage}: {error.message}"
             await self._fail(ApiError(message, code=error.code, param=error.param))
             raise Ended from None
@@ -106,7 +106,7 @@ class Stages:
             done = await act(session, rounds)
             if done:
                 rounds.waits_for = None
-            if not done or rounds.history != seen.history:  # the stage is whole, or waits for another object
+            if not done or rounds.history != seen.history:  # the stage is done, or waits without an error
                 rounds.troubled_at = None
             return done
 
@@ -318,7 +318,7 @@ async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Ma
 
 
 def _add(rounds: Rounds, **more: Any) -> bool:
-    rounds.history = [*rounds.history[:-1], rounds.history[-1] | more]  # a new list: the session compares
+    rounds.history = [*rounds.history[:-1], rounds.history[-1] | more]  # the session notices only a new list
     return True
 
 

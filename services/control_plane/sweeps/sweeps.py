@@ -40,7 +40,7 @@ from services.control_plane.sweeps.search import Tried, suggest
 from services.control_plane.sweeps.stopping import is_hopeless
 from services.control_plane.tenants import projects
 
-MOST_LIVE = 20  # sweeps of a project that have not ended
+MOST_LIVE = 20  # the most sweeps of a project that have not ended
 LIVE = text("state = 'running'")  # as in the index
 
 

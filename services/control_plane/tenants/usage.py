@@ -87,7 +87,7 @@ class UsageRecorder:
                 await self.flush()
         finally:
             await self.flush()
-            if not self._unwritten:  # a batch that had failed before is written; what came since follows
+            if not self._unwritten:  # if an earlier batch was written just now, the newer sums are still left
                 await self.flush()
 
     async def flush(self) -> None:

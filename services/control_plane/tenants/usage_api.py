@@ -16,7 +16,7 @@ from services.control_plane.tenants.documents import UsageDocument
 
 router = APIRouter(prefix="/x/usage")
 
-DAYS = 30  # without `from`
+DAYS = 30  # the number of days that are listed if the request has no `from`
 GROUPS = {"project": UsageRow.project_id, "key": UsageRow.key_id, "model": UsageRow.model_id, "day": UsageRow.day}
 SUMS = (
     UsageRow.num_requests,

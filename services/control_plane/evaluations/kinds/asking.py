@@ -19,7 +19,7 @@ from services.control_plane.rewards.preferences import Judged
 from services.control_plane.rewards.scoring import Scoring
 
 WITHOUT_THOUGHTS: dict[str, object] = {"enable_thinking": False}  # templates of models that do not think ignore it
-# A model's own config may cut its distribution, where a request says nothing.
+# Where a request has no value, vLLM takes the one of the model's own config, which may exclude tokens.
 WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
