@@ -373,7 +373,8 @@ class Settings(BaseSettings):
         return own.dtype or self.dtype or ("bfloat16" if self.num_gpus_of(own) else "float32")
 
     def scores_apart(self, own: DeploymentSettings) -> bool:
-        """Whether a model with the settings `own` needs a second engine, which computes log-probabilities for jobs.
+        """Whether a model with the settings `own` needs a second engine (model server), which computes
+        log-probabilities for jobs.
 
         Returns True if quantization, maximum length or number type make the engine that answers requests unfit to
         compute these log-probabilities.

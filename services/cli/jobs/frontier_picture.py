@@ -1,5 +1,5 @@
-"""Draws the reward-KL frontier of a sweep as a picture: the reward that each policy reached, against the KL divergence
-from its reference model that the policy needed.
+"""Draws the reward-KL frontier of a sweep as a picture: the reward of each policy against the policy's KL divergence
+from its reference model.
 """
 
 import json
@@ -51,7 +51,9 @@ def draw(frontier: Mapping[str, Any], path: Path) -> None:
 
 
 def _write_labels(axes: Any, points: Sequence[Point]) -> None:
-    """Writes the values of each trial beside its point. A label that would cover another one moves up."""
+    """Writes the values of each trial (job of the sweep) beside its point. A label that would cover another one moves
+    up.
+    """
     places: list[tuple[float, float]] = []  # of the labels so far, in pixels
     for point in points:
         at = (point["kl"]["value"], point["reward"]["value"])
@@ -76,7 +78,9 @@ def _bars(points: Sequence[Point], axis: str) -> list[list[float]]:
 
 
 def _label(point: Point) -> str:
-    """Returns the values of a point's trial as a text. The method is left out, because its colour shows it."""
+    """Returns the values of a point's trial (job of the sweep) as a text, without the training method, because the
+    point's colour shows it.
+    """
     shown = {path.rpartition(".")[2]: value for path, value in point["parameters"].items() if path != "method.type"}
     return ", ".join(
         f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in shown.items()

@@ -186,7 +186,7 @@ def _point(point: Item, names: Sequence[str]) -> list[str]:
 
 
 def _trials(client: "OpenAI", sweep_id: str) -> list[Item]:
-    """Returns all trials of the sweep, in the order in which they began."""
+    """Returns all trials (jobs) of the sweep, in the order in which they began."""
     found: list[Item] = []
     params: dict[str, object] = {"limit": 100}
     while len(found) <= MOST_TRIALS:
@@ -199,8 +199,8 @@ def _trials(client: "OpenAI", sweep_id: str) -> list[Item]:
 
 
 def _print_sweep(client: "OpenAI", sweep: Item) -> None:
-    """Prints the sweep's state, and a table of its trials. The best trial comes first; trials without a value of the
-    sweep's metric come last.
+    """Prints the sweep's state, and a table of its trials (jobs). The best trial comes first; trials without a value of
+    the sweep's metric come last.
     """
     trials, metric = _trials(client, sweep["id"]), sweep["request"].get("metric")
     if metric:

@@ -201,7 +201,8 @@ class _Voice:
 
 
 def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -> Iterator[dict[str, Any]]:
-    """Sends the tasks (groups to score) to the service, several in each request, and yields their scores in order.
+    """Sends the tasks (prompts with completions to score) to the service, several in each request, and yields their
+    scores in order.
 
     `asked` holds the request's other fields, such as the model. Shows the progress meanwhile.
     """
@@ -216,7 +217,9 @@ def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -
 
 
 def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
-    """Splits tasks (groups to score) into lists, each of which fits into one request, and yields the lists."""
+    """Splits tasks (prompts with completions to score) into lists, each of which fits into one request, and yields the
+    lists.
+    """
     chunk: list[Task] = []
     num_bytes = 0
     for task in tasks:

@@ -87,7 +87,7 @@ class Reconciler:
         """Handles all jobs every second, and immediately after an attempt (run of a job on Ray) has ended, until
         cancelled.
 
-        When cancelled, releases the lease by which only one control plane handles jobs.
+        When cancelled, releases the lease, which is the right of one control plane to handle jobs.
         """
         try:
             while True:

@@ -33,14 +33,14 @@ class LeasedWork(Protocol[Piece]):
 
     @property
     def at_once(self) -> int:
-        """Returns the largest number of pieces on which one control plane works at the same time."""
+        """Returns the largest number of pieces of work that one control plane does at the same time."""
 
     def lease_of(self, piece: Piece) -> str:
         """Returns the name of the piece's lease (the right of one control plane to work on the piece)."""
 
     async def claim(self, session: AsyncSession, holder: str) -> Piece | None:
-        """Takes the lease of the next piece for `holder` (the name of a control plane), with the function `take`, and
-        returns the piece. Returns None if there is nothing to do.
+        """Takes the lease of the next piece of work (the right to work on it) for the control plane `holder`, with the
+        function `take`, and returns the piece. Returns None if there is nothing to do.
         """
 
     async def work(self, piece: Piece) -> None:
@@ -55,7 +55,8 @@ class LeasedWork(Protocol[Piece]):
         """Records that the work on the piece failed with an unexpected error. The piece is tried again after
         RETRY_SECONDS.
 
-        To make the next try later, an implementation gives the piece's lease for a longer time to the holder NOBODY.
+        To make the next try later, an implementation gives the piece's lease (the right to work on it) to the holder
+        NOBODY for a longer time.
         """
 
 

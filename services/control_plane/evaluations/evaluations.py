@@ -274,7 +274,7 @@ async def put_off(session: AsyncSession, item: EvaluationItem, seconds: float, *
 
 
 async def wait_for(session: AsyncSession, evaluation: Evaluation, what: str) -> None:
-    """Stores in the evaluation the reason `what` why none of its items can be worked on at the moment."""
+    """Stores in the evaluation the reason `what` why none of its items (prompts) can be worked on at the moment."""
     running = and_(Evaluation.id == evaluation.id, Evaluation.state == "running")
     await session.execute(update(Evaluation).where(running).values(waits_for=storable(what)))
 

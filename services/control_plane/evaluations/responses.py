@@ -71,8 +71,8 @@ def as_jsonl(items: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def columns_of(item: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of an evaluation's item as the columns of a table, by their paths in the item, such as
-    `found.answer.text`. Lists become JSON texts.
+    """Returns the values of an evaluation's item (a prompt with results) as the columns of a table, by their paths in
+    the item, such as `found.answer.text`. Lists become JSON texts.
     """
     return dict(_flat(item, ""))
 

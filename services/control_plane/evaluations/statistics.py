@@ -1,4 +1,4 @@
-"""Computes rates, means and their intervals from the results of an evaluation's items.
+"""Computes rates, means and their intervals from the results of an evaluation's items (prompts).
 
 The functions depend only on their arguments, so the same results always give the same numbers.
 """

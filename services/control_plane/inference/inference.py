@@ -149,14 +149,14 @@ class Inference:
         return await self._forwarded(found, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
-        """Requests that the model's engine is loaded, and returns without waiting until it is."""
+        """Requests that the model's engine (server on Ray Serve) is loaded, and returns without waiting until it is."""
         async with self._store.begin() as session:
             engine = await engine_of(session, self._settings, model)
         await self._ask(engine)
 
     async def ask(self, model: NamedModel, path: str, body: bytes, meter: Meter) -> bytes:
-        """Sends the service's own request `POST /v1/<path>` to the engine of the model, and returns the body of its
-        answer.
+        """Sends the service's own request `POST /v1/<path>` to the engine (server) of the model, and returns the body
+        of the engine's answer.
 
         Waits until the model is loaded. `path` may be an internal path, which no client of the API can reach. `meter`
         counts the answer's tokens.
@@ -255,8 +255,8 @@ class Inference:
         raise self._unavailable(engine, f"{trouble or 'finished loading only now'}; {most}")
 
     async def _ask(self, engine: Engine) -> None:
-        """Requests that the engine's model is loaded, at most once in ASK_SECONDS for all requests that wait for the
-        model.
+        """Requests that the model of `engine` (a model server) is loaded, at most once in ASK_SECONDS for all requests
+        that wait for the model.
         """
         use = self._uses.setdefault(engine.app_name, _Use())
         if time.monotonic() - use.asked_at >= ASK_SECONDS:
@@ -265,7 +265,8 @@ class Inference:
                 await deployments.use(session, engine.loaded)
 
     async def _enters(self, engine: Engine, view: ServeView) -> bool:
-        """If the engine runs and accepts new requests, counts one more request to it as in flight.
+        """If the engine (model server) runs and accepts new requests, counts one more request to the engine as in
+        flight.
 
         Returns whether the request was counted. `view` is the state of Ray Serve.
         """
@@ -273,7 +274,7 @@ class Inference:
         return bool(app and app.state == "running" and view.base_url) and await self._enter(engine)
 
     async def _enter(self, engine: Engine) -> bool:
-        """Counts one more request to the engine as in flight. Returns whether the request was counted.
+        """Counts one more request to the engine (model server) as in flight. Returns whether the request was counted.
 
         Returns False, and counts nothing, if the database says that the engine accepts no new requests.
         """
@@ -300,9 +301,10 @@ class Inference:
         )
 
     def _refusal(self, engine: Engine, status: int, content: bytes) -> ApiError:
-        """Returns an error in OpenAI's JSON form for an answer of the model's engine that has an error status.
+        """Returns an error in OpenAI's JSON form for an answer of the engine (model server) that has an error status.
 
-        `content` is the body of that answer, in any form; its message and field are kept if they can be read.
+        `content` is the body of that answer, in any form. The message and the field in the body are kept if they can be
+        read.
         """
         try:
             said = json.loads(content)

@@ -66,7 +66,8 @@ class Meter:
         return EVENT_END.join(kept)
 
     def end(self, seconds: float) -> None:
-        """Reports the answer's tokens, and its GPU seconds: `seconds` times the number of the engine's GPUs.
+        """Reports the answer's tokens, and its GPU seconds: `seconds` times the number of GPUs of the engine (model
+        server).
 
         `seconds` is the answer's share of the engine's time. If the client left a stream before its end, each event so
         far counts as one token of the completion. Nothing is reported for an answer without tokens.

@@ -17,8 +17,9 @@ MOST_WAITING = 2**20  # bytes of an answer that wait for a slow client before re
 
 
 class Broken(Exception):
-    """Raised if an engine cannot be reached, ends the connection early, is silent for too long, or does not speak
-    HTTP."""
+    """Raised if an engine (model server) cannot be reached, ends the connection early, is silent for too long, or does
+    not speak HTTP.
+    """
 
 
 class Busy(Exception):
@@ -26,7 +27,7 @@ class Busy(Exception):
 
 
 class Upstream:
-    """Sends requests to engines, over at most `connections` connections at the same time.
+    """Sends requests to engines (model servers), over at most `connections` connections at the same time.
 
     A request waits at most `wait_seconds` for a free connection. An engine may be silent for at most `silence_seconds`.
     """
@@ -36,7 +37,8 @@ class Upstream:
         self._silence, self._wait = silence_seconds, wait_seconds
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> "Answer":
-        """Sends a JSON body to the engine at `url`, and returns the answer once its status and headers have arrived.
+        """Sends a JSON body to the engine (model server) at `url`, and returns the answer once its status and headers
+        have arrived.
 
         The caller reads the answer's body, and must close the answer. Raises Busy if no connection is free, and Broken
         if the engine does not answer.
@@ -63,7 +65,9 @@ def _head(url: str, headers: Mapping[str, str], length: int) -> bytes:
 
 
 class Answer(asyncio.Protocol):
-    """An engine's answer to one request: its status, its headers, and its body, which is read in pieces."""
+    """The answer of an engine (model server) to one request: its status, its headers, and its body, which is read in
+    pieces.
+    """
 
     status: int
     headers: dict[str, str]  # names in lower case

@@ -302,7 +302,7 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
 
 
 async def note_use(session: AsyncSession, model: NamedModel) -> None:
-    """Records that the model, an adapter, is used now on the engine of its base.
+    """Records that the model, an adapter, is used now on the engine (model server) of its base model.
 
     Raises NotFound if the adapter was deleted after `model` was read.
     """

@@ -50,10 +50,10 @@ class Scoring:
         """Returns the rewards that the models of `judge` give to the completions of the groups (prompts with
         completions).
 
-        A policy's engine encodes the texts, as in training, and computes their log-probabilities; the reference model
-        then gets the same token ids. The reference model is requested at the start, so that both models load at the
-        same time if there is room for both. `meter_of` returns, for a model's id, the meter that counts the model's
-        tokens.
+        The engine (model server) of a policy encodes the texts, as in training, and computes their log-probabilities.
+        The reference model then gets the same token ids. The reference model is requested at the start, so that both
+        models load at the same time if there is room for both. `meter_of` returns, for a model's id, the meter that
+        counts the model's tokens.
         """
         if judge.reference is None or judge.beta is None:
             scored = await self.score_texts(judge.model, groups, meter_of, today=judge.today)

@@ -1,5 +1,5 @@
-"""Finds the reward-KL frontier of a sweep. It shows the reward that each policy reached, and the KL divergence from its
-reference model that the policy needed for this reward.
+"""Finds the reward-KL frontier of a sweep, which compares the policies' rewards with their KL divergences from the
+reference model.
 
 This is figure 2 of the DPO paper (arXiv 2305.18290).
 """

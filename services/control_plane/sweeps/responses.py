@@ -10,8 +10,8 @@ from services.control_plane.sweeps.frontier import Axes
 
 
 def sweep_object(row: Sweep, counts: Mapping[str, int], best: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns the JSON object of a sweep. `counts` says how many of its trials are in each state, and `best` is the
-    object of its best trial.
+    """Returns the JSON object of a sweep. `counts` says how many of its trials (jobs with chosen values) are in each
+    state, and `best` is the JSON object of the best trial.
     """
     return {
         "id": row.id,
@@ -55,7 +55,9 @@ def trial_object(row: SweepTrial, job: Job | None) -> dict[str, Any]:
 
 
 def frontier_object(sweep: Sweep, rows: Sequence[tuple[SweepTrial, Job]], axes: Axes) -> dict[str, Any]:
-    """Returns the JSON object of a sweep's frontier: a point for each trial that has results on both axes."""
+    """Returns the JSON object of a sweep's frontier: a point for each trial (job with chosen values) that has a KL
+    divergence and a reward.
+    """
     points = [
         {
             "trial": str(trial.number),

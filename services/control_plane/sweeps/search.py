@@ -1,4 +1,5 @@
-"""Chooses the values of a sweep's trials: every combination, at random, or near those of good trials."""
+"""Chooses the values for the trials (jobs) of a sweep: all combinations, at random, or near the values of good trials.
+"""
 
 import itertools
 import json
@@ -11,8 +12,8 @@ Values = dict[str, Any]  # the values of a trial, by the paths of the fields of 
 
 
 class Tried(NamedTuple):
-    """An earlier trial: the values of its parameters, and its value of the sweep's metric. This `value` is None if the
-    trial has none yet.
+    """An earlier trial (job of the sweep): the values of its parameters, and its value of the sweep's metric. This
+    `value` is None if the trial has none yet.
     """
 
     values: Values
@@ -20,7 +21,7 @@ class Tried(NamedTuple):
 
 
 def suggest(sweep: CreateSweep, number: int, tried: Sequence[Tried]) -> Values:
-    """Returns the parameters' values for the trial `number` (from 0) of the sweep.
+    """Returns the parameters' values for the trial (job) `number`, from 0, of the sweep.
 
     `tried` are the earlier trials that have not failed. Only the search type `tpe` (tree-structured Parzen estimator)
     uses them. The result depends only on the arguments, so that two control planes suggest the same values.
@@ -31,8 +32,8 @@ def suggest(sweep: CreateSweep, number: int, tried: Sequence[Tried]) -> Values:
 
 
 def grid(sweep: CreateSweep) -> list[Values]:
-    """Returns the values of every trial of a grid search: all combinations of the parameters' values. The values of the
-    last parameter change fastest.
+    """Returns the values of every trial (job) of a grid search: all combinations of the parameters' values. The values
+    of the last parameter change fastest.
     """
     lists = [parameter.extremes() for parameter in sweep.parameters.values()]
     return [dict(zip(sweep.parameters, values, strict=True)) for values in itertools.product(*lists)]

@@ -142,7 +142,7 @@ class State:
         return self.jobs.get(trial.job_id) if trial.job_id else None
 
     def evaluations_of(self, trial: SweepTrial) -> list[Evaluation]:
-        """Returns the trial's evaluations that still exist."""
+        """Returns those evaluations of the trial (job of the sweep) that still exist."""
         return [self.evaluations[each] for each in trial.evaluations.values() if each in self.evaluations]
 
     @property
@@ -217,7 +217,7 @@ async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, 
 
 
 def _end_evaluating(state: State, trial: SweepTrial) -> None:
-    """If all evaluations of the trial have ended, stores their results, and ends the trial."""
+    """If all evaluations of the trial (job of the sweep) have ended, stores their results, and ends the trial."""
     found = {name: state.evaluations.get(each) for name, each in trial.evaluations.items()}
     trial.results = {name: each.results for name, each in found.items() if each is not None and each.results}
     if any(each is not None and each.state not in EVALUATION_ENDS for each in found.values()):
@@ -293,7 +293,9 @@ async def _submit_next(session: AsyncSession, state: State, settings: Settings, 
 
 
 async def _conclude(session: AsyncSession, state: State) -> None:
-    """Ends the sweep: succeeded if a trial has succeeded, else failed with the error of the first failed trial."""
+    """Ends the sweep: as succeeded if one of its trials (jobs) has succeeded, else as failed with the error of the
+    first failed trial.
+    """
     if any(trial.state == "succeeded" for trial in state.trials):
         await _end(session, state.sweep, "succeeded")
         return

@@ -120,8 +120,8 @@ async def submit(
 async def check_evaluations(session: AsyncSession, settings: Settings, bodies: Mapping[str, CreateEvaluation]) -> None:
     """Raises an ApiError if a model that an evaluation of the sweep needs does not exist or does not fit.
 
-    The policies do not exist yet, so the model that the job starts from takes their place; `bodies` name this model.
-    The models of evaluations in which a policy judges its own answers are not checked.
+    The policies do not exist yet, so the model that the job starts from takes their place; `bodies` name this model. If
+    a policy's own implicit reward judges its answers, this judge is not checked.
     """
     for name, body in bodies.items():
         with within(f"evaluations.{name}"):

@@ -44,7 +44,9 @@ class Unreachable(Exception):
 
 
 class Claim(NamedTuple):
-    """A row of the outbox (a webhook message) that this process has claimed, so that no other process sends it."""
+    """A row of the outbox, the table of webhook messages. This process has claimed the row, so that no other process
+    sends the message.
+    """
 
     id: int
     body: dict[str, Any]
@@ -139,8 +141,8 @@ class Sender:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """Claims the rows of the outbox to send now: the oldest due row of each endpoint, until AT_ONCE sends are under
-        way.
+        """Claims the rows of the outbox (the table of messages) to send now: the oldest due row of each endpoint, until
+        AT_ONCE sends are under way.
 
         A row is due if the time to send its message has come. Projects take turns. A claimed row is not due for other
         senders until LEASE_SECONDS have passed.

@@ -40,7 +40,7 @@ class Models:
         `text`, `num_tokens` and `is_finished`.
 
         `is_finished` is false if the answer was cut off at the largest number of tokens. `number` is the number of the
-        evaluation's item, which is added to the seed of `sampling`.
+        evaluation's item (prompt), which is added to the seed of `sampling`.
         """
         return _answer(await self._complete(model, group, _options(sampling, number)))
 
@@ -50,8 +50,8 @@ class Models:
         """Returns `count` answers to the prompt of `group` (a prompt with completions), as JSON objects like the one
         that the method `answer` returns.
 
-        All answers come from one request, so the engine reads the prompt once. `number` is the number of the
-        evaluation's item, which is added to the seed of `sampling`.
+        All answers come from one request, so vLLM reads the prompt once. `number` is the number of the evaluation's
+        item (prompt), which is added to the seed of `sampling`.
         """
         options = {**_options(sampling, number), "n": count, "return_token_ids": True}
         found = await self._complete(model, group, options)
@@ -93,7 +93,7 @@ class Models:
     async def choose(self, model: NamedModel, question: str, choices: tuple[str, ...]) -> str:
         """Returns the one of `choices` with which the model answers the question, at temperature 0.
 
-        The model's engine allows no other answers than these.
+        vLLM is told to allow no other answers than these.
         """
         group = Group([{"role": "user", "content": question}], (), 1, template_arguments=WITHOUT_THOUGHTS)
         options = {"max_tokens": 16, "temperature": 0, "structured_outputs": {"choice": choices}}

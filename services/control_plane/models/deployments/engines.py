@@ -22,8 +22,9 @@ from services.deployment_settings import DeploymentSettings, Mode
 
 @dataclass(frozen=True)
 class Engine:
-    """The engine (the server of a model on Ray Serve) that answers requests for a model, which may be an adapter
-    attached to it.
+    """The engine (model server on Ray Serve) that answers requests for a model.
+
+    The model may be an adapter that this engine has loaded beside its own model.
     """
 
     id: str  # of the model that the client named
@@ -63,7 +64,8 @@ async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel
 
 
 async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]) -> dict[str, Engine]:
-    """Returns, by model id, the engines that compute the log-probabilities of the reference models of jobs.
+    """Returns, by model id, the engines (model servers) that compute the log-probabilities of the reference models of
+    jobs.
 
     `wanted` holds the reference models by id, with only the values that a job stores about them: the id and the source.
     The other values are read from the table of models.
@@ -74,7 +76,8 @@ async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[
 
 
 async def hosts_of(session: AsyncSession, settings: Settings, model: NamedModel) -> list[NamedModel]:
-    """Returns the models whose engines can answer for the model: the model itself and, for an adapter, its base.
+    """Returns the models whose engines (model servers) can answer for the model: the model itself and, for an adapter,
+    its base.
 
     Needs only the id and the source of `model`.
     """

@@ -47,7 +47,9 @@ class Model:
 
     @property
     def stays(self) -> bool:
-        """Whether the model is never evicted, because it is the reference of a running job or is pinned."""
+        """Whether the model is never evicted (unloaded), because it is the reference of a running job, or because its
+        settings pin it.
+        """
         return self.is_reference or self.pinned
 
     @property
@@ -181,7 +183,7 @@ class _Served:
         return model.is_reference or not _exceeds(pinned + model.gpus, self._room.most_gpus(beside_next_job=True))
 
     def _others(self) -> list[Model]:
-        """Returns those of the models to serve that are neither reference models of jobs nor closed to new requests."""
+        """Returns those of the models to serve that are no reference models of jobs and still accept new requests."""
         return [model for model in self.models if not model.is_reference and model.app_name not in self.leaving]
 
     def _gpus(self, *, leaving: bool = False) -> float:
@@ -202,11 +204,12 @@ class _Served:
         return bool(idle)
 
     def _ask_to_leave(self, why: str, *, at_once: bool = False) -> bool:
-        """Closes the busy model that has run longest to new requests, so that it can be unloaded. `why` is the reason
-        for which new requests to this model wait.
+        """Closes one busy model to new requests, so that it can be unloaded: the busy model that has run longest. `why`
+        is the reason that clients are told whose requests for this model wait.
 
         If `at_once`, considers all running models. If not, considers only models that have run for longer than
-        TURN_SECONDS. Never chooses reference models and pinned models. Returns False if no model can be chosen.
+        TURN_SECONDS. Never chooses reference models and pinned (always loaded) models. Returns False if no model can be
+        chosen.
         """
         busy = [model for model in self._others() if not model.stays]
         busy = [model for model in busy if model.had_its_turn or (at_once and model.state == "running")]
@@ -237,8 +240,8 @@ NO_ENGINES = Engines()
 def engines(
     models: Collection[Model], stopping_gpus: float, room: Room, *, capacity: float, since_last_job: float
 ) -> Engines:
-    """Returns which models are pinned, how many GPUs models use, and whether a waiting model gets GPUs before the next
-    job. The scheduler of jobs needs all three.
+    """Returns which models are pinned (always kept loaded), how many GPUs models use, and whether a waiting model gets
+    GPUs before the next job. The scheduler of jobs needs all three.
 
     `stopping_gpus` is the number of GPUs of models that Ray Serve is removing. `room` holds the numbers of models and
     GPUs that are allowed. `capacity` is the number of GPUs in the cluster. `since_last_job` is the number of seconds
