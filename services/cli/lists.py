@@ -25,7 +25,8 @@ def show_list(
     client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool, query: Mapping[str, str] | None = None
 ) -> None:
     """Requests the list at the API's `path`, and prints its first `limit` items as a table with `columns`, or as JSON.
-    Says so if the list has more items."""
+    If the list has more items, prints a note about this.
+    """
     found = list(islice(_items(client, path, limit + 1, query or {}), limit + 1))
     if len(found) > limit:
         err.print(f"The list has more items than --limit {limit}; raise --limit to show more.")

@@ -188,8 +188,8 @@ async def _remove(uris: list[str]) -> None:
 
 
 async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
-    """Stops Ray jobs that still run although the attempts (runs of jobs) that they belong to have ended. Returns their
-    submission ids.
+    """Stops Ray jobs that still run although their attempts (runs of fine-tuning jobs) have ended. Returns the
+    submission ids of these Ray jobs.
 
     Such a Ray job started late or ignored a request to stop. Ray jobs that this database does not know belong to
     another service, and are left alone.

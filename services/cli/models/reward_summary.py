@@ -1,7 +1,7 @@
 """Compares the rewards that a model gave completions with the ratings that the data file gives them.
 
-It counts how often rewards and ratings prefer the same completion, and by how much the better completions have the
-higher rewards.
+The summary says how often rewards and ratings prefer the same completion, and by how much the rewards of better
+completions are higher.
 """
 
 from collections.abc import Iterator, Mapping

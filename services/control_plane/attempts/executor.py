@@ -87,8 +87,8 @@ class Executor:
                 await self._lose(job, attempt, submission)
 
     async def _unfit(self, job: Job) -> dict[str, str | None] | None:
-        """Returns the error with which a queued job must end, because it cannot use one of its files: its `code`,
-        `message` and `param`.
+        """Returns the `code`, `message` and `param` of the error with which a queued job must end, because the job
+        cannot use one of its files.
 
         Returns None if the job can use all its files. The files are checked again when the job starts, because the rows
         of a large file may be checked only after the job was submitted.

@@ -365,7 +365,7 @@ class Reconciler:
         """Makes Ray Serve run exactly the models of this service that should be loaded, each with its settings.
 
         `view` is the state of Ray Serve, and `room` holds the numbers of models and GPUs that are allowed. Also tells
-        each model which of its adapters were deleted, so that it no longer answers for them.
+        each model which of its adapters were deleted, so that the model no longer answers for these adapters.
         """
         present = {name: app for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:

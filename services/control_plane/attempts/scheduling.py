@@ -159,8 +159,8 @@ def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SC
     """Returns the numbers of CPUs and GPUs that the job needs.
 
     The job needs what its workers need. If its reference model needs more GPUs than the workers, the GPUs of the
-    reference model count, because it is loaded before the workers start. `scorers` maps a job's id to the Ray Serve
-    application of the job's reference model.
+    reference model count, because the reference model is loaded before the workers start. `scorers` maps a job's id to
+    the Ray Serve application of the job's reference model.
     """
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model

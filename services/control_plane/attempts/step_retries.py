@@ -1,7 +1,7 @@
 """Decides when a job is handled again after an error in handling it: after 0, 1, 3, 7 and more seconds, at most 60.
 
-The reconciler, the background task that handles all jobs, uses this. While the database, storage or Ray are down, it
-tries again without end. After other errors, it tries a limited number of times.
+The reconciler, the background task that handles all jobs, uses this. While the database, storage or Ray are down, the
+reconciler tries again without end. After other errors, it tries a limited number of times.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""Creates evaluations, and makes all changes of them and of their items.
+"""Creates evaluations, and makes all changes of evaluations and of their items.
 
 An item is one prompt of an evaluation. Every item passes through the same stages, such as an answer and its score. An
-evaluation is queued, then running, and ends succeeded, failed or cancelled; until then it can be paused, and is queued
-again when it is resumed. The results of an item's stage, and the counts of the evaluation, change in one transaction,
-and only if the item still is at that stage and the evaluation has not ended. So nothing counts twice, even if two
-control planes work on the evaluation at the same time.
+evaluation is queued, then running, and ends succeeded, failed or cancelled. Until it ends, it can be paused, and is
+queued again when it is resumed. The results of an item's stage, and the counts of the evaluation, change in one
+transaction, and only if the item still is at that stage and the evaluation has not ended. So nothing counts twice, even
+if two control planes work on the evaluation at the same time.
 """
 
 import secrets

@@ -1,8 +1,8 @@
 """Checks the rows of training files: small files before the upload is answered, large files in the background.
 
 A large file is stored unchecked. Every control plane looks for unchecked files. To check a file, a control plane takes
-the file's lease, which is the right to check the file. So no two control planes check a file at the same time, and if a
-control plane dies, another one repeats its check.
+the file's lease, which is the right to check the file. So no two control planes check a file at the same time. If a
+control plane dies, another one repeats the check.
 """
 
 import asyncio

@@ -33,7 +33,8 @@ def folder(upload_id: str, settings: Settings) -> str:
 async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) -> Upload:
     """Adds the row of a new upload with the columns `wanted`, and returns the row.
 
-    The upload's bytes count towards the project's limit from now on. Raises OverQuota if they would exceed the limit.
+    The upload's bytes count towards the project's limit from now on. Raises OverQuota if the bytes would exceed the
+    limit.
     """
     await files.reserve(session, project_id, wanted["num_bytes"], param="bytes")
     now = await session.scalar(select(func.clock_timestamp()))

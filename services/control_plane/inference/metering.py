@@ -54,8 +54,8 @@ class Meter:
         self._read(body)
 
     def lines(self, lines: bytes) -> bytes:
-        """Reads the count of tokens from lines of a stream, if they hold it, and returns the lines to send to the
-        client.
+        """Reads the count of tokens from lines of a stream, if the lines hold the count. Returns the lines to send to
+        the client.
 
         The event with the count is left out unless the client asked for it.
         """

@@ -220,8 +220,9 @@ async def move(
 ) -> None:
     """Changes the job's observed state to `to`, sets the columns in `values`, and adds the event `event`.
 
-    `actor` is the id of the API key, or the name of the control plane, that makes the change. If the job ends, adds
-    messages for its project's webhooks. Raises Stale if the job was changed in the database after `job` was read.
+    `actor` is the id of the API key, or the name of the control plane, that makes the change. If `to` is a state that
+    ends the job, also adds messages for the webhooks of the job's project. Raises Stale if the job was changed in the
+    database after `job` was read.
     """
     closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
     statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)
@@ -273,7 +274,7 @@ def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
     """Returns the desired state, the observed state and the version that a job has after these transitions (state
     changes).
 
-    `transitions` are all state changes of the job, in order. Raises ValueError if one of them is not allowed.
+    `transitions` are all state changes of the job, in order. Raises ValueError if one of the changes is not allowed.
     """
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed

@@ -115,7 +115,9 @@ class Streams:
         self._closed = False
 
     async def close(self) -> None:
-        """Ends every open event stream of this control plane. The clients then reconnect, to another control plane."""
+        """Ends every open event stream of this control plane. The clients then reconnect, and reach another control
+        plane.
+        """
         self._closed = True
         for watched in list(self._watched.values()):
             await watched.news.tell()

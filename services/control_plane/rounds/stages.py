@@ -139,7 +139,7 @@ class Stages:
         return found
 
     async def _create(self, session: AsyncSession, rounds: Rounds, spec: Spec, rows: list[Entry]) -> str:
-        """Creates the evaluation that `spec` describes, on the prompts `rows`, and returns its id."""
+        """Creates the evaluation that `spec` describes, on the prompts `rows`, and returns the evaluation's id."""
         kind = await kind_of(session, self._settings, spec)
         whole = Spec.model_validate(spec.model_dump() | kind.resolved)
         return (await evaluations.create(session, whole, rows, kind.num_stages, rounds.key_id)).id

@@ -1,5 +1,4 @@
-"""Chooses the values for the trials (jobs) of a sweep: all combinations, at random, or near the values of good trials.
-"""
+"""Chooses the values for a sweep's trials (jobs): all combinations, at random, or near the values of good trials."""
 
 import itertools
 import json

@@ -1,8 +1,9 @@
-"""Creates sweeps, and makes all changes of them and of their trials.
+"""Creates sweeps, and makes all changes of sweeps and of their trials.
 
 A trial is one job of a sweep. It is training, then evaluating, and ends succeeded, failed, stopped (early, because it
 was hopeless) or cancelled. Every step of a sweep is one transaction that holds the lock of the sweep's row: the new
-job, its trial and the sweep's state change together. So a control plane that dies loses no trial and doubles none.
+job, its trial and the sweep's state change together. So if a control plane dies, no trial is lost, and none is
+submitted twice.
 """
 
 import asyncio
@@ -54,11 +55,12 @@ async def create(
     rows: Mapping[str, Sequence[dict[str, Any]]],
     key_id: str,
 ) -> Sweep:
-    """Adds a sweep, and returns it. The service submits its jobs in the background.
+    """Adds the row of a new sweep to the database, and returns the row. The service submits the sweep's jobs in the
+    background.
 
-    `bodies` are its evaluations, and `rows` their prompts, by the evaluations' names. `key_id` is the id of the API
-    key that creates the jobs and evaluations. Raises OverQuota if the project has too many sweeps that have not ended,
-    and Forbidden if the project is archived.
+    `bodies` are the sweep's evaluations, and `rows` the prompts of these evaluations, both by the evaluations' names.
+    `key_id` is the id of the API key that creates the jobs and evaluations. Raises OverQuota if the project has too
+    many sweeps that have not ended, and Forbidden if the project is archived.
     """
     project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
     if project.archived_at is not None:

@@ -78,8 +78,8 @@ class UsageRecorder:
         used.accelerator_seconds += accelerator_seconds
 
     async def run(self) -> None:
-        """Writes the sums to the database every FLUSH_SECONDS. Runs until cancelled; then writes the sums that are not
-        written yet.
+        """Writes the sums of usage to the database every FLUSH_SECONDS. Runs until cancelled; then writes the sums that
+        are not written yet.
         """
         try:
             while True:

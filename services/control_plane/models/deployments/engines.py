@@ -1,7 +1,7 @@
 """Finds the engine (the server of a model on Ray Serve) that answers requests for a model.
 
-For most models, this is the model's own engine. An engine can also answer for adapters of its model that it attaches,
-which means that it loads them beside the model.
+For most models, this is the model's own engine. An engine can also attach adapters of its model, which means that it
+loads the adapters beside the model and answers for them, too.
 """
 
 from collections.abc import Mapping
