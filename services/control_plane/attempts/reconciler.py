@@ -385,12 +385,14 @@ class Reconciler:
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Returns two sets of ids of running jobs that do not count as running, because they wait long for their next
-    attempt (run on Ray) after a failed one.
+    """Finds the running jobs that wait long for their next attempt (run on Ray) after a failed one. Such jobs do not
+    count as running. Returns two sets of their ids:
 
-    For the jobs of the first set, the pause before the next attempt is not over. For those of the second set it is
-    over; they wait for their turn like queued jobs. `live` are all jobs that have not ended, and `opened` the ids of
-    the jobs with a current attempt, which are in neither set.
+    - the jobs whose pause before the next attempt is not over;
+    - the jobs whose pause is over, and that wait for their turn like queued jobs.
+
+    `live` are all jobs that have not ended, and `opened` the ids of the jobs with a current attempt, which are in
+    neither set.
     """
     resting, back = set[str](), set[str]()
     for job in live:

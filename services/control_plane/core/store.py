@@ -463,12 +463,16 @@ async def page(
     cursor: InstrumentedAttribute[Any] | None = None,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:
-    """Returns one page of the query's rows, and whether more rows follow. The rows are sorted by the columns `keys`, in
-    descending order if `descending`.
+    """Returns one page of the query's rows, and whether more rows follow.
 
-    The values of all `keys` together must be unique in each row. The page begins after the row whose column `cursor`
-    has the value `after`. If `after` is None, it begins with the first row. If `cursor` is None, the last of `keys` is
-    used. Raises InvalidRequest if no row of `query` has the value `after`.
+    - `keys` are the columns by which the rows are sorted, in descending order if `descending`. The values of all `keys`
+      together must be unique in each row.
+    - `after` is a value of the column `cursor`. The page begins after the row with this value. If `after` is None, the
+      page begins with the first row.
+    - If `cursor` is None, the last of `keys` is used.
+    - `limit` is the largest number of rows on the page.
+
+    Raises InvalidRequest if no row of `query` has the value `after`.
     """
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))

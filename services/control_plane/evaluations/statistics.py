@@ -57,11 +57,11 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
 
 
 def bootstrap(count: int, statistic: Callable[[Sequence[int]], float]) -> Estimate:
-    """Returns a statistic of `count` items with its 95% interval by the percentile bootstrap (Efron and Tibshirani
+    """Returns a statistic of `count` items, with its 95% interval by the percentile bootstrap (Efron and Tibshirani
     1993, section 13.3).
 
-    `statistic` computes the value from a list of item indices, in which an index may repeat. The random resamples are
-    the same in every call.
+    `statistic` computes the value from a list of the items' indices, in which an index may repeat. The random resamples
+    are the same in every call.
     """
     draw, everything = random.Random(SEED), range(count)
     values = sorted(statistic(draw.choices(everything, k=count)) for _ in range(RESAMPLES))

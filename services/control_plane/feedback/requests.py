@@ -70,7 +70,9 @@ class CreateFeedbackFile(BaseModel):
 
 @dataclass(frozen=True)
 class Vote:
-    """A vote on completions, turned into a row of training data."""
+    """A vote on completions as a row of training data, with the row's kind (such as `pairs`) and form (`messages` or
+    `text`), and the name of the request's field that held the vote.
+    """
 
     name: str  # the field of the request that has the vote
     kind: Kind
@@ -79,7 +81,7 @@ class Vote:
 
 
 def vote_of(body: CreateFeedback) -> Vote:
-    """Returns the vote in the body as a row of training data.
+    """Returns the vote in the body, turned into a row of training data.
 
     Raises InvalidRequest, which names the wrong field, if the body does not have exactly one vote, if the number of
     completions does not fit the vote, or if a training file cannot have such a row.

@@ -71,10 +71,11 @@ class IdempotentRequest:
         """Runs `work`, which makes the change, and returns its result as the response. For a retry, returns the stored
         response.
 
-        `work` must not commit; if it raises, nothing is stored. `changes` is the id of the object that `work` changes,
-        None if `work` creates an object. A retry without an Idempotency-Key runs `work` again if another request has
-        changed the object since the first send. `content` is a text that identifies a body that is not JSON. `secret`
-        is the name of a field of the response that is not stored; a retry gets null in this field.
+        - `work` must not commit. If `work` raises an error, nothing is stored.
+        - `changes` is the id of the object that `work` changes, None if `work` creates an object. A retry without an
+          Idempotency-Key runs `work` again if another request has changed the object since the first send.
+        - `content` is a text that identifies a body that is not JSON.
+        - `secret` is the name of a field of the response that is not stored. A retry gets null in this field.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())

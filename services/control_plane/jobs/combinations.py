@@ -60,7 +60,11 @@ class Combination:
 
 
 class Rule(NamedTuple):
-    """A rule that forbids a combination of options. Error messages and the documents print `what` and `remedy`."""
+    """A rule that forbids a combination of options.
+
+    `what` describes the combination, and `remedy` says what the user should do. Error messages and the documents print
+    these two texts.
+    """
 
     param: str  # the field of the request that the error names
     what: str

@@ -271,8 +271,8 @@ def _log(
 
 
 def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
-    """Returns the desired state, the observed state and the version that a job has after these transitions (state
-    changes).
+    """Computes a job's states from its log of state changes. Returns three values: the desired state, the observed
+    state and the version that the job has after the changes.
 
     `transitions` are all state changes of the job, in order. Raises ValueError if one of the changes is not allowed.
     """

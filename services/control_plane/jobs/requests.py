@@ -171,10 +171,10 @@ class CreateJob(BaseModel):
         )
 
     def asked(self) -> Asked:
-        """Returns what the body says about the adapter, the precision, the quantization and the maximum length.
+        """Returns the values that the body has for the adapter, the precision, the quantization and the maximum length.
 
-        The value `auto` means that the service chooses. The result also holds the names of the body's fields that
-        compare checkpoints. Raises InvalidRequest, which names the wrong field.
+        The value `auto` means that the service chooses. The result also holds the names of those fields of the body
+        that compare checkpoints. Raises InvalidRequest, which names the wrong field.
         """
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")

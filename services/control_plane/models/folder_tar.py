@@ -13,7 +13,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: its name, its size, and where its bytes come from."""
+    """A file in a tar: its name, its size, and its source, which is the content or the URI of a file in storage."""
 
     name: str
     num_bytes: int

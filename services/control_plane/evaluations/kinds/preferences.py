@@ -23,7 +23,9 @@ MUCH_LONGER = 1.1  # completions are about as long as each other up to this rati
 
 @dataclass(frozen=True)
 class Preferences:
-    """The models whose rewards of completions are compared with people's ratings of these completions."""
+    """The models whose rewards are compared with people's ratings: a policy with its reference model, or a reward
+    model.
+    """
 
     judge: Judge
 
@@ -51,12 +53,15 @@ class Preferences:
 
 
 def ranked(rewards: Sequence[float], lengths: Sequence[int], ratings: Sequence[float] | None) -> Found:
-    """Compares the rewards of a prompt's completions with people's ratings. Returns the results as a dictionary.
+    """Compares the rewards of a prompt's completions with people's ratings of these completions.
 
-    The completions are in order, the best one first. If `ratings` is None, the first one is better than all others. In
-    the results, `is_right` says whether each of the best completions has a higher reward than each of the others.
-    `margin` is the mean reward of the best completions minus the mean reward of the others. `lengths` are the numbers
-    of tokens of the completions.
+    `lengths` are the completions' numbers of tokens. The completions are in order, the best one first. If `ratings` is
+    None, the first completion is better than all others. Returns a dictionary:
+
+    - `rewards` and `num_tokens` repeat the rewards and the lengths as lists.
+    - `is_right` says whether each of the best completions has a higher reward than each of the others.
+    - `margin` is the mean reward of the best completions minus the mean reward of the others.
+    - `better_is` says whether the best completions are `longer` than the others, `shorter`, or of `similar` length.
     """
     ratings = ratings or [1.0] + [0.0] * (len(rewards) - 1)
     best = [rating == max(ratings) for rating in ratings]
@@ -86,7 +91,8 @@ def _figures(items: Sequence[Found]) -> dict[str, Any]:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Preferences:
-    """Returns the models that `spec` names and whose preferences are evaluated.
+    """Returns the models of the evaluation that `spec` describes: the policy and its reference model, or the reward
+    model.
 
     Raises NotFound for a model that does not exist, and InvalidRequest if the reference model or beta is not known.
     """

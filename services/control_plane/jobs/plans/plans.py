@@ -23,10 +23,13 @@ MEASURED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3"
 
 
 def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> tuple[Rows, str]:
-    """Returns the number and the lengths, in tokens, of the rows that the job would train on.
+    """Estimates the rows that the job would train on. Returns a pair:
 
-    Also returns a phrase that says where these numbers come from. `file` is the uploaded training file, None if there
-    is none. `counted` is the result of a check that counted the file's tokens, None if there was no check.
+    - the number of rows, and their lengths in tokens;
+    - a phrase that says where these numbers come from.
+
+    `file` is the uploaded training file, None if there is none. `counted` is the result of a check that counted the
+    file's tokens, None if there was no check.
     """
     if file is None or file.report is None:
         half = max(2, spec.config.max_length // 2)

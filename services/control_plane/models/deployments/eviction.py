@@ -93,8 +93,8 @@ class Room:
 
 @dataclass
 class Plan:
-    """The result of `decide`: the models to serve, the models whose rows in the table `deployments` are to be deleted,
-    and what each other model waits for.
+    """The result of `decide`: the models to serve (`serve`), the models whose rows in the table `deployments` are to be
+    deleted (`forget`), and what each other model waits for (`waits`).
     """
 
     serve: set[str] = field(default_factory=set)
