@@ -54,8 +54,10 @@ def _not_empty(text: str) -> str:
 
 
 def id_argument(what: str, metavar: str = "ID") -> Any:
-    """Returns a typer argument that takes the id or name of an object of the service. `what` is the argument's help
-    text."""
+    """Returns a typer argument that takes the id or name of an object of the service.
+
+    `what` is the argument's help text, and `metavar` the word that stands for the argument there.
+    """
     return typer.Argument(metavar=metavar, parser=_not_empty, help=what)
 
 

@@ -24,8 +24,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with every fiel
 def show_list(
     client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool, query: Mapping[str, str] | None = None
 ) -> None:
-    """Requests the list at the API's `path`, and prints its first `limit` items as a table with `columns`, or as JSON.
-    If the list has more items, prints a note about this.
+    """Requests the list at the API's `path`, and prints its first `limit` items as a table with `columns`, or as JSON
+    if `as_json`. If the list has more items, prints a note about this.
+
+    `query` holds query parameters of the request, None if there are none.
     """
     found = list(islice(_items(client, path, limit + 1, query or {}), limit + 1))
     if len(found) > limit:

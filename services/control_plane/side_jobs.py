@@ -68,8 +68,9 @@ async def result_of(
 ) -> SideJobResult | None:
     """Runs the side job, unless it runs already or is done, and returns its result.
 
-    Returns None if the side job still runs after WAIT_SECONDS, or the client has disconnected. Raises Unavailable if
-    Ray refuses the side job or does not answer, and RateLimited if `most` side jobs of the project are running.
+    Returns None if the side job still runs after WAIT_SECONDS, or if the client has disconnected, which
+    `is_disconnected` finds out. Raises Unavailable if Ray refuses the side job or does not answer, and RateLimited if
+    `most` side jobs of the project are running.
     """
     attempt, result = await _newest(job)
     if result is None:

@@ -108,7 +108,8 @@ def _encode(
     """Encodes the file's rows with the model's tokenizer, as training would, but in this process. Returns a report on
     the rows.
 
-    Exits with an error if the file or the model cannot be used.
+    `model` is a local folder or the model's id on the Hugging Face hub. Exits with an error if the file or the model
+    cannot be used.
     """
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         fail(f"--model needs {' and '.join(missing)}: pip install 'raydpo[cluster]', or leave --model out.")

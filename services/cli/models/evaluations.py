@@ -129,8 +129,8 @@ def create(
 
 
 def judge_of(judge: str | None, criteria: str | None, implicit: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the field `judge` of a request for the value `judge` of the option --judge. Returns None if the option is
-    not given.
+    """Returns the field `judge` of a request for the options --judge and --criteria, whose values are `judge` and
+    `criteria`. Returns None without the option --judge.
 
     `implicit` holds the fields of the judge `implicit`; those that are None are left out.
     """

@@ -158,7 +158,7 @@ def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tupl
     """Reads the results that an earlier run of the command wrote to the file `results`, and adds them to `found`.
 
     Returns the position (line, number) of the last result, or (0, 0) if there is none. Removes an incomplete last line.
-    Exits with an error if the results come from another model, reference model or beta.
+    Exits with an error if the results come from another model, reference model or beta than those in `asked`.
     """
     last, end = (0, 0), 0
     for line in results:

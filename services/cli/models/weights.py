@@ -194,7 +194,8 @@ def _unpack(tar: Path, folder: Path) -> None:
 def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
     """Uploads a folder to the repository `target` on the Hugging Face hub, with the user's own token.
 
-    `summary` is the message of the commit. Returns the commit's URL.
+    If the repository does not exist, creates it: as a public one if `public`, else as a private one. `summary` is the
+    message of the commit. Returns the commit's URL.
     """
     name = hub_name(target)
     try:

@@ -37,8 +37,12 @@ def serve(
 ) -> None:
     """Runs the service until SIGINT or SIGTERM, then stops every process that this call started.
 
-    If `opens` is true, opens the service's web page in the user's browser when the service is ready. Raises Refused if
-    the service cannot start.
+    - `home` is the folder for the service's files, and `host` and `port` the address at which the API listens.
+    - `ray_address` is the URL of a Ray cluster. If it is None, the call starts Ray on this machine.
+    - `models` are the base models to offer, as texts of the form NAME=SOURCE.
+    - `opens` says whether to open the service's web page in the user's browser when the service is ready.
+
+    Raises Refused if the service cannot start.
     """
     home = home.expanduser().resolve()
     sources = dict(_model(argument) for argument in models)

@@ -77,8 +77,8 @@ def part_object(row: UploadPart) -> dict[str, Any]:
 def check_object(check_id: str, file: File, result: SideJobResult | None, *, running: bool = False) -> dict[str, Any]:
     """Returns the API's JSON object of a check of a training file: its status, and the report on the file's rows.
 
-    `result` is the result of encoding the rows for a model. It is None if the request named no model, or the check
-    still runs (`running`).
+    `check_id` is the id of the check, and `running` says whether the check still runs. `result` is the result of
+    encoding the rows for a model. It is None if the request named no model, or if the check still runs.
     """
     error = result.error if result else None
     of_model = result.report or {} if result else {}

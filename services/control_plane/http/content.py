@@ -90,8 +90,9 @@ def _attached(filename: str) -> dict[str, str]:
 
 
 def _part(asked: re.Match[str], num_bytes: int) -> range:
-    """Returns the range of bytes that the `Range` header `asked` asks for. Returns an empty range if the file has none
-    of them."""
+    """Returns the range of bytes that the `Range` header `asked` asks for, in a file of `num_bytes` bytes. Returns an
+    empty range if the file has none of these bytes.
+    """
     first, last = asked[1], asked[2]
     if not first:  # the last bytes of the file
         return range(max(0, num_bytes - int(last)), num_bytes)

@@ -312,7 +312,10 @@ def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
     """Adds an event with this message to the job's history. The event is the service's own, not a report of a training
-    process."""
+    process.
+
+    `level` is `info`, `warn` or `error`. `data` holds further values of the event for programs, None if there are none.
+    """
     append(session, Event(public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data))
 
 

@@ -34,7 +34,7 @@ def implicit(beta: float, logp: float, reference_logp: float, num_tokens: int) -
     5.1.
 
     `logp` and `reference_logp` are the completion's log-probabilities by the policy and the reference model, in nats,
-    as sums over its tokens. The term of the reward that depends only on the prompt is left out.
+    as sums over its `num_tokens` tokens. The term of the reward that depends only on the prompt is left out.
     """
     log_ratio = logp - reference_logp
     return Judged(beta * log_ratio, num_tokens, log_ratio=log_ratio, logp=logp, reference_logp=reference_logp)

@@ -135,7 +135,7 @@ class RoundsSpec(BaseModel):
         return sampling.model_copy(update={"seed": (sampling.seed + number * 1_000_003) % 2**31})
 
     def samples_of(self, model: str, number: int) -> Spec:
-        """Returns the description of the evaluation that samples the answers of a round from `model`."""
+        """Returns the description of the evaluation that samples the answers of the round `number` from `model`."""
         return Spec(
             kind="samples",
             model=model,

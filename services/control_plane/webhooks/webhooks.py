@@ -138,7 +138,9 @@ async def announce(session: AsyncSession, job: Job, to: str) -> None:
 
 
 def event(event_type: str, job_id: str) -> dict[str, Any]:
-    """Returns the body of a webhook message about a job, with an id and a time of its own."""
+    """Returns the body of a webhook message about a job, with a new id and the current time. `event_type` is, for
+    example, `fine_tuning.job.succeeded`.
+    """
     return {
         "id": f"evt_{secrets.token_hex(12)}",
         "object": "event",
