@@ -84,8 +84,8 @@ class Selection:
         """Makes rows of training data from the answers to the prompt of `group` (a prompt with completions), and
         returns them.
 
-        `draw` gives the random numbers for the type `rso`. Counts in `counts` which answers were left out, by the
-        reason.
+        `draw` gives the random numbers for the type `rso`. Adds to `counts` the numbers of duplicates and of ties and,
+        for `rso`, of tried and of accepted answers.
         """
         if self.type == "rso":
             accepted = reject(answers, self.beta, self.num_accepted, draw)
@@ -147,7 +147,8 @@ def _prompt(group: Group) -> Row:
 def rows_of(
     selection: Selection, samples: Sequence[tuple[Group, Mapping[str, Any]]], seed: str
 ) -> tuple[list[Row], dict[str, int]]:
-    """Makes rows of training data from samples. Returns the rows, each of them once, and counts of what was left out.
+    """Makes rows of training data from samples. Returns the rows, each of them once, and counts: of prompts, of
+    answers, of answers and rows that were left out by the reason, and of the rows.
 
     `samples` are prompts, each with its result of an evaluation of the kind `samples`: the `answers` and their
     `scores`. Answers that were cut off at the largest number of tokens are left out, because training adds an end to

@@ -298,8 +298,8 @@ def best_of(history: Sequence[Entry]) -> Entry:
 
 
 async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Mapping[str, int]) -> bool:
-    """Ends the rounds, because the samples of the newest round make too few rows for a job. `counts` says how many
-    answers were left out, by the reason.
+    """Ends the rounds, because the samples of the newest round make too few rows for a job. `counts` are the counts
+    that `rows_of` returned, such as `num_rows` and `num_ties`.
 
     In the first round, the rounds end as failed. In a later round, they end as succeeded: too few rows then mean that
     the judge no longer finds differences between the policy's answers.
