@@ -232,7 +232,7 @@ async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
 
 
 async def forget_old(session: AsyncSession, most: int) -> list[str]:
-    """Deletes the rows of side jobs that ended more than KEPT ago, at most `most`. Returns their storage folders.
+    """Deletes the rows of at most `most` side jobs that ended more than KEPT ago. Returns their storage folders.
 
     The caller must delete the folders after the commit.
     """

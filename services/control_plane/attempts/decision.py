@@ -140,7 +140,8 @@ class Stopwatches:
     def seconds(self, what: str, holds: bool | None) -> float:
         """Returns for how many seconds the condition named `what` has held. `holds` says whether it holds now.
 
-        If `holds` is None (unknown), a running measurement continues, and no measurement starts.
+        If `holds` is None, it is unknown whether the condition holds. A measurement that has begun then continues, but
+        none begins.
         """
         self._asked.add(what)
         if holds:

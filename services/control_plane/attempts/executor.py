@@ -373,11 +373,12 @@ class Executor:
 
 
 def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
-    """Returns the version of the contract between control plane and training that the job's training program must know.
+    """Returns the version of the contract (the messages between control plane and training) that the cluster must know
+    to run the job.
 
     The cluster may run a training program of an older release, which does not know newer options. The version is 1 for
-    a job without newer options. `reference_adapter` is the adapter that serves as the job's reference model, if it is
-    one.
+    a job without newer options. `reference_adapter` is the job's reference model if this model is an adapter, else
+    None.
     """
     if reference_adapter is not None:
         return WIRE

@@ -134,8 +134,8 @@ def labelled(group: Group) -> tuple[Text, Text] | None:
 
 
 def text_of(completion: Text) -> str:
-    """Returns a completion as one text. Of a list of messages, takes those of the assistant, and writes tool calls as
-    JSON.
+    """Returns a completion as one text. If the completion is a list of messages, takes the messages of the assistant,
+    and writes their tool calls as JSON.
     """
     if isinstance(completion, str):
         return completion

@@ -53,7 +53,7 @@ def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
     """Returns the SQL query for the votes of this kind and form.
 
     `kind` is the kind of vote (`pairs`, `unpaired` or `ratings`), and `form` the form of its prompt (`messages` or
-    `text`). If one of them is None, votes with any value of it are returned.
+    `text`). None as one of them means any value.
     """
     query = select(Feedback)
     if kind is not None:

@@ -268,8 +268,8 @@ async def remove(session: AsyncSession, file_id: str) -> File:
 
 
 async def expire(session: AsyncSession, most: int) -> list[str]:
-    """Marks expired files as deleted, at most `most`, unless a job that has not ended needs them. Returns the URIs of
-    these files.
+    """Marks at most `most` expired files as deleted. Skips files that are needed by jobs that have not ended. Returns
+    the URIs of the deleted files.
 
     The caller must delete the bytes at these URIs after the commit.
     """

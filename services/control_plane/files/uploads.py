@@ -165,7 +165,7 @@ async def cancel(session: AsyncSession, upload_id: str) -> Upload:
 
 
 async def expire(session: AsyncSession, most: int, settings: Settings) -> list[str]:
-    """Marks uploads whose time is over as expired, at most `most` of them. Returns the storage folders of their parts.
+    """Marks at most `most` uploads whose time is over as expired. Returns the storage folders of their parts.
 
     Skips uploads that are being completed. The caller must delete the folders after the commit.
     """

@@ -80,7 +80,9 @@ def read_file(uri: str, span: range) -> Iterator[bytes]:
 
 
 def _is_same(request: Request, content: Content) -> bool:
-    """Whether a range of this content fits the part that the client already has, judged by the header `If-Range`."""
+    """Whether the header `If-Range` names this content or is missing, so that a range of the content fits the part that
+    the client already has.
+    """
     return request.headers.get("if-range") in (None, f'"{content.etag}"')
 
 

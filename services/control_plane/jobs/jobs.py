@@ -255,8 +255,8 @@ async def wait_for(session: AsyncSession, reasons: Sequence[tuple[Job, str]]) ->
 
 
 async def hold_back(session: AsyncSession, job: Job, what: str) -> None:
-    """Stores in the column `waits_for` of a running job the text `what`: what its next attempt waits for. Adds no
-    event.
+    """Stores in the column `waits_for` of a running job what the job's next attempt waits for, as the text `what`. Adds
+    no event.
 
     An attempt is one run of the job on Ray; the job has none at the moment.
     """

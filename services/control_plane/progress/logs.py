@@ -14,8 +14,8 @@ PAGE_BYTES = 2**20
 def page(
     settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
 ) -> dict[str, Any]:
-    """Returns at most `limit` lines of a log from byte `after` on, and as `next` the byte at which the next page
-    begins.
+    """Returns the API's JSON object of one page of a log: at most `limit` lines, from byte `after` of the log on. Its
+    field `next` is the byte at which the next page begins.
 
     `attempt` is the number of a run of the job on Ray; None means the newest run. `source` is the process, such as
     `driver` or `worker-0`. Raises InvalidRequest for a run without logs.

@@ -206,8 +206,8 @@ class Streams:
         """Yields the bytes of a stream of server-sent events: the job's events after the event id `place`, until the
         job ends.
 
-        Yields KEEPALIVE if nothing happened for a while. The stream may end early; the client then resumes after the
-        last event that it received.
+        If nothing happened for a while, yields KEEPALIVE, a comment that keeps the connection open. The stream may end
+        early; the client then resumes after the last event that it received.
         """
         watched, shown = self._join(job_id), b""
         until = time.monotonic() + LONGEST_SECONDS
@@ -259,7 +259,7 @@ class Streams:
 async def _news(watched: Watched) -> bytes:
     """Waits until the job changes, and returns b"".
 
-    Returns KEEPALIVE if the job does not change for KEEPALIVE_SECONDS.
+    If the job does not change for KEEPALIVE_SECONDS, returns KEEPALIVE, a comment that keeps the connection open.
     """
     try:
         async with asyncio.timeout(KEEPALIVE_SECONDS):

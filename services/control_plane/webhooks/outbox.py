@@ -285,7 +285,7 @@ async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: fl
 
 
 async def give_up_old(session: AsyncSession) -> None:
-    """Marks messages as given up that have waited 72 hours for endpoints that fail."""
+    """Marks the messages as given up that have waited for 72 hours, because their endpoints (users' URLs) fail."""
     failing = select(WebhookEndpoint.id).where(WebhookEndpoint.num_failures > 0)
     old = update(Outbound).where(Outbound.due_at.is_not(None), Outbound.created_at < func.now() - TRIED_FOR)
     outcome = func.coalesce(Outbound.outcome, "not sent: the endpoint did not answer for 72 hours")
