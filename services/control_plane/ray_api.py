@@ -38,7 +38,7 @@ MOST_CHARACTERS = 300  # of Ray's message in an error
 VIEW_SECONDS = 0.5  # requests within this time share one answer of Ray Serve about its state
 NODES_ANSWER_SECONDS = 2  # the submission of a job waits at most this long for Ray's list of machines
 LOAD_ANSWER_SECONDS = 2  # a replica that does not report its load within this time is left out
-ASKS_PER_REPLICA = 4  # Serve's proxy chooses the replica that answers
+ASKS_PER_REPLICA = 4  # more than one, because Serve's proxy chooses which replica answers
 NODES_SECONDS = 10  # submissions within this time share one list of machines
 
 

@@ -40,10 +40,10 @@ RETRY_AFTER_SECONDS = 15
 ANSWER_SECONDS = 600  # the longest silence of a model before its request fails
 POOL_SECONDS = 5  # the longest wait for one of the `max_requests` connections
 LOOK_SECONDS = 0.5  # how often a waiting request checks whether its model runs
-ASK_SECONDS = 2.0  # how often waiting requests have their model's row in `deployments` written again
+ASK_SECONDS = 2.0  # how often all requests that wait for a model write its row in `deployments`
 STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; a mark expires after MARK_SECONDS
 LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, because the next request often follows soon
-VIEW_SECONDS = 2.0  # a model that ran so recently is asked without looking at Ray Serve first
+VIEW_SECONDS = 2.0  # a request uses the last known state of Ray Serve if it is at most this old
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
 
 

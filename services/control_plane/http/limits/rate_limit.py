@@ -24,7 +24,7 @@ from services.control_plane.core.errors import RateLimited
 
 MINUTE = 60.0
 MAX_KEYS = 100_000
-AT_ONCE_SECONDS = 1.0  # after which a client tries again that has too many requests in flight
+AT_ONCE_SECONDS = 1.0  # after which a client with too many requests in flight may try again
 
 
 class RateLimits:

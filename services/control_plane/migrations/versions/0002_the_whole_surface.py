@@ -11,7 +11,7 @@ down_revision = "0001"
 branch_labels: Sequence[str] | None = None
 depends_on: Sequence[str] | None = None
 
-OWNED = ("files", "jobs", "models")  # they were there before projects
+OWNED = ("files", "jobs", "models")  # the tables that are older than projects
 APPEND_ONLY = ("transitions", "audit_log")
 
 

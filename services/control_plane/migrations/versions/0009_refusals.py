@@ -15,7 +15,7 @@ def upgrade() -> None:
     op.add_column("audit_log", sa.Column("code", sa.String()))
     op.add_column(
         "audit_log", sa.Column("num_requests", sa.Integer(), server_default="1", nullable=False)
-    )  # for the release before
+    )  # the previous release writes rows without this column
 
 
 def downgrade() -> None:

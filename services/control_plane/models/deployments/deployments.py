@@ -292,7 +292,7 @@ async def wished(session: AsyncSession, settings: Settings, applications: Mappin
         own, app = chosen[row.model_id], applications.get(row.app_name)
         application = _application(row, own, settings, is_reference=is_reference)
         if is_reference and app and app.deployment and app.state in ("loading", "running"):
-            application = app.deployment  # new settings wait until the scores are in
+            application = app.deployment  # new settings wait until the log-probabilities are computed
         model = _model(row, application, own, settings, now, app, is_reference=is_reference)
         outdated = app is not None and app.deployment not in (None, application) and app.state != "stopping"
         found.append(Wish(row, model, application, outdated))
@@ -392,7 +392,7 @@ async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_
     elif model.state == "running" and row.ready_at is None:
         values["ready_at"] = func.clock_timestamp()
     if serves and model.is_reference and row.answered_at is None and "placed_at" not in values:
-        values["answered_at"] = func.clock_timestamp()  # so a reference may leave once its attempt ends
+        values["answered_at"] = func.clock_timestamp()  # so the model may be unloaded once its attempt ends
     if values:
         statement = update(Deployment).where(Deployment.app_name == row.app_name).values(**values)
         await session.execute(statement.execution_options(synchronize_session=False))
