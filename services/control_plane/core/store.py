@@ -541,8 +541,9 @@ EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level,
 
 @dataclass(frozen=True)
 class Census:
-    """Numbers over all projects for Prometheus: jobs in each state, webhook messages that wait to be sent, and the
-    seconds for which the lease (the right of one control plane to handle jobs) is still held.
+    """Numbers over all projects for Prometheus: jobs in each state, webhook messages that wait to be sent, the age of
+    the oldest of these messages, and the seconds for which the lease (the right of one control plane to handle jobs) is
+    still held.
     """
 
     jobs: Mapping[str, int]  # by state

@@ -50,7 +50,8 @@ REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidR
 @dataclass
 class _Use:
     """What this control plane remembers about its own requests to one model: how many are in flight, whether the model
-    accepts more, and when requests began and ended. Times are seconds of the monotonic clock.
+    accepts more, whether the database holds a mark (a record of these requests), and how much of the model's time a
+    request has used. Times are seconds of the monotonic clock.
     """
 
     in_flight: int = 0
