@@ -17,7 +17,8 @@ from services.control_plane.models.models import NamedModel
 class Asked:
     """The options of a job request whose value `auto` lets the service choose, as the user sent them.
 
-    Also holds the names of the fields in the request that compare checkpoints.
+    Also holds, as `comparing`, the names of those fields in the request that compare checkpoints on validation data,
+    such as `best_metric`.
     """
 
     adapter: Lora | Literal["none", "auto"] = "auto"
@@ -53,8 +54,8 @@ class Combination:
         return self.spec.weights.quantization is not None
 
     def compares(self, name: str) -> bool:
-        """Whether the request sets the field `name`, which compares checkpoints on validation data, but the job has no
-        such data.
+        """Whether the request sets the field `name`, such as `best_metric`, which compares checkpoints on validation
+        data, but the job has no such data.
         """
         return name in self.asked.comparing and not self.spec.validates
 

@@ -96,8 +96,8 @@ async def submit(
 
 
 async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
-    """Returns the reason, as a clause for an event, why the adapter that the job trains will have an engine (a model
-    server) of its own.
+    """Returns the end of a sentence for an event: the reason why the adapter that the job trains will have an engine (a
+    model server) of its own.
 
     Returns '' if the engine of the base model will answer for the adapter. Also returns '' if the job trains no adapter
     or a reward model.

@@ -174,7 +174,7 @@ class CreateJob(BaseModel):
         """Returns the values that the body has for the adapter, the precision, the quantization and the maximum length.
 
         The value `auto` means that the service chooses. The result also holds the names of those fields of the body
-        that compare checkpoints. Raises InvalidRequest, which names the wrong field.
+        that compare checkpoints, such as `best_metric`. Raises InvalidRequest, which names the wrong field.
         """
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")

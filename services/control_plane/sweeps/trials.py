@@ -94,7 +94,9 @@ def _check_metrics(sweep: CreateSweep, spec: JobSpec) -> None:
 
 
 async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values) -> None:
-    """Raises an ApiError if the service would refuse the trial's job."""
+    """Checks the job of the trial with the parameters' `values`. Raises an ApiError if the service would refuse the
+    job.
+    """
     spec, asked = job_of(sweep, values)
     with within("job", f" (This is the trial with {json.dumps(values)}.)"):
         admitted = await admission.admit(session, settings, spec, asked)
@@ -104,7 +106,8 @@ async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, swee
 async def submit(
     session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values, key_id: str
 ) -> Job:
-    """Submits the trial's job, and returns it. Raises an ApiError if the service refuses the job.
+    """Submits the job of the trial with the parameters' `values`, and returns the job. Raises an ApiError if the
+    service refuses the job.
 
     `key_id` is the id of the API key that created the sweep.
     """
