@@ -293,7 +293,9 @@ def make_room(folder: Path, needed: int) -> None:
     for unused_seconds, copy in sorted(((now - copy.stat().st_mtime, copy) for copy in sizes), reverse=True):
         lacks = held > limit or shutil.disk_usage(folder).free < needed + SPARE
         if unused_seconds > UNUSED_SECONDS or (lacks and unused_seconds > USED_SECONDS):
-            shutil.rmtree(copy, ignore_errors=True)
+            # Otherwise a process that is killed here would leave a part of a model under the model's name.
+            beside = copy.rename(copy.with_name(f".{copy.name}.{secrets.token_hex(4)}"))
+            shutil.rmtree(beside, ignore_errors=True)
             held -= sizes[copy]
 
 
@@ -342,8 +344,8 @@ def _download_file(filesystem: fs.FileSystem, file: fs.FileInfo, local: Path) ->
                 raise OSError(f"{file.path} was sent with {len(data)} of {length} bytes from byte {start}.")
             os.pwrite(sink.fileno(), data, start)
 
-        for done in [threads.submit(copy, start) for start in range(0, size, DOWNLOADED_AT_ONCE)]:
-            done.result()
+        for _ in threads.map(copy, range(0, size, DOWNLOADED_AT_ONCE)):  # if one fails, those that wait are not made
+            continue
 
 
 def _resolve(uri: str) -> tuple[fs.FileSystem, str]:

@@ -3,11 +3,13 @@
 import gc
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -322,6 +324,52 @@ def test_of_several_processes_that_need_a_model_one_downloads_it(s3: S3, tmp_pat
     (folder,) = {rank.communicate()[0].strip() for rank in ranks}
     assert (Path(folder) / "weights").stat().st_size == 2**24
     assert 2**24 < s3.proxy.passed < 1.5 * 2**24
+
+
+def test_a_copy_that_goes_is_never_there_by_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (old,) = ages_of_copies(tmp_path, 25)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: None)  # as if the process were killed
+    storage.make_room(tmp_path, 0)
+    assert not old.exists()
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    storage.make_room(tmp_path, 0)
+    assert not left.exists()
+
+
+def test_a_download_that_fails_asks_no_further(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = storage.join(s3.new_folder(), "f")
+    storage.write_bytes(uri, bytes(1000))
+    reads = []
+
+    class Failing:
+        def __init__(self, filesystem: fs.FileSystem) -> None:
+            self._filesystem = filesystem
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._filesystem, name)
+
+        def open_input_file(self, path: str) -> Any:
+            return self
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def read_at(self, length: int, start: int) -> bytes:
+            reads.append(start)
+            time.sleep(0.01)
+            raise OSError("the storage is gone")
+
+    resolve = storage._resolve
+    monkeypatch.setattr(storage, "DOWNLOADED_AT_ONCE", 1)
+    monkeypatch.setattr(storage, "_resolve", lambda uri: (Failing(resolve(uri)[0]), resolve(uri)[1]))
+    with pytest.raises(OSError, match="gone"):
+        storage.fetch(uri, tmp_path)
+    assert len(reads) < 100
 
 
 def test_a_copy_that_is_asked_for_is_in_use_from_then_on(
