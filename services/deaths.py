@@ -10,6 +10,7 @@ HELD = re.compile(r"^Selected to kill: .*actual memory used=([\d.]+)GB", re.MULT
 ERROR = re.compile(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Timeout)): +(\S.*)$", re.MULTILINE)
 REFUSED = re.compile(
     r"ACCESS_DENIED|Access ?Denied|Permission denied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED"  # Google's
 )
 LONGEST = 300  # most characters of the line that names an error
 

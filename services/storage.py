@@ -36,6 +36,25 @@ USED_SECONDS = 3600.0  # a copy that was asked for within this time may be in us
 UNUSED_SECONDS = 86400.0  # a copy that nobody has asked for during this time goes
 SPARE = 2**30  # bytes of the disk that copies leave free
 FULL = (errno.ENOSPC, errno.EDQUOT)
+AWAY = (
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ETIMEDOUT,
+)
+BUCKET_FAILED = ("AWS Error ", "google::cloud::Status(")  # Arrow's errors of buckets contain one of these texts
+
+
+class ShortReadError(OSError):
+    """Raised if storage sends fewer bytes of a file than the file has."""
+
+
+class ChangedFileError(OSError):
+    """Raised if a file in storage changes while it is downloaded."""
 
 
 def is_full(error: BaseException) -> bool:
@@ -44,9 +63,16 @@ def is_full(error: BaseException) -> bool:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the error means that a bucket did not answer or refused the request. Arrow raises an OSError without
-    errno in both cases."""
-    return type(error) is OSError and error.errno is None
+    """Whether the error means that storage did not answer, or that a bucket refused the request.
+
+    Arrow raises a plain OSError for errors of a bucket, as other libraries do for damaged files. Only the text tells
+    them apart.
+    """
+    if isinstance(error, ShortReadError):
+        return True
+    if type(error) is OSError and error.errno is None:
+        return any(text in str(error) for text in BUCKET_FAILED)
+    return isinstance(error, OSError) and error.errno in AWAY
 
 
 def join(uri: str, *parts: str) -> str:
@@ -246,22 +272,29 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
             _download(filesystem, path, target, only)
         return target
     target = _copies() / name / Path(path).name
-    with suppress(FileNotFoundError):
-        os.utime(target.parent)
-    if not target.exists():
-        with _alone(target.parent):
-            if not target.exists():
-                _download(filesystem, path, target, only, makes_room=True)
+    with _alone(target.parent):
+        with suppress(FileNotFoundError):
+            os.utime(target.parent)
+        if not target.exists():
+            _download(filesystem, path, target, only, makes_room=True)
     return target
 
 
 @contextmanager
-def _alone(copy: Path) -> Iterator[None]:
-    """Waits until no other process of this node downloads the copy `copy`. In the `with` block, other processes that
-    want to download the same copy wait in turn. The kernel ends their wait if this process dies."""
-    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _alone(copy: Path, *, wait: bool = True) -> Iterator[None]:
+    """Waits until no other process of this node downloads or removes the copy `copy`, or raises BlockingIOError if one
+    does and `wait` is False. In the `with` block, other processes that want to do so wait in turn. The kernel ends
+    their wait if this process dies.
+
+    `copy` may also be an unfinished download: it has the lock of the copy that it is to become.
+    """
+    name = copy.name.lstrip(".").partition(".")[0]
+    with copy.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked meanwhile has inherited the open file
 
 
 def _copies() -> Path:
@@ -283,39 +316,71 @@ def make_room(folder: Path, needed: int) -> None:
 
     All copies go that nobody has asked for within UNUSED_SECONDS. If there is still too little room, older copies go
     first, but copies that somebody has asked for within USED_SECONDS stay in any case. Unfinished downloads of killed
-    processes are removed by the same rules.
+    processes are removed by the same rules, and downloads that are under way are not.
     """
     limit = int(os.environ.get(COPIES_VARIABLE, 2**63))
-    now = time.time()
-    copies = [path for path in folder.iterdir() if path.is_dir()]
-    sizes = {copy: sum(file.stat().st_size for file in copy.rglob("*") if file.is_file()) for copy in copies}
-    held = sum(sizes.values()) + needed
-    for unused_seconds, copy in sorted(((now - copy.stat().st_mtime, copy) for copy in sizes), reverse=True):
+    copies: list[tuple[float, int, Path]] = []
+    for copy in folder.iterdir():
+        with suppress(OSError):  # another process removes this copy
+            if copy.is_dir():
+                size = sum(file.stat().st_size for file in copy.rglob("*") if file.is_file())
+                copies.append((copy.stat().st_mtime, size, copy))
+    held = sum(size for _, size, _ in copies) + needed
+    for last_use, size, copy in sorted(copies):
         lacks = held > limit or shutil.disk_usage(folder).free < needed + SPARE
-        if unused_seconds > UNUSED_SECONDS or (lacks and unused_seconds > USED_SECONDS):
+        if time.time() - last_use > (USED_SECONDS if lacks else UNUSED_SECONDS) and _remove(copy, last_use):
+            held -= size
+
+
+def _remove(copy: Path, last_use: float) -> bool:
+    """Removes a copy, unless a process downloads it at the moment, or has asked for it after `last_use`, a time in
+    seconds since 1970. Returns whether the copy was removed."""
+    try:
+        with _alone(copy, wait=False):
+            if copy.stat().st_mtime != last_use:
+                return False
             # Otherwise a process that is killed here would leave a part of a model under the model's name.
-            beside = copy.rename(copy.with_name(f".{copy.name}.{secrets.token_hex(4)}"))
-            shutil.rmtree(beside, ignore_errors=True)
-            held -= sizes[copy]
+            beside = copy.rename(_beside(copy))
+    except OSError:  # another process downloads or removes the copy
+        return False
+    shutil.rmtree(beside, ignore_errors=True)
+    return True
+
+
+def _beside(copy: Path) -> Path:
+    """Returns a new path next to a copy, for what is not complete. `_alone` finds the copy's lock by this name."""
+    return copy.with_name(f".{copy.name.lstrip('.').partition('.')[0]}.{secrets.token_hex(4)}")
 
 
 def _download(
     filesystem: fs.FileSystem, path: str, target: Path, only: Sequence[str], *, makes_room: bool = False
 ) -> None:
-    beside = target.parent.with_name(f".{target.parent.name}.{secrets.token_hex(4)}")
+    """Downloads the file or folder at `path` to `target`. The folder of `target` appears when it is complete.
+
+    `only` has patterns of file names, as in `fetch`. If `makes_room` is True, other copies are removed if need be; the
+    caller must hold the copy's lock.
+    """
     (info,) = filesystem.get_file_info([path])
-    selector = fs.FileSelector(path, recursive=True)
-    files = filesystem.get_file_info(selector) if info.type == fs.FileType.Directory else [info]
-    wanted = [file for file in files if not only or any(fnmatch(file.base_name, pattern) for pattern in only)]
+    is_folder, wanted = info.type == fs.FileType.Directory, [info]
+    if is_folder:
+        listed = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        files = [file for file in listed if file.type != fs.FileType.Directory]
+        wanted = [file for file in files if not only or any(fnmatch(file.base_name, pattern) for pattern in only)]
     if makes_room:
-        with suppress(FileNotFoundError):  # another process removes the same copies
-            make_room(target.parents[1], sum(file.size or 0 for file in wanted))
+        for left in target.parents[1].glob(f".{target.parent.name}.*"):  # by a killed process, which had the lock
+            shutil.rmtree(left, ignore_errors=True)
+        make_room(target.parents[1], sum(file.size or 0 for file in wanted))
+    beside = _beside(target.parent)
+    paths = [beside / target.name / Path(file.path).relative_to(path) for file in wanted]
     try:
-        if info.type == fs.FileType.Directory:
-            (beside / target.name).mkdir(parents=True)
-        for file in wanted:
-            if file.type != fs.FileType.Directory:
-                _download_file(filesystem, file, beside / target.name / Path(file.path).relative_to(path))
+        (beside / target.name if is_folder else beside).mkdir(parents=True)
+        for local in paths:  # now and not later, because a folder that somebody removes must not come again, half empty
+            local.parent.mkdir(parents=True, exist_ok=True)
+        sizes = [_download_file(filesystem, file.path, local) for file, local in zip(wanted, paths, strict=True)]
+        for local, size in zip(paths, sizes, strict=True):
+            if local.stat().st_size != size:
+                raise ShortReadError(f"The copy {local} has {local.stat().st_size} of {size} bytes.")
+        os.utime(beside)
         beside.rename(target.parent)
     except OSError:
         if not target.exists():  # if it exists, another process downloaded it first
@@ -324,15 +389,17 @@ def _download(
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _download_file(filesystem: fs.FileSystem, file: fs.FileInfo, local: Path) -> None:
-    """Downloads a file to the path `local`. Several requests run at the same time, each for a part of the file.
+def _download_file(filesystem: fs.FileSystem, path: str, local: Path) -> int:
+    """Downloads the file at `path` to the path `local`, and returns its size in bytes. Several requests run at the same
+    time, each for a part of the file.
 
-    Raises OSError if the storage sends fewer bytes than the file has.
+    Raises ShortReadError if the storage sends fewer bytes than the file has, and ChangedFileError if the file changes
+    meanwhile: its parts would be of different contents.
     """
-    local.parent.mkdir(parents=True, exist_ok=True)
-    size = file.size or 0
+    (before,) = filesystem.get_file_info([path])
+    size = before.size or 0
     with (
-        filesystem.open_input_file(file.path) as source,
+        filesystem.open_input_file(path) as source,
         local.open("wb") as sink,
         ThreadPoolExecutor(NUM_DOWNLOADS) as threads,
     ):
@@ -341,11 +408,15 @@ def _download_file(filesystem: fs.FileSystem, file: fs.FileInfo, local: Path) ->
             length = min(DOWNLOADED_AT_ONCE, size - start)
             data = source.read_at(length, start)
             if len(data) != length:
-                raise OSError(f"{file.path} was sent with {len(data)} of {length} bytes from byte {start}.")
+                raise ShortReadError(f"{path} was sent with {len(data)} of {length} bytes from byte {start}.")
             os.pwrite(sink.fileno(), data, start)
 
         for _ in threads.map(copy, range(0, size, DOWNLOADED_AT_ONCE)):  # if one fails, those that wait are not made
             continue
+    (after,) = filesystem.get_file_info([path])
+    if (after.size, after.mtime_ns) != (before.size, before.mtime_ns):
+        raise ChangedFileError(f"The file {path} changed while it was downloaded; store new content under a new name.")
+    return size
 
 
 def _resolve(uri: str) -> tuple[fs.FileSystem, str]:

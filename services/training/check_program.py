@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 
 from dpo_core.config import Truncation
 from services import storage
-from services.contract import CheckRequest, Contract, Failed, Recipe, SideJobResult
-from services.training.data.encoding import Encoded, Piece, encode_piece, load, raise_refusals, split
+from services.contract import CheckRequest, Contract, Recipe, SideJobResult
+from services.training.data.encoding import Encoded, Piece, encode_piece, load, raise_refusals, split, unusable
 from services.training.data.file_report import EncodingReport, merge
 from services.training.data.preview import Preview, preview, sample
 from services.training.reports.reporting import JobFailed
@@ -90,9 +90,7 @@ def _encode(recipe: Recipe, piece: Piece) -> Encoded:
     try:
         load(recipe.model_source)
     except Exception as error:  # the user sees every error of the model
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        failed = Failed(code="invalid_model", message=f"The model cannot be used: {reason}", param="model")
-        return Encoded(piece=piece.number, report=EncodingReport(), refused=(piece.first_line, failed))
+        return Encoded(piece=piece.number, report=EncodingReport(), refused=(piece.first_line, unusable(error)))
     return encode_piece(recipe, None, piece)
 
 

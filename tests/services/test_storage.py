@@ -1,5 +1,6 @@
 """Tests reading and writing of files at URIs, on the local filesystem and on S3."""
 
+import errno
 import gc
 import io
 import os
@@ -7,8 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -332,44 +338,174 @@ def test_a_copy_that_goes_is_never_there_by_half(tmp_path: Path, monkeypatch: py
     storage.make_room(tmp_path, 0)
     assert not old.exists()
     monkeypatch.undo()
-    (left,) = tmp_path.iterdir()
+    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
     os.utime(left, (0, 0))
     storage.make_room(tmp_path, 0)
     assert not left.exists()
 
 
-def test_a_download_that_fails_asks_no_further(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Watched:
+    """A filesystem that calls a function before it reads a part of a file, with the byte where the part begins."""
+
+    def __init__(self, filesystem: fs.FileSystem, before_read: Callable[[int], object]) -> None:
+        self._filesystem, self._before_read = filesystem, before_read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._filesystem, name)
+
+    @contextmanager
+    def open_input_file(self, path: str) -> Iterator[Any]:
+        with self._filesystem.open_input_file(path) as source:
+
+            def read_at(length: int, start: int) -> bytes:
+                self._before_read(start)
+                return bytes(source.read_at(length, start))
+
+            yield SimpleNamespace(read_at=read_at)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object]], None]:
+    """Returns a function. Its argument is called from then on before a download reads a part of a file."""
+    resolve = storage._resolve
+
+    def start(before_read: Callable[[int], object]) -> None:
+        def watched(uri: str) -> tuple[Any, str]:
+            filesystem, path = resolve(uri)
+            return Watched(filesystem, before_read), path
+
+        monkeypatch.setattr(storage, "_resolve", watched)
+
+    return start
+
+
+def test_a_download_that_fails_asks_no_further(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Any
+) -> None:
     uri = storage.join(s3.new_folder(), "f")
     storage.write_bytes(uri, bytes(1000))
-    reads = []
+    reads, ends = [], threading.Event()
 
-    class Failing:
-        def __init__(self, filesystem: fs.FileSystem) -> None:
-            self._filesystem = filesystem
+    class Threads(ThreadPoolExecutor):
+        def shutdown(self, *args: Any, **options: Any) -> None:
+            ends.set()
+            super().shutdown(*args, **options)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._filesystem, name)
+    def fail(start: int) -> None:
+        reads.append(start)
+        if start:
+            assert ends.wait(300)
+        raise OSError("the storage is gone")
 
-        def open_input_file(self, path: str) -> Any:
-            return self
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-        def read_at(self, length: int, start: int) -> bytes:
-            reads.append(start)
-            time.sleep(0.01)
-            raise OSError("the storage is gone")
-
-    resolve = storage._resolve
+    watch(fail)
     monkeypatch.setattr(storage, "DOWNLOADED_AT_ONCE", 1)
-    monkeypatch.setattr(storage, "_resolve", lambda uri: (Failing(resolve(uri)[0]), resolve(uri)[1]))
+    monkeypatch.setattr(storage, "ThreadPoolExecutor", Threads)
     with pytest.raises(OSError, match="gone"):
         storage.fetch(uri, tmp_path)
-    assert len(reads) < 100
+    assert len(reads) <= storage.NUM_DOWNLOADS + 1  # the thread that failed has taken another part
+
+
+def test_a_file_that_changes_while_it_is_downloaded_is_refused(s3: S3, tmp_path: Path, watch: Any) -> None:
+    uri = storage.join(s3.new_folder(), "model")
+    storage.write_bytes(storage.join(uri, "weights"), b"old")
+    watch(lambda start: storage.write_bytes(storage.join(uri, "weights"), b"newer"))
+    with pytest.raises(storage.ChangedFileError, match=r"model/weights changed while it was downloaded; store new"):
+        storage.fetch(uri, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the folder in which this test's copies are kept."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return storage._copies()
+
+
+def test_a_download_that_takes_long_is_not_removed_and_is_new_when_it_ends(s3: S3, copies: Path, watch: Any) -> None:
+    uri = storage.join(s3.new_folder(), "model")
+    for name in ("one", "two"):
+        storage.write_bytes(storage.join(uri, name), b"1")
+
+    def take_long(start: int) -> None:
+        (unfinished,) = copies.glob(".*.*")
+        os.utime(unfinished, (0, 0))
+        storage.make_room(copies, 2**62)
+
+    watch(take_long)
+    copy = storage.fetch(uri)
+    assert sorted(path.name for path in copy.iterdir()) == ["one", "two"]
+    storage.make_room(copies, 2**62)
+    assert copy.exists()
+
+
+def test_a_copy_that_somebody_removes_while_it_is_downloaded_does_not_appear_by_half(
+    s3: S3, copies: Path, watch: Any
+) -> None:
+    uri = storage.join(s3.new_folder(), "model")
+    for name in ("one", "two"):
+        storage.write_bytes(storage.join(uri, name), b"1")
+
+    def remove(start: int) -> None:
+        (unfinished,) = copies.glob(".*.*")
+        shutil.rmtree(unfinished)
+
+    watch(remove)
+    with pytest.raises(FileNotFoundError):
+        storage.fetch(uri)
+    assert not [path for path in copies.iterdir() if path.is_dir()]
+    watch(lambda start: None)
+    assert len(list(storage.fetch(uri).iterdir())) == 2
+
+
+def test_what_a_killed_process_left_goes_when_the_same_copy_is_downloaded(s3: S3, copies: Path, watch: Any) -> None:
+    uri = storage.join(s3.new_folder(), "model")
+    storage.write_bytes(storage.join(uri, "weights"), b"1")
+
+    class Killed(BaseException):
+        pass
+
+    def die(start: int) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder, **_: None)
+        watch(die)
+        with pytest.raises(Killed):
+            storage.fetch(uri)
+    (left,) = copies.glob(".*.*")
+    watch(lambda start: None)
+    storage.fetch(uri)
+    assert not left.exists()
+
+
+def test_a_copy_that_is_asked_for_before_it_goes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for, old = ages_of_copies(tmp_path, 26, 25)
+    usage = shutil.disk_usage
+
+    def ask(folder: Path) -> Any:
+        os.utime(asked_for)
+        return usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", ask)
+    storage.make_room(tmp_path, 0)
+    assert [copy.exists() for copy in (asked_for, old)] == [True, False]
+
+
+def test_a_copy_that_vanishes_does_not_end_the_cleaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = ages_of_copies(tmp_path, 27, 26, 25)
+    is_file = Path.is_file
+    vanished: list[Path] = []
+
+    def vanishes(path: Path) -> bool:
+        found = is_file(path)
+        if found and not vanished:
+            vanished.append(path)
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", vanishes)
+    storage.make_room(tmp_path, 0)
+    assert [copy.exists() for copy in copies] == [copy in vanished[0].parents for copy in copies]
 
 
 def test_a_copy_that_is_asked_for_is_in_use_from_then_on(
@@ -410,3 +546,25 @@ def test_only_files_are_listed_as_files_and_have_a_version(folder: str) -> None:
     first = storage.version(storage.join(folder, "a 1"))
     storage.write_bytes(storage.join(folder, "a 1"), b"12")
     assert storage.version(storage.join(folder, "a 1")) != first
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (
+            OSError("When reading key 'a' in bucket 'b': AWS Error NETWORK_CONNECTION during HeadObject"),
+            True,
+        ),
+        (OSError("google::cloud::Status(UNAVAILABLE: Permanent error in GetObjectMetadata: Couldn't connect)"), True),
+        (storage.ShortReadError("bucket/f was sent with 1 of 2 bytes from byte 0."), True),
+        (OSError(errno.ETIMEDOUT, "Connection timed out"), True),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), True),
+        (OSError("Can't load tokenizer for 'model'. Make sure that it is the correct path."), False),
+        (storage.ChangedFileError("The file bucket/f changed while it was downloaded."), False),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
+        (TimeoutError("a task took too long"), False),
+        (ValueError("AWS Error "), False),
+    ],
+)
+def test_only_errors_of_storage_say_that_it_is_away(error: Exception, away: bool) -> None:
+    assert storage.is_away(error) is away

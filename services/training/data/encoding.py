@@ -284,10 +284,10 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
     The groups of token ids are written to the folder `folder_uri`; if `folder_uri` is None, they are not written. If
     the model or a line cannot be used, the result names the reason, and no files are written.
     """
-    model = load(recipe.model_source)
-    limit = min(recipe.max_length, model.positions)
     tally = Tally(piece.num_rows)
     try:
+        model = load(recipe.model_source)
+        limit = min(recipe.max_length, model.positions)
         check_max_length(recipe.max_length, model.positions)
         groups = list(_without_ties(_usable(recipe, piece, tally), tally))
         training, held_out = _encode(groups, model, recipe, limit, tally)
@@ -299,6 +299,8 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
     except UnusableTemplate as error:
         failed = Failed(code="invalid_model", message=str(error), param="model")
         return Encoded(piece=piece.number, report=tally.report(), refused=(piece.first_line, failed))
+    except JobFailed as error:
+        return Encoded(piece=piece.number, report=tally.report(), refused=(piece.first_line, error.report))
     return Encoded(
         piece=piece.number,
         report=tally.report(),
@@ -513,7 +515,10 @@ class Model:
 @functools.cache
 def load(model_source: str) -> Model:
     """Returns the tokenizer, the maximum length and the end tokens of a model. Each process loads the same model only
-    once. `model_source` is a storage URI, a local folder or a hub id."""
+    once. `model_source` is a storage URI, a local folder or a hub id.
+
+    Raises JobFailed for a folder whose tokenizer or config is missing or damaged.
+    """
     # The import is here, because it takes eight CPU seconds and the driver does not need it.
     from transformers import AutoConfig
 
@@ -521,9 +526,23 @@ def load(model_source: str) -> Model:
 
     folder = policies.fetch_words(model_source)
     base = policies.fetch_words(policies.base_of(model_source))
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
-    tokenizer = load_tokenizer(folder)
-    return Model(tokenizer, positions_in(config) or 2**31, _ends(base, config, tokenizer))
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+        tokenizer = load_tokenizer(folder)
+        return Model(tokenizer, positions_in(config) or 2**31, _ends(base, config, tokenizer))
+    except Exception as error:  # transformers and tokenizers raise errors of all types for damaged files
+        of_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+        if of_machine or not (folder.is_absolute() and base.is_absolute()):  # or the hub does not answer
+            raise
+        raise JobFailed(unusable(error)) from error
+
+
+def unusable(error: Exception) -> Failed:
+    """Returns the report that a model cannot be used. `error` was raised when its tokenizer or config was loaded."""
+    if isinstance(error, JobFailed):
+        return error.report
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return Failed(code="invalid_model", message=f"The model cannot be used: {reason}", param="model")
 
 
 def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:

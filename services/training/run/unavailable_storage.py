@@ -14,7 +14,7 @@ from services.deaths import REFUSED
 logger = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 5.0
-MOST_AWAY_SECONDS = 600.0  # how long storage may not answer; then the attempt ends, and the next one resumes
+MOST_AWAY_SECONDS = 600.0  # how long storage may not answer at a time; then the attempt ends, and the next one resumes
 
 Result = TypeVar("Result")
 
@@ -22,21 +22,29 @@ Result = TypeVar("Result")
 def retry_while_unavailable(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
     """Calls `write`, and returns its result. If `write` or one of its Ray tasks fails because storage is full, calls
     `write` again and again until it succeeds. If the reason is that storage does not answer, calls `write` again for
-    ten minutes at most, and then raises the error.
+    ten minutes at most, and then raises the error. The ten minutes begin with the first such error. They begin anew
+    after a call that found storage full, or that took longer than ten minutes: storage answered meanwhile.
 
     The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".
     """
-    reported, began = "", time.monotonic()
+    reported = ""
+    away_since: float | None = None
     while True:
+        began = time.monotonic()
         try:
             return write()
         except (OSError, RayTaskError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
+            failed = time.monotonic()
+            if not _is_away(cause):
+                away_since = None
+            elif away_since is None or failed - began > MOST_AWAY_SECONDS:
+                away_since = failed
             if storage.is_full(cause):
                 sentence = (
                     f"The storage is full; {what} waits until there is room. The operator has to free some space."
                 )
-            elif _is_away(cause) and time.monotonic() - began < MOST_AWAY_SECONDS:
+            elif away_since is not None and failed - away_since < MOST_AWAY_SECONDS:
                 sentence = f"The storage does not answer; {what} waits for it, ten minutes at most."
             else:
                 raise

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import shutil
@@ -355,6 +356,38 @@ def test_margins_are_refused_by_line_where_the_objective_takes_none(
     assert [group.margin for group in run(spec)[0]] == [None, 2.0, None, None, None, 2.0]
     with pytest.raises(JobFailed, match=r"2 pairs have a margin \(line 2, 6\), which the method 'simpo' cannot use"):
         run(spec.model_copy(update={"config": TrainConfig(objective=Simpo())}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").unlink(),
+    ],
+)
+def test_a_damaged_tokenizer_or_config_is_the_users_to_mend(
+    make_spec: MakeSpec, run: Any, model_source: str, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    shutil.copytree(model_source, tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    with pytest.raises(JobFailed, match=r"^The model cannot be used: \S") as failure:
+        run(make_spec(model_source=str(tmp_path / "damaged")))
+    assert (failure.value.report.code, failure.value.report.param) == ("invalid_model", "model")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_what_is_the_machines_fault_is_not_the_models(
+    model_source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("dpo_core.models.model.load_tokenizer", fail)
+    model = shutil.copytree(model_source, tmp_path / "model")
+    with pytest.raises(type(error)):
+        encoding.load(str(model))
 
 
 @pytest.fixture
