@@ -170,6 +170,17 @@ def _param(found: Plan) -> str:
     return f"x_raydpo.{found.changes[0].field}" if found.changes else "model"
 
 
+def _explain_wait(asked: int, workers: float, nodes: Sequence[Node], settings: Settings) -> str:
+    """Returns a sentence for the user about a job that asks for more workers than the `workers` for which there are
+    GPUs. `nodes` are the machines of the Ray cluster."""
+    if not workers:
+        num_gpus, needed = sum(len(node.gpus) for node in nodes), settings.num_gpus_per_worker
+        has = f"{num_gpus} of the {needed:g} GPUs that each worker needs" if num_gpus else "no GPU"
+        return f"The cluster now has {has}, so the job would wait; ask the operator for more GPUs."
+    what = f"The job asks for {asked} workers, but the cluster has GPUs for {workers:g}, so the job would wait"
+    return f"{what}; set num_workers to {workers:g} or less, or ask the operator for more GPUs."
+
+
 def plan_object(
     spec: JobSpec,
     shapes: Shapes,
@@ -187,7 +198,7 @@ def plan_object(
     room = room_of(nodes, settings, spec.num_workers)
     workers = most_workers(nodes, settings)
     found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room, workers)
-    fits = found.fits and spec.num_workers <= workers
+    waits = spec.num_workers > workers
     held = asdict(found.memory)
     notes = [f"Rows: {how}."]
     if shapes.config.get("model_type") not in MEASURED:
@@ -195,19 +206,16 @@ def plan_object(
             f"The memory of activations was not measured for {shapes.config.get('model_type')}; "
             "that of a Llama is assumed."
         )
-    if room is None:
+    if room is None and workers:
         notes.append("Ray does not report how much memory its workers have, so whether the job fits is not known.")
-    elif not found.fits:
+    elif found.fits is False:
         notes.append(_remedy(found))
-    if spec.num_workers > workers:
-        notes.append(
-            f"The job asks for {spec.num_workers} workers, but the cluster has GPUs for {workers:g}, so the job would "
-            f"wait; set num_workers to {workers:g} or less, or ask the operator for more GPUs."
-        )
+    if waits:
+        notes.append(_explain_wait(spec.num_workers, workers, nodes, settings))
     return {
         "object": "plan",
         "model": spec.model,
-        "fits": fits,
+        "fits": False if waits else found.fits,
         "num_workers": spec.num_workers,
         "device": "gpu" if found.run.device == "cuda" else "cpu",
         "worker_bytes": room,

@@ -213,6 +213,19 @@ def test_workers_for_which_there_are_no_gpus_do_not_fit_and_are_not_advised(sett
     assert "num_workers" not in str(plan(1, 5 * GB, on_gpus, num_workers=1)["changes"])
 
 
+@pytest.mark.parametrize(
+    ("gpus", "needed", "has"), [(0, 1, "no GPU"), (1, 2, "1 of the 2 GPUs that each worker needs")]
+)
+def test_a_cluster_without_gpus_for_one_worker_is_no_advice_to_ask_for_fewer_workers(settings, gpus, needed, has):
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": needed})
+    spec = JobSpec.model_validate({"model": "large", "training_file": "file-1", "config": {}})
+    nodes = [Node(64 * GB, (80 * GB,) * gpus)]
+    found = plans.plan_object(spec, Shapes(LARGE, llama(LARGE).weights), None, None, nodes, on_gpus)
+    assert (found["fits"], found["changes"]) == (False, [])
+    assert found["notes"][-1] == f"The cluster now has {has}, so the job would wait; ask the operator for more GPUs."
+    assert "Ray does not report" not in str(found["notes"])
+
+
 def test_tokens_that_a_check_has_counted_are_taken(settings, training_file, api, client):
     lengths = {"prompt": (200, 30), "chosen": (400, 70), "rejected": (300, 40)}
     tokens = {
