@@ -56,12 +56,13 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
     if run.sharding == "auto" and run.device == "cuda" and not run.quantized:
         places = (1 if run.adapter else local, local, run.num_workers)
         shards = fewest_shards(places, lambda n: sum(_state(model, run, n).values()), inf if room is None else room)
-    layer, entry = _kept_of_layer(model, run, rows), model.number("hidden_size") * run.itemsize
+    layer, balanced = _kept_of_layer(model, run, rows), _balanced(model, run)
+    border = model.number("hidden_size") * run.itemsize + balanced * (FLOAT32 + run.itemsize)
     free = None if room is None else room - sum(_state(model, run, shards).values()) - _tile(model, run)
     tokens, again, _ = choose_pack(
         None if free is None else int(max(0, free) * PACK_SHARE),
         layers * layer,
-        layer + layers * entry,
+        layer + layers * border,
         given=run.max_tokens_per_pack,
         wanted=run.activation_checkpointing,
         least=run.max_length,
@@ -94,8 +95,11 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
     last_norm = tokens * hidden * (2 * FLOAT32 + size * (not run.adapter))
     widest = (2 + again) * _intermediate(model) + 2 * hidden  # gradients held at one time within a layer
     in_layer = tokens * (layer * again + widest * size)
-    entries = tokens * model.number("num_hidden_layers") * (hidden * size if again else layer)
-    activations = entries + learned * hidden * size + max(last_norm, in_layer - in_head)
+    in_layers, balanced = tokens * model.number("num_hidden_layers"), _balanced(model, run)
+    entries = in_layers * (hidden * size + balanced * FLOAT32 if again else layer)
+    after_layers = learned * hidden * size + max(last_norm, in_layer - in_head)
+    router_logits = in_layers * balanced * size  # of all layers, until the head is computed
+    activations = entries + max(after_layers, router_logits - in_head - head_gradient)
     flash = run.device == "cuda" and size < FLOAT32  # flash attention needs no masks
     unmasked = flash or rows.copies
     behind = 0 if unmasked else completions * (1 - 1 / rows.completions)  # completions that share their prompt
@@ -190,7 +194,22 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
     kinds = {re.sub(r"\.\d+(?=\.)", "", name) for name in _adapted(model, run)}
     adapters = (run.adapter or 0) * sum(routed if ".experts." in kind else 1 for kind in kinds)
     dropped = sum(model.weights[name][1] for name in _adapted(model, run)) // layers * (size + 1) if run.dropout else 0
-    return norms + attention + size * (4 * _intermediate(model) + 2 * routed * hidden + adapters) + dropped
+    probabilities = FLOAT32 * (_num_experts(model) + _balanced(model, run))
+    mlp = size * (4 * _intermediate(model) + 2 * routed * hidden) + probabilities
+    return norms + attention + mlp + size * adapters + dropped
+
+
+def _balanced(model: Shapes, run: Run) -> int:
+    """Returns the number of experts in a layer if a loss balances them; 0 if none does. For this loss, the logits of
+    all routers are held until all layers are computed, and autograd keeps their float32 probabilities, even if layers
+    are recomputed."""
+    return _num_experts(model) if model.text.get("router_aux_loss_coef") and not run.rewards else 0
+
+
+def _num_experts(model: Shapes) -> int:
+    """Returns the number of experts in a layer of the model; 0 if this is unknown, or if the model has none."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(model.text[name]) for name in names if model.text.get(name)), 0) if _routed(model) else 0
 
 
 def _routed(model: Shapes) -> int:

@@ -17,6 +17,8 @@ from dpo_core.models.architecture import is_reward_model
 from dpo_core.policy.batch import Batch
 from dpo_core.policy.measures import Measures
 
+BALANCE = "aux_loss"  # the metric's name
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -24,7 +26,13 @@ class Experts:
 
     number: int  # in a layer
     chosen: int  # by a router for each token
-    coefficient: float  # of the load-balancing loss, in the loss of training
+    coefficient: float  # of the load-balancing loss, which training adds to that of the objective
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Returns the bytes that `spread` needs for one token in one layer of a model that computes in `dtype`: the
+        router's logits, which are there until all layers are computed, and float32 probabilities, which autograd keeps
+        for the backward pass. Layers that are recomputed in the backward pass need as many."""
+        return self.number * (dtype.itemsize + torch.float32.itemsize)
 
     def spread(self, router_logits: Sequence[Tensor]) -> Tensor:
         """Returns for each of T tokens how many layers choose each of N experts, and after these N numbers the sums
@@ -47,7 +55,7 @@ class Experts:
 
 def balance_metrics(experts: Experts | None, measures: Measures) -> dict[str, Tensor]:
     """Returns the load-balancing loss under the name that it has in TRL; nothing if training balances no experts."""
-    return {"aux_loss": experts.loss(measures)} if experts else {}
+    return {BALANCE: experts.loss(measures)} if experts else {}
 
 
 def experts_of(model: PreTrainedModel) -> Experts | None:

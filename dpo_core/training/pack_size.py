@@ -47,9 +47,7 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
     budget = _budget(scorer, config.sharding)
     token_bytes = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))
-    recomputed_bytes = (
-        token_bytes // layers + layers * model.config.get_text_config().hidden_size * scorer.dtype.itemsize
-    )
+    recomputed_bytes = token_bytes // layers + layers * _border_bytes(scorer)
     given, wanted = config.max_tokens_per_pack, config.activation_checkpointing
     tokens, choice, fits = choose_pack(
         budget, token_bytes, recomputed_bytes, given=given, wanted=wanted, least=least, most=most
@@ -154,6 +152,13 @@ def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int
     small example."""
     example = _example(groups, scorer.model.config.get_text_config())
     return -(-_kept_bytes(scorer, example) // scorer.count_tokens(example))
+
+
+def _border_bytes(scorer: Scorer) -> int:
+    """Returns the bytes that each token needs for each layer even if layers are recomputed: the layer's input and, if
+    training balances experts, what this loss needs of the layer's router."""
+    layer_input: int = scorer.model.config.get_text_config().hidden_size * scorer.dtype.itemsize
+    return layer_input + (scorer.experts.bytes_per_token(scorer.dtype) if scorer.experts else 0)
 
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:

@@ -23,6 +23,19 @@ ROOT = Path(__file__).parents[3]
 FULL = Run(sharding="replicated", activation_checkpointing="off", max_tokens_per_pack=4096, batch_size=8)
 SMALL = MODEL | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 EXPERTS = {"model_type": "mixtral", "intermediate_size": 352, "num_local_experts": 4, "num_experts_per_tok": 2}
+BALANCED = {  # experts so many and so small that much of the memory is the routers'
+    "model_type": "qwen3_moe",
+    "router_aux_loss_coef": 0.001,
+    "num_experts": 64,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "hidden_size": 64,
+    "vocab_size": 512,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 16,
+}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 CAPPED = MODEL | {"model_type": "gemma2", "head_dim": 32} | CAPS
 ALONE = {
@@ -44,6 +57,13 @@ ALONE = {
     "capped attention": Case(FULL, PAIR, CAPPED),
     "capped attention, long prompts": Case(replace(FULL, adapter=8), Rows(groups=1, prompt=200, completion=56), CAPPED),
     "experts": Case(FULL, PAIR, MODEL | EXPERTS),
+    "balanced experts": Case(replace(FULL, batch_size=16), PAIR, MODEL | BALANCED),
+    "balanced experts, computed again": Case(
+        replace(FULL, batch_size=16, activation_checkpointing="on"), PAIR, MODEL | BALANCED
+    ),
+    "balanced experts in bfloat16, computed again": Case(
+        replace(FULL, batch_size=16, precision="bfloat16", activation_checkpointing="on"), PAIR, MODEL | BALANCED
+    ),
 }
 SHARDED = replace(FULL, sharding="full", num_workers=2, batch_size=16)
 TOGETHER = {"shards": Case(SHARDED), "shards of an adapter": Case(replace(SHARDED, adapter=8))}

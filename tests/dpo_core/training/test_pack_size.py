@@ -116,6 +116,18 @@ def test_a_pack_takes_no_more_than_free_memory(make_policy, free, megabytes):
     assert megabytes * MB / 5 < peak <= megabytes * MB
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recomputed_layers_whose_experts_are_balanced_take_the_memory_of_their_inputs_and_routers(make_mixture, dtype):
+    scorer = Scorer(make_mixture(num_hidden_layers=32, num_experts=64).to(dtype), balances=True)
+    assert scorer.experts
+    scorer.requires_grad_(False).model.get_input_embeddings().requires_grad_()  # gradients of weights do not count
+    pack_size.checkpoint_activations(scorer)
+    batches = [scorer.collate(groups_of(tokens)) for tokens in (192, 384)]
+    peaks = [max(accumulate(changes(lambda batch=batch: scorer(batch).sum().backward()))) for batch in batches]
+    added = (peaks[1] - peaks[0]) / (len(batches[1].input_ids) - len(batches[0].input_ids))
+    assert 32 * pack_size._border_bytes(scorer) == pytest.approx(added, rel=0.15)
+
+
 def of_shape(prompt: int, *completions: int, line: int = 1) -> EncodedGroup:
     ids = [5 + i % 300 for i in range(max(prompt, *completions))]
     return EncodedGroup(ids[:prompt], tuple(ids[:length] for length in completions), None, line)
