@@ -15,7 +15,7 @@ from dpo_core.options import Objective
 from dpo_core.policy.measures import Measures
 from dpo_core.policy.routing import balance_metrics
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.gradients import check_agreement, loss_of_batch, make_packs
+from dpo_core.training.gradients import check_agreement, make_packs, share_of_loss
 from dpo_core.training.ranks import all_reduce_sum
 
 Batches = Iterable[Sequence[EncodedGroup]]
@@ -50,7 +50,7 @@ def evaluate(
     table = torch.cat(tables)
     all_reduce_sum(table)
     measures = Measures(seen, table.cpu())  # comparing many large rankings may need more memory than a GPU has
-    loss = loss_of_batch(objective, scorer.experts, measures, _Frozen(**vars(statistics)))
+    loss = share_of_loss(objective, measures, seen, _Frozen(**vars(statistics)))
     metrics = {"loss": loss, **compute_metrics(objective, measures), **balance_metrics(scorer.experts, measures)}
     return {f"eval/{key}": value.item() for key, value in metrics.items()}
 

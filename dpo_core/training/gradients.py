@@ -20,7 +20,6 @@ from dpo_core.objectives.losses import Statistics, denominator, losses
 from dpo_core.options import Objective
 from dpo_core.policy.batch import Batch
 from dpo_core.policy.measures import Measures
-from dpo_core.policy.routing import Experts
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memory
 
@@ -76,7 +75,8 @@ def backward(
 ) -> tuple[Measures, Tensor]:
     """Computes the gradient of the loss for the packs (groups of one forward pass) of this rank (process of the run),
     and adds it to the gradients of the weights. Returns two values: the measures (log-probabilities or rewards) of all
-    completions of all ranks, and the loss of the global batch.
+    completions of all ranks, and the loss of the global batch. If training balances experts, the gradient is also that
+    of their load-balancing loss, but the returned loss does not contain it.
 
     Raises MemoryRanOut on all ranks if memory ran out on one rank; gradients and `statistics` are then incomplete.
     """
@@ -176,7 +176,10 @@ def _backward_of_whole_batch(
     _guard(scorer, measure)
     all_reduce_sum(table)
     measures = Measures(groups, table)
-    loss, slopes = _differentiate(partial(loss_of_batch, objective, scorer.experts, statistics=statistics), measures)
+    loss_of = partial(share_of_loss, objective, global_batch=groups, statistics=statistics)
+    loss, slopes = _differentiate(loss_of, measures)
+    if experts := scorer.experts:
+        slopes += experts.coefficient * _differentiate(experts.loss, measures)[1]
     _guard(scorer, differentiate)
     return measures, loss
 
@@ -210,13 +213,6 @@ def share_of_loss(
     with its completions."""
     loss_per_group = losses(objective, measures, statistics) * measures.weights
     return loss_per_group.sum() / denominator(objective, global_batch)
-
-
-def loss_of_batch(objective: Objective, experts: Experts | None, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of the global batch whose groups (prompts with their completions) are in `measures`. The
-    load-balancing loss of the experts that training balances is added."""
-    loss = share_of_loss(objective, measures, measures.groups, statistics)
-    return loss if experts is None else loss + experts.coefficient * experts.loss(measures)
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:

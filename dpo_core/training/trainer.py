@@ -29,7 +29,7 @@ from dpo_core.plan.positions import check_max_length
 from dpo_core.policy.admission import admit, last_position
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.measures import Measures
-from dpo_core.policy.routing import balance_metrics
+from dpo_core.policy.routing import BALANCE, balance_metrics
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.checkpoint_writer import Publish, Writer
@@ -104,7 +104,7 @@ def train(
     with ExitStack() as undo:
         run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, undo)
         writer = undo.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
-        drift = Drift()
+        drift, change = Drift(), run.change
         is_due, metrics = True, dict[str, float]()  # true, because before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
             if stalls(run.evaluations, config.best_metric, config.early_stop):
@@ -121,8 +121,10 @@ def train(
                 )
             metrics = run.take_step(groups)
             writer.check()
-            warnings = [run.shortage, drift.warning(metrics) if groups else None]
-            warning = " ".join(filter(None, warnings)) or None
+            warning = None
+            if groups:
+                warning = " ".join(filter(None, [change, run.shortage, drift.warning(metrics)])) or None
+                change = None
             if warning and rank() == 0:
                 logger.warning("Step %d: %s", step, warning)
             is_due = step % every == 0 or step == total_steps
@@ -215,6 +217,7 @@ class _Run:
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
         self.shortage: str | None = None  # a sentence for the user if memory ran out in the last step
+        self.change: str | None = None  # a sentence for the user if a resumed run goes on with another loss
         self.num_updates, self.metrics, self.evaluations = 0, dict[str, float](), tuple[Evaluation, ...]()
         if resume is not None and manifest is not None:
             load(
@@ -230,6 +233,18 @@ class _Run:
             self.num_updates, self.metrics = manifest.num_updates, trained
             self.evaluations = manifest.evaluations
             self.statistics = Statistics(**manifest.statistics)
+            self.change = self._change_of_balance() if trained else None
+
+    def _change_of_balance(self) -> str | None:
+        """Returns a sentence for the user if training balances experts from here on, but did not up to the checkpoint
+        from which it resumes, or the reverse. Returns None if nothing changes. Older releases balanced no experts."""
+        experts, before = self.scorer.experts, BALANCE in self.metrics
+        if before == (experts is not None):
+            return None
+        coefficient = f"with coefficient {experts.coefficient:g}" if experts else "no longer"
+        what = f"was {'' if before else 'not '}trained up to step {self.step}, and is {coefficient} from here on"
+        end = "loss and eval/loss never contain it, so they can be compared with those of earlier steps"
+        return f"The balance of the model's experts {what}; {end}."
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
         """Takes one optimizer step on the global batch `groups` (prompts with their completions), and returns the

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_policy
 from dpo_core.options import Aot, Bco, Dpo, Kto, Mpo, Supervised
 from dpo_core.training.checkpoint import read_manifest
 from dpo_core.training.trainer import train
@@ -40,6 +42,42 @@ def test_a_policy_equal_to_its_reference_has_margins_0_and_loss_ln_2(policy, tok
     first = run(DPO, policy, tokenizer, [scored(pairs, policy)], tmp_path)[0]
     assert first.metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first.metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def balances(make_mixture, tokenizer, pairs, folder, **kwargs):
+    """Trains a mixture of experts for four steps, with an evaluation at each second step, and returns the results."""
+    config, batches = replace(DPO, checkpoint_steps=2), [pairs[:4]] * 4
+    return run(config, make_mixture(), tokenizer, batches, folder, validation=lambda: [pairs[4:]], **kwargs)
+
+
+def test_loss_and_eval_loss_do_not_contain_the_balance_of_experts(make_mixture, tokenizer, pairs, scored, tmp_path):
+    scores = scored(pairs, make_mixture())
+    first, second, *_ = balances(make_mixture, tokenizer, scores, tmp_path)
+    assert 0.1 * first.metrics["aux_loss"] > 0.1
+    assert first.metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    policy = load_policy(tmp_path / "step-000002" / "model")
+    policy.config.router_aux_loss_coef = 0.0
+    alone = run(DPO, policy, tokenizer, [scores[4:]], tmp_path / "alone")[0].metrics
+    assert "aux_loss" not in alone
+    assert second.metrics["eval/loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["balanced before", "not balanced before"])
+def test_a_resumed_run_that_balances_experts_as_it_did_not_before_says_so(
+    before, make_mixture, tokenizer, pairs, tmp_path
+):
+    balances(make_mixture, tokenizer, pairs, tmp_path)
+    file = tmp_path / "step-000002" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    if not before:
+        del manifest["metrics"]["aux_loss"]  # as an older release left it
+        file.write_text(json.dumps(manifest))
+    third, fourth = balances(make_mixture, tokenizer, pairs, tmp_path / "again", resume=tmp_path / "step-000002")
+    told = (
+        "The balance of the model's experts was not trained up to step 2, and is with coefficient 0.1 from here on; "
+        "loss and eval/loss never contain it, so they can be compared with those of earlier steps."
+    )
+    assert (third.warning, fourth.warning) == (None if before else told, None)
 
 
 def test_training_prefers_chosen_completions(policy, tokenizer, pairs, scored, tmp_path):

@@ -130,7 +130,9 @@ def test_twenty_steps_of_a_mixture_of_experts_are_those_of_trl(kind, make_mixtur
     batches = [groups[:BATCH_SIZE], groups[BATCH_SIZE:]] * (STEPS // 2)
     found = list(train(config, ours, tokenizer, batches, total_steps=STEPS, checkpoint_dir=tmp_path / "ours"))
     for own, other in zip(found, expected, strict=True):
-        for key in ("loss", "aux_loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+        whole = own.metrics["loss"] + ours.config.router_aux_loss_coef * own.metrics["aux_loss"]
+        assert whole == pytest.approx(other["loss"], rel=1e-4, abs=1e-4), own.step
+        for key in ("aux_loss", "rewards/margins", "logps/chosen", "logps/rejected"):
             assert own.metrics[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), (own.step, key)
         assert own.metrics["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-4)
     for name, parameter in ours.named_parameters():

@@ -10,6 +10,7 @@ from dpo_core.checkpoint_selection import Evaluation
 from dpo_core.config import EarlyStop, Optim, TrainConfig
 from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.options import Supervised
+from dpo_core.policy.scorer import score_reference
 from dpo_core.training.checkpoint import Manifest
 from dpo_core.training.checkpoint_writer import Writer
 from dpo_core.training.optim import make_optimizer
@@ -25,8 +26,10 @@ from services.training.run.worker import (
     failure_of,
     held_out,
     newest_checkpoint,
+    starts_at_ln2,
     step_of_policy,
 )
+from tests.dpo_core.conftest import build_groups, build_mixture, build_tokenizer
 
 MakeSpec = Callable[..., AttemptSpec]
 LN2 = math.log(2)
@@ -44,6 +47,18 @@ def test_dpo_that_does_not_begin_at_ln_2_is_stopped_with_both_figures(make_spec:
     assert failed.code == "reference_mismatch"
     for part in ("0.694247", "0.693147", "0.001", "tiny-reference"):
         assert part in failed.message
+
+
+def test_dpo_of_a_mixture_begins_at_ln_2_however_much_the_balance_of_its_experts_counts(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    build_mixture(router_aux_loss_coef=1.0).save_pretrained(tmp_path / "model")
+    policy, config = load_policy(tmp_path / "model"), TrainConfig(batch_size=4, checkpoint_steps=9).resolved(4)
+    groups = score_reference(policy, build_groups(4, 2), max_tokens_per_pack=999)
+    first = next(train(config, policy, build_tokenizer(), [groups], total_steps=1, checkpoint_dir=tmp_path))
+    assert first.metrics["aux_loss"] > 1
+    assert failure_of(first, make_spec(config=config)) is None
+    assert starts_at_ln2(first, make_spec(config=config))
 
 
 def test_later_steps_and_other_objectives_begin_anywhere(make_spec: MakeSpec) -> None:
