@@ -43,6 +43,7 @@ def in_tasks(
 
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # a caller may have to tell a full disk from other errors
     # Real cores count, not Ray's logical CPUs: each process loads a tokenizer or model, and further ones would wait.
     size = min(len(items), num_processes(ray.nodes(), os.cpu_count() or 1, beside=beside))
     options = _beside_training() if beside else {"num_gpus": num_gpus or None}

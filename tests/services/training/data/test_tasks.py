@@ -50,6 +50,52 @@ def test_each_item_is_worked_on_once_and_its_result_awaits_no_other_of_its_task(
     )
 
 
+FAILING = """
+import errno, json, sys
+from pathlib import Path
+import ray
+from services.training.data import tasks
+from services.training.data.encoding import Encoded, Piece
+from services.training.data.file_report import EncodingReport
+from services.training.run import unavailable_storage
+
+FOLDER = Path(sys.argv[1])
+
+def work(piece):
+    full, away = FOLDER / f"full {piece.number}", FOLDER / f"away {piece.number}"
+    if not full.exists():
+        full.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if not away.exists():
+        away.touch()
+        raise OSError("When reading key 'a' in bucket 'b': AWS Error NETWORK_CONNECTION during GetObject: curlCode: 7")
+    return Encoded(piece=piece.number, report=EncodingReport())
+
+def tried():
+    return sorted(result.piece for result in tasks.in_tasks(work, pieces, Encoded))
+
+ray.init(address="auto", logging_level="ERROR")
+unavailable_storage.PERIOD_SECONDS = 0.01
+pieces = [Piece(number=number, first_line=1, num_rows=1, start=0, size=1) for number in range(int(sys.argv[2]))]
+told = []
+numbers = unavailable_storage.retry_while_unavailable(tried, "preparing data", told.append)
+print(json.dumps([numbers, [message.message for message in told]]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_items", [1, 2])  # the first is a plain task, the second is Ray Data's
+def test_an_item_that_fails_because_of_storage_is_worked_on_again(
+    ray_environment: dict[str, str], tmp_path: Path, num_items: int
+) -> None:
+    command = [sys.executable, "-c", FAILING, str(tmp_path), str(num_items)]
+    run = subprocess.run(command, env=ray_environment, check=True, timeout=300, stdout=subprocess.PIPE)
+    numbers, told = json.loads(run.stdout.splitlines()[-1])
+    assert numbers == list(range(num_items))
+    assert "The storage is full; preparing data waits" in told[0]
+    assert any("The storage does not answer; preparing data waits" in message for message in told)
+
+
 def test_processes_beside_training_are_bounded_and_a_head_that_does_no_work_counts_for_none() -> None:
     head = {"Alive": True, "Resources": {"memory": 1.0}}
     worker, dead = {"Alive": True, "Resources": {"CPU": 64.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}
