@@ -46,6 +46,7 @@ AWAY = (
     errno.ENETUNREACH,
     errno.ETIMEDOUT,
 )
+WORDS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # files of a model's tokenizer, templates and configs
 BUCKET_FAILED = ("AWS Error ", "google::cloud::Status(")  # Arrow's errors of buckets contain one of these texts
 
 

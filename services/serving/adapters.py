@@ -79,16 +79,18 @@ class Base:
     """Checks whether adapters were trained on the weights of the model that a vLLM engine has loaded."""
 
     def __init__(self, source: str) -> None:
+        """Takes the URI, the local folder or the hub id of the engine's model."""
         self._source = source
         self._fingerprint: str | None = None  # computed for the first adapter that tells its base's
         self._computing = threading.Lock()
 
     def check(self, adapter: Adapter, folder: Path) -> None:
         """Raises AdapterUnusable if the weights of the base on which the adapter in `folder` was trained differ from
-        those that the engine has loaded.
+        those that the engine has loaded, and AdapterRefused if the latter cannot be fetched now.
 
         An adapter that this service trained records a fingerprint of its base model's weights. An adapter without a
-        fingerprint is accepted. The first comparison reads all weights of the engine's model.
+        fingerprint is accepted. The first comparison reads all weights of the engine's model, and fetches them again if
+        the node's copy is gone.
         """
         saved = saved_base(folder)
         if saved and saved != self._computed(adapter):
@@ -99,12 +101,12 @@ class Base:
     def _computed(self, adapter: Adapter) -> str:
         with self._computing:
             try:
-                self._fingerprint = self._fingerprint or fingerprint_of(self._source)
+                self._fingerprint = self._fingerprint or fingerprint_of(storage.fetch(self._source))
             except (OSError, ValueError) as error:
                 what = f"its base {self._source} cannot be read to check that the adapter was trained on it"
-                raise AdapterUnusable(
-                    f"The engine cannot attach the adapter '{adapter.id}': {what} ({error})."
-                ) from error
+                passes = storage.is_away(error) or storage.is_full(error)
+                refused = AdapterRefused if passes else AdapterUnusable
+                raise refused(f"The engine cannot attach the adapter '{adapter.id}': {what} ({error}).") from error
             return self._fingerprint
 
 
@@ -126,8 +128,8 @@ class Adapters:
     """
 
     def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, source: str) -> None:
-        """Takes a vLLM engine, the list of models that its HTTP server keeps, and the folder or hub id of the engine's
-        model (`source`)."""
+        """Takes a vLLM engine, the list of models that its HTTP server keeps, and the URI, local folder or hub id of
+        the engine's model (`source`)."""
         self._engine, self._models = engine, models
         self._base = Base(source)
         config = engine.vllm_config.lora_config

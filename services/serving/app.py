@@ -99,10 +99,10 @@ class Policy:
         The replica is ready when this method returns.
         """
         _import_policy()
-        source, deployment = await asyncio.to_thread(_local, self._deployment)
+        local, deployment = await asyncio.to_thread(_local, self._deployment)
         from services.serving import policy
 
-        self._server = await policy.start(deployment, source)
+        self._server = await policy.start(deployment, local)
         return await self._server.__serve_build_asgi_app__()
 
     async def check_health(self) -> None:
@@ -181,9 +181,9 @@ class RewardModel:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Loads the model and returns its HTTP server. The replica is ready when this method returns."""
-        source, _ = await asyncio.to_thread(_local, self._deployment)
+        folder, deployment = await asyncio.to_thread(_local, self._deployment)
         reward_model = importlib.import_module(REWARD_MODEL)
-        app: FastAPI = await asyncio.to_thread(reward_model.start, self._deployment, source)
+        app: FastAPI = await asyncio.to_thread(reward_model.start, deployment, folder)
         return app
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -211,7 +211,9 @@ def _local(deployment: Deployment) -> tuple[str, Deployment]:
     model is to be started.
 
     If the weights are named by a hub id, this id is returned in place of the folder. If the weights are an adapter, it
-    is merged into its base model, and the returned deployment attaches no adapters. Raises FileNotFoundError or
+    is merged into its base model; the returned deployment has the merged model's folder as its source, and attaches no
+    adapters. A copy of a remote source may go when the engine has loaded it. Who reads the model later fetches the
+    deployment's source again. Raises FileNotFoundError or
     ValueError for missing or damaged files. Serve's status shows these errors, but not why an engine failed to load
     files.
     """
@@ -221,7 +223,8 @@ def _local(deployment: Deployment) -> tuple[str, Deployment]:
         return source, deployment
     if is_adapter(folder):
         engine = deployment.engine.model_copy(update={"max_lora_rank": 0})
-        return str(_merged(folder, deployment.dtype)), deployment.model_copy(update={"engine": engine})
+        merged = str(_merged(folder, deployment.dtype))
+        return merged, deployment.model_copy(update={"engine": engine, "source": merged})
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise FileNotFoundError(

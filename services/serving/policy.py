@@ -42,7 +42,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     reference: Reference
     adapters: Adapters
     load: Load
-    folder: str  # of the model and its tokenizer, or a hub id
+    source: str  # URI, local folder or hub id of the model and its tokenizer
 
     async def _start_engine(self) -> None:
         """Starts the engine, and the parts of this service that use it.
@@ -52,7 +52,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         await self.engine.start()
         client = self.engine._engine_client
         self.reference = Reference(client, max_tokens_in_flight=2 * MOST_SCORED_TOKENS)
-        self.adapters = Adapters(client, self.engine._oai_models, self.folder)
+        self.adapters = Adapters(client, self.engine._oai_models, self.source)
         self.load = Load()
         client.logger_manager.stat_loggers.append(self.load)
 
@@ -66,7 +66,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
         app.add_api_route(LOAD_ROUTE, self._tell_load)
-        Scoring(self.folder, self.engine._engine_client.model_config.max_model_len, self._logps).add_to(app)
+        Scoring(self.source, self.engine._engine_client.model_config.max_model_len, self._logps).add_to(app)
         app.add_middleware(AttachAdapter, adapters=self.adapters)
         app.add_middleware(RetryLater, engine=self.engine._engine_client)
         return app
@@ -129,8 +129,8 @@ def linear_layers(config: PretrainedConfig) -> list[str]:
     return sorted({name.rpartition(".")[2] for layer, name in linears_in(model).items() if layer is not head})
 
 
-async def start(deployment: Deployment, source: str) -> PolicyServer:
-    """Starts the engine of the deployment, and returns its server. `source` is the model's local folder or hub id.
+async def start(deployment: Deployment, local: str) -> PolicyServer:
+    """Starts the engine of the deployment, and returns its server. `local` is the model's local folder or hub id.
 
     vLLM's build for CPUs runs on CPUs, also in a replica that reserves GPUs. Raises ValueError if vLLM's build for GPUs
     is to run without a GPU.
@@ -141,7 +141,7 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
     if deployment.engine.max_lora_rank:
         check_version()
     config = LLMConfig(
-        model_loading_config={"model_id": deployment.model_id, "model_source": source},
+        model_loading_config={"model_id": deployment.model_id, "model_source": local},
         engine_kwargs=engine_args(deployment, on_cpus=on_cpus),
         **(_cpus() if on_cpus else _gpus(deployment.num_gpus)),
     )
@@ -149,7 +149,7 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     spawn_forks()
     server: PolicyServer = PolicyServer.sync_init(config, engine_cls=EngineOnCpus if on_cpus else Engine)
-    server.folder = source
+    server.source = deployment.source
     await server.start()
     return server
 

@@ -38,7 +38,7 @@ def start(deployment: Deployment, folder: str) -> FastAPI:
     app = FastAPI(openapi_url=None)
     positions = positions_in(config) or 2**31
     rewards = Rewards(Scorer(model), deployment.num_outputs)
-    Scoring(folder, min(positions, deployment.max_model_len or positions), rewards.score).add_to(app)
+    Scoring(deployment.source, min(positions, deployment.max_model_len or positions), rewards.score).add_to(app)
     return app
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Response
@@ -22,6 +21,7 @@ from dpo_core.data.scored_formats import in_request
 from dpo_core.encoding.encode import EncodedGroup, encode_groups
 from dpo_core.encoding.templates import UnusableTemplate
 from dpo_core.models.model import load_tokenizer
+from services import storage
 from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored, TextsToScore, TokenGroup, TokensToScore
 
 if TYPE_CHECKING:
@@ -46,11 +46,12 @@ class Scoring:
     """Answers the HTTP routes for texts and for token ids: scores the completions of a request with the function
     `score`.
 
-    `folder` has the tokenizer. A prompt and a completion together may have at most `max_length` tokens.
+    `source` is the URI, the local folder or the hub id of the model. The first request loads its tokenizer. A prompt
+    and a completion together may have at most `max_length` tokens.
     """
 
-    def __init__(self, folder: str | Path, max_length: int, score: Score) -> None:
-        self._folder, self._max_length, self._score = folder, max_length, score
+    def __init__(self, source: str, max_length: int, score: Score) -> None:
+        self._source, self._max_length, self._score = source, max_length, score
         self._reading = asyncio.Lock()  # tokenizers cannot be used by two threads at once
 
     def add_to(self, app: FastAPI) -> None:
@@ -73,6 +74,11 @@ class Scoring:
             return JSONResponse({"error": error}, refusal.status)
         except ConnectionError as error:  # the engine has died
             return JSONResponse({"error": {"message": str(error)}}, 503)
+        except OSError as error:
+            if not storage.is_away(error):
+                raise
+            message = "The storage of the model's tokenizer does not answer. Send the request again."
+            return JSONResponse({"error": {"message": message}}, 503)
         on_wire, num_tokens = list(map(_on_wire, groups)), [group.num_learned for group in groups]
         usage = {"prompt_tokens": _count(groups)}
         scored = Scored(groups=on_wire, vocabulary=vocabulary, outputs=outputs, num_tokens=num_tokens, usage=usage)
@@ -129,7 +135,7 @@ class Scoring:
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        return load_tokenizer(self._folder)
+        return load_tokenizer(storage.fetch(self._source, only=storage.WORDS))
 
     @cached_property
     def _vocabulary(self) -> str:

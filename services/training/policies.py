@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The paths in a job's request of the options that only a loaded model can refuse; others are in `x_raydpo`.
-WORDS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # files of a model's tokenizer, templates and configs
 FIELDS = {"objective": "method.type", "target_modules": "x_raydpo.adapter.target_modules"}
 
 
@@ -88,7 +87,7 @@ def fetch(source: str) -> tuple[Path, Path | None]:
 def fetch_words(source: str) -> Path:
     """Returns a local folder with a model's tokenizer, chat templates and configs, but not its weights, which may be
     large. If the model is named by a hub id, returns this id."""
-    return storage.fetch(source, only=WORDS)
+    return storage.fetch(source, only=storage.WORDS)
 
 
 def base_of(source: str) -> str:

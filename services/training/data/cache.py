@@ -48,7 +48,7 @@ def model_digest(source: str, *, weights: bool) -> str:
     """
     folder = _folder(source, weights=weights)
     base = policies.base_of(source)
-    patterns = (*WEIGHTS, "config.json") if weights else policies.WORDS
+    patterns = (*WEIGHTS, "config.json") if weights else storage.WORDS
     files = {file.relative_to(folder).as_posix(): file for pattern in patterns for file in folder.rglob(pattern)}
     digests = {name: digest(str(file)) for name, file in files.items()}
     return key(**digests, **({} if base == source else {"base": model_digest(base, weights=weights)}))
@@ -68,7 +68,7 @@ def _folder(source: str, *, weights: bool) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    patterns = [*WEIGHTS, *policies.WORDS] if weights else list(policies.WORDS)
+    patterns = [*WEIGHTS, *storage.WORDS] if weights else list(storage.WORDS)
     return Path(snapshot_download(source, allow_patterns=patterns))
 
 

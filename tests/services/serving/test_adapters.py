@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,30 @@ def test_an_adapter_of_other_weights_than_the_bases_is_refused(
         assert refused.status_code == 409
         said = refused.json()["error"]["message"]
         assert f"'ft:other': it was trained on a base whose weights differ from those of {qwen_folder}; restore" in said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in vLLM's own imports
+def test_a_base_whose_copy_is_gone_is_fetched_again(
+    folders: list[Path], qwen_folder: Path, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.serving.adapters import AdapterRefused, AdapterUnusable, Base
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = storage.join(s3.new_folder(), "qwen")
+    storage.publish(qwen_folder, source)
+    copy, base = storage.fetch(source), Base(source)
+    shutil.rmtree(copy.parent)
+    same = changed(folders[0], tmp_path / "same", len, fingerprint(load_policy(qwen_folder).requires_grad_(False)))
+    s3.proxy.refusing = True
+    s3.proxy.cut()
+    with pytest.raises(AdapterRefused, match="cannot be read") as refused:
+        base.check(Adapter(id="ft:same", source=str(same)), same)
+    assert refused.value.status == 503, "it can be attached later"
+    s3.proxy.pass_on()
+    base.check(Adapter(id="ft:same", source=str(same)), same)
+    other = changed(folders[0], tmp_path / "other", len, "of another base")
+    with pytest.raises(AdapterUnusable, match="weights differ"):
+        base.check(Adapter(id="ft:other", source=str(other)), other)
 
 
 def test_an_adapter_with_numbers_that_are_not_finite_is_refused_and_one_of_zeros_is_told(

@@ -4,6 +4,8 @@ The trainer's forward pass takes the place of the engine.
 """
 
 import asyncio
+import shutil
+import tempfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -18,9 +20,11 @@ from dpo_core.data.groups import Group
 from dpo_core.encoding.encode import EncodedGroup, encode_group, encode_groups
 from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.policy.scorer import score_reference
+from services import storage
 from services.contract import Scored
 from services.serving import scoring
 from services.serving.scoring import Scoring
+from tests.services.s3 import S3
 from tests.services.serving.conftest import MODEL_LENGTH, make_model
 
 TEMPLATE = (
@@ -63,7 +67,7 @@ def app(folder: Path, model: PreTrainedModel) -> FastAPI:
         return [[[logp] for logp in group.ref_logps or ()] for group in scored]
 
     app = FastAPI()
-    Scoring(folder, MODEL_LENGTH, score).add_to(app)
+    Scoring(str(folder), MODEL_LENGTH, score).add_to(app)
     return app
 
 
@@ -104,6 +108,28 @@ def test_texts_are_encoded_and_scored_as_in_training(app: FastAPI, folder: Path,
         assert [logp for (logp,) in outputs] == pytest.approx(group.ref_logps, abs=1e-4, rel=0)
 
 
+@pytest.mark.slow
+def test_a_tokenizer_whose_copy_is_gone_is_fetched_again(
+    folder: Path, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def score(groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
+        return [[[0.0] for _ in group.completion_ids] for group in groups]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = storage.join(s3.new_folder(), "model")
+    storage.publish(folder, source)
+    copy = storage.fetch(source)
+    app = FastAPI()
+    Scoring(source, MODEL_LENGTH, score).add_to(app)
+    shutil.rmtree(copy.parent)
+    s3.proxy.refusing = True
+    s3.proxy.cut()
+    answer = post(app, "texts", {"groups": ROWS})
+    assert (answer.status_code, "does not answer" in answer.text) == (503, True)
+    s3.proxy.pass_on()
+    assert scored(app, "texts", {"groups": ROWS}).vocabulary
+
+
 def test_a_second_model_scores_the_same_ids(app: FastAPI) -> None:
     first = scored(app, "texts", {"groups": ROWS})
     tokens = {"groups": [group.model_dump(mode="json") for group in first.groups], "vocabulary": first.vocabulary}
@@ -122,7 +148,7 @@ def test_a_date_in_the_template_is_the_given_one(app: FastAPI, folder: Path) -> 
 
 def test_what_the_template_leaves_out_is_refused_by_its_row(tmp_path: Path) -> None:
     app = FastAPI()
-    Scoring(make_model(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}"), 99, None).add_to(app)  # type: ignore[arg-type]
+    Scoring(str(make_model(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")), 99, None).add_to(app)  # type: ignore[arg-type]
     message, param = refused(post(app, "texts", {"groups": [ROWS[1], ROWS[2]]}))
     assert param == "rows.1"
     assert message.startswith("rows.1: the chat template leaves out the tool 'jump'")
@@ -130,7 +156,7 @@ def test_what_the_template_leaves_out_is_refused_by_its_row(tmp_path: Path) -> N
 
 def test_messages_without_a_chat_template_are_refused(tmp_path: Path) -> None:
     app = FastAPI()
-    Scoring(make_model(tmp_path, None), 99, None).add_to(app)  # type: ignore[arg-type]
+    Scoring(str(make_model(tmp_path, None)), 99, None).add_to(app)  # type: ignore[arg-type]
     message, param = refused(post(app, "texts", {"groups": ROWS[1:2]}))
     assert param == "rows"
     assert message.startswith("The tokenizer has no chat template")
@@ -170,5 +196,5 @@ def test_an_engine_that_died_is_a_503(folder: Path) -> None:
         raise ConnectionError("The engine has died.")
 
     app = FastAPI()
-    Scoring(folder, MODEL_LENGTH, score).add_to(app)
+    Scoring(str(folder), MODEL_LENGTH, score).add_to(app)
     assert post(app, "texts", {"groups": ROWS}).status_code == 503
