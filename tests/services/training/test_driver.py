@@ -53,6 +53,7 @@ from services.training.reference import rates
 from services.training.reference.rates import Rate
 from services.training.reports.logs import LEFT_OUT, blank, patterns_of
 from tests.conftest import Disk
+from tests.dpo_core.conftest import build_mixture
 from tests.services.training.attempt import Driver, figures, only, ray_processes, train_workers
 from tests.services.training.conftest import ray_cluster
 from tests.services.web import running_web
@@ -488,6 +489,24 @@ def test_a_small_job_does_not_wait_for_an_engine(
     assert "and loading vLLM pays only if they need more than 60 s" in messages[2]
     assert not only(ReferenceWanted, driver.reports())
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_an_attempt_trains_a_mixture_whose_experts_are_balanced(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, model_source: str, tmp_path: Path
+) -> None:
+    """The balance is much larger than the tolerance of the first loss, which must be ln 2."""
+    mixture = shutil.copytree(model_source, tmp_path / "mixture")
+    build_mixture(router_aux_loss_coef=1.0).save_pretrained(mixture)
+    given = {"reference": "a-reference-that-never-comes", "reference_source": "auto", "events_url": control_plane.url}
+    config = TrainConfig(batch_size=8, n_epochs=1, max_length=128)
+    driver = start(make_spec(config=config, model_source=str(mixture), **given))
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    first = figures(driver.reports())[1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["aux_loss"] > 1
+    messages = [report.message for report in only(Message, driver.reports())]
+    assert any(message.startswith("The first loss is 0.69314") for message in messages)
+    assert isinstance(driver.reports()[-1], Succeeded)
 
 
 def test_a_deployment_that_departs_fails_a_job_that_insists_on_it(
