@@ -41,6 +41,17 @@ def _without_key(place: str) -> str:
 ModelName = Annotated[str, AfterValidator(_model_name)]
 
 
+def _issuer(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise ValueError("the URL has no host, or a port that is not a number; write it as https://host/path")
+    return url
+
+
 def _webhook_prefix(prefix: str) -> str:
     if not re.match("https://|http://[^/]", prefix):
         raise ValueError(f"{prefix!r} must begin with https://, or with http:// and a host")
@@ -150,7 +161,7 @@ class Settings(BaseSettings):
         description="Format of the service's logs: `text` writes sentences to the file `raydpo.log` in `home`, "
         "`json` writes one JSON object per line to standard error.",
     )
-    oidc_issuer: str | None = Field(
+    oidc_issuer: Annotated[str, AfterValidator(_issuer)] | None = Field(
         default=None,
         pattern=r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])",
         description="URL of the OpenID Connect issuer whose tokens are accepted in place of API keys. If unset, "
@@ -158,11 +169,13 @@ class Settings(BaseSettings):
     )
     oidc_audience: str | None = Field(
         default=None,
+        min_length=1,
         description="Audience that OpenID Connect tokens of programs must name. `oidc_issuer` needs this setting, "
         "`oidc_client_id` or both.",
     )
     oidc_client_id: str | None = Field(
         default=None,
+        min_length=1,
         description="Id of the web page as a client of `oidc_issuer`. If set, people can sign in to the page at the "
         "issuer, and the issuer's ID tokens for this client are accepted. If unset, people sign in with an API key.",
     )

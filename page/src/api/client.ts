@@ -61,10 +61,12 @@ export async function bearer(): Promise<string> {
 }
 
 async function renew(refreshToken: string) {
+  const isCurrent = () => session.value?.issued?.refreshToken === refreshToken; // not if the reader signs out meanwhile
   try {
-    remember(sessionOf(await ask(open.POST("/v1/x/sign-in/refresh", { body: { refresh_token: refreshToken } }))));
+    const told = await ask(open.POST("/v1/x/sign-in/refresh", { body: { refresh_token: refreshToken } }));
+    if (isCurrent()) remember(sessionOf(told));
   } catch (error) {
-    if (error instanceof Failure && error.status === 401) forget({ byItself: true });
+    if (isCurrent() && error instanceof Failure && error.status === 401) forget({ byItself: true });
     throw error;
   }
 }

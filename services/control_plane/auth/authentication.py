@@ -59,6 +59,14 @@ class Authentication:
         self._used.add(caller.key_id)
         return caller
 
+    async def check_database(self) -> None:
+        """Reads from the database, which `caller` needs for a new token.
+
+        Raises SQLAlchemyError or OSError if the database does not answer.
+        """
+        async with self._store.begin() as session:
+            await session.execute(select(1))
+
     async def _find(self, token: str, name: str) -> Caller:
         if self._issuer is not None and self._issuer.is_token(token):
             return await self._with_project(await self._issuer.caller(token))

@@ -6,6 +6,7 @@ the browser.
 """
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,14 @@ from urllib.parse import quote
 import httpx
 
 from services.control_plane.auth.oidc import Issuer
-from services.control_plane.core.errors import Unauthorized
+from services.control_plane.core.errors import Unauthorized, Unavailable
 from services.control_plane.settings import Settings
 
+log = logging.getLogger(__name__)
+
 AT_ONCE = 8  # the most exchanges at the same time, because anybody may request one, and each asks the issuer
+WAITING = 32  # the most further exchanges that wait for their turn
+BUSY_SECONDS = 5  # the time after which a client may try again if its exchange could not even wait
 LONGEST = 300  # the most characters of the issuer's error that our error quotes
 
 
@@ -40,7 +45,7 @@ class CodeFlow:
 
     def __init__(self, issuer: Issuer, settings: Settings) -> None:
         self._issuer, self._settings = issuer, settings
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns, self._num_begun = asyncio.Semaphore(AT_ONCE), 0
 
     async def request(self) -> dict[str, str]:
         """Returns the issuer's authorization endpoint, and the parameters of every request to it.
@@ -57,11 +62,19 @@ class CodeFlow:
         """Sends the form to the token endpoint, and returns the tokens of the answer.
 
         `form` holds a grant as RFC 6749 defines it. `nonce` is the value that the ID token must repeat; None if the
-        grant is a refresh token. Raises Unauthorized if the issuer refuses the grant or its ID token is not valid, and
-        Unavailable if the issuer does not answer.
+        grant is a refresh token. Raises Unauthorized if the code or the refresh token is of no use any more or the ID
+        token is not valid, and Unavailable if the issuer does not answer, refuses for another reason, or too many
+        exchanges wait.
         """
-        async with self._turns:
-            told = await self._post(await self._issuer.endpoint("token_endpoint"), form)
+        if self._num_begun >= AT_ONCE + WAITING:
+            message = f"Too many people sign in at this moment. Try again in {BUSY_SECONDS} seconds."
+            raise Unavailable(message, retry_after=BUSY_SECONDS, code="overloaded")
+        self._num_begun += 1
+        try:
+            async with self._turns:
+                told = await self._post(await self._issuer.endpoint("token_endpoint"), form)
+        finally:
+            self._num_begun -= 1
         token = told.get("id_token")
         if not isinstance(token, str):
             raise _refused("it gave no ID token")
@@ -79,15 +92,27 @@ class CodeFlow:
             answer = await self._issuer.http.post(
                 url, data={**form, "client_id": client}, auth=credentials or httpx.USE_CLIENT_DEFAULT
             )
-            told = answer.json()
-        except (httpx.HTTPError, ValueError):
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            log.warning("The token endpoint %s does not answer: %r", url, error)
             raise self._issuer.unavailable() from None
-        if answer.status_code >= 500 or not isinstance(told, dict):
-            raise self._issuer.unavailable()
-        if answer.status_code >= 400:
-            said = [str(told[name])[:LONGEST] for name in ("error", "error_description") if told.get(name)]
-            raise _refused(": ".join(said) or f"status {answer.status_code}")
-        return told
+        told = _object_of(answer)
+        if told and answer.is_success:
+            return told
+        if answer.is_client_error and told.get("error") == "invalid_grant":
+            said = (str(told[name])[:LONGEST] for name in ("error", "error_description") if told.get(name))
+            raise _refused(": ".join(said))
+        name = str(told.get("error"))[:LONGEST]
+        log.warning("The token endpoint %s answered with status %d and error %r", url, answer.status_code, name)
+        raise self._issuer.unavailable()
+
+
+def _object_of(answer: httpx.Response) -> Mapping[str, Any]:
+    """Returns the JSON object in the answer's body. Returns an empty one if the body is anything else."""
+    try:
+        told = answer.json()
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _refused(reason: str) -> Unauthorized:

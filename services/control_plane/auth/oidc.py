@@ -24,6 +24,8 @@ REQUIRED = ["exp", "iss", "aud", "sub"]
 LEEWAY_SECONDS = 60  # the issuer's clock may differ from ours by this much
 FRESH_SECONDS = 300  # how long the issuer's keys are cached
 PAUSE_SECONDS = 5  # the shortest time between two requests to the issuer, however many wrong tokens arrive
+# The errors of reading the issuer's documents if the issuer does not answer, or not as it should:
+UNREADABLE = (httpx.HTTPError, httpx.InvalidURL, jwt.PyJWTError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class Issuer:
@@ -63,7 +65,7 @@ class Issuer:
         """
         try:
             header = jwt.get_unverified_header(token)
-            return jwt.decode(
+            claims: dict[str, Any] = jwt.decode(
                 token,
                 await self._key(str(header.get("kid"))),
                 algorithms=ALGORITHMS,
@@ -72,11 +74,26 @@ class Issuer:
                 leeway=LEEWAY_SECONDS,
                 options={"require": REQUIRED},
             )
+            self._check_party(claims)
         except jwt.PyJWTError as error:
             raise Unauthorized(
                 f"The token is not accepted: {error}. Send a new token from the issuer, or an API key.",
                 code="invalid_api_key",
             ) from None
+        return claims
+
+    def _check_party(self, claims: Mapping[str, Any]) -> None:
+        """Raises InvalidAudienceError if a token is for the page's client, but was issued to another client.
+
+        The claim `azp` (authorized party) names the client to which the issuer gave the token. It may be missing if the
+        token has one audience. A token for `oidc_audience` may have been issued to any client.
+        """
+        client, party = self._settings.oidc_client_id, claims.get("azp")
+        audiences = [claims["aud"]] if isinstance(claims["aud"], str) else claims["aud"]
+        if self._settings.oidc_audience in audiences or party == client:
+            return
+        if party is not None or len(audiences) > 1:
+            raise jwt.InvalidAudienceError(f"its claim 'azp' must be the client '{client}', as its audience is")
 
     async def endpoint(self, name: str) -> str:
         """Returns the URL of the issuer's endpoint `name`, such as `token_endpoint`, from its discovery document.
@@ -102,8 +119,9 @@ class Issuer:
         raise jwt.InvalidKeyError("it is signed with a key that the issuer has not published")
 
     def unavailable(self) -> Unavailable:
-        """Returns the error for a request that needs the issuer while it does not answer."""
-        message = f"The issuer of the tokens does not answer. Try again in {PAUSE_SECONDS} seconds, or use an API key."
+        """Returns the error for a request that needs the issuer while it does not answer, or refuses this service."""
+        message = "The issuer of the tokens does not answer, or not as it should."
+        message = f"{message} Try again in {PAUSE_SECONDS} seconds, or use an API key."
         return Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
 
     async def _update(self, name: str | None) -> None:
@@ -139,7 +157,7 @@ class Issuer:
             if about["issuer"] != issuer:
                 raise ValueError(f"the issuer gives its name as {about['issuer']}; correct the setting oidc_issuer")
             published = jwt.PyJWKSet.from_dict(await self._get(about["jwks_uri"]))
-        except (httpx.HTTPError, jwt.PyJWTError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             log.warning("The public keys of the OpenID issuer %s could not be fetched: %r", issuer, error)
             return
         usable = [key for key in published.keys if key.public_key_use in ("sig", None)]

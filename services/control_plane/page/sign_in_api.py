@@ -96,6 +96,7 @@ async def _tokens(
     if (flow := authentication.code_flow) is None:
         message = "There is no issuer to sign in at; send an API key, or ask the operator to set oidc_client_id."
         raise NotFound(message, code="sign_in_not_configured")
+    await authentication.check_database()  # a code or a refresh token serves once; do not use it up for nothing
     signed_in = await flow.exchange(form, nonce)
     caller = await authentication.caller(signed_in.id_token)
     response.headers["cache-control"] = "no-store"

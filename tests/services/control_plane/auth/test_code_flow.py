@@ -3,14 +3,17 @@
 import asyncio
 import base64
 import hashlib
+import json
+import logging
 import secrets
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
 from pydantic import SecretStr
 
-from services.control_plane.auth.code_flow import AT_ONCE, CodeFlow, SignedIn
+from services.control_plane.auth.code_flow import AT_ONCE, WAITING, CodeFlow, SignedIn
 from services.control_plane.auth.oidc import Issuer
 from services.control_plane.core.errors import Unauthorized, Unavailable
 from services.control_plane.settings import Settings
@@ -102,7 +105,7 @@ def test_a_grant_that_is_not_of_this_sign_in_is_refused(
 ) -> None:
     with pytest.raises(Unauthorized, match=said) as refused:
         exchange(settings, consented(idp, **changes), nonce)
-    assert refused.value.code == "sign_in_refused" or not changes
+    assert refused.value.code == "sign_in_refused"
 
 
 @pytest.mark.parametrize(
@@ -121,10 +124,45 @@ def test_an_id_token_is_checked_as_any_token(settings: Settings, idp: Idp, claim
         exchange(settings.model_copy(update={"oidc_audience": "raydpo"}), consented(idp))
 
 
-def test_a_client_that_the_issuer_does_not_know_is_told_so(settings: Settings, idp: Idp) -> None:
+def test_a_client_that_the_issuer_does_not_know_is_the_operator_s_trouble(
+    settings: Settings, idp: Idp, caplog: pytest.LogCaptureFixture
+) -> None:
     idp.secret = SECRET
-    with pytest.raises(Unauthorized, match="invalid_client"):
+    form = consented(idp)
+    with pytest.raises(Unavailable) as refused, caplog.at_level(logging.WARNING):
+        exchange(settings, form)
+    assert refused.value.code == "issuer_unavailable"
+    assert f"{idp.url}/token answered with status 401 and error 'invalid_client'" in caplog.text
+    assert not [name for name in ("code", "code_verifier") if form[name] in caplog.text]
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"error": "invalid_request"}),
+        (403, {"error": "slow_down"}),
+        (429, {}),
+        (500, {"error": "invalid_grant"}),
+        (400, ["invalid_grant"]),
+        (200, ["no object"]),
+    ],
+)
+def test_only_a_dead_grant_ends_a_sign_in(
+    settings: Settings, idp: Idp, monkeypatch: pytest.MonkeyPatch, status: int, body: Any
+) -> None:
+    monkeypatch.setattr(idp, "answer", lambda form, credentials: (status, body))
+    with pytest.raises(Unavailable):
         exchange(settings, consented(idp))
+
+
+def test_an_endpoint_that_is_no_url_is_unavailable(
+    settings: Settings, idp: Idp, caplog: pytest.LogCaptureFixture
+) -> None:
+    form, place = consented(idp), "/realms/a/.well-known/openid-configuration"
+    idp.files[place] = json.dumps(json.loads(idp.files[place]) | {"token_endpoint": "https://host:port"}).encode()
+    with pytest.raises(Unavailable):
+        exchange(settings, form)
+    assert "https://host:port does not answer: InvalidURL" in caplog.text
 
 
 def test_an_issuer_that_does_not_answer_is_unavailable(settings: Settings, idp: Idp) -> None:
@@ -132,24 +170,36 @@ def test_an_issuer_that_does_not_answer_is_unavailable(settings: Settings, idp: 
         exchange(settings.model_copy(update={"oidc_issuer": f"{idp.url}/nowhere"}), consented(idp))
 
 
-def test_strangers_cannot_make_it_ask_the_issuer_many_times_at_once(settings: Settings, idp: Idp) -> None:
-    at_once = most = 0
+def test_strangers_cannot_make_it_ask_the_issuer_many_times_at_once(
+    settings: Settings, idp: Idp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, released = threading.Semaphore(0), threading.Event()
     answer = idp.answer
 
-    def counted(form: dict[str, str], credentials: str) -> tuple[int, dict[str, Any]]:
-        nonlocal at_once, most
-        at_once += 1
-        most = max(most, at_once)
-        told = answer(form, credentials)
-        at_once -= 1
-        return told
+    def held(form: dict[str, str], credentials: str) -> tuple[int, dict[str, Any]]:
+        entered.release()
+        released.wait(300)
+        return answer(form, credentials)
 
-    idp.answer = counted  # type: ignore[method-assign]
+    async def enters(seconds: float) -> bool:
+        return await asyncio.to_thread(entered.acquire, timeout=seconds)
 
-    async def flood(flow: CodeFlow) -> list[SignedIn | BaseException]:
+    async def flood(flow: CodeFlow) -> None:
         form = {"grant_type": "refresh_token", "refresh_token": "stolen"}
-        return await asyncio.gather(*(flow.exchange(form, None) for _ in range(50)), return_exceptions=True)
+        sent = [asyncio.ensure_future(flow.exchange(form, None)) for _ in range(AT_ONCE + WAITING)]
+        try:
+            assert all([await enters(300) for _ in range(AT_ONCE)])
+            assert not await enters(0.5)
+            with pytest.raises(Unavailable) as refused:
+                await flow.exchange(form, None)
+            assert (refused.value.code, refused.value.headers) == ("overloaded", {"retry-after": "5"})
+        finally:
+            released.set()
+            ended = await asyncio.gather(*sent, return_exceptions=True)
+        assert {type(each) for each in ended} == {Unauthorized}
+        assert len(idp.forms) == AT_ONCE + WAITING
+        with pytest.raises(Unauthorized):
+            await flow.exchange(form, None)
 
-    assert all(isinstance(each, Unauthorized) for each in use(settings, flood))
-    assert 0 < most <= AT_ONCE
-    assert len(idp.forms) == 50
+    monkeypatch.setattr(idp, "answer", held)
+    use(settings, flood)

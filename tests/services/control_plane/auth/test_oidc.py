@@ -1,6 +1,7 @@
 """Tests tokens of an OpenID Connect issuer, a server on loopback that publishes real keys."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -117,6 +118,30 @@ def test_roles_come_from_the_values_of_a_claim(settings: Settings, idp: Idp) -> 
 
 
 @pytest.mark.parametrize(
+    ("aud", "azp", "is_accepted"),
+    [
+        (CLIENT, None, True),
+        (CLIENT, CLIENT, True),
+        ([CLIENT, "another"], CLIENT, True),
+        (AUDIENCE, "another", True),
+        ([AUDIENCE, CLIENT], "another", True),
+        (CLIENT, "another", False),
+        ([CLIENT, "another"], "another", False),
+        ([CLIENT, "another"], None, False),
+    ],
+)
+def test_a_token_for_the_page_was_issued_to_the_page(
+    settings: Settings, idp: Idp, aud: str | list[str], azp: str | None, is_accepted: bool
+) -> None:
+    of_page, token = settings.model_copy(update={"oidc_client_id": CLIENT}), idp.token(aud=aud, azp=azp)
+    if is_accepted:
+        assert [caller.key_id for caller in callers(of_page, [token])] == ["oidc:ada"]
+    else:
+        with pytest.raises(Unauthorized, match="its claim 'azp' must be the client 'raydpo-page'"):
+            callers(of_page, [token])
+
+
+@pytest.mark.parametrize(
     ("groups", "said"),
     [
         (["strangers", "guests"], "its claim 'groups' has 'strangers', 'guests'"),
@@ -168,6 +193,13 @@ def test_an_issuer_that_never_answered_makes_tokens_unknown_not_wrong(settings: 
         callers(settings.model_copy(update={"oidc_issuer": f"{idp.url}/nowhere"}), [idp.token()])
 
 
+def test_an_issuer_whose_keys_are_at_no_url_is_unavailable(settings: Settings, idp: Idp) -> None:
+    about = {"issuer": f"{idp.url}/realms/b", "jwks_uri": "https://host:port"}
+    idp.files["/realms/b/.well-known/openid-configuration"] = json.dumps(about).encode()
+    with pytest.raises(Unavailable):
+        callers(settings.model_copy(update={"oidc_issuer": about["issuer"]}), [idp.token()])
+
+
 def test_without_the_settings_a_token_is_a_wrong_key(offline: Settings, idp: Idp) -> None:
     assert offline.oidc_issuer is None
     with pytest.raises(ValueError, match="http"):
@@ -183,6 +215,10 @@ def test_without_the_settings_a_token_is_a_wrong_key(offline: Settings, idp: Idp
         ({"oidc_issuer": "https://a.b", "oidc_audience": "a", "oidc_client_secret": "b"}, "needs oidc_client_id"),
         ({"oidc_roles": [{"value": "a", "project": "b", "scopes": ["all"]}]}, "oidc_roles.0.scopes.0"),
         ({"oidc_requested_scopes": "profile"}, "oidc_requested_scopes"),
+        ({"oidc_issuer": "https://a.b", "oidc_audience": ""}, "oidc_audience"),
+        ({"oidc_issuer": "https://a.b", "oidc_client_id": ""}, "oidc_client_id"),
+        ({"oidc_issuer": "https://host:port", "oidc_audience": "a"}, "a port that is not a number"),
+        ({"oidc_issuer": "https:///realm", "oidc_audience": "a"}, "the URL has no host"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(offline: Settings, given: dict[str, Any], said: str) -> None:

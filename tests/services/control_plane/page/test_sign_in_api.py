@@ -4,12 +4,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from sqlalchemy.engine import make_url
 
 from services.control_plane.settings import Role, Settings
 from tests.services.control_plane.auth.test_code_flow import BACK, consented
 from tests.services.control_plane.conftest import answering
 from tests.services.control_plane.http.test_documented_answers import check as documented
 from tests.services.idp import CLIENT, Idp
+from tests.services.proxy import Proxy
 from tests.services.web import running
 
 
@@ -61,6 +63,24 @@ def test_a_person_without_a_role_is_refused_by_the_claim(base_url: str, idp: Idp
     answer = exchange(base_url, idp)
     assert answer.status_code == 401
     assert "its claim 'groups' has 'guests'" in answer.json()["error"]["message"]
+
+
+def test_a_database_that_is_down_costs_nobody_the_sign_in(settings: Settings, idp: Idp) -> None:
+    idp.claims = {"name": "Ada", "groups": ["ml"]}
+    database = make_url(settings.database_url)
+    proxy = Proxy(f"{database.query['host']}/.s.PGSQL.5432")
+    distant = f"postgresql://postgres@127.0.0.1:{proxy.port}/{database.database}"
+    try:
+        with answering(settings.model_copy(update={"database_url": distant})) as base_url:
+            refresh_token = exchange(base_url, idp).json()["refresh_token"]
+            proxy.refusing = True
+            proxy.cut()
+            body = {"refresh_token": refresh_token}
+            answer = httpx.post(f"{base_url}/v1/x/sign-in/refresh", json=body, timeout=60)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+            assert refresh_token in idp.refresh_tokens
+    finally:
+        proxy.close()
 
 
 @pytest.mark.parametrize(
