@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import pydantic
@@ -371,6 +371,18 @@ class Settings(BaseSettings):
                 "one fewer than max_loaded_models; unpin a model, or raise max_loaded_models"
             )
         return self
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """Returns the environment variable that sets the setting `name`."""
+        return str(cls.model_fields[name].validation_alias or f"RAYDPO_{name.upper()}")
+
+    @classmethod
+    def secret_variables(cls) -> set[str]:
+        """Returns the environment variables that set secrets. The database's URLs may hold a password."""
+        types = {name: (field.annotation, *get_args(field.annotation)) for name, field in cls.model_fields.items()}
+        secret = [name for name, known in types.items() if SecretStr in known]
+        return {cls.variable(name) for name in ("database_url", "database_direct_url", *secret)}
 
     @property
     def oidc_audiences(self) -> list[str]:

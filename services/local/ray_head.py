@@ -25,6 +25,7 @@ import httpx
 import psutil
 
 from services import forkserver
+from services.control_plane.settings import Settings
 from services.local.errors import StackError
 
 MARK = "RAYDPO_STACK"
@@ -157,7 +158,8 @@ def _command(head: RayHead, ports: list[int]) -> list[str]:
 
 
 def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+    kept_out = {"RAY_ADDRESS", "RAY_AUTH_TOKEN"} | Settings.secret_variables()  # no process of a node reads these
+    inherited = {name: value for name, value in os.environ.items() if name.upper() not in kept_out}
     return inherited | {
         **NOTICE_CUTS,
         MARK: head.mark,

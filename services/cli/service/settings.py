@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -13,9 +13,6 @@ import typer
 from services.cli.client import default_home, err, fail
 from services.cli.lists import AsJson, Columns, print_items
 from services.local import gpus
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
 
 BY_UP = ("database_url", "storage_url", "api_key", "advertised_url", "ray_url")  # `raydpo up` sets these if you do not
 
@@ -57,8 +54,8 @@ def _settings(home: Path, named: Path | None) -> list[dict[str, Any]]:
         sources = Settings.settings_customise_sources(Settings, given, EnvSettingsSource(Settings), given, given)
         _, environment, file = (source() for source in sources)
         said = environment | file
-        missing = [name for name in BY_UP if not {name, _variable(name, Settings.model_fields[name])} & said.keys()]
-        configured = [name for name in gpus.NAMES if {name, _variable(name, Settings.model_fields[name])} & said.keys()]
+        missing = [name for name in BY_UP if not {name, Settings.variable(name)} & said.keys()]
+        configured = [name for name in gpus.NAMES if {name, Settings.variable(name)} & said.keys()]
         chosen, _ = gpus.defaults(configured)  # a Ray that is started here
         given_by_up: dict[str, Any] = dict.fromkeys(missing, "-") | chosen
         known = Settings(home=home, **given_by_up).model_dump(mode="json")
@@ -70,20 +67,16 @@ def _settings(home: Path, named: Path | None) -> list[dict[str, Any]]:
     path = os.environ.get("RAYDPO_SETTINGS_FILE", home / "raydpo.toml")
     items = []
     for name, field in Settings.model_fields.items():
-        names = {name, _variable(name, field)}
+        names = {name, Settings.variable(name)}
         if name == "home" and named:
             source = "--home"
         elif names & environment.keys():
-            source = _variable(name, field)
+            source = Settings.variable(name)
         else:
             source = str(path) if names & file.keys() else "raydpo up" if name in given_by_up else "default"
         value = None if name in missing else _without_password(name, known[name])
         items.append({"name": name, "value": value, "source": source, "description": field.description})
     return items
-
-
-def _variable(name: str, field: "FieldInfo") -> str:
-    return str(field.validation_alias or f"RAYDPO_{name.upper()}")
 
 
 def _without_password(name: str, value: Any) -> Any:
@@ -100,7 +93,7 @@ def misspelled() -> Iterator[str]:
     """
     from services.control_plane.settings import Settings
 
-    known = [_variable(name, field) for name, field in Settings.model_fields.items()]
+    known = [Settings.variable(name) for name in Settings.model_fields]
     for variable in os.environ:
         close = get_close_matches(variable, known, n=1, cutoff=0.85)
         if variable.startswith("RAYDPO_") and variable not in known and close:

@@ -68,6 +68,16 @@ def test_all_that_has_the_mark_ends_with_the_head_its_logs_stay_and_others_live(
     stop_ray(home)  # there is no head any more
 
 
+def test_the_head_inherits_no_secret_of_the_control_plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAYDPO_OIDC_CLIENT_SECRET", "raydpo_api_key", "DATABASE_URL", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "a secret")
+    for name in ("HF_TOKEN", "RAYDPO_COPIES_BYTES"):
+        monkeypatch.setenv(name, "of nodes")
+    inherited = ray_head._environment(head(tmp_path, "a"), tmp_path / "token", [1])
+    assert "a secret" not in inherited.values()
+    assert inherited["HF_TOKEN"] == inherited["RAYDPO_COPIES_BYTES"] == "of nodes"
+
+
 def test_ports_are_free_and_outside_of_those_that_the_system_gives_away() -> None:
     ports = ray_head._free_ports(20)
     assert len(set(ports)) == 20
