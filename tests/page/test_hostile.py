@@ -1,6 +1,7 @@
 """Texts of others that try to do something: on every view they are shown, and nothing more."""
 
 import json
+import time
 from dataclasses import dataclass
 
 import httpx
@@ -31,6 +32,8 @@ class Planted:
     job: str
     file: str
     project: str
+    evaluation: str
+    sweep: str
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,12 @@ def planted(service: Service, api: httpx.Client, database_url: str) -> Planted:
     service.ray.down = True
     job = submit(api, file_id, metadata={"note": f"{MARKUP} {TURNED}", f"<b>{TURNED}"[:60]: "w" * 512})
     api.post(f"/fine_tuning/jobs/{job}/cancel")
+    sweep = _sweep(api, file_id)
     service.ray.down = False
+    judge = {"type": "regex", "pattern": f"{TURNED} {'w' * 900}"}
+    asked = {"kind": "score", "model": "tiny", "judge": judge, "rows": [{"prompt": f"{MARKUP} {TURNED}"}]}
+    evaluation = api.post("/x/evaluations", json=asked).json()["id"]
+    api.post(f"/x/evaluations/{evaluation}/cancel")
     error = {"code": "engine_failed", "message": f"{MARKUP} {TURNED} {LONG}", "param": None}
     with psycopg.connect(database_url) as rows:
         rows.execute("UPDATE jobs SET observed = 'failed', error = %s WHERE id = %s", (json.dumps(error), job))
@@ -53,9 +61,30 @@ def planted(service: Service, api: httpx.Client, database_url: str) -> Planted:
                 EVENT,
                 values,
             )
+        for table, object_id in (("evaluations", evaluation), ("sweeps", sweep)):
+            changes = f"UPDATE {table} SET state = 'failed', error = %s, waits_for = %s WHERE id = %s"
+            rows.execute(changes, (json.dumps(error), f"{MARKUP} {TURNED}", object_id))
+        items = "UPDATE evaluation_items SET error = %s WHERE evaluation_id = %s"
+        rows.execute(items, (json.dumps(error), evaluation))
+        values = "parameters = %s, error = %s, state = 'succeeded', value = 1"
+        parameters = json.dumps({"seed": f"{MARKUP} {TURNED} {'w' * 1000}"})
+        rows.execute(f"UPDATE sweep_trials SET {values} WHERE sweep_id = %s", (parameters, json.dumps(error), sweep))
     log = f"{MARKUP}\n{TURNED}\n{LONG}\n".encode() + b"\xff\xed\xa0\x80\n"
     storage.write_bytes(storage.join(service.storage_url, "runs", job, "logs", "1", "driver", "000000000000.log"), log)
-    return Planted(job, file_id, project)
+    return Planted(job, file_id, project, evaluation, sweep)
+
+
+def _sweep(api: httpx.Client, file_id: str) -> str:
+    """Returns the id of a cancelled sweep that has a trial and a metric."""
+    job = {"model": "tiny", "training_file": file_id, "x_raydpo": {"validation_share": 0.2}, "method": {"type": "dpo"}}
+    body = {"job": job, "parameters": {"seed": {"values": [1]}}, "metric": {"name": "eval/loss"}}
+    made = str(api.post("/x/sweeps", json=body).json()["id"])
+    deadline = time.monotonic() + 300
+    while not api.get(f"/x/sweeps/{made}/trials").json()["data"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert api.post(f"/x/sweeps/{made}/cancel").status_code == 200
+    return made
 
 
 VIEWS = {
@@ -67,6 +96,10 @@ VIEWS = {
     "file": ("data/{file}", FILE),
     "ask": ("ask", "Ask two policies"),
     "models": ("models", "Models"),
+    "evaluations": ("evaluations", SHOWN),
+    "evaluation": ("evaluations/{evaluation}", SHOWN),
+    "sweeps": ("sweeps", SHOWN),
+    "sweep": ("sweeps/{sweep}", SHOWN),
     "keys": ("admin/keys", f"<i onclick=alert(4)> {SHOWN}"),
     "projects": ("admin/projects", f"<b onclick=alert(3)> {SHOWN}"),
     "project": ("admin/projects/{project}", f"<b onclick=alert(3)> {SHOWN}"),

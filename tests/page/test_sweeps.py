@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.page.browsing import look_at, sign_in, wait_until_ended
 from tests.page.conftest import Service
@@ -99,6 +99,56 @@ def test_the_frontier_is_zoomed_and_each_point_leads_to_its_job(page: Page, serv
     points.first.focus()
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile("#/jobs/ftjob-"))
+
+
+def test_ranges_in_which_numbers_have_no_room_for_marks_are_drawn(page: Page, service: Service, sweep_id: str) -> None:
+    sign_in(page)
+    chart = page.locator(".frontier svg")
+    for query in ("from=1e17&to=100000000000000016", "from=0.7&to=0.7000000000000001"):
+        page.goto(f"{service.url}/#/sweeps/{sweep_id}?{query}")
+        expect(chart).to_have_attribute("aria-label", "0 of 6 policies")
+
+    def huge(route: Route) -> None:
+        answer = route.fetch()
+        told = answer.json()
+        for point in told["data"]:
+            point["reward"] = {"value": 1e17, "low": 1e17, "high": 1e17 + 16}
+        route.fulfill(response=answer, json=told)
+
+    page.route(f"**/v1/x/sweeps/{sweep_id}/frontier", huge)
+    page.goto(f"{service.url}/#/sweeps/{sweep_id}")
+    page.reload()
+    expect(chart).to_have_attribute("aria-label", "6 of 6 policies")
+
+
+def test_a_view_loads_again_only_after_its_load_and_only_what_may_change(
+    page: Page, service: Service, sweep_id: str
+) -> None:
+    page.clock.install()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    held: list[Route] = []
+    page.route(f"**/v1/x/sweeps/{sweep_id}", lambda route: held.append(route))
+    sign_in(page)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+
+    def times(place: str) -> int:
+        page.clock.run_for(30_000)
+        page.evaluate("fetch('/healthz').then(() => null)")  # what was asked before this is known when it ends
+        return asked.count(f"{service.url}/v1/x/sweeps{place}")
+
+    with page.expect_request(f"**/v1/x/sweeps/{sweep_id}"):
+        page.goto(f"{service.url}/#/sweeps/{sweep_id}")
+    assert times(f"/{sweep_id}") == 1
+    held[0].continue_()
+    expect(page.locator(".frontier .point")).to_have_count(6)
+    assert times(f"/{sweep_id}") == 1
+    page.goto(f"{service.url}/#/sweeps/none")
+    expect(page.get_by_role("alert")).to_contain_text("There is no sweep 'none'")
+    assert times("/none") == 1
+    page.goto(f"{service.url}/#/sweeps")
+    expect(page.get_by_role("row").filter(has_text=sweep_id)).to_be_visible()
+    assert times("?limit=25") > 1
 
 
 def test_a_sweep_is_cancelled_with_its_jobs_after_a_question(

@@ -1,23 +1,16 @@
 /** What the service found in the rows of a training file. */
 
-import { useEffect } from "preact/hooks";
 import { api, ask, type FileReport, type TrainingFile } from "../../api/client";
-import { useLoaded, type Loaded } from "../loading/loading";
+import { useFresh, useLoaded, type Loaded } from "../loading/loading";
 import { href } from "../route/route";
 import { bytes, count, percent, visible, whole } from "../words/words";
-
-const CHECK_MS = 2000;
 
 /** Loads a file, again and again until the check of its rows has ended. It loads nothing for a
  * URI or without an id. */
 export function useFile(id: string): Loaded<TrainingFile> {
   const isFile = id !== "" && !id.includes("://");
   const loaded = useLoaded((signal) => (isFile ? read(id, signal) : new Promise<TrainingFile>(() => undefined)), [id]);
-  const isChecking = loaded.value?.status === "uploaded";
-  useEffect(() => {
-    const timer = setInterval(() => isChecking && loaded.again(), CHECK_MS);
-    return () => clearInterval(timer);
-  }, [id, isChecking]);
+  useFresh(loaded, loaded.value?.status === "uploaded");
   return loaded;
 }
 
@@ -27,7 +20,7 @@ function read(id: string, signal: AbortSignal) {
 
 export function Findings({ file }: { file: TrainingFile }) {
   const { report, checked_bytes } = file.x_raydpo;
-  if (file.status === "error") return <p class="bad">{file.status_details}</p>;
+  if (file.status === "error") return <p class="bad">{visible(file.status_details ?? "")}</p>;
   if (!report) {
     const far = checked_bytes === null ? "" : `: ${bytes(checked_bytes)} of ${bytes(file.bytes)} so far`;
     return (

@@ -9,33 +9,39 @@ const FRESH_MS = 3000;
 export interface Loaded<Value> {
   value?: Value; // stays while it is loaded anew
   failure?: Failure;
+  isLoading: boolean;
   again: () => void;
 }
 
 /** Loads a value when the view opens, when `keys` change, and each time that `again` is called. */
 export function useLoaded<Value>(load: (signal: AbortSignal) => Promise<Value>, keys: unknown[]): Loaded<Value> {
-  const [state, setState] = useState<{ value?: Value; failure?: Failure; keys?: string }>({});
+  const [state, setState] = useState<{ value?: Value; failure?: Failure; keys?: string; turn?: number }>({});
   const [turn, setTurn] = useState(0);
   const now = JSON.stringify(keys);
   useEffect(() => {
     const leaving = new AbortController();
     load(leaving.signal).then(
-      (value) => !leaving.signal.aborted && setState({ value, keys: now }),
+      (value) => !leaving.signal.aborted && setState({ value, keys: now, turn }),
       (error) =>
         !leaving.signal.aborted &&
-        setState((last) => ({ ...(last.keys === now && last), failure: Failure.of(error), keys: now })),
+        setState((last) => ({ ...(last.keys === now && last), failure: Failure.of(error), keys: now, turn })),
     );
     return () => leaving.abort();
   }, [now, turn]);
-  return { ...(state.keys === now && state), again: () => setTurn((last) => last + 1) };
+  const isLoading = state.keys !== now || state.turn !== turn;
+  return { ...(state.keys === now && state), isLoading, again: () => setTurn((last) => last + 1) };
 }
 
-/** Loads again every few seconds while the page is looked at, as long as `lives`. */
-export function useFresh(again: () => void, lives = true) {
+/** Loads again a few seconds after each load while the page is looked at, as long as `lives`.
+ *
+ * A key that is not accepted, and an object that is not there, stay so. */
+export function useFresh({ isLoading, failure, again }: Loaded<unknown>, lives = true) {
+  const waits = lives && !isLoading && failure?.status !== 401 && failure?.status !== 404;
   useEffect(() => {
-    const timer = setInterval(() => lives && !document.hidden && again(), FRESH_MS);
+    if (!waits) return;
+    const timer = setInterval(() => !document.hidden && again(), FRESH_MS);
     return () => clearInterval(timer);
-  }, [lives]);
+  }, [waits]);
 }
 
 /** Shows a loaded value; before that, that it is being loaded, or why it could not be. */

@@ -1,8 +1,7 @@
-import { useEffect } from "preact/hooks";
 import { api, ask, type Job } from "../../api/client";
 import { Curve, type Line } from "../../parts/curve/curve";
 import { looks, rangeOf, Steps, zoom } from "../../parts/curve/steps";
-import { Show, useLoaded } from "../../parts/loading/loading";
+import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { CHARTS, isSparse, type Chart } from "../../parts/series/charts";
 import { loadSeries, type Range, type Series } from "../../parts/series/series";
@@ -10,7 +9,6 @@ import { hasEnded } from "../../parts/status/status";
 import { Differences } from "./differences";
 
 const MOST = 6; // jobs, each of a colour of its own
-const FRESH_MS = 5000;
 
 export interface Run {
   job: Job;
@@ -26,11 +24,7 @@ export function Compare() {
   const ids = all.slice(0, MOST);
   const range = rangeOf(query);
   const runs = useLoaded((signal) => load(ids, range, signal), [ids, range]);
-  const isLive = runs.value?.some(({ job }) => !hasEnded(job.status)) ?? false;
-  useEffect(() => {
-    const timer = setInterval(() => isLive && !document.hidden && runs.again(), FRESH_MS);
-    return () => clearInterval(timer);
-  }, [isLive]);
+  useFresh(runs, runs.value?.some(({ job }) => !hasEnded(job.status)) ?? false);
   return (
     <>
       <div class="heading">

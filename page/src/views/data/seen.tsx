@@ -60,7 +60,7 @@ function Checked({ id, check, again }: { id: string; check: FileCheck; again: ()
   if (check.error || !tokens)
     return (
       <div class="failure" role="alert">
-        <p>{String(check.error?.message ?? "The check has no result.")}</p>
+        <p>{visible(String(check.error?.message ?? "The check has no result."))}</p>
         <button onClick={again}>Try again</button>
       </div>
     );

@@ -5,14 +5,14 @@ import { Fact } from "../../parts/fact/fact";
 import { FailureNote, Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
 import { hasEnded, Status } from "../../parts/status/status";
-import { count, moment, percent, zone } from "../../parts/words/words";
+import { count, moment, percent, visible, zone } from "../../parts/words/words";
 import { Items } from "./items";
 import { judgeOf, resultsOf } from "./results";
 
 export function Evaluation({ id }: { id: string }) {
   const loaded = useLoaded((signal) => retrieve(id, signal), [id]);
   const evaluation = loaded.value;
-  useFresh(loaded.again, !evaluation || !hasEnded(evaluation.status));
+  useFresh(loaded, !evaluation || !hasEnded(evaluation.status));
   return (
     <Show of={loaded}>
       {(found) => (
@@ -82,12 +82,12 @@ function Heading({ evaluation, again }: HeadingProps) {
           </span>
         </div>
       )}
-      {waits_for && <p>{waits_for}</p>}
+      {waits_for && <p>{visible(waits_for)}</p>}
       {num_failed > 0 && <p class="warn">{count(num_failed, "item")} failed; the results leave them out.</p>}
       {error && (
         <div class="failure">
           <p>
-            <b>{error.code}</b>: {error.message}
+            <b>{error.code}</b>: {visible(error.message)}
           </p>
         </div>
       )}

@@ -2,7 +2,7 @@ import { api, ask, type Evaluation } from "../../api/client";
 import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { hasEnded, Status } from "../../parts/status/status";
-import { moment, percent, zone } from "../../parts/words/words";
+import { moment, percent, visible, zone } from "../../parts/words/words";
 import { mainResult } from "./results";
 
 const PAGE = 25;
@@ -10,7 +10,7 @@ const PAGE = 25;
 export function Evaluations() {
   const after = route.value.query.get("after") ?? undefined;
   const loaded = useLoaded((signal) => list(after, signal), [after]);
-  useFresh(loaded.again, !after || Boolean(loaded.value?.data.some((each) => !hasEnded(each.status))));
+  useFresh(loaded, !after || Boolean(loaded.value?.data.some((each) => !hasEnded(each.status))));
   return (
     <>
       <div class="heading">
@@ -76,8 +76,8 @@ function Row({ evaluation }: { evaluation: Evaluation }) {
       <td data-label="Status">
         <Status of={status} />
         {status === "running" && <small>{percent(progress)}</small>}
-        {waits_for && <small>{waits_for}</small>}
-        {error && <small class="bad">{error.message}</small>}
+        {waits_for && <small>{visible(waits_for)}</small>}
+        {error && <small class="bad">{visible(error.message)}</small>}
       </td>
       <td data-label="Model">{model}</td>
       <td data-label="Result">{result ? `${result.name} ${result.value} (${result.interval})` : "–"}</td>

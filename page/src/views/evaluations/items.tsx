@@ -34,7 +34,7 @@ export function Items({ evaluation }: { evaluation: Evaluation }) {
   const given = route.value.query.get("after");
   const after = given === null ? undefined : Number(given);
   const loaded = useLoaded((signal) => read(evaluation.id, after, signal), [evaluation.id, after]);
-  useFresh(loaded.again, !hasEnded(evaluation.status));
+  useFresh(loaded, !hasEnded(evaluation.status));
   const at = (number: number | null) => href(["evaluations", evaluation.id], { after: number });
   return (
     <section aria-label="Items">
@@ -74,7 +74,7 @@ function Item({ item, evaluation }: { item: EvaluationItem; evaluation: Evaluati
       {item.error && (
         <p class="bad">
           {item.error.code && <b>{item.error.code}: </b>}
-          {item.error.message}
+          {visible(item.error.message)}
         </p>
       )}
       <h4>Prompt</h4>

@@ -1,7 +1,7 @@
 /** The results of evaluations in words: as `raydpo evaluations show` prints them. */
 
 import type { Evaluation } from "../../api/client";
-import { figure, percent } from "../../parts/words/words";
+import { figure, percent, visible } from "../../parts/words/words";
 
 const SHARES = [
   "win_rate",
@@ -58,5 +58,5 @@ export function mainResult({ kind, results }: Evaluation): Result | undefined {
 /** The judge in words, such as `regex ^Gladly`. */
 export function judgeOf(evaluation: Evaluation): string | undefined {
   const judge = evaluation.request.judge as { type: string; model?: string; pattern?: string } | undefined;
-  return judge && (judge.model ?? [judge.type, judge.pattern].filter(Boolean).join(" "));
+  return judge && visible(judge.model ?? [judge.type, judge.pattern].filter(Boolean).join(" "));
 }

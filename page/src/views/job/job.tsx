@@ -98,7 +98,7 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
         </div>
       </div>
       {failure && <FailureNote failure={failure} />}
-      {waits_for && <p>It waits for {waits_for}.</p>}
+      {waits_for && <p>It waits for {visible(waits_for)}.</p>}
       {progress && <ProgressLine progress={progress} />}
       {job.error && (
         <div class="failure">

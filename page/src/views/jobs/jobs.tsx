@@ -13,7 +13,7 @@ export function Jobs() {
   const chosen = chosenOf(query);
   const loaded = useLoaded((signal) => list(status, after, signal), [status, after]);
   const lives = !loaded.value || loaded.value.data.some((job) => !hasEnded(job.status)) || !after;
-  useFresh(loaded.again, lives);
+  useFresh(loaded, lives);
 
   return (
     <>
@@ -133,7 +133,7 @@ function Row({ job }: { job: Job }) {
       <td data-label="Status">
         <Status of={job.status} />
         {progress && <ProgressLine progress={progress} />}
-        {waits_for && <small>waits for {waits_for}</small>}
+        {waits_for && <small>waits for {visible(waits_for)}</small>}
         {job.error && <small class="bad">{visible(job.error.message)}</small>}
       </td>
       <td data-label="Model">{job.model}</td>

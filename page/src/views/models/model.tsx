@@ -13,7 +13,7 @@ import { Acts, State } from "./state";
 
 export function Model({ id }: { id: string }) {
   const loaded = useLoaded((signal) => loadRow(id, signal), [id]);
-  useFresh(loaded.again);
+  useFresh(loaded);
   return (
     <Show of={loaded}>
       {({ model, deployment, trouble }) => (

@@ -8,7 +8,7 @@ import { Acts, State } from "./state";
 export function Models() {
   const after = route.value.query.get("after") ?? undefined;
   const loaded = useLoaded((signal) => loadRows(after, signal), [after]);
-  useFresh(loaded.again);
+  useFresh(loaded);
   return (
     <>
       <div class="heading">

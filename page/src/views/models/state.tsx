@@ -1,7 +1,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { api, ask, Failure, type Deployment } from "../../api/client";
 import { FailureNote } from "../../parts/loading/loading";
-import { count, duration, figure } from "../../parts/words/words";
+import { count, duration, figure, visible } from "../../parts/words/words";
 
 /** Whether the model answers, what it waits for, and how busy it is. */
 export function State({ of }: { of?: Deployment }) {
@@ -10,8 +10,8 @@ export function State({ of }: { of?: Deployment }) {
     <>
       <span class={`status ${of.state}`}>{of.state}</span>
       {of.attached_to && <small>on the engine of {of.attached_to}</small>}
-      {of.waits_for && <small>waits for {of.waits_for}</small>}
-      {of.error && <small class="bad">{of.error}</small>}
+      {of.waits_for && <small>waits for {visible(of.waits_for)}</small>}
+      {of.error && <small class="bad">{visible(of.error)}</small>}
       {of.state === "running" && <small>{loadOf(of)}</small>}
     </>
   );

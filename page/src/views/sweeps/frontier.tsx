@@ -10,6 +10,8 @@ const HEIGHT = 340;
 const MARGIN = { left: 64, right: 16, top: 12, bottom: 44 };
 const NUM_MARKS = 5;
 const NUM_COLORS = 6;
+const SAME = 1e-9; // values that differ by a smaller share of them count as equal
+const MOST_STEPS = 2 ** 52; // from zero; beyond this, numbers have no room for one step more
 
 interface Range {
   from: number;
@@ -86,7 +88,8 @@ function zoomOf(query: URLSearchParams): Partial<Range> {
 /** The range of the values, with a little room at both ends. */
 function rangeOf(values: number[]): Range {
   const [low, high] = [Math.min(...values), Math.max(...values)];
-  const room = (high - low || Math.abs(high) || 1) * 0.06;
+  const isOne = high - low <= SAME * Math.abs(high);
+  const room = (isOne ? Math.abs(high) || 1 : high - low) * 0.06;
   return { from: low - room, to: high + room };
 }
 
@@ -216,6 +219,7 @@ function marksOf({ from, to }: Range): number[] {
   const rough = (to - from) / NUM_MARKS;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * ([1, 2, 5].find((factor) => factor * power >= rough) ?? 10);
+  if (Math.max(Math.abs(from), Math.abs(to)) / step > MOST_STEPS) return [from];
   const marks = [];
   for (let at = Math.ceil(from / step); at * step <= to; at++) marks.push(Number((at * step).toPrecision(12)));
   return marks;

@@ -1,5 +1,7 @@
 /** The parameters of a sweep in short words. */
 
+import { visible } from "../../parts/words/words";
+
 export type Names = Map<string, string>;
 
 /** Returns a name for each path of a parameter: its last part, or the whole path if another one ends alike. */
@@ -9,7 +11,7 @@ export function shortNames(paths: string[]): Names {
 }
 
 /** Returns a value as a text: a JSON text, unless it is a text itself. */
-export const text = (value: unknown) => (typeof value === "string" ? value : JSON.stringify(value));
+export const text = (value: unknown) => visible(typeof value === "string" ? value : JSON.stringify(value));
 
 /** Such as "beta 0.1, n_epochs 2". */
 export function valueText(parameters: Record<string, unknown>, names: Names): string {

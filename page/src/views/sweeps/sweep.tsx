@@ -3,8 +3,8 @@ import { api, ask, Failure, type Frontier as FrontierObject, type Sweep as Sweep
 import { AskFirst } from "../../parts/dialog/dialog";
 import { FailureNote, Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
-import { Status } from "../../parts/status/status";
-import { figure, moment, zone } from "../../parts/words/words";
+import { hasEnded, Status } from "../../parts/status/status";
+import { figure, moment, visible, zone } from "../../parts/words/words";
 import { Frontier } from "./frontier";
 import { shortNames, text, type Names } from "./names";
 import { trialsOf } from "./sweeps";
@@ -17,7 +17,7 @@ interface Found {
 
 export function Sweep({ id }: { id: string }) {
   const loaded = useLoaded((signal) => load(id, signal), [id]);
-  useFresh(loaded.again, loaded.value?.sweep.status !== "succeeded");
+  useFresh(loaded, !loaded.value || !hasEnded(loaded.value.sweep.status));
   return (
     <Show of={loaded}>
       {({ sweep, trials, frontier }) => {
@@ -104,11 +104,11 @@ function Heading({ sweep, again }: HeadingProps) {
         Trials: {trialsOf(sweep)}. Created {moment(sweep.created_at)}
         {sweep.finished_at && `, ended ${moment(sweep.finished_at)}`} <small>({zone()})</small>.
       </p>
-      {sweep.waits_for && <p>It waits: {sweep.waits_for}</p>}
+      {sweep.waits_for && <p>It waits: {visible(sweep.waits_for)}</p>}
       {sweep.error && (
         <div class="failure">
           <p>
-            <b>{sweep.error.code}</b>: {sweep.error.message}
+            <b>{sweep.error.code}</b>: {visible(sweep.error.message)}
           </p>
         </div>
       )}
@@ -158,7 +158,7 @@ function Trials({ sweep, trials, names }: TrialsProps) {
             {metric && <td data-label={metric.name}>{trial.value === null ? "–" : figure(trial.value)}</td>}
             <td data-label="Status">
               <Status of={trial.status} />
-              {trial.error && <small class="bad">{trial.error.message}</small>}
+              {trial.error && <small class="bad">{visible(trial.error.message)}</small>}
             </td>
             <td data-label="Evaluations">
               {Object.entries(trial.evaluations).map(([name, id]) => (

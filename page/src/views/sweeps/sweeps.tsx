@@ -2,7 +2,7 @@ import { api, ask, type Sweep } from "../../api/client";
 import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { Status } from "../../parts/status/status";
-import { figure, moment, whole, zone } from "../../parts/words/words";
+import { figure, moment, visible, whole, zone } from "../../parts/words/words";
 import { shortNames, valueText } from "./names";
 
 const PAGE = 25;
@@ -10,7 +10,7 @@ const PAGE = 25;
 export function Sweeps() {
   const after = route.value.query.get("after") ?? undefined;
   const loaded = useLoaded((signal) => list(after, signal), [after]);
-  useFresh(loaded.again, !after || Boolean(loaded.value?.data.some((each) => each.status === "running")));
+  useFresh(loaded, !after || Boolean(loaded.value?.data.some((each) => each.status === "running")));
   return (
     <>
       <div class="heading">
@@ -74,8 +74,8 @@ function Row({ sweep }: { sweep: Sweep }) {
       </th>
       <td data-label="Status">
         <Status of={sweep.status} />
-        {sweep.waits_for && <small>{sweep.waits_for}</small>}
-        {sweep.error && <small class="bad">{sweep.error.message}</small>}
+        {sweep.waits_for && <small>{visible(sweep.waits_for)}</small>}
+        {sweep.error && <small class="bad">{visible(sweep.error.message)}</small>}
       </td>
       <td data-label="Trials">{trialsOf(sweep)}</td>
       <td data-label="Best">
