@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from services import storage
@@ -77,7 +78,8 @@ class Run:
         return "\n".join(f"{event.created_at} {event.message}" for event in self.events() if event.type == "message")
 
     def reach(self, part: str) -> None:
-        """Waits until the job is in this part of its life, one of PARTS, or has passed it."""
+        """Waits until the job is in this part of its life, one of PARTS, or in a later part. The job must not have
+        ended."""
 
         def reached() -> bool:
             job = self.job()
@@ -85,9 +87,10 @@ class Run:
             at = PARTS.index(part)
             trains = [progress["stage"] == "training", progress["stage"] == "training" and progress["done"] > 40]
             scores = [job.status == "running", progress["stage"] in ("loading reference", "scoring"), *trains]
-            return job.status == "succeeded" or any(scores[at:])
+            return job.status in ENDED or any(scores[at:])
 
         wait_for(reached, f"the job is {part}")
+        assert self.job().status not in ENDED, f"the job ended before it was seen {part}"
 
     def finish(self) -> Any:
         job = wait_for(lambda: (found := self.job()).status in ENDED and found, "the job ends", seconds=1500)
@@ -115,10 +118,21 @@ def undisturbed(service: Service) -> Curve:
 
 
 def kill_worker(service: Service) -> None:
-    found = service.nodes["left"].processes("ray::")
-    workers = [process for process in found if not any(agent in " ".join(process.cmdline()) for agent in AGENTS)]
-    trains = [process for process in workers if "RayTrainWorker" in " ".join(process.cmdline())]
-    for process in trains[:1] or workers:
+    """Kills a training worker, or if there is none, all processes that work for the job on a machine."""
+    machine = service.nodes["left"]
+
+    def workers() -> list[psutil.Process]:
+        agents = {process.pid for agent in AGENTS for process in machine.processes(agent)}
+        found = [process for process in machine.processes("ray::") if process.pid not in agents]
+        return machine.processes("RayTrainWorker")[:1] or found
+
+    for process in wait_for(workers, "a process works on the machine"):
+        process.kill()
+
+
+def kill_replicas(service: Service) -> None:
+    """Kills the processes of all engines."""
+    for process in wait_for(lambda: service.processes("ServeReplica"), "an engine runs"):
         process.kill()
 
 
@@ -177,6 +191,7 @@ DEATHS: dict[str, Callable[[Service], None]] = {
     "database": take_database,
     "storage": take_storage,
 }
+DEATHS_OF_ENGINES = DEATHS | {"worker": kill_replicas}
 PARTS = ("preparing", "scoring", "training", "publishing")
 
 
@@ -196,10 +211,10 @@ def test_a_job_ends_with_the_same_figures(service: Service, undisturbed: Curve, 
         wait_for(lambda: answers(client, job.fine_tuned_model), "the policy answers")
 
 
-@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("death", DEATHS_OF_ENGINES)
 def test_a_policy_answers_again(service: Service, undisturbed: Curve, death: str) -> None:
     with service.client() as client:
         policy = next(model.id for model in client.models.list() if model.id.startswith("ft:"))
         wait_for(lambda: answers(client, policy), "the policy answers")
-        DEATHS[death](service)
+        DEATHS_OF_ENGINES[death](service)
         wait_for(lambda: answers(client, policy), f"the policy answers again after the death of the {death}")
