@@ -25,6 +25,14 @@ NOBODY = "nobody"  # holds the lease of work that is tried again later
 Piece = TypeVar("Piece")
 
 
+class Later(Exception):
+    """Raised by work that has to wait. The piece is given up, and can be taken again after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
 class LeasedWork(Protocol[Piece]):
     """A kind of background work that comes in pieces, such as files to check.
 
@@ -46,6 +54,8 @@ class LeasedWork(Protocol[Piece]):
     async def work(self, piece: Piece) -> None:
         """Does the work on the piece, or the rest of the work if an earlier try was interrupted. May be cancelled at
         any time.
+
+        Raises Later if the work has to wait, so that meanwhile other pieces can be worked on.
         """
 
     async def goes_on(self, session: AsyncSession, piece: Piece) -> bool:
@@ -105,20 +115,23 @@ class Leaseholder(Generic[Piece]):
         lease up afterwards.
         """
         failure: Exception | None = None
+        rest = 0.0
         work, beat = asyncio.create_task(self._kind.work(piece)), asyncio.create_task(self._beat(piece))
         try:
             await asyncio.wait((work, beat), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
+        except Later as later:
+            rest = later.seconds
         except Exception as error:  # an error with one piece must not stop the others
             what = self._kind.lease_of(piece)
             log.warning("The work '%s' failed and is tried again later", what, exc_info=error)
-            failure = error
+            failure, rest = error, RETRY_SECONDS
         finally:
             work.cancel()
             beat.cancel()
             await asyncio.gather(work, beat, return_exceptions=True)
-            await self._give_up(piece, failure)
+            await self._give_up(piece, failure, rest)
 
     async def _beat(self, piece: Piece) -> None:
         """Renews the lease of the piece (the right to work on it) every few seconds. Returns when the lease was lost,
@@ -133,17 +146,18 @@ class Leaseholder(Generic[Piece]):
             except (SQLAlchemyError, OSError) as error:
                 log.warning("The lease '%s' could not be renewed: %s", name, error)
 
-    async def _give_up(self, piece: Piece, failure: Exception | None) -> None:
-        """Gives up the lease of the piece (the right to work on it), so that any control plane can take the lease.
+    async def _give_up(self, piece: Piece, failure: Exception | None, rest: float) -> None:
+        """Gives up the lease of the piece (the right to work on it), so that any control plane can take the lease when
+        `rest` seconds have passed.
 
-        Without a failure, the lease can be taken immediately; after a failure, only when RETRY_SECONDS have passed.
+        `failure` is the unexpected error with which the work ended, if there was one.
         """
         name = self._kind.lease_of(piece)
         try:
             async with self._store.begin() as session:
                 await release_lease(session, name, self._holder)
-                if failure is not None:
-                    await hold_lease(session, name, NOBODY, seconds=RETRY_SECONDS)
+                if rest:
+                    await hold_lease(session, name, NOBODY, seconds=rest)
             if failure is not None:
                 async with self._store.begin() as session:
                     await self._kind.interrupted(session, piece, failure)

@@ -46,8 +46,7 @@ async def create(
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         spec = body.spec(**kind.resolved)
-        for name in sorted(spec.models):
-            await models.find(session, settings, name, hold=True)  # it cannot be deleted before this commit
+        await models.hold(session, settings, spec.models)
         return evaluation_object(await evaluations.create(session, spec, stored, kind.num_stages, caller.key_id))
 
     return await idempotent.act(submit)

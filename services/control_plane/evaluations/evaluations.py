@@ -39,6 +39,7 @@ from services.control_plane.evaluations.requests import Spec
 from services.control_plane.tenants import projects
 
 MOST_LIVE = 100  # the most evaluations of a project that have not ended
+MOST_FAILED = 0.1  # the share of an evaluation's items without which rounds and sweeps still trust its results
 LEASE = "evaluation "  # the name of an evaluation's lease is this text and the evaluation's id
 LIVE = text(f"state NOT IN {EVALUATION_ENDS}")  # as in the index
 ACTIVE = and_(LIVE, Evaluation.state != "paused")
@@ -328,6 +329,20 @@ async def first_error(session: AsyncSession, evaluation: Evaluation) -> dict[str
     error: dict[str, Any] | None = await session.scalar(query.order_by(EvaluationItem.number).limit(1))
     assert error is not None
     return error
+
+
+async def refuse_incomplete(session: AsyncSession, evaluation: Evaluation) -> None:
+    """Raises ApiError if so many items (prompts) of the evaluation failed that its results say little of all of them:
+    more than the share MOST_FAILED.
+    """
+    if evaluation.num_failed <= MOST_FAILED * evaluation.num_items:
+        return
+    first = await first_error(session, evaluation)
+    message = (
+        f"the evaluation {evaluation.id} has results of too few items: {evaluation.num_failed} of "
+        f"{evaluation.num_items} failed, and at most {MOST_FAILED:.0%} may. The first one: {first['message']}"
+    )
+    raise ApiError(message, code="evaluation_incomplete")
 
 
 async def succeed(session: AsyncSession, evaluation: Evaluation, results: dict[str, Any]) -> None:

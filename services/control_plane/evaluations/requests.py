@@ -69,6 +69,11 @@ class Judge(BaseModel):
         default=None, description="For the type `regex`: a regular expression in RE2's syntax."
     )
 
+    @property
+    def models(self) -> set[str]:
+        """The names of the models that the judge needs, as far as the request names them."""
+        return {name for name in (self.model, self.reference) if name}
+
     @model_validator(mode="after")
     def _fits_its_type(self) -> Self:
         needed = NEEDED_BY_JUDGE.get(self.type)
@@ -171,8 +176,8 @@ class Spec(BaseModel):
     @property
     def models(self) -> set[str]:
         """The names of all models that take part in the evaluation."""
-        named = (self.model, self.baseline, self.reference, self.judge and self.judge.model)
-        return {name for name in named if name}
+        judge = self.judge.models if self.judge else set()
+        return {name for name in (self.model, self.baseline, self.reference) if name} | judge
 
 
 class CreateEvaluation(Spec):

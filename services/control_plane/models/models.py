@@ -6,11 +6,12 @@ is a model.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, false, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Select, String, delete, false, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,6 +28,9 @@ from services.control_plane.core.tables import (
     Evaluation,
     Job,
     Model,
+    Rounds,
+    Sweep,
+    SweepEvaluation,
 )
 from services.control_plane.settings import Settings
 
@@ -126,6 +130,15 @@ async def find(
             code="model_not_found",
         )
     return trained(row)
+
+
+async def hold(session: AsyncSession, settings: Settings, model_ids: Iterable[str]) -> None:
+    """Locks the models, so that none of them can be deleted before this transaction ends.
+
+    Raises NotFound if one of them does not exist.
+    """
+    for model_id in sorted(set(model_ids)):  # in one order, so that no two transactions wait for each other
+        await find(session, settings, model_id, hold=True)
 
 
 class NameTaken(ValueError):
@@ -234,8 +247,8 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
     """Marks a trained model as deleted, also for the projects with which it is shared. Returns the model.
 
-    Raises InvalidRequest if a job or an evaluation that has not ended, or an adapter, needs the model. The caller must
-    delete the model's files after the commit.
+    Raises InvalidRequest if a job, an evaluation, a sweep or rounds that have not ended, or an adapter, need the model.
+    The caller must delete the model's files after the commit.
     """
     row = await find_own(session, settings, model_id)
     jobs = Job.__table__.c
@@ -245,13 +258,12 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
         raise InvalidRequest(
             f"The model '{model_id}' is used by {name}, which has not ended; delete the model when the job has ended."
         )
-    evaluations = Evaluation.__table__.c
-    evaluating = select(evaluations.id, evaluations.project_id).where(_evaluates(literal(model_id)))
-    if (evaluation := (await session.execute(evaluating.limit(1))).first()) is not None:
-        is_own = evaluation.project_id == row.project_id
-        name = f"the evaluation {evaluation.id}" if is_own else "an evaluation of a project that shares the model"
-        message = f"The model '{model_id}' is used by {name}, which has not ended; delete the model when it has ended."
-        raise InvalidRequest(message)
+    for noun, query in _needing(literal(model_id, String)).items():
+        if (user := (await session.execute(query.limit(1))).first()) is not None:
+            is_own = user.project_id == row.project_id
+            name = f"the {noun} {user.id}" if is_own else f"the {noun} of a project that shares the model"
+            message = f"The model '{model_id}' is used by {name}, still under way; delete the model afterwards."
+            raise InvalidRequest(message)
     models = Model.__table__.c  # models of all projects
     standing = select(models.id, models.project_id).where(models.base_source == row.source, models.deleted_at.is_(None))
     if (other := (await session.execute(standing.limit(1))).first()) is not None:
@@ -273,15 +285,39 @@ def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
     return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
 
 
-def _evaluates(model_id: ColumnElement[str]) -> ColumnElement[bool]:
-    """Returns the SQL condition that an evaluation has not ended and names the model `model_id`, in any of its fields.
+def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
+    """Returns, by what they are called, queries for evaluations, sweeps and rounds that have not ended and name the
+    model `model_id` in any of their fields. Each row has an `id` and a `project_id`.
 
-    The condition holds for evaluations of all projects, because a model may be shared with other projects.
+    The queries look at all projects, because a model may be shared with other projects.
     """
-    evaluations = Evaluation.__table__.c
-    fields = [evaluations.spec[name].astext for name in ("model", "baseline", "reference")]
-    named = (field == model_id for field in (*fields, evaluations.spec["judge"]["model"].astext))
-    return and_(evaluations.finished_at.is_(None), or_(*named))
+    evaluations, sweeps, rounds = Evaluation.__table__.c, Sweep.__table__.c, Rounds.__table__.c
+    own = SweepEvaluation.__table__.c
+    of_evaluation = [evaluations.spec[name] for name in ("model", "baseline", "reference")]
+    of_own = [own.spec[name] for name in ("baseline", "reference")]
+    of_job = [sweeps.spec["job"][path] for path in (("model",), ("x_raydpo", "reference", "model"))]
+    sweeps_own = select(own.sweep_id).where(own.sweep_id == sweeps.id, _named(model_id, *of_own, *_of(own.spec)))
+    varied = sweeps.spec["parameters"][("model", "values")].contains(func.jsonb_build_array(model_id))
+    made = rounds.history.contains(func.jsonb_build_array(func.jsonb_build_object("model", model_id)))
+    of_rounds = [rounds.spec["model"], *_of(rounds.spec), *_of(rounds.spec["evaluation"])]
+    conditions = {
+        "evaluation": (evaluations, _named(model_id, *of_evaluation, *_of(evaluations.spec))),
+        "sweep": (sweeps, or_(_named(model_id, *of_job), varied, sweeps_own.exists())),
+        "rounds": (rounds, or_(_named(model_id, *of_rounds), made)),
+    }
+    return {
+        noun: select(table.id, table.project_id).where(table.finished_at.is_(None), condition)
+        for noun, (table, condition) in conditions.items()
+    }
+
+
+def _of(spec: Any) -> list[Any]:
+    """Returns the SQL expressions of the models of the field `judge` of `spec`."""
+    return [spec[("judge", name)] for name in ("model", "reference")]
+
+
+def _named(model_id: ColumnElement[str], *fields: Any) -> ColumnElement[bool]:
+    return or_(*(field.astext == model_id for field in fields))
 
 
 async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
@@ -319,8 +355,8 @@ def must_note_use(model: NamedModel) -> bool:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Marks models as deleted if they are not shared, not loaded, and not named by any job or by an evaluation that has
-    not ended. Returns the ids of these models.
+    """Marks models as deleted if they are not shared, not loaded, and not named by any job, or by an evaluation, a
+    sweep or rounds that have not ended. Returns the ids of these models.
 
     First locks all models in `model_ids`. So the function waits for requests that are sharing one of them, or starting
     a job or an evaluation with one of them.
@@ -331,7 +367,7 @@ async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> se
         select(CheckpointPermission.id).where(CheckpointPermission.model_id == Model.id),
         select(Deployment.app_name).where(Deployment.model_id == Model.id),
         select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),
-        select(Evaluation.__table__.c.id).where(_evaluates(Model.__table__.c.id)),
+        *_needing(Model.__table__.c.id).values(),
     )
     is_attached = func.coalesce(Model.attached_at > func.now() - ATTACHED_FOR, false())
     unused = update(Model).where(Model.id.in_(model_ids), ~is_attached, *(~use.exists() for use in uses))

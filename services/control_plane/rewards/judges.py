@@ -93,14 +93,28 @@ def _why_unknown(name: str, objective: Objective | None, what: str) -> str:
     return f"'{name}' was trained by {objective.type}, whose rewards are no log-ratios, so its {what} is not known"
 
 
-async def _reference_of_job(
-    session: AsyncSession, settings: Settings, name: str, objective: Objective | None, job: Any
-) -> NamedModel:
-    if job is None or objective is None or not objective.traits.needs_reference:
+def check_implicit(name: str, objective: Objective, *, reference: str | None, beta: float | None) -> None:
+    """Raises InvalidRequest if a policy, called `name`, that is yet to be trained with this objective will have no
+    implicit reward, and `reference` and `beta`, the request's choices, do not give what is missing.
+    """
+    if reference is None:
+        _check_reference(name, objective)
+    if beta is None:
+        _beta(name, objective)
+
+
+def _check_reference(name: str, objective: Objective | None) -> None:
+    if objective is None or not objective.traits.needs_reference:
         why = _why_unknown(name, objective, "reference")
         raise InvalidRequest(
             f"{why}; name a model in 'reference'.", param="reference", code="missing_required_parameter"
         )
+
+
+async def _reference_of_job(
+    session: AsyncSession, settings: Settings, name: str, objective: Objective | None, job: Any
+) -> NamedModel:
+    _check_reference(name, objective)
     reference = models.reference_of(job)
     if not reference.id.startswith("ft:"):
         return reference

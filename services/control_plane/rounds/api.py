@@ -23,6 +23,7 @@ from services.control_plane.http.dependencies import (
     StorePart,
 )
 from services.control_plane.http.idempotency import IdempotentRequest
+from services.control_plane.models import models
 from services.control_plane.rounds import checks, rounds
 from services.control_plane.rounds.documents import RoundsDocument, Status
 from services.control_plane.rounds.requests import CreateRounds
@@ -48,6 +49,7 @@ async def create(
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         await checks.check(session, settings, ray_api, body.spec())
+        await models.hold(session, settings, body.models)
         return rounds_object(await rounds.create(session, body.spec(), sampled, held_out, caller.key_id))
 
     return await idempotent.act(submit)

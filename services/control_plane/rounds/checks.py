@@ -15,9 +15,10 @@ from services.control_plane.evaluations.requests import EvaluationRow, Judge
 from services.control_plane.http.validation import within
 from services.control_plane.jobs import admission
 from services.control_plane.jobs.plans import plans
-from services.control_plane.jobs.requests import ValidateJob
+from services.control_plane.jobs.requests import is_local
 from services.control_plane.ray_api import RayApi
-from services.control_plane.rounds.requests import LOCAL_ROWS, CreateRounds, RoundsSpec
+from services.control_plane.rewards.judges import check_implicit
+from services.control_plane.rounds.requests import LOCAL_ROWS, MOST_ROWS, CreateRounds, RoundsSpec
 from services.control_plane.settings import Settings
 
 
@@ -25,21 +26,33 @@ async def prompts_of(store: ProjectStore, body: CreateRounds) -> tuple[list[dict
     """Returns two lists of prompts, as JSON objects: those to which the policies write answers, and those on which the
     policies are evaluated. If the request has no prompts for evaluations, both lists are the same.
 
-    Raises InvalidRequest if there are no prompts, if the prompts are too large together, or if some are texts and
-    others messages.
+    Raises InvalidRequest if there are no prompts, if the prompts are too large together, if some are texts and others
+    messages, or if a round could make more than MOST_ROWS rows of them.
     """
     sampled = await _read(store, body.rows, body.file, body.max_items, body.judge)
     if len({isinstance(group.prompt, str) for group in sampled}) > 1:
         message = "Some prompts are texts and others are messages, but a training file has one form; send one of them."
         raise InvalidRequest(message, param="rows")
+    _check_number(body, len(sampled))
     held_out = body.evaluation
     if held_out.rows is None and held_out.file is None:
-        return rows.to_json(sampled), rows.to_json(sampled)
-    with within("evaluation"):
-        judge = held_out.judge or body.judge
-        return rows.to_json(sampled), rows.to_json(
-            await _read(store, held_out.rows, held_out.file, held_out.max_items, judge)
+        given = sampled[: held_out.max_items]
+        rows.check_expected(given, body.evaluating_judge, "rows" if body.rows is not None else "file")
+    else:
+        with within("evaluation"):
+            given = await _read(store, held_out.rows, held_out.file, held_out.max_items, body.evaluating_judge)
+    return rows.to_json(sampled), rows.to_json(given)
+
+
+def _check_number(body: CreateRounds, num_sampled: int) -> None:
+    of_each = body.selection.resolved(body.num_samples).most_rows(body.num_samples)
+    num_prompts = body.num_prompts(num_sampled)
+    if num_prompts * of_each > MOST_ROWS:
+        message = (
+            f"A round could make {num_prompts * of_each} rows, {of_each} of each of {num_prompts} prompts, but it can "
+            f"make at most {MOST_ROWS}; take fewer prompts_per_round, fewer samples, or another selection."
         )
+        raise InvalidRequest(message, param="num_samples")
 
 
 async def _read(
@@ -82,9 +95,11 @@ async def _check_evaluation(session: AsyncSession, settings: Settings, spec: Rou
 async def _check_job(session: AsyncSession, settings: Settings, ray_api: RayApi, spec: RoundsSpec) -> None:
     with within("job"):
         asked = spec.job_of("rounds-" + "0" * 24, 1, spec.model, LOCAL_ROWS)
-        validated = ValidateJob.model_validate(asked.model_dump(exclude_unset=True))
-        job = validated.spec()
-        admitted = await admission.admit(session, settings, job, validated.asked(), local_files=True)
+        job = asked.spec()
+        if job.validation_file is not None and is_local(job.validation_file):
+            message = f"validation_file is '{job.validation_file:.80}', but it must be the id of an uploaded file."
+            raise InvalidRequest(message, param="validation_file")
+        admitted = await admission.admit(session, settings, job, asked.asked(), local_files=True)
         await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
     traits = job.config.objective.traits
     made = "ratings" if spec.selection.type == "ranking" else "pairs"
@@ -99,3 +114,7 @@ async def _check_job(session: AsyncSession, settings: Settings, ray_api: RayApi,
         method = job.config.objective.type
         message = f"The method '{method}' trains a reward model, which writes no answers; choose another one."
         raise InvalidRequest(message, param="job.method.type")
+    judge = spec.judge
+    if spec.num_rounds > 1 and judge.type == "implicit" and judge.model is None:
+        with within("judge"):
+            check_implicit("the policy of a round", job.config.objective, reference=judge.reference, beta=judge.beta)

@@ -39,6 +39,7 @@ class RoundDocument(TypedDict):
     win_rate: Annotated[
         Interval | None, Field(description="How often its answers are better than those of the round before.")
     ]
+    num_failed: Annotated[int | None, Field(description="How many items of these evaluations failed.")]
     kl: Annotated[Interval | None, Field(description="Its divergence from the first policy, in nats per answer.")]
 
 

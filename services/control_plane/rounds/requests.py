@@ -19,6 +19,7 @@ from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.rounds import selection
 
 MOST_ROUNDS = 20
+MOST_ROWS = 50_000  # of training data of a round, which are made in memory
 GIVEN_BY_ROUNDS = ("model", "training_file")  # fields of a job that rounds fill in
 LOCAL_ROWS = "./rows.jsonl"  # stands for the file of a round that has not been made yet
 
@@ -68,7 +69,9 @@ class HeldOut(BaseModel):
         "rounds.",
     )
     max_items: MaxItems = Field(
-        default=200, description="Maximum number of rows to take, from the first row of the file on."
+        default=200,
+        description="Maximum number of rows to take, from the first row of the file, or of the prompts of the rounds, "
+        "on.",
     )
     judge: Judge | None = Field(
         default=None, description="Who judges the answers. Without it: the judge of the rounds."
@@ -127,6 +130,15 @@ class RoundsSpec(BaseModel):
     stop_if_not_better: bool = Field(
         default=False, description="Whether to end after a round whose policy is not better than the best one before."
     )
+
+    @property
+    def models(self) -> set[str]:
+        """The names of the models that the rounds begin with."""
+        return {self.model} | self.judge.models | self.evaluating_judge.models
+
+    def num_prompts(self, num_sampled: int) -> int:
+        """Returns how many prompts a round takes, if there are `num_sampled` prompts to sample answers to."""
+        return min(self.prompts_per_round or num_sampled, num_sampled)
 
     def seeded(self, sampling: Sampling, number: int) -> Sampling:
         """Returns `sampling` with a seed that depends on the round's `number`, so that each round samples other
@@ -219,6 +231,9 @@ class CreateRounds(RoundsSpec):
                 message = f"The field '{name}' of a round's job is given by the rounds; leave it out."
                 raise InvalidRequest(message, param=f"job.{name}")
         extension = self.job.get("x_raydpo")
+        if isinstance(extension, dict) and extension.get("dataset") is not None:
+            message = "The data of a round's job are the rows of the round; leave x_raydpo.dataset out."
+            raise InvalidRequest(message, param="job.x_raydpo.dataset")
         reference = extension.get("reference") if isinstance(extension, dict) else None
         if isinstance(reference, dict) and reference.get("model") is not None:
             message = (

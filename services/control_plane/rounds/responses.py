@@ -33,5 +33,5 @@ def _round_object(entry: Entry) -> dict[str, Any]:
         "number": entry["number"],
         **{name: entry.get(name) for name in names},
         "evaluations": entry.get("evaluations") or {},
-        **{name: results.get(name) for name in ("score", "win_rate", "kl")},
+        **{name: results.get(name) for name in ("score", "win_rate", "kl", "num_failed")},
     }

@@ -6,6 +6,7 @@ cancelled. Pausing, resuming or cancelling rounds does the same to their job or 
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import exists, func, literal, select, text
@@ -80,10 +81,11 @@ async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
     """
     rounds = await _live(session, rounds_id, "paused")
     async for child in _under_way(session, rounds):
-        if isinstance(child, Evaluation):
-            await evaluations.pause(session, child.id)
-        elif child.desired == "run" and child.observed in ("queued", "running"):
-            await jobs.pause(session, child.id, actor)
+        with suppress(InvalidRequest):  # it has just ended
+            if isinstance(child, Evaluation):
+                await evaluations.pause(session, child.id)
+            elif child.desired == "run":
+                await jobs.pause(session, child.id, actor)
     rounds.state, rounds.waits_for = "paused", None
     return rounds
 
@@ -103,7 +105,7 @@ async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
                 await evaluations.resume(session, child.id)
         elif child.desired == "pause":
             await jobs.resume(session, child.id, actor)
-    rounds.state = "running"
+    rounds.state, rounds.troubled_at = "running", None
     return rounds
 
 
@@ -115,10 +117,11 @@ async def cancel(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
     """
     rounds = await _live(session, rounds_id, "cancelled")
     async for child in _under_way(session, rounds):
-        if isinstance(child, Evaluation):
-            await evaluations.cancel(session, child.id)
-        else:
-            await jobs.cancel(session, child.id, actor)
+        with suppress(InvalidRequest):  # it has just ended
+            if isinstance(child, Evaluation):
+                await evaluations.cancel(session, child.id)
+            else:
+                await jobs.cancel(session, child.id, actor)
     await end(session, rounds, "cancelled")
     return rounds
 
@@ -171,16 +174,18 @@ async def fail(session: AsyncSession, rounds: Rounds, error: ApiError) -> None:
 
 
 async def claim(session: AsyncSession, holder: str) -> Rounds | None:
-    """Takes a lease for the control plane `holder`: the right to work on the oldest running rounds on which no control
-    plane works.
+    """Takes a lease for the control plane `holder`: the right to work on the next running rounds on which no control
+    plane works. Projects take turns.
 
     Returns these rounds. Returns None if there are none.
     """
     if not await session.scalar(select(CLAIMS)):
         return None
+    place = func.row_number().over(partition_by=Rounds.project_id, order_by=(Rounds.created_at, Rounds.id))
+    live = select(Rounds.id, place.label("place")).where(LIVE, Rounds.state == "running").subquery()
     leased = exists().where(Lease.name == literal(LEASE) + Rounds.id, Lease.expires_at > func.clock_timestamp())
-    query = select(Rounds).where(LIVE, Rounds.state == "running", ~leased)
-    row = await session.scalar(query.order_by(Rounds.created_at, Rounds.id).limit(1))
+    query = select(Rounds).join(live, live.c.id == Rounds.id).where(~leased)
+    row = await session.scalar(query.order_by(live.c.place, Rounds.created_at, Rounds.id).limit(1))
     return row if row is not None and await take(session, lease_of(row), holder) else None
 
 

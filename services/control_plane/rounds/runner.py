@@ -4,22 +4,22 @@ To work on rounds, a control plane takes their lease, which is the right to work
 another one continues with the stage that the rounds have reached.
 """
 
-import asyncio
 from datetime import timedelta
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import ApiError, NotFound
-from services.control_plane.core.leases import RETRY_SECONDS
+from services.control_plane.core.leases import RETRY_SECONDS, Later
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.core.tables import Rounds
 from services.control_plane.ray_api import RayApi
 from services.control_plane.rounds import rounds as changes
-from services.control_plane.rounds.stages import Ended, Stages
+from services.control_plane.rounds.stages import Ended, Refused, Stages
 from services.control_plane.settings import Settings
 
 LOOK_SECONDS = 2.0  # how often rounds look whether their job or evaluation has ended
+LONGEST_REST_SECONDS = 60.0  # after a refusal, such as a quota; doubles from LOOK_SECONDS on
 GIVEN_UP_AFTER = timedelta(days=1)  # of unexpected errors without progress in between
 
 
@@ -28,10 +28,11 @@ class RoundsRunner:
     pieces: a piece is one row of the table of rounds, with those stages of these rounds that are left.
     """
 
-    at_once = 64  # most of them only wait for a job
+    at_once = 16  # while rounds wait, others take their place
 
     def __init__(self, store: Store, settings: Settings, ray_api: RayApi) -> None:
         self._store, self._settings, self._ray_api = store, settings, ray_api
+        self._rests: dict[str, float] = {}  # after the last refusal in a row, in seconds, by the ids of rounds
 
     def lease_of(self, rounds: Rounds) -> str:
         return changes.lease_of(rounds)
@@ -62,9 +63,13 @@ class RoundsRunner:
 
     async def work(self, rounds: Rounds) -> None:
         stages = Stages(ProjectStore(self._store, rounds.project_id), rounds.id, self._settings, self._ray_api)
+        last = self._rests.pop(rounds.id, LOOK_SECONDS / 2)
         try:
-            while True:
-                if not await stages.step():
-                    await asyncio.sleep(LOOK_SECONDS)
+            while await stages.step():
+                last = LOOK_SECONDS / 2
+        except Refused:
+            self._rests[rounds.id] = min(2 * last, LONGEST_REST_SECONDS)
+            raise Later(self._rests[rounds.id]) from None
         except (Ended, NotFound):  # rounds that have ended may be deleted at once
-            pass
+            return
+        raise Later(LOOK_SECONDS)

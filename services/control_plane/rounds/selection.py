@@ -10,8 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import combinations
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from dpo_core.data.groups import Group
 from dpo_core.data.messages import Text
@@ -19,6 +20,8 @@ from services.control_plane.evaluations.kinds.asking import completion_of
 
 Type = Literal["best_worst", "all_pairs", "ranking", "rso"]
 Row = dict[str, Any]
+Sample = tuple[Group, Mapping[str, Any]]
+"""A prompt with what the evaluation `samples` found: `answers` and their `scores`."""
 
 WORDS = re.compile(r"\w+")
 
@@ -79,6 +82,11 @@ class Selection:
     type: Type
     beta: float = 0.5
     num_accepted: int = 2
+
+    def most_rows(self, num_samples: int) -> int:
+        """Returns how many rows `num_samples` answers to a prompt make at most."""
+        of_types = {"all_pairs": num_samples * (num_samples - 1) // 2, "rso": self.num_accepted // 2}
+        return of_types.get(self.type, 1)
 
     def rows(self, group: Group, answers: Sequence[Answer], draw: random.Random, counts: Counter[str]) -> list[Row]:
         """Makes rows of training data from the answers to the prompt of `group` (a prompt with completions), and
@@ -144,17 +152,14 @@ def _prompt(group: Group) -> Row:
     return {"prompt": group.prompt, **{name: value for name, value in more.items() if value}}
 
 
-def rows_of(
-    selection: Selection, samples: Sequence[tuple[Group, Mapping[str, Any]]], seed: str
-) -> tuple[list[Row], dict[str, int]]:
+def rows_of(selection: Selection, samples: Sequence[Sample], seed: str) -> tuple[list[Row], dict[str, int]]:
     """Makes rows of training data from samples. Returns the rows, each of them once, and counts: of prompts, of
     answers, of answers and rows that were left out by the reason, and of the rows.
 
-    `samples` are prompts, each with its result of an evaluation of the kind `samples`: the `answers` and their
-    `scores`. Answers that were cut off at the largest number of tokens are left out, because training adds an end to
-    each completion. The same `seed` gives the same rows.
+    Answers that were cut off at the largest number of tokens are left out, because training adds an end to each
+    completion. The same `seed` gives the same rows.
     """
-    counts, rows = Counter[str](), dict[str, Row]()
+    counts, rows = Counter[str](), dict[bytes, Row]()
     num_rows = 0
     for number, (group, found) in enumerate(samples):
         pairs = zip(found["answers"], found["scores"], strict=True)
@@ -162,8 +167,18 @@ def rows_of(
         counts.update(num_answers=len(found["answers"]), num_unfinished=len(found["answers"]) - len(answers))
         made = selection.rows(group, answers, random.Random(f"{seed} {number}"), counts)
         num_rows += len(made)
-        rows |= {json.dumps(row, sort_keys=True): row for row in made}
+        rows |= {sha256(json.dumps(row, sort_keys=True).encode()).digest(): row for row in made}
     names = ["num_answers", "num_unfinished", "num_duplicates", "num_ties"]
     names += ["num_tried", "num_accepted"] if selection.type == "rso" else []
     told = {"num_prompts": len(samples), **{name: counts[name] for name in names}}
     return list(rows.values()), told | {"num_repeated_rows": num_rows - len(rows), "num_rows": len(rows)}
+
+
+def write_rows(file: IO[bytes], selection: Selection, samples: Sequence[Sample], seed: str) -> dict[str, int]:
+    """Writes the rows that `rows_of` returns as JSON Lines into the file, whose position is then its beginning. Returns
+    the counts of `rows_of`.
+    """
+    rows, counts = rows_of(selection, samples, seed)
+    file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    file.seek(0)
+    return counts

@@ -4,8 +4,7 @@ Each stage makes an evaluation, a file or a job. One transaction writes this obj
 rounds. So a stage that is interrupted leaves nothing behind, or is done.
 """
 
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from tempfile import TemporaryFile
@@ -15,11 +14,10 @@ import anyio.to_thread
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core.data.groups import Group
 from services.contract import MIN_EXAMPLES, Reading
 from services.control_plane.core.errors import ApiError, OverQuota, RateLimited, Unavailable
 from services.control_plane.core.store import ProjectStore
-from services.control_plane.core.tables import TERMINAL, EvaluationItem, Rounds
+from services.control_plane.core.tables import TERMINAL, Evaluation, EvaluationItem, Rounds
 from services.control_plane.evaluations import evaluations
 from services.control_plane.evaluations.kinds.judging import grader_of
 from services.control_plane.evaluations.requests import Spec
@@ -29,10 +27,12 @@ from services.control_plane.files import files, row_check
 from services.control_plane.http.validation import within
 from services.control_plane.jobs import admission, jobs
 from services.control_plane.jobs.plans import plans
+from services.control_plane.jobs.plans.plans import DOES_NOT_FIT
+from services.control_plane.models import models
 from services.control_plane.ray_api import RayApi
 from services.control_plane.rounds import rounds as changes
 from services.control_plane.rounds.requests import RoundsSpec
-from services.control_plane.rounds.selection import rows_of
+from services.control_plane.rounds.selection import Sample, write_rows
 from services.control_plane.settings import Settings
 
 STAGES = ("samples", "file", "job", "model", "evaluations", "results")  # each adds its name to the round's entry
@@ -42,6 +42,10 @@ READ_AT_ONCE = 100  # items of an evaluation
 Entry = dict[str, Any]
 Act = Callable[[AsyncSession, Rounds], Awaitable[bool]]
 """Changes the rounds, whose row is locked. Returns False if the stage must wait; `waits_for` then holds the reason."""
+
+
+class Refused(Exception):
+    """Raised if the project or the service may not do the stage now. The rounds say in `waits_for` why."""
 
 
 class Ended(Exception):
@@ -66,7 +70,7 @@ class Stages:
         """Does the next stage of the rounds, unless the stage must wait, for example for a job to end. Returns whether
         the stage was done.
 
-        Raises Ended if the rounds are paused or have ended.
+        Raises Refused if the stage may not be done now, and Ended if the rounds are paused or have ended.
         """
         acts: dict[str, Act] = {
             "samples": self._sample,
@@ -83,10 +87,10 @@ class Stages:
         stage = stage_of(rounds.history[-1])
         try:
             return await (self._make_file(rounds) if stage == "file" else self._change(rounds, acts[stage]))
-        except (OverQuota, RateLimited, Unavailable) as error:
-            await self._wait(error.message)
-            return False
         except ApiError as error:  # for example, a model was deleted, or the job cannot learn from the rows
+            if isinstance(error, OverQuota | RateLimited | Unavailable) or error.code == DOES_NOT_FIT:
+                await self._wait(error.message)
+                raise Refused from None
             message = f"Round {rounds.history[-1]['number']}, stage {stage}: {error.message}"
             await self._fail(ApiError(message, code=error.code, param=error.param))
             raise Ended from None
@@ -114,7 +118,7 @@ class Stages:
         async with self._store.begin() as session:
             rounds = await changes.find(session, self._id, lock=True)
             if rounds.state == "running":
-                rounds.waits_for = what
+                rounds.waits_for, rounds.troubled_at = what, None
 
     async def _fail(self, error: ApiError) -> None:
         async with self._store.begin() as session:
@@ -127,7 +131,7 @@ class Stages:
     async def _sample(self, session: AsyncSession, rounds: Rounds) -> bool:
         spec, number = _spec(rounds), rounds.history[-1]["number"]
         prompts = (await self._prompts(session))["sampled"]
-        count = min(spec.prompts_per_round or len(prompts), len(prompts))
+        count = spec.num_prompts(len(prompts))
         first = (number - 1) * count
         chosen = [prompts[i % len(prompts)] for i in range(first, first + count)]
         samples = await self._create(session, rounds, spec.samples_of(_newest(rounds), number), chosen)
@@ -142,6 +146,7 @@ class Stages:
         """Creates the evaluation that `spec` describes, on the prompts `rows`, and returns the evaluation's id."""
         kind = await kind_of(session, self._settings, spec)
         whole = Spec.model_validate(spec.model_dump() | kind.resolved)
+        await models.hold(session, self._settings, whole.models)
         return (await evaluations.create(session, whole, rows, kind.num_stages, rounds.key_id)).id
 
     async def _make_file(self, rounds: Rounds) -> bool:
@@ -149,17 +154,16 @@ class Stages:
 
         If the samples give too few rows for a job, ends the rounds instead.
         """
-        if not await self._change(rounds, self._have_samples):
+        if not await self._change(rounds, self._have_samples_and_room):
             return False
         spec, number = _spec(rounds), rounds.history[-1]["number"]
-        samples = [sample async for sample in self._samples(rounds.history[-1]["samples"])]
-        select_rows = partial(rows_of, spec.selection.resolved(spec.num_samples), samples, f"{rounds.id} {number}")
-        rows, counts = await anyio.to_thread.run_sync(select_rows)
-        if len(rows) < MIN_EXAMPLES:
-            return await self._change(rounds, partial(_end_without_rows, counts=counts))
+        evaluation, samples = await self._samples(rounds.history[-1]["samples"])
+        selection = spec.selection.resolved(spec.num_samples)
         with TemporaryFile() as file:
-            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-            file.seek(0)
+            write = partial(write_rows, file, selection, samples, f"{rounds.id} {number}")
+            counts = {"num_failed": evaluation.num_failed, **await anyio.to_thread.run_sync(write)}
+            if counts["num_rows"] < MIN_EXAMPLES:
+                return await self._change(rounds, partial(_end_without_rows, counts=counts))
             stored = await files.store_file(file, self._settings)
         async with files.removed_unless_named(stored):
             report = await row_check.report_of(stored, Reading(), param="file", project_id=rounds.project_id)
@@ -176,13 +180,25 @@ class Stages:
                 )
                 return _add(rounds, rows=counts, file=row.id)
 
-            return await self._change(rounds, keep)
+            try:
+                return await self._change(rounds, keep)
+            except OverQuota:
+                await self._change(rounds, partial(_note_bytes, num_bytes=stored.num_bytes))
+                raise
 
-    async def _have_samples(self, session: AsyncSession, rounds: Rounds) -> bool:
-        return not await self._waits_for(session, rounds, [rounds.history[-1]["samples"]])
+    async def _have_samples_and_room(self, session: AsyncSession, rounds: Rounds) -> bool:
+        """Whether the samples are scored. Raises OverQuota if the project has no room for their rows."""
+        entry = rounds.history[-1]
+        if await self._waits_for(session, rounds, [entry["samples"]]):
+            return False
+        await files.reserve(session, rounds.project_id, entry.get("num_bytes", 1), param="file")
+        return True
 
-    async def _samples(self, evaluation_id: str) -> AsyncIterator[tuple[Group, dict[str, Any]]]:
-        """Yields those prompts of the evaluation whose answers are scored, each with its answers and scores."""
+    async def _samples(self, evaluation_id: str) -> tuple[Evaluation, list[Sample]]:
+        """Returns the evaluation, and those of its prompts whose answers are scored, each with its answers and
+        scores.
+        """
+        samples = list[Sample]()
         async with self._store.look() as session:
             evaluation = await evaluations.find(session, evaluation_id)
         for first in range(0, evaluation.num_items, READ_AT_ONCE):
@@ -191,14 +207,14 @@ class Stages:
             query = select(EvaluationItem).where(EvaluationItem.evaluation_id == evaluation.id, numbers, done)
             async with self._store.look() as session:
                 items = list(await session.scalars(query.order_by(EvaluationItem.number)))
-            for item in items:
-                yield group_of(item.row), item.found
+            samples += [(group_of(item.row), item.found) for item in items]
+        return evaluation, samples
 
     async def _waits_for(self, session: AsyncSession, rounds: Rounds, evaluation_ids: Iterable[str]) -> bool:
         """Whether at least one of the evaluations has not ended. Stores in the rounds' column `waits_for` what such an
         evaluation waits for.
 
-        Raises ApiError if one of the evaluations failed, was cancelled or was deleted.
+        Raises ApiError if one of the evaluations failed, lacks the results of too many items, or was cancelled or deleted.
         """
         found = [await evaluations.find(session, evaluation_id) for evaluation_id in evaluation_ids]
         for evaluation in found:
@@ -206,6 +222,8 @@ class Stages:
                 error = evaluation.error or {"code": "evaluation_cancelled", "message": "it was cancelled"}
                 message = f"the evaluation {evaluation.id} did not succeed: {error['message']}"
                 raise ApiError(message, code=error["code"])
+            if evaluation.state == "succeeded":
+                await evaluations.refuse_incomplete(session, evaluation)
         waiting = [evaluation for evaluation in found if evaluation.state != "succeeded"]
         reasons = [
             f"the evaluation {evaluation.id}, which is paused" if evaluation.state == "paused" else evaluation.waits_for
@@ -260,12 +278,14 @@ class Stages:
         ids: dict[str, str] = rounds.history[-1]["evaluations"]
         if await self._waits_for(session, rounds, ids.values()):
             return False
-        told = {name: (await evaluations.find(session, each)).results or {} for name, each in ids.items()}
+        found = {name: await evaluations.find(session, each) for name, each in ids.items()}
+        told = {name: each.results or {} for name, each in found.items()}
         quality = told.get("quality", {})
         results = {
             "score": quality.get("score"),
             "win_rate": quality.get("win_rate"),
             "kl": told.get("drift", {}).get("kl_per_sequence"),
+            "num_failed": sum(each.num_failed for each in found.values()),
         }
         return _add(rounds, results=results)
 
@@ -316,6 +336,11 @@ async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Ma
         )
         await changes.fail(session, rounds, ApiError(message, code="too_few_rows"))
     return True
+
+
+async def _note_bytes(session: AsyncSession, rounds: Rounds, *, num_bytes: int) -> bool:
+    """Notes the size of the round's file, which found no room, so that it is not made again before there is room."""
+    return _add(rounds, num_bytes=num_bytes)
 
 
 def _add(rounds: Rounds, **more: Any) -> bool:

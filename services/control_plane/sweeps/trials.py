@@ -24,6 +24,7 @@ from services.control_plane.jobs import admission, jobs
 from services.control_plane.jobs.combinations import Asked
 from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.requests import CreateJob
+from services.control_plane.models import models
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.sweeps.requests import TRAINING_METRICS, CreateSweep
@@ -163,6 +164,7 @@ async def evaluate(
         body = CreateEvaluation.model_validate({**each.spec, "model": model}, extra="ignore")
         kind = await kind_of(session, settings, body)
         spec = body.spec(**kind.resolved)
+        await models.hold(session, settings, spec.models)
         evaluation = await evaluations.create(session, spec, each.rows["rows"], kind.num_stages, sweep.key_id)
         found[each.name] = evaluation.id
     return found

@@ -16,6 +16,7 @@ from services.control_plane.models.shapes import model_shapes
 from services.control_plane.ray_api import Node, RayApi
 from services.control_plane.settings import Settings
 
+DOES_NOT_FIT = "does_not_fit"  # the code of the refusal of a job that no worker of the cluster has the memory for
 BYTES_OF_TOKEN = 4  # bytes of text per token, assumed if no check has counted the file's tokens
 SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
 # Families of models whose memory for activations was measured. For these, plans are right within a tenth.
@@ -157,7 +158,7 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
         told = "while it loads the whole model"
     largest = f"the largest {'GPU' if _device(settings) == 'cuda' else 'machine'} of the cluster has {in_gb(room)}"
     what = f"The job cannot fit: each worker needs at least {in_gb(held.least)} of memory ({told}), but {largest}."
-    raise InvalidRequest(f"{what} {_remedy(found)}", param=_param(found), code="does_not_fit")
+    raise InvalidRequest(f"{what} {_remedy(found)}", param=_param(found), code=DOES_NOT_FIT)
 
 
 def _remedy(found: Plan) -> str:

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core import leases
-from services.control_plane.core.leases import NOBODY, Leaseholder, take
+from services.control_plane.core.leases import NOBODY, Later, Leaseholder, take
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import Lease
 
@@ -98,6 +98,27 @@ def test_an_unexpected_error_is_told_and_the_piece_is_held_back(database_url: st
         await Leaseholder(store, pieces, holder="one").run_once()
         assert pieces.errors == ["b: KeyError('unforeseen')"]
         assert await holder_of(store, "piece b") == NOBODY
+
+    run(database_url, test)
+
+
+def test_work_that_has_to_wait_gives_its_place_to_others_and_is_held_back(database_url: str) -> None:
+    async def test(store: Store) -> None:
+        done: list[str] = []
+
+        async def wait(piece: str) -> None:
+            done.append(piece)
+            raise Later(60)
+
+        pieces = Pieces("g", "h", "i", act=wait)
+        task = asyncio.create_task(Leaseholder(store, pieces, holder="one").run())
+        while len(done) < 3:  # noqa: ASYNC110 - the other task adds to it
+            await asyncio.sleep(0.01)
+        while [await holder_of(store, f"piece {piece}") for piece in "ghi"] != [NOBODY] * 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert pieces.errors == []
 
     run(database_url, test)
 

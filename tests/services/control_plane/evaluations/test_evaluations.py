@@ -86,7 +86,7 @@ def test_a_stage_is_stored_once_and_not_after_the_end(api: httpx.Client, databas
     engines.delay = 0
 
 
-@pytest.mark.parametrize("field", ["model", "baseline", "judge"])
+@pytest.mark.parametrize("field", ["model", "baseline", "judge", "judge.reference"])
 def test_a_model_that_an_evaluation_needs_stays_until_the_evaluation_has_ended(
     api: httpx.Client, settings: Settings, policy: str, engines: Engines, field: str
 ) -> None:
@@ -105,12 +105,14 @@ def test_a_model_that_an_evaluation_needs_stays_until_the_evaluation_has_ended(
         finally:
             await store.close()
 
-    judge = {"type": "model", "model": name} if field == "judge" else {"type": "length"}
-    named = {} if field == "judge" else {field: name}
+    implicit = {"type": "implicit", "model": policy, "reference": name}
+    judges = {"judge": {"type": "model", "model": name}, "judge.reference": implicit}
+    judge = judges.get(field, {"type": "length"})
+    named = {} if field in judges else {field: name}
     made = created(api, **{"kind": "compare", "model": policy, "judge": judge, "rows": chats(1)} | named)
     refused = api.delete(f"/models/{name}")
     assert refused.status_code == 400
-    assert f"is used by the evaluation {made['id']}, which has not ended" in refused.json()["error"]["message"]
+    assert f"is used by the evaluation {made['id']}, still under way" in refused.json()["error"]["message"]
     assert asyncio.run(dropped()) == set()
     api.post(f"/x/evaluations/{made['id']}/cancel").raise_for_status()
     api.delete(f"/models/{name}").raise_for_status()

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.services.control_plane.evaluations.conftest import REWARD_MODEL, chats
-from tests.services.control_plane.rounds.conftest import ROUNDS
+from tests.services.control_plane.rounds.conftest import ROUNDS, created, reached
 
 pytestmark = pytest.mark.usefixtures("policy")
 FAIR = {"type": "model", "model": "fair"}
@@ -56,6 +56,32 @@ IMPLICIT = {"type": "implicit"}
             "makes ratings",
         ),
         (
+            {"rows": chats(30), "num_samples": 64, "selection": {"type": "all_pairs"}},
+            "num_samples",
+            "invalid_value",
+            "could make 60480 rows, 2016 of each of 30 prompts, but it can make at most 50000",
+        ),
+        ({"evaluation": {"judge": {"type": "exact"}}}, "rows", "invalid_value", "no completion for the rule 'exact'"),
+        ({"job": {"validation_file": "held.jsonl"}}, "job.validation_file", "invalid_value", "id of an uploaded file"),
+        (
+            {"job": {"x_raydpo": {"columns": {"prompt": "question"}}}},
+            "job.x_raydpo.columns",
+            "invalid_value",
+            "only with x_raydpo.dataset",
+        ),
+        (
+            {"job": {"x_raydpo": {"dataset": "s3://rows/a.jsonl"}}},
+            "job.x_raydpo.dataset",
+            "invalid_value",
+            "leave x_raydpo.dataset out",
+        ),
+        (
+            {"judge": IMPLICIT, "evaluation": {"judge": FAIR}, "job": {"method": {"type": "simpo"}}},
+            "judge.reference",
+            "missing_required_parameter",
+            "was trained by simpo",
+        ),
+        (
             {"job": {"method": {"type": "reward_bradley_terry"}}},
             "job.method.type",
             "invalid_value",
@@ -80,3 +106,10 @@ def test_implicit_rewards_of_one_policy_may_judge_all_rounds(api: httpx.Client) 
         assert made.status_code == 200, made.text
         api.post(f"/x/rounds/{made.json()['id']}/cancel")
         api.delete(f"/x/rounds/{made.json()['id']}")
+
+
+def test_an_evaluation_on_the_prompts_of_the_rounds_takes_as_many_as_it_says(api: httpx.Client) -> None:
+    made = created(api, evaluation={"max_items": 5})
+    quality = reached(api, made["id"], 0, "evaluations")["quality"]
+    assert api.get(f"/x/evaluations/{quality}").json()["num_items"] == 5
+    api.post(f"/x/rounds/{made['id']}/cancel")

@@ -76,6 +76,20 @@ def test_a_row_keeps_the_tools_and_the_template_arguments_of_its_prompt() -> Non
     assert (row["score_chosen"], row["score_rejected"]) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("selection", "most"),
+    [
+        (Selection("best_worst"), 1),
+        (Selection("ranking"), 1),
+        (Selection("all_pairs"), 6),
+        (Selection("rso", 1000.0, 4), 2),
+    ],
+)
+def test_no_prompt_makes_more_rows_than_its_selection_says(selection: Selection, most: int) -> None:
+    rows, _ = rows_of(selection, [(TEXT, found(("a", 1.0), ("b", 3.0), ("c", 2.0), ("d", 4.0)))], "seed")
+    assert len(rows) == selection.most_rows(4) == most
+
+
 def test_each_two_accepted_answers_are_a_pair_that_the_score_orders() -> None:
     answers = [(f"answer {i}", float(i % 4)) for i in range(32)]
     rows, counts = rows_of(Selection("rso", 5.0, 8), [(TEXT, found(*answers))], "seed")

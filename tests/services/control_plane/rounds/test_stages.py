@@ -1,13 +1,21 @@
 """Tests the way of a policy through its rounds: samples, rows, a job, evaluations, and when they end."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.jobs.plans.plans import DOES_NOT_FIT
+from services.control_plane.rounds import stages
+from services.control_plane.rounds.selection import write_rows
 from services.control_plane.rounds.stages import best_of, stage_of
+from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay
 from tests.services.control_plane.evaluations.conftest import POLICY, Engines, chats, until
 from tests.services.control_plane.rounds.conftest import created, ended, look, reached
@@ -154,6 +162,66 @@ def test_rounds_wait_while_the_project_may_have_no_more_jobs_or_evaluations(
         patch.setattr("services.control_plane.evaluations.evaluations.MOST_LIVE", 0)
         made = created(api)
         assert "evaluations that have not ended" in until(lambda: look(api, made["id"])["waits_for"])
+    reached(api, made["id"], 1, "job")
+    api.post(f"/x/rounds/{made['id']}/cancel")
+
+
+def test_rounds_wait_while_no_machine_that_the_job_fits_is_there(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise InvalidRequest("The job cannot fit.", code=DOES_NOT_FIT)
+
+    with monkeypatch.context() as patch:
+        made = created(api)  # is not refused itself
+        patch.setattr(stages.plans, "refuse_hopeless", refuse)
+        assert until(lambda: look(api, made["id"])["waits_for"] == "The job cannot fit.")
+    reached(api, made["id"], 1, "job")
+    api.post(f"/x/rounds/{made['id']}/cancel")
+
+
+def test_few_failed_items_are_counted_and_many_fail_the_rounds(
+    api: httpx.Client, engines: Engines, train: Train
+) -> None:
+    engines.refusing = {"Question 11"}  # one of twelve
+    made = created(api, num_rounds=1, evaluation={})
+    assert reached(api, made["id"], 1, "rows")["num_failed"] == 1
+    train(reached(api, made["id"], 1, "job"))
+    assert [entry["num_failed"] for entry in ended(api, made["id"])["rounds"]] == [1, 2]  # of quality and drift
+    engines.refusing = {"Question 1"}  # and 10 and 11
+    found = ended(api, created(api, evaluation={})["id"])
+    assert (found["status"], found["error"]["code"]) == ("failed", "evaluation_incomplete")
+    assert "3 of 12 failed, and at most 10% may. The first one: " in found["error"]["message"]
+
+
+def test_rows_are_written_off_the_event_loop_and_not_again_before_there_is_room(
+    api: httpx.Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, reserved = [], []
+
+    def write(*given: Any) -> dict[str, int]:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        written.append(given)
+        return write_rows(*given)
+
+    async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:
+        reserved.append(num_bytes)
+        await reserving(session, project_id, num_bytes, param=param)
+
+    reserving = stages.files.reserve
+    monkeypatch.setattr(stages, "write_rows", write)
+    monkeypatch.setattr(stages.files, "reserve", reserve)
+    limit = "UPDATE projects SET max_bytes = %s WHERE id = 'proj_default'"
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        (used,) = connection.execute("SELECT coalesce(sum(num_bytes), 0) FROM files").fetchone() or (0,)
+        connection.execute(limit, (used + 100,))
+        try:
+            made = created(api)
+            until(lambda: len(reserved) > 4)
+        finally:
+            connection.execute(limit, (None,))
+    assert (len(written), reserved[0], min(reserved[1:]) > 100) == (1, 1, True)
     reached(api, made["id"], 1, "job")
     api.post(f"/x/rounds/{made['id']}/cancel")
 
