@@ -150,7 +150,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     parts = (
         Reconciler(store, ray_api, settings, holder=holder),
-        SweepRunner(store, settings, ray_api),
         sender,
         streams,
         app.state.inference,
@@ -159,7 +158,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.usage,
     )
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
-    for kind in (RowChecker(store), evaluation_runner, RoundsRunner(store, settings, ray_api)):
+    sweep_runner, rounds_runner = SweepRunner(store, settings, ray_api), RoundsRunner(store, settings, ray_api)
+    for kind in (RowChecker(store), evaluation_runner, sweep_runner, rounds_runner):
         leaseholder = Leaseholder[Any](store, kind, holder=holder)
         tasks.append(asyncio.create_task(leaseholder.run(), name=type(kind).__name__))
     for task in tasks:

@@ -1,5 +1,5 @@
-"""The `raydpo sweeps` commands: create, list, show, cancel and draw sweeps, which are jobs that differ in chosen
-options.
+"""The `raydpo sweeps` commands: create, list, show, cancel, delete and draw sweeps, which are jobs that differ in
+chosen options.
 """
 
 import json
@@ -140,6 +140,13 @@ def cancel(client: "OpenAI", sweep_id: SweepId) -> None:
     """Cancel a sweep that has not ended, with its jobs and evaluations. Policies and results so far are kept."""
     client.post(f"/x/sweeps/{sweep_id}/cancel", cast_to=object)
     out.print(f"cancelled {sweep_id}")
+
+
+@api_command(app)
+def delete(client: "OpenAI", sweep_id: SweepId) -> None:
+    """Delete a sweep that has ended. The jobs, models and evaluations that it has made stay."""
+    client.delete(f"/x/sweeps/{sweep_id}", cast_to=object)
+    out.print(f"deleted {sweep_id}")
 
 
 @api_command(app)

@@ -132,6 +132,8 @@ def create(
         ("evaluation", "file"): evaluation_file,
         ("stop_if_not_better",): stop_if_not_better or None,
     }
+    if criteria is not None and judge is None:
+        given["judge", "criteria"] = criteria
     for path, value in given.items():
         if value is not None:
             assign(body, path, value)

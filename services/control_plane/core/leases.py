@@ -70,6 +70,11 @@ class LeasedWork(Protocol[Piece]):
         """
 
 
+def told(error: Exception) -> str:
+    """Returns a clause that tells a user that an unexpected error of the service holds work up."""
+    return f"The service cannot go on because of an error of its own ({type(error).__name__}), which its log explains"
+
+
 async def take(session: AsyncSession, name: str, holder: str) -> bool:
     """Takes or renews the lease `name` (the right to do some work) for `holder`, the name of a control plane. Returns
     whether `holder` has the lease now.

@@ -538,7 +538,8 @@ class Sweep(Owned, Base):
     spec: Mapped[dict[str, Any]]  # sweeps.requests.CreateSweep, its evaluations without rows
     state: Mapped[str] = mapped_column(default="running")
     num_trials: Mapped[int]  # in all, submitted or not
-    waits_for: Mapped[str | None]  # why no further job is submitted at the moment, as text for the user
+    waits_for: Mapped[str | None]  # why it does not go on at the moment, as text for the user
+    troubled_at: Mapped[datetime | None]  # of the first of the unexpected errors since it last went on
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]
     __table_args__ = (

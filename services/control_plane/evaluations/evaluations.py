@@ -68,10 +68,7 @@ async def create(
     if project.archived_at is not None:
         message = f"The project {project.id} of your key is archived; use a key of another project."
         raise Forbidden(message, code="project_archived")
-    live = await session.scalar(select(func.count()).select_from(Evaluation).where(LIVE)) or 0
-    if live >= MOST_LIVE:
-        message = f"The project has {live} evaluations that have not ended, which is the limit; wait, or cancel one."
-        raise OverQuota(message)
+    await check_room(session)
     evaluation = Evaluation(
         id=f"evaluation-{secrets.token_hex(12)}",
         created_at=await now(session),
@@ -85,6 +82,16 @@ async def create(
     items = [{"evaluation_id": evaluation.id, "number": number, "row": row} for number, row in enumerate(rows)]
     await session.execute(insert(EvaluationItem), items)
     return evaluation
+
+
+async def check_room(session: AsyncSession, num_more: int = 1) -> None:
+    """Raises OverQuota if the project may have no `num_more` evaluations more that have not ended."""
+    live = await session.scalar(select(func.count()).select_from(Evaluation).where(LIVE)) or 0
+    if live + num_more > MOST_LIVE:
+        message = (
+            f"The project has {live} evaluations that have not ended, of at most {MOST_LIVE}; wait, or cancel one."
+        )
+        raise OverQuota(message)
 
 
 async def find(session: AsyncSession, evaluation_id: str) -> Evaluation:

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import ApiError
-from services.control_plane.core.leases import RETRY_SECONDS
+from services.control_plane.core.leases import RETRY_SECONDS, told
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.core.tables import Evaluation, Key
 from services.control_plane.evaluations import evaluations, work
@@ -59,9 +59,7 @@ class EvaluationRunner:
         """Stores for the user that the evaluation waits after an unexpected error. If no stage of an item (prompt) was
         finished for a day, the evaluation fails.
         """
-        what = (
-            f"The service cannot go on because of an error of its own ({type(error).__name__}), which its log explains"
-        )
+        what = told(error)
         if await evaluations.stalled_seconds(session, evaluation) > work.STALLED_SECONDS:
             hours = f"Nothing was finished for {work.STALLED_SECONDS / 3600:g} hours"
             stalled = ApiError(f"{hours}: {what}; ask the operator.", code="evaluation_stalled")

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import ApiError, NotFound
-from services.control_plane.core.leases import RETRY_SECONDS, Later
+from services.control_plane.core.leases import RETRY_SECONDS, Later, told
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.core.tables import Rounds
 from services.control_plane.ray_api import RayApi
@@ -53,13 +53,10 @@ class RoundsRunner:
         now = await session.scalar(select(func.clock_timestamp()))
         assert now is not None
         rounds.troubled_at = rounds.troubled_at or now
-        what = (
-            f"The service cannot go on because of an error of its own ({type(error).__name__}), which its log explains"
-        )
         if now - rounds.troubled_at > GIVEN_UP_AFTER:
-            await changes.fail(session, rounds, ApiError(f"{what}; ask the operator.", code="rounds_stalled"))
+            await changes.fail(session, rounds, ApiError(f"{told(error)}; ask the operator.", code="rounds_stalled"))
         else:
-            rounds.waits_for = f"{what}; it tries again every {RETRY_SECONDS:g} s."
+            rounds.waits_for = f"{told(error)}; it tries again every {RETRY_SECONDS:g} s."
 
     async def work(self, rounds: Rounds) -> None:
         stages = Stages(ProjectStore(self._store, rounds.project_id), rounds.id, self._settings, self._ray_api)

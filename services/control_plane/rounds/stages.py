@@ -214,7 +214,8 @@ class Stages:
         """Whether at least one of the evaluations has not ended. Stores in the rounds' column `waits_for` what such an
         evaluation waits for.
 
-        Raises ApiError if one of the evaluations failed, lacks the results of too many items, or was cancelled or deleted.
+        Raises ApiError if one of the evaluations failed, was cancelled or deleted, or lacks the results of too many
+        items.
         """
         found = [await evaluations.find(session, evaluation_id) for evaluation_id in evaluation_ids]
         for evaluation in found:

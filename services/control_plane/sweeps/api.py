@@ -1,4 +1,5 @@
-"""The routes below /v1/x/sweeps, which create, list, show and cancel sweeps, and list their trials and frontiers.
+"""The routes below /v1/x/sweeps, which create, list, show, cancel and delete sweeps, and list their trials and
+frontiers.
 
 A trial is one job of a sweep, with the values that the sweep chose for it.
 """
@@ -6,12 +7,13 @@ A trial is one job of a sweep, with the values that the sweep chose for it.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.documents import Page, answers
-from services.control_plane.core.responses import listing
+from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import ProjectStore, page
 from services.control_plane.core.tables import Job, Sweep, SweepTrial
 from services.control_plane.evaluations import api as evaluations_api
@@ -27,6 +29,7 @@ from services.control_plane.http.dependencies import (
 )
 from services.control_plane.http.validation import within
 from services.control_plane.jobs import admission
+from services.control_plane.models import models
 from services.control_plane.sweeps import frontier, search, sweeps, trials
 from services.control_plane.sweeps.documents import FrontierDocument, Status, SweepDocument, TrialDocument
 from services.control_plane.sweeps.requests import CreateSweep
@@ -50,17 +53,20 @@ async def create(
     """
     request = body.settled()
     probes = search.probes(request)
-    for values in search.grid(request) if request.search.type == "grid" else probes:
-        spec, _ = trials.job_of(request, values)
+    every = search.grid(request) if request.search.type == "grid" else probes
+    specs = await anyio.to_thread.run_sync(lambda: [trials.job_of(request, values)[0] for values in every])
+    for spec in {spec.training_file: spec for spec in specs}.values():
         with within("job"):
             await admission.check_uri(spec, settings)
-    bodies = request.bodies(trials.job_of(request, probes[0])[0].model)
+    bodies = request.bodies(specs[0].model)
     kept = {name: await _rows(store, name, each) for name, each in bodies.items()}
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         for values in probes:
             await trials.check(session, settings, ray_api, request, values)
         await trials.check_evaluations(session, settings, bodies)
+        await trials.check_metric(session, settings, request, bodies)
+        await models.hold(session, settings, set[str]().union(*(body.models for body in bodies.values())))
         return sweep_object(await sweeps.create(session, request, bodies, kept, caller.key_id), {}, None)
 
     return await idempotent.act(submit)
@@ -110,13 +116,24 @@ async def retrieve(store: StorePart, sweep_id: str) -> dict[str, Any]:
 
 
 @router.post("/{sweep_id}/cancel", responses=answers(SweepDocument))
-async def cancel(idempotent: IdempotentPart, sweep_id: str) -> Response:
+async def cancel(idempotent: IdempotentPart, caller: CallerPart, sweep_id: str) -> Response:
     """Cancels a sweep that has not ended, with its jobs and evaluations. Policies and results so far are kept."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
-        return (await _objects(session, [await sweeps.cancel(session, sweep_id)]))[0]
+        return (await _objects(session, [await sweeps.cancel(session, sweep_id, caller.key_id)]))[0]
 
     return await idempotent.act(act, changes=sweep_id)
+
+
+@router.delete("/{sweep_id}")
+async def delete(idempotent: IdempotentPart, sweep_id: str) -> Response:
+    """Deletes a sweep that has ended, and its trials. The jobs, models and evaluations that it has made stay."""
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        await sweeps.remove(session, sweep_id)
+        return deleted("sweep", sweep_id)
+
+    return await idempotent.act(remove, changes=sweep_id)
 
 
 After = Annotated[int | None, Query(ge=-1, lt=2**31)]

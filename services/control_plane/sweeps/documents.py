@@ -44,7 +44,7 @@ class SweepDocument(TypedDict):
         TrialDocument | None,
         Field(description="The trial with the best value of the metric."),
     ]
-    waits_for: Annotated[str | None, Field(description="Why no further job is submitted at the moment.")]
+    waits_for: Annotated[str | None, Field(description="Why the sweep does not go on at the moment.")]
     finished_at: Annotated[int | None, Field(description="When the sweep ended, in Unix seconds.")]
     error: Annotated[SweepError | None, Field(description="Why the sweep failed.")]
 

@@ -9,16 +9,18 @@ submitted twice.
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import delete, exists, func, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import LOSS
 from services.contract import storable
 from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
+from services.control_plane.core.leases import take
 from services.control_plane.core.store import append, now, project_of
 from services.control_plane.core.tables import (
     EVALUATION_ENDS,
@@ -26,6 +28,7 @@ from services.control_plane.core.tables import (
     TRIAL_ENDS,
     Evaluation,
     Job,
+    Lease,
     Sweep,
     SweepEvaluation,
     SweepTrial,
@@ -33,6 +36,7 @@ from services.control_plane.core.tables import (
 from services.control_plane.evaluations import evaluations
 from services.control_plane.evaluations.requests import CreateEvaluation
 from services.control_plane.jobs import jobs
+from services.control_plane.jobs.plans.plans import DOES_NOT_FIT
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.sweeps import trials
@@ -42,7 +46,9 @@ from services.control_plane.sweeps.stopping import is_hopeless
 from services.control_plane.tenants import projects
 
 MOST_LIVE = 20  # the most sweeps of a project that have not ended
+LEASE = "sweep "  # the name of a sweep's lease is this text and the sweep's id
 LIVE = text("state = 'running'")  # as in the index
+CLAIMS = func.pg_try_advisory_xact_lock(func.hashtextextended("claims of sweeps", 0))
 
 
 # --- requests --------------------------------------------------------------------------------
@@ -99,27 +105,53 @@ async def find(session: AsyncSession, sweep_id: str) -> Sweep:
     return row
 
 
-async def cancel(session: AsyncSession, sweep_id: str) -> Sweep:
+async def lock(session: AsyncSession, sweep_id: str) -> Sweep:
+    """Returns the sweep, which nobody else can change until the transaction ends."""
+    await find(session, sweep_id)
+    return await session.get_one(Sweep, sweep_id, with_for_update=True, populate_existing=True)
+
+
+async def cancel(session: AsyncSession, sweep_id: str, actor: str) -> Sweep:
     """Ends the sweep as cancelled, and cancels its jobs and evaluations that have not ended. Returns the sweep.
 
-    Policies and results so far are kept. Raises InvalidRequest if the sweep has ended.
+    Policies and results so far are kept. `actor` is the id of the API key that sent the request. Raises InvalidRequest
+    if the sweep has ended.
     """
-    await find(session, sweep_id)
-    sweep = await session.get_one(Sweep, sweep_id, with_for_update=True, populate_existing=True)
+    sweep = await lock(session, sweep_id)
     if sweep.state != "running":
         raise InvalidRequest(f"The sweep {sweep_id} has already {sweep.state}; it cannot be cancelled.")
+    await _stop(session, sweep, actor)
+    await _end(session, sweep, "cancelled")
+    return sweep
+
+
+async def _stop(session: AsyncSession, sweep: Sweep, actor: str) -> None:
+    """Cancels the trials of the sweep that have not ended, with their jobs and evaluations."""
     state = await _state_of(session, sweep)
     for trial in state.trials:
         if trial.state in TRIAL_ENDS:
             continue
-        if (job := state.job_of(trial)) and job.observed not in TERMINAL:
-            await jobs.cancel(session, job.id, sweep.key_id)
+        with suppress(InvalidRequest):  # it has just ended
+            if (job := state.job_of(trial)) and job.observed not in TERMINAL:
+                await jobs.cancel(session, job.id, actor)
         for evaluation in state.evaluations_of(trial):
-            if evaluation.state not in EVALUATION_ENDS:
-                await evaluations.cancel(session, evaluation.id)
+            with suppress(InvalidRequest):
+                if evaluation.state not in EVALUATION_ENDS:
+                    await evaluations.cancel(session, evaluation.id)
         trial.state = "cancelled"
-    await _end(session, sweep, "cancelled")
-    return sweep
+
+
+async def remove(session: AsyncSession, sweep_id: str) -> None:
+    """Deletes the sweep and its trials. The jobs, models and evaluations that it has made stay.
+
+    Raises InvalidRequest if it has not ended.
+    """
+    sweep = await lock(session, sweep_id)
+    if sweep.state == "running":
+        raise InvalidRequest(f"The sweep {sweep_id} is running; cancel it before you delete it.")
+    for part in (SweepTrial, SweepEvaluation):
+        await session.execute(delete(part).where(part.sweep_id == sweep_id))
+    await session.delete(sweep)
 
 
 # --- the background --------------------------------------------------------------------------
@@ -168,25 +200,27 @@ async def _state_of(session: AsyncSession, sweep: Sweep) -> State:
     )
 
 
-async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_api: RayApi) -> None:
+async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_api: RayApi) -> Sweep | None:
     """Does what can be done for the sweep now: ends and evaluates trials, stops hopeless ones, and submits new jobs.
+    Returns the sweep.
 
-    Does nothing if another control plane is doing so at the moment, or the sweep has ended.
+    Does nothing, and returns None, if another control plane is doing so at the moment, or the sweep has ended.
     """
     query = select(Sweep).where(Sweep.id == sweep_id, LIVE).with_for_update(skip_locked=True)
     sweep = await session.scalar(query.execution_options(populate_existing=True))
     if sweep is None:
-        return
-    state, sweep.waits_for = await _state_of(session, sweep), None
+        return None
+    state, sweep.waits_for, sweep.troubled_at = await _state_of(session, sweep), None, None
     for trial in state.trials:
         if trial.state == "training":
             await _end_training(session, state, trial, settings)
         elif trial.state == "evaluating":
-            _end_evaluating(state, trial)
+            await _end_evaluating(session, state, trial)
     await _stop_hopeless(session, state)
     await _submit_next(session, state, settings, ray_api)
     if len(state.trials) == sweep.num_trials and all(trial.state in TRIAL_ENDS for trial in state.trials):
         await _conclude(session, state)
+    return sweep
 
 
 async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, settings: Settings) -> None:
@@ -201,10 +235,10 @@ async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, 
     if job.observed != "succeeded":
         return
     assert job.fine_tuned_model is not None
-    kept = await session.scalars(
-        select(SweepEvaluation).where(SweepEvaluation.sweep_id == state.sweep.id).order_by(SweepEvaluation.number)
-    )
+    query = select(SweepEvaluation).where(SweepEvaluation.sweep_id == state.sweep.id).order_by(SweepEvaluation.number)
     try:
+        await evaluations.check_room(session, len(state.request.evaluations))
+        kept = await session.scalars(query)
         async with session.begin_nested():
             trial.evaluations = await trials.evaluate(session, settings, state.sweep, list(kept), job.fine_tuned_model)
     except OverQuota as error:
@@ -218,12 +252,24 @@ async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, 
     trial.state = "evaluating" if trial.evaluations else "succeeded"
 
 
-def _end_evaluating(state: State, trial: SweepTrial) -> None:
+async def _end_evaluating(session: AsyncSession, state: State, trial: SweepTrial) -> None:
     """If all evaluations of the trial (job of the sweep) have ended, stores their results, and ends the trial."""
     found = {name: state.evaluations.get(each) for name, each in trial.evaluations.items()}
-    trial.results = {name: each.results for name, each in found.items() if each is not None and each.results}
+    trial.results = {
+        name: each.results | {"num_failed": each.num_failed}
+        for name, each in found.items()
+        if each is not None and each.results
+    }
     if any(each is not None and each.state not in EVALUATION_ENDS for each in found.values()):
         return
+    for name, each in found.items():
+        try:
+            if each is not None and name in trial.results:
+                await evaluations.refuse_incomplete(session, each)
+        except ApiError as error:
+            trial.results = {other: results for other, results in trial.results.items() if other != name}
+            _fail(trial, error)
+            return
     if bad := [name for name in found if name not in trial.results]:
         each = found[bad[0]]
         why = (each.error or {}).get("message") if each else "it was deleted."
@@ -268,7 +314,8 @@ async def _stop_hopeless(session: AsyncSession, state: State) -> None:
 async def _submit_next(session: AsyncSession, state: State, settings: Settings, ray_api: RayApi) -> None:
     """Submits the jobs of further trials, as long as fewer than `max_running_jobs` jobs of the sweep have not ended.
 
-    A trial whose job the service refuses fails. If the project may not queue another job now, the sweep waits.
+    A trial whose job the service refuses fails. If the project may not queue another job now, or the job fits no
+    machine that is there now, the sweep waits.
     """
     num_busy, sweep = state.num_busy, state.sweep
     while num_busy < state.request.max_running_jobs and len(state.trials) < sweep.num_trials:
@@ -282,10 +329,10 @@ async def _submit_next(session: AsyncSession, state: State, settings: Settings, 
         )
         try:
             job = await trials.submit(session, settings, ray_api, state.request, trial.parameters, sweep.key_id)
-        except OverQuota as error:
-            sweep.waits_for = error.message
-            return
         except ApiError as error:
+            if isinstance(error, OverQuota) or error.code == DOES_NOT_FIT:
+                sweep.waits_for = error.message
+                return
             _fail(trial, error)
         else:
             trial.job_id = job.id
@@ -302,17 +349,40 @@ async def _conclude(session: AsyncSession, state: State) -> None:
         await _end(session, state.sweep, "succeeded")
         return
     first = next((trial.error["message"] for trial in state.trials if trial.error), "all were cancelled.")
-    error = ApiError(f"No trial succeeded. The first reason: {first}", code="sweep_failed")
-    await _end(session, state.sweep, "failed", {"code": error.code, "message": storable(error.message), "param": None})
+    await fail(session, state.sweep, ApiError(f"No trial succeeded. The first reason: {first}", code="sweep_failed"))
+
+
+async def fail(session: AsyncSession, sweep: Sweep, error: ApiError) -> None:
+    """Ends the sweep, whose row the caller has locked, as failed with this error, and cancels what is under way."""
+    await _stop(session, sweep, sweep.key_id)
+    await _end(session, sweep, "failed", {"code": error.code, "message": storable(error.message), "param": error.param})
 
 
 async def _end(session: AsyncSession, sweep: Sweep, state: str, error: dict[str, Any] | None = None) -> None:
+    await session.execute(delete(SweepEvaluation).where(SweepEvaluation.sweep_id == sweep.id))
     at = await now(session)
     sweep.state, sweep.error, sweep.waits_for, sweep.finished_at = state, error, None, at
     await session.flush()
 
 
-async def live(session: AsyncSession) -> list[tuple[str, str]]:
-    """Returns the ids of all sweeps that have not ended, oldest first, each with the id of its project."""
-    query = select(Sweep.id, Sweep.project_id).where(LIVE).order_by(Sweep.created_at, Sweep.id)
-    return [(row.id, row.project_id) for row in await session.execute(query)]
+async def claim(session: AsyncSession, holder: str) -> Sweep | None:
+    """Takes the lease of the next running sweep that no control plane looks at, for `holder`, a control plane.
+
+    Projects take turns. Returns the sweep. Returns None if there is none.
+    """
+    if not await session.scalar(select(CLAIMS)):
+        return None
+    place = func.row_number().over(partition_by=Sweep.project_id, order_by=(Sweep.created_at, Sweep.id))
+    running = select(Sweep.id, place.label("place")).where(LIVE).subquery()
+    leased = exists().where(Lease.name == literal(LEASE) + Sweep.id, Lease.expires_at > func.clock_timestamp())
+    query = select(Sweep).join(running, running.c.id == Sweep.id).where(~leased)
+    row = await session.scalar(query.order_by(running.c.place, Sweep.created_at, Sweep.id).limit(1))
+    return row if row is not None and await take(session, lease_of(row), holder) else None
+
+
+def lease_of(sweep: Sweep) -> str:
+    return f"{LEASE}{sweep.id}"
+
+
+async def is_running(session: AsyncSession, sweep: Sweep) -> bool:
+    return await session.scalar(select(Sweep.state).where(Sweep.id == sweep.id)) == "running"

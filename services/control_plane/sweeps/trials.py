@@ -141,6 +141,21 @@ async def check_evaluations(session: AsyncSession, settings: Settings, bodies: M
                 await kind_of(session, settings, body.model_copy(update=given))
 
 
+async def check_metric(
+    session: AsyncSession, settings: Settings, sweep: CreateSweep, bodies: Mapping[str, CreateEvaluation]
+) -> None:
+    """Raises InvalidRequest if the sweep's metric is a score of samples, but their judge only compares answers."""
+    body = bodies.get(sweep.metric.name.partition("/")[0]) if sweep.metric else None
+    if body is None or body.kind != "samples" or body.judge is None or body.judge.type != "model":
+        return
+    if (await grader_of(session, settings, body.judge, of=body.model)).is_asked:
+        message = (
+            f"The judge '{body.judge.model}' only compares answers, so the samples have no score; take a reward model "
+            "or a rule, or another metric."
+        )
+        raise InvalidRequest(message, param="metric.name")
+
+
 def _is_own_judge(body: CreateEvaluation) -> bool:
     """Whether the evaluation judges the policy's answers by the policy's own implicit reward.
 

@@ -99,6 +99,7 @@ def test_a_sweep_that_is_cancelled_ends_and_says_so(raydpo: Callable[..., str], 
     sweep_id = raydpo("create", config).strip()
     assert raydpo("cancel", sweep_id) == f"cancelled {sweep_id}\n"
     assert "cancelled" in raydpo("list").splitlines()[0]
+    assert raydpo("delete", sweep_id) == f"deleted {sweep_id}\n"
 
 
 def test_what_the_service_refuses_is_said_in_one_line(raydpo: Callable[..., str], config: str) -> None:

@@ -90,9 +90,11 @@ def test_rounds_of_a_config_file_are_paused_resumed_and_cancelled(
 ) -> None:
     engines.delay = 0.2
     config = tmp_path / "rounds.yaml"
-    config.write_text("model: tiny\njudge: {type: length}\nnum_rounds: 5\njob: {suffix: a}\n")
-    rounds_id = raydpo("create", "--config", str(config), "--file", file, "--method", "simpo").strip()
+    config.write_text("model: tiny\njudge: {type: model, model: fair}\nnum_rounds: 5\njob: {suffix: a}\n")
+    rounds_id = raydpo("create", "--config", str(config), "--file", file, "--method", "simpo", "--criteria", "Short.")
+    rounds_id = rounds_id.strip()
     told = json.loads(raydpo("show", rounds_id, "--json"))["request"]
+    assert told["judge"]["criteria"] == "Short."
     assert (told["num_rounds"], told["job"]) == (5, {"suffix": "a", "method": {"type": "simpo"}})
     assert raydpo("pause", rounds_id) == f"paused {rounds_id}\n"
     assert "paused, round 0, " in raydpo("show", rounds_id)

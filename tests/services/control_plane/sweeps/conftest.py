@@ -17,6 +17,7 @@ from tests.services.control_plane.conftest import FakeRay, pairs
 from tests.services.control_plane.evaluations.conftest import (  # noqa: F401  # fixtures
     calm,
     engines,
+    policy,
     until,
 )
 from tests.services.control_plane.evaluations.conftest import settings as settings_of_evaluations  # noqa: F401

@@ -3,11 +3,13 @@
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
+from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, new_project
 from tests.services.control_plane.evaluations.conftest import until
-from tests.services.control_plane.sweeps.conftest import BETA, SCORE, body, created
+from tests.services.control_plane.sweeps.conftest import BETA, SCORE, begun, body, created
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +33,14 @@ pytestmark = pytest.mark.slow
             "evaluations.a.baseline",
             "model_not_found",
         ),
+        (
+            {
+                "evaluations": {"a": SCORE | {"kind": "samples", "judge": {"type": "model", "model": "fair"}}},
+                "metric": {"name": "a/score"},
+            },
+            "metric.name",
+            "invalid_value",
+        ),
         ({"colour": "red"}, "colour", "unknown_parameter"),
     ],
 )
@@ -49,6 +59,22 @@ def test_what_is_not_there_is_404(api: httpx.Client) -> None:
     for path in ("", "/trials", "/frontier"):
         answer = api.get(f"/x/sweeps/sweep-0{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "sweep_not_found")
+
+
+def test_a_sweep_that_has_ended_is_deleted_and_leaves_its_jobs(
+    api: httpx.Client, settings: Settings, file_id: str
+) -> None:
+    made = created(api, **body(file_id, evaluations={"words": SCORE}))
+    job_id = begun(api, made["id"], 0)["job_id"]
+    refused = api.delete(f"/x/sweeps/{made['id']}")
+    assert (refused.status_code, "cancel it before" in refused.text) == (400, True)
+    api.post(f"/x/sweeps/{made['id']}/cancel")
+    with psycopg.connect(settings.database_url) as connection:
+        kept = connection.execute("SELECT count(*) FROM sweep_evaluations WHERE sweep_id = %s", (made["id"],))
+        assert kept.fetchone() == (0,)  # the rows of its evaluations are of no more use
+    assert api.delete(f"/x/sweeps/{made['id']}").json() == {"id": made["id"], "object": "sweep", "deleted": True}
+    assert api.get(f"/x/sweeps/{made['id']}").json()["error"]["code"] == "sweep_not_found"
+    assert api.get(f"/fine_tuning/jobs/{job_id}").status_code == 200
 
 
 def test_a_sweep_without_a_drift_has_no_frontier(api: httpx.Client, file_id: str) -> None:

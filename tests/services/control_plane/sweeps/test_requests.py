@@ -40,6 +40,14 @@ def test_a_parameter_is_a_list_or_a_range(given: dict[str, Any], said: str) -> N
     [
         ({"parameters": RANGE}, "parameters.method.dpo.hyperparameters.beta", "list values"),
         ({"parameters": {f"metadata.{name}": {"values": list(range(17))} for name in "ab"}}, "parameters", "289"),
+        (
+            {
+                "parameters": {f"metadata.{name}": {"values": list(range(150))} for name in "ab"},
+                "search": {"type": "random", "num_trials": 3},
+            },
+            "parameters",
+            "299 different values to check",
+        ),
         ({"search": {"type": "tpe", "num_trials": 3}}, "metric", "needs 'metric'"),
         ({"metric": {"name": "eval/los"}}, "metric.name", "Did you mean 'eval/loss'?"),
         ({"metric": {"name": "words/score"}}, "metric.name", "must be one of"),

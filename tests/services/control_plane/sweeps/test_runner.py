@@ -1,15 +1,23 @@
 """Tests that a sweep survives the death of a control plane, and that two of them double nothing."""
 
+import asyncio
 import json
+from datetime import timedelta
 
+import httpx
 import psycopg
 import pytest
 
-from services.control_plane.core.store import migrate
+from services.control_plane.core import leases
+from services.control_plane.core.store import Store, migrate
+from services.control_plane.core.tables import DEFAULT_PROJECT, Sweep
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
+from services.control_plane.sweeps import runner, sweeps
+from services.control_plane.sweeps.runner import SweepRunner
 from tests.services.control_plane.conftest import API_KEY, FakeRay, api_of, pairs, serving
 from tests.services.control_plane.evaluations.conftest import Engines, until
-from tests.services.control_plane.sweeps.conftest import BETA, body, created, look, trials
+from tests.services.control_plane.sweeps.conftest import BETA, begun, body, created, ended, look, trials
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +53,56 @@ def test_after_kills_every_trial_has_exactly_one_job(
     assert {trial["id"]: betas[trial["job_id"]] for trial in found} == {
         str(number): (number + 1) / NUM_TRIALS for number in range(NUM_TRIALS)
     }
+
+
+def unforeseen(*_: object) -> object:
+    raise KeyError("unforeseen")
+
+
+def test_an_unexpected_error_is_told_and_after_a_day_ends_the_sweep_and_its_jobs(
+    api: httpx.Client, file_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RETRY_SECONDS", 0.2)
+    made = created(api, **body(file_id))
+    job_id = begun(api, made["id"], 0)["job_id"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "_stop_hopeless", unforeseen)
+        until(lambda: "KeyError" in (look(api, made["id"])["waits_for"] or ""))
+        assert look(api, made["id"])["status"] == "running"
+    until(lambda: look(api, made["id"])["waits_for"] is None)
+    monkeypatch.setattr(sweeps, "_stop_hopeless", unforeseen)
+    monkeypatch.setattr(runner, "GIVEN_UP_AFTER", timedelta(seconds=0.1))
+    found = ended(api, made["id"])
+    assert (found["status"], found["error"]["code"]) == ("failed", "sweep_stalled")
+    assert "Cancellation requested" in api.get(f"/fine_tuning/jobs/{job_id}/events").text
+
+
+def test_a_sweep_that_waits_is_looked_at_less_and_less_often(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = iter(["A quota."] * 7 + [None, "A quota."])
+
+    async def advance(*_: object) -> Sweep:
+        return Sweep(state="running", waits_for=next(waits))
+
+    async def rest(sweep_runner: SweepRunner) -> float:
+        with pytest.raises(leases.Later) as later:
+            await sweep_runner.work(Sweep(id="sweep-none", project_id=DEFAULT_PROJECT))
+        return later.value.seconds
+
+    async def rests() -> list[float]:
+        store = Store(settings.database_url)
+        ray_api = RayApi(settings, store.instance)
+        sweep_runner = SweepRunner(store, settings, ray_api)
+        try:
+            return [await rest(sweep_runner) for _ in range(9)]
+        finally:
+            await ray_api.close()
+            await store.close()
+
+    monkeypatch.setattr(runner, "TICK_SECONDS", 1.0)
+    monkeypatch.setattr(sweeps, "advance", advance)
+    assert asyncio.run(rests()) == [1, 2, 4, 8, 16, 32, 60, 1, 1]
 
 
 def _end_jobs(connection: psycopg.Connection[tuple[int]]) -> int:

@@ -6,9 +6,12 @@ import httpx
 import psycopg
 import pytest
 
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.jobs.plans import plans
+from services.control_plane.jobs.plans.plans import DOES_NOT_FIT
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import FakeRay
-from tests.services.control_plane.evaluations.conftest import Engines, until
+from tests.services.control_plane.conftest import EVERY_SCOPE, FakeRay, api_of, new_key
+from tests.services.control_plane.evaluations.conftest import Engines, chats, until
 from tests.services.control_plane.sweeps.conftest import (
     BETA,
     DRIFT,
@@ -69,7 +72,7 @@ def test_each_policy_is_evaluated_and_the_frontier_has_its_points(
     for trial in trials(api, made["id"]):
         evaluation = api.get(f"/x/evaluations/{trial['evaluations']['moved']}").json()
         assert evaluation["model"] == trial["model"]
-        assert evaluation["results"] == trial["results"]["moved"]
+        assert trial["results"]["moved"] == evaluation["results"] | {"num_failed": 0}
     frontier = api.get(f"/x/sweeps/{made['id']}/frontier").json()
     assert (frontier["kl"], frontier["reward"]) == ("moved/kl_per_sequence", "words/score")
     assert [point["reward"]["value"] for point in frontier["data"]] == [3.0] * 3
@@ -112,6 +115,96 @@ def test_a_trial_that_fails_says_why_and_a_sweep_without_success_fails(
     assert (found["status"], found["error"]["code"]) == ("failed", "sweep_failed")
     assert "It did not fit." in found["error"]["message"]
     assert found["trials"] == {"failed": 1, "cancelled": 2}
+
+
+def test_few_failed_items_are_counted_and_many_fail_the_trial(
+    api: httpx.Client, settings: Settings, fake_ray: FakeRay, file_id: str, engines: Engines
+) -> None:
+    engines.refusing = {"Question 11"}  # one of twelve, and of one
+    both = {"many": SCORE | {"rows": chats(12)}, "few": SCORE | {"rows": chats(12)[9:]}}
+    sweep = body(file_id, evaluations=both)
+    sweep["parameters"] = {BETA: {"values": [0.1]}}
+    made = created(api, **sweep)
+    train(settings, fake_ray, begun(api, made["id"], 0)["job_id"], [0.5])
+    assert ended(api, made["id"])["status"] == "failed"
+    (trial,) = trials(api, made["id"])
+    assert {name: each["num_failed"] for name, each in trial["results"].items()} == {"many": 1}
+    assert (trial["status"], trial["error"]["code"]) == ("failed", "evaluation_incomplete")
+    assert "1 of 3 failed" in trial["error"]["message"]
+
+
+def test_a_sweep_waits_while_no_machine_that_its_job_fits_is_there(
+    api: httpx.Client, file_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise InvalidRequest("The job cannot fit.", code=DOES_NOT_FIT)
+
+    made = created(api, **body(file_id, max_running_jobs=1))
+    first = begun(api, made["id"], 0)["job_id"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "refuse_hopeless", refuse)
+        api.post(f"/fine_tuning/jobs/{first}/cancel")
+        until(lambda: look(api, made["id"])["waits_for"] == "The job cannot fit.")
+    assert begun(api, made["id"], 1)["status"] == "training"
+
+
+def test_rows_of_evaluations_are_not_read_before_there_is_room_for_them(
+    api: httpx.Client, settings: Settings, fake_ray: FakeRay, file_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def evaluate(*_: object) -> dict[str, str]:
+        raise AssertionError
+
+    sweep = body(file_id, evaluations={"words": SCORE})
+    sweep["parameters"] = {BETA: {"values": [0.1]}}
+    made = created(api, **sweep)
+    with monkeypatch.context() as patch:
+        patch.setattr("services.control_plane.evaluations.evaluations.MOST_LIVE", 0)
+        patch.setattr("services.control_plane.sweeps.trials.evaluate", evaluate)
+        train(settings, fake_ray, begun(api, made["id"], 0)["job_id"], [0.5])
+        until(lambda: "evaluations that have not ended" in (look(api, made["id"])["waits_for"] or ""))
+    assert ended(api, made["id"])["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("field", ["job", "values", "judge", "baseline"])
+def test_a_model_that_a_sweep_needs_stays_until_the_sweep_has_ended(
+    api: httpx.Client, settings: Settings, file_id: str, policy: str, field: str
+) -> None:
+    name = f"ft:tiny:raydpo::{field}"
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        columns, values = "id, project_id, source, root, job_id, num_outputs", "%s, 'proj_default', %s, 'tiny', %s, 0"
+        row = (name, f"file:///nowhere/{field}", "ftjob-one")
+        connection.execute(f"INSERT INTO models ({columns}) VALUES ({values})", row)
+        sweep = body(file_id, max_running_jobs=1)
+        if field == "job":
+            sweep["job"]["model"] = name
+        elif field == "values":
+            sweep["parameters"] = {"model": {"values": ["tiny", name]}}
+        else:
+            judge = {"type": "model", "model": name} if field == "judge" else {"type": "length"}
+            more = {"baseline": name if field == "baseline" else "tiny", "judge": judge}
+            sweep["evaluations"] = {"better": SCORE | {"kind": "compare"} | more}
+        made = created(api, **sweep)
+        begun(api, made["id"], 0)
+        connection.execute("UPDATE jobs SET observed = 'paused', desired = 'pause' WHERE observed = 'queued'")
+        if field == "job":
+            connection.execute("UPDATE jobs SET spec = spec || '{\"model\": \"tiny\"}' WHERE observed <> 'succeeded'")
+    refused = api.delete(f"/models/{name}")
+    assert (refused.status_code, f"is used by the sweep {made['id']}" in refused.text) == (400, True), refused.text
+    api.post(f"/x/sweeps/{made['id']}/cancel")
+    assert api.delete(f"/models/{name}").status_code == 200
+
+
+def test_a_cancellation_is_told_as_that_of_the_key_that_sent_it(
+    api: httpx.Client, base_url: str, settings: Settings, file_id: str
+) -> None:
+    made = created(api, **body(file_id))
+    job_id = begun(api, made["id"], 0)["job_id"]
+    key = new_key(api, scopes=EVERY_SCOPE)
+    with api_of(base_url, key["value"]) as other:
+        other.post(f"/x/sweeps/{made['id']}/cancel").raise_for_status()
+    with psycopg.connect(settings.database_url) as connection:
+        query = "SELECT count(*) FROM transitions WHERE job_id = %s AND actor = %s AND desired = 'cancel'"
+        assert (connection.execute(query, (job_id, key["id"])).fetchone() or (0,))[0] > 0
 
 
 def test_a_cancelled_sweep_takes_its_jobs_with_it(api: httpx.Client, file_id: str) -> None:
