@@ -109,11 +109,14 @@ def test_refusals_in_a_row_are_tried_again_later_and_later(settings: Settings, m
     assert asyncio.run(rests()) == [2, 4, 8, 16, 32, 60, 60, 2]
 
 
-def test_projects_take_turns(database_url: str) -> None:
-    migrate(database_url)
+def test_projects_take_turns(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE turns")  # in which no control plane works
+    url = postgres_url.replace("/postgres?", "/turns?")
+    migrate(url)
 
     async def claimed() -> list[str]:
-        store = Store(database_url)
+        store = Store(url)
         try:
             for project in ("proj_a", "proj_b"):
                 async with store.begin() as session:
