@@ -58,7 +58,7 @@ def models_of(fake_ray: FakeRay) -> FastAPI:
 @cache
 def _application(source: str, num_outputs: int) -> FastAPI:
     app, folder = FastAPI(), Path(source.removeprefix("file://"))
-    Scoring(folder, MODEL_LENGTH, _rewards(folder, num_outputs) if num_outputs else _logps(folder)).add_to(app)
+    Scoring(str(folder), MODEL_LENGTH, _rewards(folder, num_outputs) if num_outputs else _logps(folder)).add_to(app)
     return app
 
 
