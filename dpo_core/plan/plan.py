@@ -92,17 +92,17 @@ def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[t
     If one change is enough, returns the first such change. If it takes several, returns a set of changes of which none
     is superfluous. Returns an empty tuple if even all changes together are not enough."""
 
+    def changed(values: Mapping[str, Any]) -> Run:
+        others = {name: value for name, value in values.items() if name != "quantization"}
+        return replace(run, **others, quantized=run.quantized or "quantization" in values)
+
     def total(values: Mapping[str, Any]) -> int:
-        given = {name: value for name, value in values.items() if name != "quantization"}
-        return settle(model, replace(run, **given, quantized=run.quantized or len(given) < len(values)), rows, room)[
-            2
-        ].total
+        return settle(model, changed(values), rows, room)[2].total
 
     def fits(values: Mapping[str, Any]) -> bool:
-        possible = (
-            "quantization" not in values or run.adapter or "adapter" in values
-        )  # only an adapter's base is rounded
-        return bool(possible) and total(values) <= FILLED * room
+        # Only the base of an adapter can be quantized.
+        is_possible = changed(values).adapter is not None or "quantization" not in values
+        return is_possible and total(values) <= FILLED * room
 
     found: dict[str, Any] = next(({name: value} for name, value in offered if fits({name: value})), {})
     if not found:
