@@ -7,12 +7,15 @@ continues the work.
 
 import asyncio
 import logging
-from typing import Generic, Protocol, TypeVar
+from datetime import timedelta
+from typing import Any, Generic, Protocol, TypeVar
 
+from sqlalchemy import ColumnElement, Select, exists, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.store import Store, hold_lease, release_lease
+from services.control_plane.core.tables import Lease
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,7 @@ TICK_SECONDS = 1.0  # how often a control plane looks for work
 BEAT_SECONDS = 2.0  # how often it renews its leases
 LEASE_SECONDS = 15.0
 RETRY_SECONDS = 30.0  # after an error that nobody expected
+GIVEN_UP_AFTER = timedelta(days=1)  # of such errors without progress in between
 NOBODY = "nobody"  # holds the lease of work that is tried again later
 
 Piece = TypeVar("Piece")
@@ -70,9 +74,63 @@ class LeasedWork(Protocol[Piece]):
         """
 
 
+class Troubled(Protocol):
+    """A row of the database that work in the background belongs to, with the columns that tell of errors."""
+
+    troubled_at: Any  # when the first unexpected error since the last progress was, None if there was none
+    waits_for: Any  # why the work waits, as text for the user
+
+
+class Rests:
+    """Remembers how long each piece of work rests that was refused several times in a row, for example by a quota.
+
+    The first rest is `first` seconds long. Each further one is twice as long, up to `longest` seconds.
+    """
+
+    def __init__(self, first: float, longest: float = 60.0) -> None:
+        self._first, self._longest = first, longest
+        self._seconds: dict[str, float] = {}
+
+    def after_refusal(self, name: str) -> float:
+        """Returns for how many seconds the piece of work `name` rests after one more refusal."""
+        last = self._seconds.get(name, self._first / 2)
+        self._seconds[name] = min(2 * last, self._longest)
+        return self._seconds[name]
+
+    def forget(self, name: str) -> None:
+        """Forgets the refusals of the piece of work `name`, so that its next rest is a first one."""
+        self._seconds.pop(name, None)
+
+
 def told(error: Exception) -> str:
     """Returns a clause that tells a user that an unexpected error of the service holds work up."""
     return f"The service cannot go on because of an error of its own ({type(error).__name__}), which its log explains"
+
+
+async def lasts_too_long(session: AsyncSession, row: Troubled, error: Exception) -> bool:
+    """Stores in `row`, for the user, that its work waits after an unexpected error. Returns True if such errors have
+    gone on for a day without progress, so that the caller should give the work up.
+    """
+    now = await session.scalar(select(func.clock_timestamp()))
+    assert now is not None
+    row.troubled_at = row.troubled_at or now
+    row.waits_for = f"{told(error)}; it tries again every {RETRY_SECONDS:g} s."
+    return bool(now - row.troubled_at > GIVEN_UP_AFTER)
+
+
+def next_in_turn(table: Any, is_live: ColumnElement[bool], lease: str, *, most: int | None = None) -> Select[Any]:
+    """Returns the query for the next row of `table` to work on. Projects take turns, and old rows come before new ones.
+
+    The row meets the condition `is_live`, and nobody holds its lease, whose name is `lease` followed by the row's id.
+    If `most` is given, only the `most` oldest rows of each project that meet the condition are worked on.
+    """
+    place = func.row_number().over(partition_by=table.project_id, order_by=(table.created_at, table.id))
+    live = select(table.id, place.label("place")).where(is_live).subquery()
+    leased = exists().where(Lease.name == literal(lease) + table.id, Lease.expires_at > func.clock_timestamp())
+    query = select(table).join(live, live.c.id == table.id).where(~leased)
+    if most is not None:
+        query = query.where(live.c.place <= most)
+    return query.order_by(live.c.place, table.created_at, table.id).limit(1)
 
 
 async def take(session: AsyncSession, name: str, holder: str) -> bool:

@@ -13,12 +13,10 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Select,
     TextClause,
     and_,
     case,
     delete,
-    exists,
     func,
     insert,
     literal,
@@ -32,9 +30,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.contract import storable
 from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
-from services.control_plane.core.leases import take
+from services.control_plane.core.leases import next_in_turn, take
 from services.control_plane.core.store import now, project_of
-from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem, Lease, Rounds
+from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem, Rounds
 from services.control_plane.evaluations.requests import Spec
 from services.control_plane.tenants import projects
 
@@ -169,7 +167,7 @@ async def claim(session: AsyncSession, holder: str, *, most: int) -> Evaluation 
     """
     if not await session.scalar(select(CLAIMS)):
         return None
-    row = await session.scalar(_next(most))
+    row: Evaluation | None = await session.scalar(next_in_turn(Evaluation, ACTIVE, LEASE, most=most))
     if row is None or not await take(session, lease_of(row.id), holder):
         return None
     begun = func.coalesce(Evaluation.started_at, func.clock_timestamp())
@@ -182,14 +180,6 @@ async def claim(session: AsyncSession, holder: str, *, most: int) -> Evaluation 
     if await session.scalar(started) is None:
         return None
     return await find(session, row.id)
-
-
-def _next(most: int) -> Select[Evaluation]:
-    place = func.row_number().over(partition_by=Evaluation.project_id, order_by=(Evaluation.created_at, Evaluation.id))
-    live = select(Evaluation.id, place.label("place")).where(ACTIVE).subquery()
-    leased = exists().where(Lease.name == literal(LEASE) + Evaluation.id, Lease.expires_at > func.clock_timestamp())
-    query = select(Evaluation).join(live, live.c.id == Evaluation.id).where(~leased, live.c.place <= most)
-    return query.order_by(live.c.place, Evaluation.created_at, Evaluation.id).limit(1)
 
 
 def lease_of(evaluation_id: str) -> str:

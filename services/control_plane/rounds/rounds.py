@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import exists, func, literal, select, text
+from sqlalchemy import and_, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.contract import storable
 from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
-from services.control_plane.core.leases import take
+from services.control_plane.core.leases import next_in_turn, take
 from services.control_plane.core.store import now, project_of
-from services.control_plane.core.tables import EVALUATION_ENDS, TERMINAL, Evaluation, Job, Lease, Rounds
+from services.control_plane.core.tables import EVALUATION_ENDS, TERMINAL, Evaluation, Job, Rounds
 from services.control_plane.evaluations import evaluations
 from services.control_plane.jobs import jobs
 from services.control_plane.rounds.requests import RoundsSpec
@@ -181,11 +181,7 @@ async def claim(session: AsyncSession, holder: str) -> Rounds | None:
     """
     if not await session.scalar(select(CLAIMS)):
         return None
-    place = func.row_number().over(partition_by=Rounds.project_id, order_by=(Rounds.created_at, Rounds.id))
-    live = select(Rounds.id, place.label("place")).where(LIVE, Rounds.state == "running").subquery()
-    leased = exists().where(Lease.name == literal(LEASE) + Rounds.id, Lease.expires_at > func.clock_timestamp())
-    query = select(Rounds).join(live, live.c.id == Rounds.id).where(~leased)
-    row = await session.scalar(query.order_by(live.c.place, Rounds.created_at, Rounds.id).limit(1))
+    row: Rounds | None = await session.scalar(next_in_turn(Rounds, and_(LIVE, Rounds.state == "running"), LEASE))
     return row if row is not None and await take(session, lease_of(row), holder) else None
 
 

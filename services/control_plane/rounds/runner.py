@@ -4,13 +4,10 @@ To work on rounds, a control plane takes their lease, which is the right to work
 another one continues with the stage that the rounds have reached.
 """
 
-from datetime import timedelta
-
-from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import ApiError, NotFound
-from services.control_plane.core.leases import RETRY_SECONDS, Later, told
+from services.control_plane.core.leases import Later, Rests, lasts_too_long, told
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.core.tables import Rounds
 from services.control_plane.ray_api import RayApi
@@ -19,8 +16,6 @@ from services.control_plane.rounds.stages import Ended, Refused, Stages
 from services.control_plane.settings import Settings
 
 LOOK_SECONDS = 2.0  # how often rounds look whether their job or evaluation has ended
-LONGEST_REST_SECONDS = 60.0  # after a refusal, such as a quota; doubles from LOOK_SECONDS on
-GIVEN_UP_AFTER = timedelta(days=1)  # of unexpected errors without progress in between
 
 
 class RoundsRunner:
@@ -32,7 +27,7 @@ class RoundsRunner:
 
     def __init__(self, store: Store, settings: Settings, ray_api: RayApi) -> None:
         self._store, self._settings, self._ray_api = store, settings, ray_api
-        self._rests: dict[str, float] = {}  # after the last refusal in a row, in seconds, by the ids of rounds
+        self._rests = Rests(LOOK_SECONDS)  # after refusals such as those of a quota, by the ids of rounds
 
     def lease_of(self, rounds: Rounds) -> str:
         return changes.lease_of(rounds)
@@ -47,26 +42,20 @@ class RoundsRunner:
         """Stores for the user that the rounds wait after an unexpected error. If such errors repeat for a day without
         progress, the rounds fail.
         """
+        self._rests.forget(rounds.id)
         rounds = await changes.find(session, rounds.id, lock=True)
-        if rounds.state != "running":
-            return
-        now = await session.scalar(select(func.clock_timestamp()))
-        assert now is not None
-        rounds.troubled_at = rounds.troubled_at or now
-        if now - rounds.troubled_at > GIVEN_UP_AFTER:
+        if rounds.state == "running" and await lasts_too_long(session, rounds, error):
             await changes.fail(session, rounds, ApiError(f"{told(error)}; ask the operator.", code="rounds_stalled"))
-        else:
-            rounds.waits_for = f"{told(error)}; it tries again every {RETRY_SECONDS:g} s."
 
     async def work(self, rounds: Rounds) -> None:
         stages = Stages(ProjectStore(self._store, rounds.project_id), rounds.id, self._settings, self._ray_api)
-        last = self._rests.pop(rounds.id, LOOK_SECONDS / 2)
         try:
             while await stages.step():
-                last = LOOK_SECONDS / 2
+                self._rests.forget(rounds.id)
         except Refused:
-            self._rests[rounds.id] = min(2 * last, LONGEST_REST_SECONDS)
-            raise Later(self._rests[rounds.id]) from None
+            raise Later(self._rests.after_refusal(rounds.id)) from None
         except (Ended, NotFound):  # rounds that have ended may be deleted at once
+            self._rests.forget(rounds.id)
             return
+        self._rests.forget(rounds.id)
         raise Later(LOOK_SECONDS)

@@ -5,13 +5,11 @@ sweep is looked at again.
 """
 
 import logging
-from datetime import timedelta
 
-from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import ApiError
-from services.control_plane.core.leases import RETRY_SECONDS, Later, told
+from services.control_plane.core.leases import Later, Rests, lasts_too_long, told
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Sweep
 from services.control_plane.jobs.jobs import Stale
@@ -22,8 +20,6 @@ from services.control_plane.sweeps import sweeps
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0  # how often a sweep is looked at
-LONGEST_REST_SECONDS = 60.0  # while it waits, for example for a quota; doubles from TICK_SECONDS on
-GIVEN_UP_AFTER = timedelta(days=1)  # of unexpected errors, without going on in between
 
 
 class SweepRunner:
@@ -33,7 +29,7 @@ class SweepRunner:
 
     def __init__(self, store: Store, settings: Settings, ray_api: RayApi) -> None:
         self._store, self._settings, self._ray_api = store, settings, ray_api
-        self._rests: dict[str, float] = {}  # after the last look at a sweep that waits, in seconds, by the sweep's id
+        self._rests = Rests(TICK_SECONDS)  # between looks at a sweep that waits, for example for a quota, by its id
 
     def lease_of(self, sweep: Sweep) -> str:
         return sweeps.lease_of(sweep)
@@ -48,28 +44,21 @@ class SweepRunner:
         """Stores for the user that the sweep waits after an unexpected error. If these errors go on for a day, the
         sweep fails.
         """
+        self._rests.forget(sweep.id)
         found = await sweeps.lock(session, sweep.id)
-        if found.state != "running":
-            return
-        now = await session.scalar(select(func.clock_timestamp()))
-        assert now is not None
-        found.troubled_at = found.troubled_at or now
-        if now - found.troubled_at > GIVEN_UP_AFTER:
+        if found.state == "running" and await lasts_too_long(session, found, error):
             await sweeps.fail(session, found, ApiError(f"{told(error)}; ask the operator.", code="sweep_stalled"))
-        else:
-            found.waits_for = f"{told(error)}; it tries again every {RETRY_SECONDS:g} s."
 
     async def work(self, sweep: Sweep) -> None:
-        last = self._rests.pop(sweep.id, TICK_SECONDS / 2)
         try:
             async with self._store.begin_for(sweep.project_id) as session:
                 found = await sweeps.advance(session, sweep.id, self._settings, self._ray_api)
         except Stale as error:  # a job has changed meanwhile; the next look decides anew
             log.info("The sweep %s is looked at again: %s", sweep.id, error)
+            self._rests.forget(sweep.id)
             raise Later(TICK_SECONDS) from None
-        if found is None or found.state != "running":
-            return
-        if found.waits_for is None:
+        if found is not None and found.state == "running" and found.waits_for is not None:
+            raise Later(self._rests.after_refusal(sweep.id))
+        self._rests.forget(sweep.id)
+        if found is not None and found.state == "running":
             raise Later(TICK_SECONDS)
-        self._rests[sweep.id] = min(2 * last, LONGEST_REST_SECONDS)
-        raise Later(self._rests[sweep.id])

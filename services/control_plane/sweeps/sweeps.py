@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import delete, exists, func, literal, select, text
+from sqlalchemy import and_, delete, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import LOSS
 from services.contract import storable
 from services.control_plane.core.errors import ApiError, Forbidden, InvalidRequest, NotFound, OverQuota
-from services.control_plane.core.leases import take
+from services.control_plane.core.leases import next_in_turn, take
 from services.control_plane.core.store import append, now, project_of
 from services.control_plane.core.tables import (
     EVALUATION_ENDS,
@@ -28,7 +28,6 @@ from services.control_plane.core.tables import (
     TRIAL_ENDS,
     Evaluation,
     Job,
-    Lease,
     Sweep,
     SweepEvaluation,
     SweepTrial,
@@ -372,11 +371,7 @@ async def claim(session: AsyncSession, holder: str) -> Sweep | None:
     """
     if not await session.scalar(select(CLAIMS)):
         return None
-    place = func.row_number().over(partition_by=Sweep.project_id, order_by=(Sweep.created_at, Sweep.id))
-    running = select(Sweep.id, place.label("place")).where(LIVE).subquery()
-    leased = exists().where(Lease.name == literal(LEASE) + Sweep.id, Lease.expires_at > func.clock_timestamp())
-    query = select(Sweep).join(running, running.c.id == Sweep.id).where(~leased)
-    row = await session.scalar(query.order_by(running.c.place, Sweep.created_at, Sweep.id).limit(1))
+    row: Sweep | None = await session.scalar(next_in_turn(Sweep, and_(LIVE), LEASE))
     return row if row is not None and await take(session, lease_of(row), holder) else None
 
 

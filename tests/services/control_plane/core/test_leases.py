@@ -159,3 +159,11 @@ def test_only_so_many_pieces_are_under_way_and_all_are_cancelled_at_the_end(data
         assert await holder_of(store, "piece d") is None
 
     run(database_url, test)
+
+
+def test_rests_double_up_to_a_limit_until_they_are_forgotten() -> None:
+    rests = leases.Rests(first=2.0, longest=10.0)
+    assert [rests.after_refusal("a") for _ in range(4)] == [2, 4, 8, 10]
+    assert rests.after_refusal("b") == 2
+    rests.forget("a")
+    assert rests.after_refusal("a") == 2

@@ -43,7 +43,7 @@ def test_an_unexpected_error_is_told_and_tried_again(api: httpx.Client, monkeypa
 
 def test_errors_that_last_a_day_end_the_rounds(api: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(runner, "GIVEN_UP_AFTER", timedelta(seconds=0.1))
+    monkeypatch.setattr(leases, "GIVEN_UP_AFTER", timedelta(seconds=0.1))
     monkeypatch.setattr(stages, "write_rows", unforeseen)
     found = ended(api, created(api)["id"])
     assert (found["status"], found["error"]["code"]) == ("failed", "rounds_stalled")

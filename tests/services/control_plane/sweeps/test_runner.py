@@ -71,7 +71,7 @@ def test_an_unexpected_error_is_told_and_after_a_day_ends_the_sweep_and_its_jobs
         assert look(api, made["id"])["status"] == "running"
     until(lambda: look(api, made["id"])["waits_for"] is None)
     monkeypatch.setattr(sweeps, "_stop_hopeless", unforeseen)
-    monkeypatch.setattr(runner, "GIVEN_UP_AFTER", timedelta(seconds=0.1))
+    monkeypatch.setattr(leases, "GIVEN_UP_AFTER", timedelta(seconds=0.1))
     found = ended(api, made["id"])
     assert (found["status"], found["error"]["code"]) == ("failed", "sweep_stalled")
     assert "Cancellation requested" in api.get(f"/fine_tuning/jobs/{job_id}/events").text
