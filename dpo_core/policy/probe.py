@@ -134,8 +134,8 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 
 def _try_balance(model: PreTrainedModel) -> str:
-    """Compares the load-balancing loss of a small example with the loss that the model's own forward returns. Returns
-    how the two differ; empty if they agree."""
+    """Computes the load-balancing loss of a small example with our own formula, and compares it with the load-balancing
+    loss that the model's forward returns. Returns how the two differ; empty if they agree."""
     ids, experts = _ids(model), experts_of(model)
     assert experts is not None
     try:

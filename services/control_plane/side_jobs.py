@@ -200,8 +200,8 @@ async def _running(session: AsyncSession) -> list[tuple[SideJobAttempt, float]]:
 async def _lives(row: SideJobAttempt, age: float, ray_api: RayApi) -> bool:
     """Whether the attempt (run of a side job) may be running. `age` is the age of its row in seconds.
 
-    Returns False if Ray says that the attempt ended, or still does not know it LAUNCHING_SECONDS after its row was
-    written.
+    Returns False if Ray says that the attempt ended. Also returns False if Ray does not know the attempt and the row is
+    older than LAUNCHING_SECONDS.
     """
     status = await ray_api.status(row.submission_id)
     return status != "ended" and not (status == "absent" and age > LAUNCHING_SECONDS)

@@ -212,10 +212,11 @@ def _local(deployment: Deployment) -> tuple[str, Deployment]:
 
     If the weights are named by a hub id, this id is returned in place of the folder. If the weights are an adapter, it
     is merged into its base model; the returned deployment has the merged model's folder as its source, and attaches no
-    adapters. A copy of a remote source may go when the engine has loaded it. Who reads the model later fetches the
-    deployment's source again. Raises FileNotFoundError or
-    ValueError for missing or damaged files. Serve's status shows these errors, but not why an engine failed to load
-    files.
+    adapters. When the engine has loaded the weights, the node may remove its copy of a remote source to make room. So
+    code that reads the model later must fetch the deployment's source again.
+
+    Raises FileNotFoundError or ValueError for missing or damaged files. Serve's status shows these errors, but not why
+    an engine failed to load files.
     """
     source = deployment.source
     folder = storage.fetch(source)

@@ -45,14 +45,14 @@ class IssuerDocument(TypedDict):
 
 
 class SignInDocument(TypedDict):
-    """How one may sign in besides by an API key. `oidc` is null if there is no issuer."""
+    """How people can sign in without an API key. `oidc` is null if the operator has set no issuer."""
 
     object: Literal["sign_in"]
     oidc: IssuerDocument | None
 
 
 class TokenDocument(TypedDict):
-    """A token that serves in place of an API key, and what it gives."""
+    """A token that can be used in place of an API key, with the project and the scopes (permissions) that it has."""
 
     object: Literal["sign_in.token"]
     token: str

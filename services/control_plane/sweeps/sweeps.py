@@ -311,10 +311,10 @@ async def _stop_hopeless(session: AsyncSession, state: State) -> None:
 
 
 async def _submit_next(session: AsyncSession, state: State, settings: Settings, ray_api: RayApi) -> None:
-    """Submits the jobs of further trials, as long as fewer than `max_running_jobs` jobs of the sweep have not ended.
+    """Submits the jobs of the next trials, until `max_running_jobs` jobs of the sweep are queued or running.
 
-    A trial whose job the service refuses fails. If the project may not queue another job now, or the job fits no
-    machine that is there now, the sweep waits.
+    If the service refuses the job of a trial, the trial fails. If the project may not queue another job now, or the
+    job fits no machine that is there now, the sweep waits.
     """
     num_busy, sweep = state.num_busy, state.sweep
     while num_busy < state.request.max_running_jobs and len(state.trials) < sweep.num_trials:

@@ -95,8 +95,9 @@ def _check_metrics(sweep: CreateSweep, spec: JobSpec) -> None:
 
 
 async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values) -> None:
-    """Checks the job of the trial with the parameters' `values`. Raises an ApiError if the service would refuse the
-    job.
+    """Checks the job that the sweep would submit for one trial. Raises an ApiError if the service would refuse the job.
+
+    `values` holds the trial's value of each parameter of the sweep.
     """
     spec, asked = job_of(sweep, values)
     with within("job", f" (This is the trial with {json.dumps(values)}.)"):
@@ -107,10 +108,10 @@ async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, swee
 async def submit(
     session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values, key_id: str
 ) -> Job:
-    """Submits the job of the trial with the parameters' `values`, and returns the job. Raises an ApiError if the
-    service refuses the job.
+    """Submits the job of one trial, and returns the job. Raises an ApiError if the service refuses the job.
 
-    `key_id` is the id of the API key that created the sweep.
+    `values` holds the trial's value of each parameter of the sweep. `key_id` is the id of the API key that created
+    the sweep.
     """
     spec, asked = job_of(sweep, values)
     admitted = await admission.admit(session, settings, spec, asked)

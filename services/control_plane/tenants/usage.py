@@ -129,5 +129,6 @@ async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[A
 
 
 async def forget_writers(session: AsyncSession) -> None:
-    """Deletes the stored batch numbers of control planes that have not written for a day."""
+    """Deletes the rows of control planes that have written no usage for a day. Such a row holds the number of a control
+    plane's last batch of usage, so that no batch counts twice."""
     await session.execute(delete(UsageWriter).where(UsageWriter.written_at < func.now() - WRITERS_KEPT))

@@ -13,8 +13,9 @@ SECONDS = 60.0
 
 
 class StageSpans:
-    """Turns the reports of an attempt (one run of a job) into spans of an OpenTelemetry trace. Each stage has one span.
-    Training has several: a span ends after a hundred steps or after a minute, whichever comes first."""
+    """Turns the reports of an attempt (one run of a job) into spans of an OpenTelemetry trace. Each stage has one span,
+    except training, which has several: a span of training ends after a hundred steps or after a minute, whichever comes
+    first."""
 
     def __init__(self, traceparent: str | None) -> None:
         self._parent = traceparent

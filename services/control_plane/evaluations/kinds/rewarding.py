@@ -21,7 +21,7 @@ async def reward(
 ) -> tuple[Found, list[Judged] | None]:
     """Does one stage of computing the rewards of the completions of `group` (a prompt with completions).
 
-    `stage` counts from 0, and `found` holds the results of the item's earlier stages. Returns a pair:
+    `stage` counts from 0, and `found` holds the results of earlier stages for this group. Returns a pair:
 
     - the results to store for the next stage, as a JSON object;
     - after the last stage, the reward of each completion; before, None.

@@ -116,7 +116,8 @@ class Place:
 class Body:
     """The body of a request while it arrives, within the limits on size and time.
 
-    The body is held in memory. Routes that take files call `spool` first, and then write the body to disk.
+    The body is held in memory. A route that takes files calls `spool` before it reads the body, and writes the body to
+    disk while it arrives.
     """
 
     def __init__(self, receive: Receive, headers: Mapping[str, str], settings: Settings, place: Place) -> None:
