@@ -80,12 +80,17 @@ def postgres_url() -> Iterator[str]:
         stop_postgres(data)
 
 
-@pytest.fixture(scope="module")
-def database_url(postgres_url: str) -> str:
+def new_database(postgres_url: str) -> str:
+    """Creates an empty database, whose name no other test has, and returns its URL."""
     name = f"test_{secrets.token_hex(4)}"
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return postgres_url.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture(scope="module")
+def database_url(postgres_url: str) -> str:
+    return new_database(postgres_url)
 
 
 class Disk:

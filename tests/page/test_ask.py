@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,9 +35,12 @@ def open_ask(page: Page, service: Service, query: str = "?a=tiny&b=polite") -> N
 
 def put(page: Page, service: Service, prompt: str = PROMPT) -> None:
     before = len(service.engine.bodies)
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    page.keyboard.press("Control+Enter")
+    field = page.get_by_label("Prompt", exact=True)
+    field.fill(prompt)
+    field.press("Control+Enter")
+    deadline = time.monotonic() + 60
     while len(service.engine.bodies) < before + 2:  # until then, the page may still show the answers before
+        assert time.monotonic() < deadline, "the models were not asked"
         page.wait_for_timeout(20)
     expect(page.get_by_text("Both answers are there. Which")).to_be_visible()
 

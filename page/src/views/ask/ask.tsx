@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Question } from "../../api/answer";
 import { api, ask, Failure, type FeedbackCount, type Model } from "../../api/client";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
@@ -135,8 +135,9 @@ function Verdict({ round, voted, setVoted, onCount }: VerdictProps) {
   }
 
   const place = useRef<HTMLParagraphElement>(null);
-  useEffect(() => {
-    if (voted) place.current?.focus();
+  useLayoutEffect(() => {
+    const hasNone = document.activeElement === document.body; // the button that had the focus is gone
+    if (voted && hasNone) place.current?.focus();
   }, [voted]);
   return (
     <section class="panel" aria-label="Vote">

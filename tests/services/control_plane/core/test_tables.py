@@ -15,6 +15,7 @@ from sqlalchemy import create_engine
 from services.control_plane.core import store
 from services.control_plane.core.store import migrate
 from services.control_plane.core.tables import Base
+from tests.conftest import new_database
 
 
 def test_the_migrated_database_is_what_the_tables_declare(database_url: str) -> None:
@@ -120,12 +121,10 @@ def test_a_control_plane_that_restarts_after_the_next_releases_migration_leaves_
 
 @pytest.mark.slow
 def test_replicas_that_start_together_migrate_once(postgres_url: str) -> None:
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE started_together")
-        url = postgres_url.replace("/postgres?", "/started_together?")
-        program = "import sys; from services.control_plane.core.store import migrate; migrate(sys.argv[1])"
-        replicas = [subprocess.Popen([sys.executable, "-c", program, url]) for _ in range(3)]
-        assert [replica.wait(300) for replica in replicas] == [0, 0, 0]
+    url = new_database(postgres_url)
+    program = "import sys; from services.control_plane.core.store import migrate; migrate(sys.argv[1])"
+    replicas = [subprocess.Popen([sys.executable, "-c", program, url]) for _ in range(3)]
+    assert [replica.wait(300) for replica in replicas] == [0, 0, 0]
     with psycopg.connect(url) as connection:
         assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
         assert connection.execute("SELECT count(*) FROM projects").fetchone() == (1,)

@@ -12,6 +12,7 @@ from services.control_plane.evaluations import evaluations
 from services.control_plane.evaluations.evaluations import Ended
 from services.control_plane.models import models
 from services.control_plane.settings import Settings
+from tests.conftest import new_database
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, new_project
 from tests.services.control_plane.evaluations.conftest import Engines, chats, created, until
 
@@ -21,9 +22,7 @@ SCORE = {"kind": "score", "model": "tiny", "judge": {"type": "length"}, "rows": 
 def test_of_each_project_only_the_oldest_evaluations_are_claimed_and_projects_take_turns(
     api: httpx.Client, postgres_url: str
 ) -> None:
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE claims")
-    url = postgres_url.replace("/postgres?", "/claims?")
+    url = new_database(postgres_url)
     migrate(url)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("INSERT INTO projects (id, name) VALUES ('proj_b', 'b')")

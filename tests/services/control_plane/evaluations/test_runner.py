@@ -11,6 +11,7 @@ from services.control_plane.core import leases
 from services.control_plane.core.store import migrate
 from services.control_plane.evaluations import runner, work
 from services.control_plane.settings import Settings
+from tests.conftest import new_database
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, serving
 from tests.services.control_plane.evaluations.conftest import POLICY, Engines, add_policy, chats, created, ended, until
 
@@ -78,9 +79,7 @@ def test_after_a_kill_the_work_goes_on_where_it_was_and_nothing_is_repeated(
     offline: Settings, settings: Settings, engines: Engines, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service that is killed has a database of its own, so that the one of the other tests takes nothing."""
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE killed")
-    own = settings.model_copy(update={"database_url": postgres_url.replace("/postgres?", "/killed?")})
+    own = settings.model_copy(update={"database_url": new_database(postgres_url)})
     migrate(own.database_url)
     add_policy(own)
     models = {name: f"/nowhere/{name}" for name in ("tiny", "fair", "first")}

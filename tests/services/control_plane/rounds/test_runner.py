@@ -17,6 +17,7 @@ from services.control_plane.rounds import rounds, runner, stages
 from services.control_plane.rounds.runner import RoundsRunner
 from services.control_plane.rounds.stages import Refused, Stages
 from services.control_plane.settings import Settings
+from tests.conftest import new_database
 from tests.services.control_plane.attempts.test_reconciler import reports, spool
 from tests.services.control_plane.conftest import FakeRay, api_of, serving
 from tests.services.control_plane.evaluations.conftest import POLICY, Engines, add_policy, chats, until
@@ -110,9 +111,7 @@ def test_refusals_in_a_row_are_tried_again_later_and_later(settings: Settings, m
 
 
 def test_projects_take_turns(postgres_url: str) -> None:
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE turns")  # in which no control plane works
-    url = postgres_url.replace("/postgres?", "/turns?")
+    url = new_database(postgres_url)  # in which no control plane works
     migrate(url)
 
     async def claimed() -> list[str]:
@@ -154,9 +153,7 @@ def test_after_a_kill_the_rounds_go_on_and_repeat_no_stored_sample(
     settings: Settings, engines: Engines, fake_ray: FakeRay, postgres_url: str
 ) -> None:
     """The service that is killed, in each stage once, has a database of its own."""
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE rounds_killed")
-    own = settings.model_copy(update={"database_url": postgres_url.replace("/postgres?", "/rounds_killed?")})
+    own = settings.model_copy(update={"database_url": new_database(postgres_url)})
     migrate(own.database_url)
     add_policy(own)
     more = {"RAYDPO_MODELS": json.dumps({"tiny": "/nowhere/tiny"}), "RAYDPO_SERVE_URL": str(own.serve_url)}

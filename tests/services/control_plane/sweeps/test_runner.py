@@ -15,6 +15,7 @@ from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.sweeps import runner, sweeps
 from services.control_plane.sweeps.runner import SweepRunner
+from tests.conftest import new_database
 from tests.services.control_plane.conftest import API_KEY, FakeRay, api_of, pairs, serving
 from tests.services.control_plane.evaluations.conftest import Engines, until
 from tests.services.control_plane.sweeps.conftest import BETA, begun, body, created, ended, look, trials
@@ -28,9 +29,7 @@ def test_after_kills_every_trial_has_exactly_one_job(
     offline: Settings, settings: Settings, fake_ray: FakeRay, engines: Engines, postgres_url: str
 ) -> None:
     """Two control planes advance the sweep; each is killed while it does so. A third one goes on."""
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE killed_sweeps")
-    own = settings.model_copy(update={"database_url": postgres_url.replace("/postgres?", "/killed_sweeps?")})
+    own = settings.model_copy(update={"database_url": new_database(postgres_url)})
     migrate(own.database_url)
     with serving(own) as (first, url), serving(own) as (second, _), api_of(url, API_KEY) as api:
         sent = api.post("/files", files={"file": ("pairs.jsonl", pairs())}, data={"purpose": "fine-tune"})

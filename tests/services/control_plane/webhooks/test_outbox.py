@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import secrets
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from services.control_plane.webhooks.outbox import (
     give_up_old,
     pause_seconds,
 )
+from tests.conftest import new_database
 from tests.services.control_plane.conftest import EVENT_TYPES, FAILED, pairs
 from tests.services.receiver import Behaviour, Received, Receiver
 
@@ -310,9 +310,7 @@ def elsewhere(settings: Settings, postgres_url: str, receiver: Receiver) -> Call
 
     It returns what `act` returns. `rows` has the numbers of endpoints, and of webhooks for each, by project.
     """
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {(name := f'turns_{secrets.token_hex(4)}')}")
-    here = settings.model_copy(update={"database_url": postgres_url.replace("/postgres?", f"/{name}?")})
+    here = settings.model_copy(update={"database_url": new_database(postgres_url)})
     migrate(here.database_url)
     columns, columns_of_rows = (
         "id, project_id, name, url, event_types, secret",
@@ -493,9 +491,7 @@ def sender_elsewhere(database_url: str, url: str) -> Iterator[subprocess.Popen[b
 def test_what_was_sent_by_a_sender_that_died_before_it_noted_it_is_sent_again_with_the_same_id(
     settings: Settings, postgres_url: str, receiver: Receiver
 ) -> None:
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE killed")
-    here = settings.model_copy(update={"database_url": postgres_url.replace("/postgres?", "/killed?")})
+    here = settings.model_copy(update={"database_url": new_database(postgres_url)})
     migrate(here.database_url)
     columns = "id, project_id, name, url, event_types, secret"
     values = f"'we_1', 'proj_default', 'n', '{receiver.url}/one', '{{}}', 'whsec_c2VjcmV0'"
