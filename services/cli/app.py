@@ -90,8 +90,8 @@ def up(
     ray_address: Annotated[
         str | None,
         typer.Option(
-            help="URL of a running Ray cluster's dashboard, such as http://host:8265. "
-            "Default: start a Ray cluster on this machine."
+            help="URL of the dashboard of a running Ray cluster to use, such as http://host:8265. Default: start a Ray "
+            "cluster on this machine."
         ),
     ] = None,
     model: Annotated[

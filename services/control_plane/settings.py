@@ -126,12 +126,12 @@ class Settings(BaseSettings):
     database_connections: int = Field(
         default=30,
         gt=4,
-        description="Maximum number of database connections of one process; one more connection listens for "
-        "notifications. Each upload whose parts are being joined holds one connection.",
+        description="Maximum number of database connections of one process of the service, besides one connection that "
+        "listens for notifications. While the service joins the parts of an upload, the upload holds one connection.",
     )
     storage_url: Annotated[str, AfterValidator(_without_key)] = Field(
-        description="Folder in which files, runs and models are stored: a `file://`, `s3://` or `gs://` URI. If "
-        "unset, `raydpo up` uses the folder `storage` in `home`."
+        description="Folder in which the service stores uploaded files, checkpoints, logs and trained models: a "
+        "`file://`, `s3://` or `gs://` URI. If unset, `raydpo up` uses the folder `storage` in `home`."
     )
     api_key: SecretStr = Field(
         description="First API key, which has admin rights in the default project. If unset, `raydpo up` "
@@ -152,8 +152,8 @@ class Settings(BaseSettings):
     )
     serve_url: str | None = Field(
         default=None,
-        description="URL of Ray Serve's HTTP proxy. If unset: the host of `ray_url`, and the port that Ray "
-        "Serve reports.",
+        description="URL of Ray Serve's HTTP proxy, such as `http://host:8000`. If unset, the service takes the host "
+        "of `ray_url` and the port that Ray Serve reports.",
     )
 
     log_format: LogFormat = Field(
@@ -181,14 +181,15 @@ class Settings(BaseSettings):
     )
     oidc_client_secret: SecretStr | None = Field(
         default=None,
-        description="Secret of the client `oidc_client_id`, if the issuer wants one. Only the service sends it, never "
-        "the page.",
+        description="Client secret of `oidc_client_id`, if the issuer wants one. Only the service sends the secret, "
+        "never the page.",
     )
     oidc_requested_scopes: str = Field(
         default="openid profile",
         pattern=r"(^| )openid( |$)",
-        description="OAuth scopes that the page asks the issuer for, with spaces between them. Some issuers tell "
-        "groups only for `groups`, and renew a sign-in only for `offline_access`.",
+        description="OAuth scopes that the page asks the issuer for, with spaces between them. Some issuers put a "
+        "person's groups into the token only if the scope `groups` is asked for, and renew a sign-in only with the "
+        "scope `offline_access`.",
     )
     oidc_project_claim: str = Field(
         default="project", description="Name of the claim that holds the project's id in an OpenID Connect token."
@@ -200,14 +201,16 @@ class Settings(BaseSettings):
     )
     oidc_roles_claim: str = Field(
         default="groups",
-        description="Name of the claim whose values `oidc_roles` maps: a list of strings, or one string.",
+        description="Name of the claim in an OpenID Connect token, such as `groups`, whose values `oidc_roles` maps to "
+        "permissions. The claim is a list of strings, or one string.",
     )
     oidc_roles: list[Role] = Field(
         default_factory=list,
-        description="What people and programs with an OpenID Connect token may do, by the values of the claim "
-        '`oidc_roles_claim`: tables such as `{value = "ml-team", project = "proj_default", scopes = ["read"]}`. The '
-        "first one whose value a token has decides the project; scopes of later ones with the same project are added. "
-        "If set, `oidc_project_claim` and `oidc_scopes_claim` are not read.",
+        description="Permissions of people and programs with an OpenID Connect token: a list of roles such as `{value "
+        '= "ml-team", project = "proj_default", scopes = ["read"]}`. A token has a role if the claim that '
+        "`oidc_roles_claim` names contains the role's `value`. The first role that a token has decides the project; "
+        "its later roles with the same project add their scopes. If `oidc_roles` is set, `oidc_project_claim` and "
+        "`oidc_scopes_claim` are not read.",
     )
     requests_per_minute: int | None = Field(
         default=None,
@@ -219,22 +222,21 @@ class Settings(BaseSettings):
     tokens_per_minute: int | None = Field(
         default=None,
         gt=0,
-        description="Maximum number of tokens per minute of completions, prompts included, with an API key that "
-        "has no limit of its own. Each replica of the service counts separately. If unset, there is "
-        "no limit.",
+        description="Maximum number of tokens per minute, in prompts and completions together, with an API key that "
+        "has no limit of its own. Each replica of the service counts separately. If unset, there is no limit.",
     )
     requests_at_once: int = Field(
         default=200,
         gt=0,
-        description="Maximum number of completions and rewards that one process answers for one API key at the same "
-        "time, streams and requests that wait for a model included.",
+        description="Maximum number of requests for completions or rewards that one process of the service answers at "
+        "the same time for one API key. Open streams, and requests that wait until a model is loaded, count.",
     )
 
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
-        description="Base models by name. Each value is a local folder, a storage URI without credentials in it, or "
-        "an id on the Hugging Face hub; or a table with `source` (one of these), `adapter` (the "
-        "default for jobs that do not choose an adapter) and `deployment` (how the model is served, "
+        description="Base models by name. A value is the model's source: a local folder, a storage URI without "
+        "credentials in it, or an id on the Hugging Face hub. Or a value is a table with `source`, `adapter` (the "
+        "adapter that jobs train if they do not choose one) and `deployment` (how the model is served, "
         "[fields](../use/deployments.md#settings)).",
     )
     organization: str = Field(
@@ -246,8 +248,8 @@ class Settings(BaseSettings):
 
     dataset_uris: list[Annotated[str, AfterValidator(check_prefix)]] = Field(
         default=["https://", "hf://datasets/"],
-        description="Prefixes of the URIs from which jobs may read training data. The service reads `s3://`, "
-        "`gs://` and `file://` URIs with its own rights.",
+        description="Prefixes of the URIs from which jobs may read training data. The service reads `s3://`, `gs://` "
+        "and `file://` URIs with its own credentials, not with those of the user.",
     )
     webhook_urls: list[Annotated[str, AfterValidator(_webhook_prefix)]] = Field(
         default=["https://"], description="Prefixes of the URLs to which webhooks may be sent."
@@ -264,8 +266,8 @@ class Settings(BaseSettings):
     max_spool_bytes: int = Field(
         default=4 * 2**30,
         gt=0,
-        description="Maximum disk space in `TMPDIR` for uploads that are being received, in bytes. An upload "
-        "that is received alone may take more.",
+        description="Maximum disk space in the folder `TMPDIR` for uploads that are being received, in bytes. While "
+        "only one upload is received, the upload may take more.",
     )
     max_requests: int = Field(
         default=1000,
@@ -276,7 +278,8 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         default=30,
         gt=0,
-        description="Seconds for which a client may send or read nothing; then the service closes the connection.",
+        description="Seconds for which a client may neither send the rest of its request nor read the answer; then the "
+        "service closes the connection.",
     )
     max_running_jobs: int = Field(
         default=1, gt=0, description="Maximum number of jobs that run at the same time; further jobs wait in the queue."
@@ -284,8 +287,8 @@ class Settings(BaseSettings):
     max_running_checks: int = Field(
         default=2,
         gt=0,
-        description="Maximum number of file checks with a model, and merges of adapters, that run at the same "
-        "time in one project. Each of them is a Ray job.",
+        description="Maximum number of Ray jobs of one project that check files with a model's tokenizer or merge "
+        "adapters for downloads, at the same time.",
     )
     max_running_evaluations: int = Field(
         default=2,
@@ -294,15 +297,14 @@ class Settings(BaseSettings):
     )
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict,
-        description="Largest size of an autoscaling cluster, in CPUs and GPUs, such as `{CPU = 64, GPU = 8}`. "
-        "If unset, jobs, and models on GPUs, wait until the existing nodes have enough free CPUs "
-        "and GPUs.",
+        description="Largest number of CPUs and GPUs to which an autoscaling cluster can grow, such as `{CPU = 64, GPU "
+        "= 8}`. If unset, jobs, and models on GPUs, wait until the existing nodes have enough free CPUs and GPUs.",
     )
     max_attempts: int = Field(
         default=5,
         gt=0,
-        description="Number of attempts (runs of a job on Ray) in a row that may die without a new checkpoint; then "
-        "the job fails.",
+        description="A job fails after this many attempts (its runs on Ray) in a row have died without writing a new "
+        "checkpoint.",
     )
     max_loaded_models: int = Field(
         default=2,
@@ -321,9 +323,9 @@ class Settings(BaseSettings):
     )
     project_deployments: DeploymentLimits = Field(
         default=DeploymentLimits(),
-        description="Limits on how a project may serve its own models: `max_replicas` of one model, `max_gpus` "
-        "of all replicas of one model, and whether it may keep models loaded (`pinned`). Admins of "
-        "the default project may exceed these limits.",
+        description="Limits on how a project may serve the models that it trained: `max_replicas` (replicas of one "
+        "model), `max_gpus` (GPUs of all replicas of one model together) and `pinned` (whether the project may keep "
+        "models loaded). Admins of the default project may exceed these limits.",
     )
     dtype: Dtype | None = Field(
         default=None,
@@ -331,8 +333,8 @@ class Settings(BaseSettings):
     )
     reference_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Number type in which jobs' reference models compute log-probabilities. If a model is "
-        "served in another type, the service loads the reference model separately.",
+        description="Number type in which the reference models of jobs compute log-probabilities. If a model is served "
+        "in another number type, the service loads the model a second time as the reference model.",
     )
     num_gpus_per_worker: float = Field(
         default=0,

@@ -54,8 +54,15 @@ def list_votes(
 @api_command(app)
 def file(
     client: "OpenAI",
-    kind: Annotated[Kind, typer.Argument(help="Kind of the votes: pairs, unpaired (thumbs up or down) or ratings.")],
-    form: Annotated[Form, typer.Option(help="Take the votes whose prompts have this form.")] = Form.messages,
+    kind: Annotated[
+        Kind,
+        typer.Argument(
+            help="Kind of the votes: pairs (a better and a worse completion), unpaired (thumbs up or down) or ratings."
+        ),
+    ],
+    form: Annotated[
+        Form, typer.Option(help="Take only votes whose prompts are chat messages (`messages`) or plain texts (`text`).")
+    ] = Form.messages,
 ) -> None:
     """Make a training file of all votes of one kind that the project has, and print the file's id."""
     made: Any = client.post("/x/feedback/files", cast_to=object, body={"kind": kind, "form": form})

@@ -52,8 +52,8 @@ def create(
     file: Annotated[
         str | None,
         typer.Option(
-            help="Training data: a local file, which is uploaded; the id of an uploaded file; or a URI. "
-            "Default: the training data of --config or --again."
+            help="Training data: a local file, which is uploaded; the id of an uploaded file; or a URI, such as "
+            "https://host/pairs.jsonl. Default: the training data of --config or --again."
         ),
     ] = None,
     validation_file: Annotated[
@@ -200,7 +200,8 @@ def metrics(
     points: Annotated[
         int,
         typer.Option(
-            help="Maximum number of rows to show. If the job has more steps, each row is the mean of several steps.",
+            help="Maximum number of rows of the table. If the job has more training steps, each row is the mean of "
+            "several steps.",
             min=1,
             max=10_000,
         ),

@@ -39,8 +39,8 @@ def plan(
     file: Annotated[
         str | None,
         typer.Option(
-            help="Training data: a local file, which is uploaded; the id of an uploaded file; or a URI. "
-            "Default: the training data of --config."
+            help="Training data: a local file, which is uploaded; the id of an uploaded file; or a URI, such as "
+            "https://host/pairs.jsonl. Default: the training data of --config."
         ),
     ] = None,
     method: Annotated[

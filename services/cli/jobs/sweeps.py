@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Train many jobs that differ in chosen options, and compare what they gained and how far they moved.",
+    help="Train many jobs that differ in chosen options, and compare the policies: their rewards, and how far they "
+    "moved from the reference model.",
 )
 
 SweepId = Annotated[str, id_argument("Id of the sweep, such as sweep-1a2b….")]
@@ -42,7 +43,8 @@ def create(
         ),
     ],
     watch: Annotated[
-        bool, typer.Option("--watch", help="Wait until the sweep has ended, and print its trials.")
+        bool,
+        typer.Option("--watch", help="Wait until the sweep has ended, and print its trials (jobs with chosen values)."),
     ] = False,
 ) -> None:
     """Create a sweep and print its id. The service submits its jobs in the background."""
@@ -156,17 +158,22 @@ def frontier(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="File to draw the frontier into; its name ends with .svg, .png or .pdf. Default: print a table."
+            help="Draw reward against KL divergence into this file; its name ends with .svg, .png or .pdf. Default: "
+            "print a table."
         ),
     ] = None,
     kl: Annotated[
         str | None,
-        typer.Option(help="Name of the sweep's evaluation of the kind `drift` to use. Default: the first one."),
+        typer.Option(
+            help="Name of the sweep's evaluation whose KL divergence is taken. Its kind must be `drift`. Default: the "
+            "sweep's first evaluation of this kind."
+        ),
     ] = None,
     reward: Annotated[
         str | None,
         typer.Option(
-            help="Name of the sweep's evaluation of the kind `score` or `compare` to use. Default: the first one."
+            help="Name of the sweep's evaluation whose result is taken as the reward. Its kind must be `score` or "
+            "`compare`. Default: the sweep's first evaluation of these kinds."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -11,7 +11,9 @@ from services.cli.lists import Item, list_command
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="List, show and set how models are served.")
+app = typer.Typer(
+    no_args_is_help=True, help="Show and change how models are served: number of replicas, number type and so on."
+)
 
 ModelId = Annotated[str, id_argument("Name of a base model or a trained policy.", "MODEL")]
 
@@ -47,8 +49,8 @@ def change(
         list[str],
         typer.Argument(
             metavar="FIELD=VALUE...",
-            help="Settings such as replicas=2, replicas.max=4 or pinned=true. VALUE is YAML; null resets the "
-            "setting to its default.",
+            help="Settings of how the model is served, such as replicas=2, replicas.max=4 or pinned=true (never "
+            "unloaded). VALUE is YAML; null resets the setting to its default.",
         ),
     ],
 ) -> None:

@@ -45,10 +45,10 @@ def create(
     kind: Annotated[
         Literal["compare", "score", "samples", "preferences", "drift"],
         typer.Argument(
-            help="What to find out: `compare` says which of two models answers better, `score` how good the answers "
-            "of one model are, `samples` how good the best of several answers to each prompt is, `preferences` "
-            "whether the model prefers what people preferred, `drift` how far the model has moved from its reference "
-            "model."
+            help="What to find out. `compare`: which of two models answers better. `score`: how good the answers of "
+            "one model are. `samples`: how good the best of several answers to each prompt is. `preferences`: whether "
+            "the model prefers the completions that people preferred. `drift`: how far the model has moved from its "
+            "reference model."
         ),
     ],
     model: Annotated[str, typer.Option(help="Name of the policy, checkpoint or base model to evaluate.")],
@@ -59,18 +59,23 @@ def create(
         ),
     ],
     baseline: Annotated[
-        str | None, typer.Option(help="Name of the model to compare with. Default: the policy's base model.")
+        str | None,
+        typer.Option(help="For `compare`: name of the model to compare with. Default: the policy's base model."),
     ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Judge of the answers: the name of a model, `implicit` (the model's implicit reward), `length`, "
-            "`exact`, or `regex:PATTERN`. `compare`, `score` and `samples` need a judge. Default: none."
+            help="What judges the answers: the name of a model, `implicit` (the implicit reward of the model that is "
+            "evaluated), `length` (number of words), `exact` (1 if the answer equals the row's best completion), or "
+            "`regex:PATTERN` (1 if the pattern matches). `compare`, `score` and `samples` need a judge. Default: none."
         ),
     ] = None,
     criteria: Annotated[
         str | None,
-        typer.Option(help="Criteria for a judge that is a model, in words. Default: the service's criteria."),
+        typer.Option(
+            help="If a policy or a base model judges: the criteria by which it decides which answer is better, in "
+            "words. Default: the service's criteria."
+        ),
     ] = None,
     reference: Annotated[
         str | None,
@@ -82,21 +87,25 @@ def create(
     beta: Annotated[
         float | None,
         typer.Option(
-            help="For `preferences` and the judge `implicit`: factor of the log-ratios. Default: beta of the policy's "
-            "job."
+            help="For `preferences` and the judge `implicit`: factor by which log-ratios are multiplied to give "
+            "rewards. Default: beta of the job that trained the policy."
         ),
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(help="For `samples`: number of answers to each prompt. Default: 4.", min=2)
     ] = None,
     max_items: Annotated[
-        int | None, typer.Option(help="Maximum number of the file's rows to take. Default: 200.", min=1)
+        int | None,
+        typer.Option(help="Maximum number of rows to take, from the first row of the file on. Default: 200.", min=1),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Maximum number of tokens of an answer. Default: 512.", min=1)
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Temperature at which answers are sampled. Default: 1.", min=0)
+        float | None,
+        typer.Option(
+            help="Sampling temperature of the answers; 0 always takes the most likely token. Default: 1.", min=0
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed with which answers are sampled. Default: 0.", min=0)] = None,
     columns: Columns = None,

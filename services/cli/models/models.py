@@ -22,9 +22,8 @@ ModelId = Annotated[str, id_argument("Name of the model.")]
 Format = Annotated[
     Literal["adapter", "merged"] | None,
     typer.Option(
-        help="Form of the weights. adapter: only the adapter. merged: one model with all weights; the service "
-        "first merges the adapter into its base model, in float32. Default: adapter if the policy has one, "
-        "else all weights."
+        help="Which weights to write. adapter: only the adapter. merged: all weights, after the service has merged the "
+        "adapter into its base model in float32. Default: the adapter if the policy has one, else all weights."
     ),
 ]
 
@@ -84,7 +83,9 @@ def push(
     public: Annotated[
         bool,
         typer.Option(
-            "--public", help="Let everybody read the repository, if the command creates it. Default: private."
+            "--public",
+            help="If the repository does not exist yet, create it as a public one, which everybody can read. Default: "
+            "create a private one.",
         ),
     ] = False,
 ) -> None:

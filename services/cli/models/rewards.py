@@ -34,16 +34,17 @@ def register(app: typer.Typer) -> None:
         file: Annotated[
             str,
             typer.Argument(
-                help="File of rows: JSON Lines (plain, gzip or zstd), Parquet or Arrow, in a format of training files, "
-                "in RewardBench 2's, or with `prompt` and `completions`; or the id of an uploaded file."
+                help="Rows to score: a local file in JSON Lines (plain, gzip or zstd), Parquet or Arrow, or the id of "
+                "an uploaded file. The rows have a format of training files, the format of RewardBench 2, or the "
+                "fields `prompt` and `completions`."
             ),
         ],
         model: Annotated[str, typer.Option(help="Name of the policy or the reward model that scores the rows.")],
         reference: Annotated[
             str | None,
             typer.Option(
-                help="Name of the reference model, with which the policy is compared. Default: the reference model of "
-                "the job that trained the policy."
+                help="Name of the reference model with which a policy is compared to compute its rewards. Default: the "
+                "reference model of the job that trained the policy."
             ),
         ] = None,
         beta: Annotated[

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Improve a policy in rounds: sample answers, score them, train on the better ones, evaluate, and again.",
+    help="Improve a policy in rounds. Each round samples answers, scores them, trains the policy on the better and "
+    "worse ones, and evaluates it.",
 )
 
 RoundsId = Annotated[str, id_argument("Id of the rounds, such as rounds-1a2b….")]
@@ -43,25 +44,32 @@ def create(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Name of the first policy: a base model or a trained policy. Default: that of --config."),
+        typer.Option(
+            help="Name of the policy that the rounds start from: a base model or a trained policy. Default: the policy "
+            "of --config."
+        ),
     ] = None,
     file: Annotated[
         str | None,
         typer.Option(
-            help="File with prompts: a local file, which is uploaded, or the id of an uploaded file. Default: that of "
-            "--config."
+            help="File with the prompts to sample answers to: a local file, which is uploaded, or the id of an "
+            "uploaded file. Default: the file of --config."
         ),
     ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Judge of the answers: the name of a model, `implicit` (the newest policy's implicit reward), "
-            "`length`, `exact`, or `regex:PATTERN`. Default: that of --config."
+            help="What scores the answers: the name of a model, `implicit` (the newest policy's implicit reward), "
+            "`length` (number of words), `exact` (1 if the answer equals the row's best completion), or "
+            "`regex:PATTERN` (1 if the pattern matches). Default: the judge of --config."
         ),
     ] = None,
     criteria: Annotated[
         str | None,
-        typer.Option(help="Criteria for a judge that is a model, in words. Default: the service's criteria."),
+        typer.Option(
+            help="If a policy or a base model judges: the criteria by which it decides which answer is better, in "
+            "words. Default: the service's criteria."
+        ),
     ] = None,
     num_rounds: Annotated[int | None, typer.Option(help="Maximum number of rounds. Default: 3.", min=1)] = None,
     num_samples: Annotated[
@@ -73,8 +81,9 @@ def create(
     selection: Annotated[
         Literal["best_worst", "all_pairs", "ranking", "rso"] | None,
         typer.Option(
-            help="Which answers become training data: a pair of the best and the worst, all pairs, the whole ranking, "
-            "or pairs of those that rejection sampling accepts. Default: best_worst.",
+            help="Which answers to a prompt become training data. best_worst: one pair, of the best and the worst "
+            "answer. all_pairs: each two answers with different scores. ranking: all answers with their scores. rso: "
+            "pairs of the answers that rejection sampling accepts. Default: best_worst.",
             show_default=False,
         ),
     ] = None,
@@ -87,11 +96,18 @@ def create(
     ] = None,
     start: Annotated[
         Literal["newest", "first"] | None,
-        typer.Option(help="Policy from which each round's job starts. Default: newest.", show_default=False),
+        typer.Option(
+            help="Policy from which each round's job starts: the newest one, or the first one (--model). Default: "
+            "newest.",
+            show_default=False,
+        ),
     ] = None,
     reference: Annotated[
         Literal["newest", "first"] | None,
-        typer.Option(help="Reference model of each round's job. Default: first.", show_default=False),
+        typer.Option(
+            help="Reference model of each round's job: the newest policy, or the first one (--model). Default: first.",
+            show_default=False,
+        ),
     ] = None,
     evaluation_file: Annotated[
         str | None,
@@ -101,7 +117,11 @@ def create(
         ),
     ] = None,
     stop_if_not_better: Annotated[
-        bool, typer.Option("--stop-if-not-better", help="End after a round whose policy is not better than before.")
+        bool,
+        typer.Option(
+            "--stop-if-not-better",
+            help="End early, after a round whose policy is not better than the best policy before it.",
+        ),
     ] = False,
     sets: Annotated[
         list[str] | None,

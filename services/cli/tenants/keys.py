@@ -20,12 +20,12 @@ DAY = 86_400
 @api_command(app)
 def create(
     client: "OpenAI",
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new key in lists of keys.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new key, which `raydpo keys list` shows.")],
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="Scope of the new key: read, write, inference or admin. Repeatable. "
-            "Default: read, write and inference."
+            help="Scope (permission) of the new key: read, write, inference or admin. Repeatable. Default: read, write "
+            "and inference."
         ),
     ] = None,
     project: Annotated[
@@ -47,8 +47,8 @@ def create(
     tokens_per_minute: Annotated[
         int | None,
         typer.Option(
-            help="Maximum number of tokens per minute of completions with the new key, prompts included. "
-            "Default: the service's setting tokens_per_minute."
+            help="Maximum number of tokens per minute, in prompts and completions together, with the new key. Default: "
+            "the service's setting tokens_per_minute."
         ),
     ] = None,
 ) -> None:

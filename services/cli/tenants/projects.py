@@ -46,8 +46,8 @@ Weight = Annotated[
     float | None,
     typer.Option(
         metavar="N",
-        help="The project's share of the cluster, relative to the weights of other projects. "
-        "Default: 1 for a new project; an existing project keeps its weight.",
+        help="Weight of the project when projects compete for the cluster: a project with weight 2 gets twice the "
+        "share of a project with weight 1. Default: 1 for a new project; an existing project keeps its weight.",
     ),
 ]
 

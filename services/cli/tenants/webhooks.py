@@ -18,7 +18,9 @@ EndpointId = Annotated[str, id_argument("Id of the webhook endpoint, which `rayd
 Events = Annotated[
     list[str] | None,
     typer.Option(
-        "--event", help="Type of event to post, such as fine_tuning.job.failed. Repeatable. Default: all types."
+        "--event",
+        help="Type of event that the service posts to the URL, such as fine_tuning.job.failed. Repeatable. Default: "
+        "all types.",
     ),
 ]
 
@@ -48,7 +50,9 @@ def create(
         str, typer.Argument(metavar="URL", help="URL to which the service posts events; it begins with https://.")
     ],
     event: Events = None,
-    name: Annotated[str, typer.Option(help="Name of the endpoint in lists of endpoints.")] = "raydpo",
+    name: Annotated[
+        str, typer.Option(help="Name of the new webhook endpoint, which `raydpo webhooks list` shows.")
+    ] = "raydpo",
 ) -> None:
     """Add a webhook endpoint. Prints the endpoint's id, and once only the secret that signs the endpoint's events."""
     body = {"name": name, "url": receiver, "event_types": event or _event_types(client)}

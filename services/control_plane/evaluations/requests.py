@@ -43,30 +43,35 @@ class Judge(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["model", "implicit"] | Rule = Field(
-        description="`model` asks a model that this service serves, `implicit` takes a policy's implicit reward. The "
-        "others are rules: `regex` gives 1 to an answer in which `pattern` matches, `length` gives the number of "
-        "words, `exact` gives 1 to an answer that equals the row's best completion."
+        description="`model` asks a model that this service serves. `implicit` takes a policy's implicit reward. The "
+        "other types are rules: `regex` gives 1 to an answer in which `pattern` matches, else 0; `length` gives the "
+        "number of words of the answer; `exact` gives 1 to an answer that equals the best completion of the prompt's "
+        "row, else 0."
     )
     model: Text | None = Field(
         default=None,
-        description="For the type `model`: a policy or a base model, which is asked which answer is better (only of "
-        "the kinds `compare` and `samples`); or a reward model. For the type `implicit`: the policy whose reward "
-        "counts. Without it: the model that is evaluated.",
+        description="Name of the model that judges. For the type `model`: a reward model, which scores answers; or a "
+        "policy or base model, which is asked which of two answers is better (only in evaluations of the kinds "
+        "`compare` and `samples`). For the type `implicit`: the policy whose implicit reward counts; default: the "
+        "model that is evaluated.",
     )
     reference: Text | None = Field(
         default=None,
-        description="For the type `implicit`: the policy's reference model. Without it: that of the policy's job.",
+        description="Only for a judge of the type `implicit`: name of the policy's reference model. Default: the "
+        "reference model of the job that trained the policy.",
     )
     beta: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="For the type `implicit`: the factor of the log-ratios. Without it: the beta of the policy's job.",
+        description="Only for a judge of the type `implicit`: the factor by which log-ratios are multiplied to give "
+        "rewards. Default: beta of the job that trained the policy.",
     )
     criteria: Annotated[str, Field(max_length=4000)] | None = Field(
         default=None,
-        description="Criteria by which the judge decides, in words. Only for a model that is no reward model.",
+        description="Criteria by which a policy or a base model as judge decides which answer is better, in words. "
+        "Default: the service's criteria. A reward model takes no criteria.",
     )
     pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
-        default=None, description="For the type `regex`: a regular expression in RE2's syntax."
+        default=None, description="Only for a judge of the type `regex`: the regular expression, in RE2's syntax."
     )
 
     @property
@@ -95,18 +100,22 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     max_tokens: int = Field(default=512, ge=1, le=32_768, description="Maximum number of tokens of an answer.")
-    temperature: float = Field(default=1.0, ge=0, le=2, description="Temperature; 0 takes the likeliest token.")
+    temperature: float = Field(
+        default=1.0, ge=0, le=2, description="Sampling temperature; 0 always takes the most likely token."
+    )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Tokens are sampled from the likeliest ones that together have this probability.",
+        description="Nucleus sampling: each token is sampled from the most likely tokens that together have this "
+        "probability. 1 samples from all tokens.",
     )
     seed: int = Field(
         default=0,
         ge=0,
         lt=2**31,
-        description="Seed of the first prompt's answer; each further prompt gets the next number.",
+        description="Seed of the sampling for the first prompt. Each following prompt gets the next number: seed + 1, "
+        "seed + 2 and so on.",
     )
 
 
@@ -116,20 +125,22 @@ class EvaluationRow(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    prompt: Annotated[Any, WithJsonSchema(_TEXT)] = Field(description="A text, or messages.")
+    prompt: Annotated[Any, WithJsonSchema(_TEXT)] = Field(description="The prompt: a text, or a list of chat messages.")
     completions: Annotated[Any, WithJsonSchema({"type": "array", "items": _TEXT})] = Field(
         default=None,
-        description="Completions that people have ranked, the best one first. They are texts if the prompt is a text, "
-        "else messages.",
+        description="Completions of the prompt that people have ranked, the best one first. Each is a text if the "
+        "prompt is a text, else a list of chat messages.",
     )
     system: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
-        default=None, description="System prompt; the texts of the row are then read as messages."
+        default=None,
+        description="System prompt. If it is given, a prompt and completions that are texts are read as chat messages.",
     )
     tools: Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "object"}})] = Field(
-        default=None, description="Tools that the prompt offers."
+        default=None,
+        description="Tools (functions) that the model may call, in the format of the chat completions API.",
     )
     chat_template_kwargs: Annotated[Any, WithJsonSchema({"type": "object"})] = Field(
-        default=None, description="Further arguments of the chat template."
+        default=None, description='Arguments for the model\'s chat template, such as `{"enable_thinking": false}`.'
     )
 
 
@@ -140,28 +151,38 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: Kind = Field(
-        description="`compare`: which of two models answers better. `score`: how good a model's answers are. "
-        "`samples`: several answers to each prompt, each with its score. `preferences`: whether a policy, or a reward "
-        "model, prefers what people preferred. `drift`: how far a policy has moved from its reference."
+        description="What the evaluation finds out. `compare`: which of two models answers better. `score`: how good a "
+        "model's answers are. `samples`: how good several answers of a model to each prompt are. `preferences`: "
+        "whether a policy or a reward model prefers the completions that people preferred. `drift`: how far a policy "
+        "has moved from its reference model."
     )
-    model: Text = Field(description="The policy, checkpoint or base model to evaluate.")
+    model: Text = Field(description="Name of the policy, checkpoint, reward model or base model to evaluate.")
     baseline: Text | None = Field(
         default=None,
-        description="Only of `compare`: the model to compare with. Without it: the base model of the policy.",
+        description="Only for the kind `compare`: name of the model to compare with. Default: the base model of the "
+        "policy that is evaluated.",
     )
-    judge: Judge | None = Field(default=None, description="Who judges the answers.")
+    judge: Judge | None = Field(
+        default=None,
+        description="What judges the answers: a model, an implicit reward, or a rule. The kinds `compare`, `score` and "
+        "`samples` need a judge.",
+    )
     reference: Text | None = Field(
         default=None,
-        description="Only of `preferences` and `drift`: the model to compare the policy with. Without it: the "
-        "reference of the policy's job.",
+        description="Only for the kinds `preferences` and `drift`: name of the reference model. Default: the reference "
+        "model of the job that trained the policy.",
     )
     beta: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Only of `preferences`: the factor of the log-ratios. Without it: the beta of the policy's job.",
+        description="Only for the kind `preferences`: the factor by which log-ratios are multiplied to give rewards. "
+        "Default: beta of the job that trained the policy.",
     )
-    sampling: Sampling = Field(default_factory=Sampling, description="How answers are sampled.")
+    sampling: Sampling = Field(
+        default_factory=Sampling,
+        description="How the models sample the answers that are evaluated: length, temperature, nucleus and seed.",
+    )
     num_samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] | None = Field(
-        default=None, description="Only of `samples`: number of answers to each prompt. Without it: 4."
+        default=None, description="Only for the kind `samples`: number of answers to each prompt. Default: 4."
     )
     file: Text | None = Field(
         default=None, description="Id of an uploaded file with the prompts to evaluate on. Send this or `rows`."
@@ -170,7 +191,7 @@ class Spec(BaseModel):
         default=200,
         ge=1,
         le=MOST_ITEMS,
-        description="Maximum number of rows to take, from the first row of the file on.",
+        description="Maximum number of rows of the file to evaluate on. The first rows of the file are taken.",
     )
 
     @property
@@ -184,7 +205,7 @@ class CreateEvaluation(Spec):
     """The JSON body of POST /v1/x/evaluations, which creates an evaluation of a model."""
 
     rows: Annotated[list[EvaluationRow], Field(min_length=1, max_length=MOST_INLINE)] | None = Field(
-        default=None, description="Prompts, instead of a file."
+        default=None, description="The prompts to evaluate on, perhaps with completions. Send this or `file`."
     )
 
     def check(self) -> None:

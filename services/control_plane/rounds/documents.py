@@ -14,46 +14,119 @@ EndReason = Literal["num_rounds", "not_better", "too_few_rows"]
 
 
 class RoundsError(TypedDict):
-    code: Annotated[str | None, Field(description="Code of the error, as in docs/wire/errors.md.")]
-    message: Annotated[str, Field(description="What went wrong, as a sentence.")]
-    param: Annotated[str | None, Field(description="The field of the request that is wrong.")]
+    code: Annotated[
+        str | None,
+        Field(description="Code of the error, such as `too_few_rows`. docs/wire/errors.md explains all codes."),
+    ]
+    message: Annotated[str, Field(description="The error in words: what went wrong.")]
+    param: Annotated[
+        str | None, Field(description="Name of the field of the request that caused the error; null if no field did.")
+    ]
 
 
 class Interval(TypedDict):
-    value: Annotated[float, Field(description="The estimated value.")]
-    low: Annotated[float, Field(description="The lower end of its 95% interval.")]
-    high: Annotated[float, Field(description="The upper end of its 95% interval.")]
+    value: Annotated[float, Field(description="The value that is estimated from a sample of prompts.")]
+    low: Annotated[float, Field(description="The lower end of the value's 95% confidence interval.")]
+    high: Annotated[float, Field(description="The upper end of the value's 95% confidence interval.")]
 
 
 class RoundDocument(TypedDict):
-    number: Annotated[int, Field(description="The number of the round, from 1; 0 is the first policy.")]
-    samples: Annotated[str | None, Field(description="Id of the evaluation with the sampled and scored answers.")]
-    rows: Annotated[dict[str, int] | None, Field(description="How many rows the answers made, and what was left out.")]
-    file: Annotated[str | None, Field(description="Id of the file with the rows.")]
-    job: Annotated[str | None, Field(description="Id of the job that trained on the file.")]
-    model: Annotated[str | None, Field(description="The policy of the round.")]
+    number: Annotated[
+        int,
+        Field(
+            description="The number of the round. The first round is 1; 0 stands for the policy before the first round."
+        ),
+    ]
+    samples: Annotated[
+        str | None, Field(description="Id of the evaluation that holds the round's sampled answers and their scores.")
+    ]
+    rows: Annotated[
+        dict[str, int] | None,
+        Field(
+            description="Counts of the round's training data: the rows made of the sampled answers, and the answers "
+            "left out, by reason."
+        ),
+    ]
+    file: Annotated[
+        str | None, Field(description="Id of the training file that was made of the round's sampled answers.")
+    ]
+    job: Annotated[str | None, Field(description="Id of the job that trains the round's policy.")]
+    model: Annotated[str | None, Field(description="Name of the policy that the round's job trained.")]
     evaluations: Annotated[
-        dict[str, str], Field(description="Ids of the evaluations of this policy: `quality` and `drift`.")
+        dict[str, str],
+        Field(
+            description="Ids of the two evaluations of the round's policy: `quality` (how good its answers are) and "
+            "`drift` (how far it is from the first policy)."
+        ),
     ]
-    score: Annotated[Interval | None, Field(description="The mean score of the policy's answers.")]
+    score: Annotated[
+        Interval | None,
+        Field(
+            description="The mean score of the answers of the round's policy; null before it is known, and if the "
+            "judge compares answers instead of scoring them."
+        ),
+    ]
     win_rate: Annotated[
-        Interval | None, Field(description="How often its answers are better than those of the round before.")
+        Interval | None,
+        Field(
+            description="The share of prompts, from 0 to 1, to which the round's policy answers better than the policy "
+            "of the round before; null before it is known, and if the judge scores answers instead of comparing them."
+        ),
     ]
-    num_failed: Annotated[int | None, Field(description="How many items of these evaluations failed.")]
-    kl: Annotated[Interval | None, Field(description="Its divergence from the first policy, in nats per answer.")]
+    num_failed: Annotated[
+        int | None, Field(description="Number of prompts that failed in the evaluations of the round's policy.")
+    ]
+    kl: Annotated[
+        Interval | None,
+        Field(
+            description="KL divergence of the round's policy from the first policy, in nats per answer; null before it "
+            "is known."
+        ),
+    ]
 
 
 class RoundsDocument(TypedDict):
     id: Annotated[str, Field(description="The id of the rounds.")]
-    object: Annotated[Literal["rounds"], Field(description="The type of the object.")]
+    object: Annotated[Literal["rounds"], Field(description="The type of this JSON object; always the same text.")]
     created_at: Annotated[int, Field(description="When the rounds were created, in Unix seconds.")]
     status: Annotated[Status, Field(description="The state of the rounds.")]
-    stage: Annotated[Stage | None, Field(description="What the newest round does; null after the end.")]
-    request: Annotated[dict[str, Any], Field(description="The request.")]
-    rounds: Annotated[list[RoundDocument], Field(description="The first policy, and the rounds so far.")]
+    stage: Annotated[
+        Stage | None,
+        Field(
+            description="What the newest round is doing: `samples` samples and scores answers, `file` makes a training "
+            "file of them, `job` trains, `model` waits for the trained policy, `evaluations` evaluates this policy, "
+            "`results` stores the results, `next` decides whether another round follows. Null after the end."
+        ),
+    ]
+    request: Annotated[
+        dict[str, Any],
+        Field(
+            description="The request that created the rounds, with the service's defaults for fields that were not "
+            "sent."
+        ),
+    ]
+    rounds: Annotated[
+        list[RoundDocument],
+        Field(
+            description="The rounds so far. The first entry, with the number 0, describes the policy before the first "
+            "round."
+        ),
+    ]
     best_round: Annotated[int, Field(description="Number of the round with the best policy so far.")]
-    model: Annotated[str, Field(description="The policy of the best round.")]
-    waits_for: Annotated[str | None, Field(description="Why the rounds do not go on at the moment.")]
-    end_reason: Annotated[EndReason | None, Field(description="Why there are no more rounds, after a success.")]
-    finished_at: Annotated[int | None, Field(description="When the rounds ended, in Unix seconds.")]
-    error: Annotated[RoundsError | None, Field(description="Why the rounds failed.")]
+    model: Annotated[str, Field(description="Name of the policy of the best round so far.")]
+    waits_for: Annotated[
+        str | None,
+        Field(description="What the rounds wait for at the moment, such as a paused job; null if they do not wait."),
+    ]
+    end_reason: Annotated[
+        EndReason | None,
+        Field(
+            description="Why no further round follows, if the rounds have succeeded: `num_rounds` (all rounds are "
+            "done), `not_better` (the newest policy is not better) or `too_few_rows` (the answers make too few rows "
+            "to train on)."
+        ),
+    ]
+    finished_at: Annotated[int | None, Field(description="When the rounds ended, in Unix seconds; null before.")]
+    error: Annotated[
+        RoundsError | None, Field(description="The error with which the rounds failed; null if they have not failed.")
+    ]

@@ -33,19 +33,20 @@ class Selection(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: selection.Type = Field(
         default="best_worst",
-        description="`best_worst`: a pair of the best and the worst answer. `all_pairs`: each two answers with "
-        "different scores. `ranking`: all answers with their scores, for objectives that learn from ratings. `rso`: "
-        "pairs of answers that statistical rejection sampling accepts.",
+        description="Which training rows are made of the answers to a prompt. `best_worst`: one pair, of the best and "
+        "the worst answer. `all_pairs`: a pair of each two answers with different scores. `ranking`: one row with all "
+        "answers and their scores, for objectives that learn from ratings. `rso`: pairs of the answers that "
+        "statistical rejection sampling accepts.",
     )
     beta: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Only of `rso`: the temperature of the sampling. A lower one accepts only answers with high "
-        "scores. Without it: 0.5.",
+        description="Only for the type `rso`: the temperature of the rejection sampling. The lower it is, the fewer "
+        "answers with low scores are accepted. Default: 0.5.",
     )
     num_accepted: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] | None = Field(
         default=None,
-        description="Only of `rso`: number of answers to accept of each prompt; each two make a pair. Without it: an "
-        "eighth of `num_samples`, at least 2.",
+        description="Only for the type `rso`: number of answers to accept for each prompt; each two of them make a "
+        "pair. Default: an eighth of `num_samples`, but at least 2.",
     )
 
     @model_validator(mode="after")
@@ -65,70 +66,90 @@ class HeldOut(BaseModel):
     model_config = ConfigDict(extra="forbid")
     file: Text | None = Field(
         default=None,
-        description="Id of an uploaded file with the prompts to evaluate on. Without it and `rows`: those of the "
-        "rounds.",
+        description="Id of an uploaded file with the prompts to evaluate policies on. Default, if `rows` is not sent "
+        "either: the prompts that the rounds train on.",
     )
     max_items: MaxItems = Field(
         default=200,
-        description="Maximum number of rows to take, from the first row of the file, or of the prompts of the rounds, "
-        "on.",
+        description="Maximum number of prompts to evaluate policies on. The first prompts are taken.",
     )
     judge: Judge | None = Field(
-        default=None, description="Who judges the answers. Without it: the judge of the rounds."
+        default=None,
+        description="What judges the answers when a policy is evaluated. Default: the judge that scores the answers "
+        "that the rounds train on.",
     )
     sampling: Sampling | None = Field(
-        default=None, description="How answers are sampled. Without it: as for the rounds."
+        default=None,
+        description="How answers are sampled when a policy is evaluated. Default: as the answers that the rounds train "
+        "on are sampled.",
     )
 
 
 class CreateHeldOut(HeldOut):
     """The field `evaluation` of a request for rounds, perhaps with the prompts themselves."""
 
-    rows: Rows | None = Field(default=None, description="Prompts to evaluate on, instead of a file.")
+    rows: Rows | None = Field(
+        default=None, description="The prompts to evaluate policies on. Send this, `file` or neither."
+    )
 
 
 class RoundsSpec(BaseModel):
     """The description of rounds. If the request contains prompts itself, they are not part of the description."""
 
     model_config = ConfigDict(extra="forbid")
-    model: Text = Field(description="The first policy: a base model, or a trained policy.")
+    model: Text = Field(description="Name of the policy that the rounds start from: a base model, or a trained policy.")
     file: Text | None = Field(
         default=None, description="Id of an uploaded file with the prompts to sample answers to. Send this or `rows`."
     )
     max_items: MaxItems = Field(
-        default=200, description="Maximum number of prompts to take, from the first row of the file on."
+        default=200,
+        description="Maximum number of prompts to take from the file. The first prompts of the file are taken.",
     )
     prompts_per_round: Annotated[int, Field(ge=1, le=MOST_ITEMS)] | None = Field(
         default=None,
-        description="How many prompts a round takes: the next ones, and the first ones again after the last. Without "
-        "it: each round takes all.",
+        description="Number of prompts that each round takes. A round continues after the last prompt of the round "
+        "before; after the last prompt of all, the first one follows. Default: each round takes all prompts.",
     )
-    num_rounds: int = Field(default=3, ge=1, le=MOST_ROUNDS, description="Number of rounds, at most.")
-    num_samples: int = Field(default=4, ge=2, le=MOST_SAMPLES, description="Number of answers to each prompt.")
+    num_rounds: int = Field(default=3, ge=1, le=MOST_ROUNDS, description="Maximum number of rounds.")
+    num_samples: int = Field(
+        default=4,
+        ge=2,
+        le=MOST_SAMPLES,
+        description="Number of answers that the policy writes to each prompt in a round.",
+    )
     sampling: Sampling = Field(
-        default_factory=Sampling, description="How answers are sampled. Each round has seeds of its own."
+        default_factory=Sampling,
+        description="How the policy samples its answers in each round: length, temperature, nucleus and seed. Each "
+        "round derives other seeds from `seed`.",
     )
-    judge: Judge = Field(description="Who scores the answers: a model, an implicit reward, or a rule.")
+    judge: Judge = Field(description="What scores the answers in each round: a model, an implicit reward, or a rule.")
     selection: Selection = Field(
         default_factory=Selection, description="Which of the answers to a prompt become training data."
     )
     job: dict[str, Any] = Field(
         default_factory=lambda: {"method": {"type": "dpo"}},
-        description="The job of each round: the fields of POST /v1/fine_tuning/jobs, without `model` and "
-        "`training_file`. Without it: dpo with its defaults.",
+        description="The job that trains the policy in each round: a body of POST /v1/fine_tuning/jobs without `model` "
+        "and `training_file`. Default: the objective `dpo` with its defaults.",
     )
     start: Literal["newest", "first"] = Field(
-        default="newest", description="The model that the job of a round starts from: the newest policy, or the first."
+        default="newest",
+        description="The policy that the job of each round starts from: the `newest` one, or the `first` one, from "
+        "which the rounds started.",
     )
     reference: Literal["newest", "first"] = Field(
         default="first",
-        description="The reference model of the job of a round: the first policy, or the newest.",
+        description="The reference model of the job of each round: the `newest` policy, or the `first` one, from which "
+        "the rounds started.",
     )
     evaluation: HeldOut = Field(
-        default_factory=HeldOut, description="How the first policy, and the policy of each round, is evaluated."
+        default_factory=HeldOut,
+        description="How policies are evaluated: the one that the rounds start from, and the one that each round "
+        "trains.",
     )
     stop_if_not_better: bool = Field(
-        default=False, description="Whether to end after a round whose policy is not better than the best one before."
+        default=False,
+        description="Whether the rounds end early, after a round whose policy is not better than the best policy "
+        "before it.",
     )
 
     @property
@@ -209,9 +230,11 @@ def _with(value: Any, **more: Any) -> Any:
 class CreateRounds(RoundsSpec):
     """The JSON body of POST /v1/x/rounds, which improves a policy in rounds."""
 
-    rows: Rows | None = Field(default=None, description="Prompts, instead of a file.")
+    rows: Rows | None = Field(default=None, description="The prompts to sample answers to. Send this or `file`.")
     evaluation: CreateHeldOut = Field(
-        default_factory=CreateHeldOut, description="How the first policy, and the policy of each round, is evaluated."
+        default_factory=CreateHeldOut,
+        description="How policies are evaluated: the one that the rounds start from, and the one that each round "
+        "trains.",
     )
 
     def check(self) -> None:

@@ -33,13 +33,21 @@ class Parameter(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     values: Annotated[list[Any], Field(min_length=1, max_length=MOST_TRIALS)] | None = Field(
-        default=None, description="The values to try."
+        default=None, description="The values of the field that the sweep tries. Send this, or `min` and `max`."
     )
-    min: float | None = Field(default=None, allow_inf_nan=False, description="The lowest value of a range.")
-    max: float | None = Field(default=None, allow_inf_nan=False, description="The highest value of a range.")
-    type: Literal["float", "int"] = Field(default="float", description="Whether a range holds whole numbers only.")
+    min: float | None = Field(
+        default=None, allow_inf_nan=False, description="The lowest value that the sweep may draw for the field."
+    )
+    max: float | None = Field(
+        default=None, allow_inf_nan=False, description="The highest value that the sweep may draw for the field."
+    )
+    type: Literal["float", "int"] = Field(
+        default="float", description="Type of the values drawn between `min` and `max`: `int` draws whole numbers only."
+    )
     scale: Literal["linear", "log"] = Field(
-        default="linear", description="Whether values, or their logarithms, are spread evenly over a range."
+        default="linear",
+        description="How values are drawn between `min` and `max`: `linear` spreads the values evenly, `log` their "
+        "logarithms.",
     )
 
     @model_validator(mode="after")
@@ -78,10 +86,13 @@ class Search(BaseModel):
         "tree-structured Parzen estimator) draws values near those of good trials.",
     )
     num_trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)] | None = Field(
-        default=None, description="How many trials `random` and `tpe` make."
+        default=None,
+        description="Number of trials (jobs with chosen values) that a search of the type `random` or `tpe` makes. A "
+        "search of the type `grid` has no such number.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
-        default=None, description="Seed of the draws. Without it: one that the service draws."
+        default=None,
+        description="Seed with which a search of the type `random` or `tpe` draws values. Default: a random seed.",
     )
 
     @model_validator(mode="after")
@@ -99,13 +110,14 @@ class SweepMetric(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: str = Field(
-        description="A metric of validation, such as `eval/loss`; or the name of an evaluation of the sweep and one of "
-        "its results, such as `reward/score`."
+        description="Name of the metric by which trials are compared: a metric that jobs measure on validation data, "
+        "such as `eval/loss`; or an evaluation of the sweep and one of its results, such as `quality/score`."
     )
     goal: Goal | None = Field(
         default=None,
-        description="Whether lower or higher values are better. Without it: lower ones for a loss or a drift, else "
-        "higher ones.",
+        description="Whether lower values of the metric are better (`minimize`) or higher ones (`maximize`). Default: "
+        "`minimize` for `eval/loss` and for the results of evaluations of the kind `drift`, `maximize` for all other "
+        "metrics.",
     )
 
 
@@ -113,12 +125,23 @@ class EarlyStop(BaseModel):
     """The field `early_stop` of a sweep: when a trial is hopeless, so that its job is cancelled."""
 
     model_config = ConfigDict(extra="forbid")
-    metric: Metric = Field(default=LOSS, description="The metric of validation that is compared.")
+    metric: Metric = Field(
+        default=LOSS,
+        description="The metric, measured on validation data, by which a trial (job) is compared with others to decide "
+        "whether it stops early.",
+    )
     min_trials: int = Field(
-        default=3, ge=1, le=MOST_TRIALS, description="How many trained trials there must be to compare with."
+        default=3,
+        ge=1,
+        le=MOST_TRIALS,
+        description="No trial (job) stops early before this many other trials have been trained to the end, so that it "
+        "can be compared with them.",
     )
     min_progress: float = Field(
-        default=0.0, ge=0, lt=1, description="The share of its steps that a trial trains in any case."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="No trial (job) stops early before it has trained this share of its steps, from 0 to 1.",
     )
 
 
@@ -126,21 +149,37 @@ class CreateSweep(BaseModel):
     """The JSON body of POST /v1/x/sweeps, which creates a sweep."""
 
     model_config = ConfigDict(extra="forbid")
-    job: dict[str, Any] = Field(description="The body of a job, as for POST /v1/fine_tuning/jobs.")
+    job: dict[str, Any] = Field(
+        description="The job that all trials (jobs of the sweep) are copies of, except for `parameters`: a body of "
+        "POST /v1/fine_tuning/jobs."
+    )
     parameters: Annotated[dict[Path, Parameter], Field(min_length=1, max_length=MOST_PARAMETERS)] = Field(
-        description="The fields of the job that differ between trials, by their paths, such as "
-        "`method.dpo.hyperparameters.beta`. A `*` after `method` stands for the trial's method."
+        description="The fields of the job that differ between trials (jobs of the sweep), with the values to try. A "
+        "key is the path of a field, such as `method.dpo.hyperparameters.beta`. In `method.*.hyperparameters.beta`, "
+        "the `*` stands for the method of each trial."
     )
-    search: Search = Field(default_factory=Search, description="How the values of trials are chosen.")
-    max_running_jobs: int = Field(default=2, ge=1, le=64, description="How many jobs of the sweep run at a time.")
+    search: Search = Field(
+        default_factory=Search,
+        description="How the sweep chooses the values of each trial (job): all combinations, at random, or near the "
+        "values of good trials.",
+    )
+    max_running_jobs: int = Field(
+        default=2, ge=1, le=64, description="Maximum number of the sweep's jobs that run at the same time."
+    )
     metric: SweepMetric | None = Field(
-        default=None, description="What makes a trial better than another one. `tpe` needs it."
+        default=None,
+        description="The metric by which trials (jobs of the sweep) are compared. A search of the type `tpe` needs a "
+        "metric.",
     )
-    early_stop: EarlyStop | None = Field(default=None, description="When hopeless trials are stopped.")
+    early_stop: EarlyStop | None = Field(
+        default=None,
+        description="Rules by which a trial (job) that does worse than the others stops early. `{}` takes the default "
+        "rules. Default: no trial stops early.",
+    )
     evaluations: Annotated[dict[Name, dict[str, Any]], Field(max_length=MOST_EVALUATIONS)] = Field(
         default_factory=dict,
-        description="Evaluations of each trial's policy, by names of your choice: bodies of POST /v1/x/evaluations "
-        "without `model`.",
+        description="Evaluations that the sweep makes of each trained policy. A key is a name of your choice; its "
+        "value is a body of POST /v1/x/evaluations without `model`.",
     )
 
     def settled(self) -> "CreateSweep":
