@@ -240,8 +240,8 @@ def judge(client: OpenAI, console: Console, shop: Shop, prompts: Sequence[str], 
     """Compares answers of the policy after DPO (`after`) with those of the policy before DPO (`before`). A courteous
     answer wins over a curt one.
 
-    Prints which of three marks are reached: enough answers win, few lose, and enough are well-formed, as `shop` judges.
-    Returns whether all are reached.
+    The demo has three goals: enough answers win, few answers lose, and enough answers are well-formed, as `shop`
+    judges. Prints which goals are reached. Returns whether all are reached.
     """
     sampling = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
     rule = {"type": "regex", "pattern": IS_COURTEOUS}

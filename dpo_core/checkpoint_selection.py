@@ -37,11 +37,11 @@ def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
 
 
 def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | None) -> bool:
-    """Whether the training run should stop early: the last `early_stop.patience` evaluations in `found`, or more,
-    brought no gain. `found` has the evaluations in the order of their steps. Always false if `early_stop` is None.
+    """Whether the training run should stop early: its last `early_stop.patience` evaluations (or more) brought no gain.
+    `found` has the run's evaluations in the order of their steps. Always false if `early_stop` is None.
 
     The first evaluation is a gain. Each later one is a gain if its value of `metric` is better than the value of the
-    previous gain, by at least `early_stop.min_gain`.
+    previous gain by at least `early_stop.min_gain`, and not equal to it.
     """
     if early_stop is None:
         return False

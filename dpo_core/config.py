@@ -24,7 +24,9 @@ from dpo_core.options import (
 
 @options
 class Optim:
-    """The options of the optimizer, AdamW, and of the schedule of its learning rate."""
+    """The options of the optimizer (AdamW) and of its learning rate: the highest value, the warm-up, and the schedule
+    after the warm-up.
+    """
 
     # None means the objective's default
     learning_rate: Annotated[
@@ -117,7 +119,9 @@ Truncation = Literal["drop", "keep_start", "keep_end"]
 
 @options
 class EarlyStop:
-    """The options of early stopping, which ends a training run once its evaluations no longer improve."""
+    """The options of early stopping, which ends a training run once its evaluations no longer improve: how many
+    evaluations in a row may bring no gain (`patience`), and the least improvement that counts as a gain (`min_gain`).
+    """
 
     patience: Annotated[
         int,

@@ -90,8 +90,9 @@ def options(cls: type[T]) -> type[T]:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """The properties of an objective that the trainer and the service need to know, such as the data from which it
-    learns."""
+    """The properties of an objective that the trainer and the service need to know: the kinds of data from which the
+    objective learns, what its loss needs (such as a reference), what it trains (a policy or a reward model), and its
+    defaults."""
 
     learns_from: tuple[Kind, ...]
     needs_reference: bool = True

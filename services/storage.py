@@ -283,11 +283,11 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
 
 @contextmanager
 def _alone(copy: Path, *, wait: bool = True) -> Iterator[None]:
-    """Waits until no other process of this node downloads or removes the copy `copy`, or raises BlockingIOError if one
-    does and `wait` is False. In the `with` block, other processes that want to do so wait in turn. The kernel ends
-    their wait if this process dies.
+    """Runs the `with` block while no other process of this node downloads or removes the copy `copy`. First waits until
+    no other process does so; if `wait` is False, raises BlockingIOError instead of waiting.
 
-    `copy` may also be an unfinished download: it has the lock of the copy that it is to become.
+    Other processes that want to download or remove the copy meanwhile wait for the end of the block, or until this
+    process dies. `copy` may also be an unfinished download: it has the lock of the copy that it is to become.
     """
     name = copy.name.lstrip(".").partition(".")[0]
     with copy.with_name(f"{name}.lock").open("w") as lock:
@@ -315,9 +315,9 @@ def make_room(folder: Path, needed: int) -> None:
     all copies together have at most as many bytes as the environment variable RAYDPO_COPIES_BYTES says (not set: no
     limit), and the disk keeps SPARE bytes free.
 
-    All copies go that nobody has asked for within UNUSED_SECONDS. If there is still too little room, older copies go
-    first, but copies that somebody has asked for within USED_SECONDS stay in any case. Unfinished downloads of killed
-    processes are removed by the same rules, and downloads that are under way are not.
+    First removes all copies that nobody has asked for within UNUSED_SECONDS. If there is still too little room, removes
+    more copies, the oldest first, but none that somebody has asked for within USED_SECONDS. Unfinished downloads of
+    killed processes are removed by the same rules. Downloads that are under way stay.
     """
     limit = int(os.environ.get(COPIES_VARIABLE, 2**63))
     copies: list[tuple[float, int, Path]] = []
@@ -349,7 +349,9 @@ def _remove(copy: Path, last_use: float) -> bool:
 
 
 def _beside(copy: Path) -> Path:
-    """Returns a new path next to a copy, for what is not complete. `_alone` finds the copy's lock by this name."""
+    """Returns a new path next to a copy, for an unfinished download of this copy. The path begins with the copy's own
+    name, by which `_alone` finds the copy's lock.
+    """
     return copy.with_name(f".{copy.name.lstrip('.').partition('.')[0]}.{secrets.token_hex(4)}")
 
 

@@ -85,11 +85,12 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
 def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
-    """Splits the two conversations in `sides`, and returns the prompt with which both begin, and the two completions.
-    `columns` names the conversations' columns in the row, for error messages.
+    """Splits two conversations into the prompt with which both begin and the two completions. Returns the prompt, and a
+    tuple of the two completions. `sides` are the conversations, and `columns` their columns in the row, for error
+    messages.
 
     Raises InvalidRow if the first message in which the conversations differ is not the assistant's. `may_be_empty` says
-    of each completion whether it may be empty.
+    for each completion whether it may be empty.
     """
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)

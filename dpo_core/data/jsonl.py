@@ -33,9 +33,11 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line of a file: its line number, and its dictionary. The method `renamed` returns a copy in which
-    columns have other names. For this copy, the argument `columns` maps the new names to the original names, because
-    errors name columns as the file does."""
+    """One parsed line of a file: its line number (`line`), and the dictionary on the line (`value`).
+
+    If a copy made by `renamed` has other names for some columns, the argument `columns` maps these new names to the
+    names in the file. Errors use it to name columns as the file does.
+    """
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
@@ -54,8 +56,9 @@ class Row:
         return InvalidRow(self.line, pointer, code, f"Line {self.line}: {subject} {what}")
 
     def renamed(self, columns: Mapping[str, str]) -> "Row":
-        """Returns a copy of the row in which the column `columns[role]` has the name `role`, for each role in
-        `columns`. Raises InvalidRow if such a column is missing, or if another column already has the name."""
+        """Returns a copy of the row in which columns have their standard names. `columns` maps standard names, such as
+        `prompt`, to the names that the columns have in this row. Raises InvalidRow if such a column is missing, or if
+        another column already has the standard name."""
         others = {key: value for key, value in self.value.items() if key not in columns.values()}
         for role, column in columns.items():
             if column not in self.value:
@@ -160,8 +163,9 @@ _ESCAPED = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 def parse_within(row: Row, pointer: str, text: str) -> object:
-    """Returns the JSON value in a text of the row. The text is parsed by the same rules as rows. Raises InvalidRow for
-    JSON that cannot be used. `pointer` is the text's JSON pointer; its keys must need no escapes."""
+    """Parses a text in the row that is written as JSON, and returns its value. The rules are the same as for whole
+    rows. Raises InvalidRow for JSON that cannot be used. `pointer` is the text's JSON pointer, in which no key may have
+    a `/` or a `~`."""
     try:
         value = _loads(text)
     except RecursionError:

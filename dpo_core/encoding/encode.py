@@ -71,9 +71,9 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The number of tokens in a head, which is the beginning of a completion. Only tokens that count in the loss
-        belong to a head. All completions of the group (a prompt with its completions) have heads of the same length:
-        the number of such tokens in the completion that has the fewest."""
+        """The number of tokens in the head of each completion. The head of a completion is its first tokens that count
+        in the loss. All completions of a group (a prompt with its completions) have heads of the same length: the
+        number of tokens that count in the completion that has the fewest of them."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
@@ -220,9 +220,13 @@ def _behind(
 def _tokens_of(
     span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int]:
-    """Returns the range of a completion's tokens that stand for `span`, a range of characters in the completion. `text`
-    is the completion's text, `ids` are its tokens, and `tail` is the end of the prompt before it. If a token has
-    characters on both sides of an end of `span`, this end of the range is before the token."""
+    """Turns a range of characters in a completion into the range of the completion's tokens that stand for these
+    characters. Both ranges are pairs: the start, and the end that is not included.
+
+    `span` is the range of characters, `text` the completion's text, `ids` its tokens, and `tail` the end of the prompt
+    before the completion. If the start or the end of `span` is in the middle of a token, the range of tokens starts or
+    ends before this token.
+    """
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
     start, stop = (len(commonprefix([list(part), list(ids)])) for part in starts)  # noqa: RUF071 (ids are meant)

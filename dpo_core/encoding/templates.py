@@ -1,7 +1,8 @@
 """Writes a group (a prompt with its completions) as the texts that the model reads. The chat template gives these texts
 their form.
 
-A group of which the template leaves out a part is refused, because training would otherwise lose text unnoticed.
+If the template leaves out a part of a group, the group is refused, because training would otherwise lose text
+unnoticed.
 """
 
 import json
@@ -113,9 +114,9 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dia
     between the assistant's answers. `dialogue` is the text of the group's prompt followed by `completion`. `apply` is a
     function that returns the chat template's texts for lists of messages.
 
-    The words with which the template asks for an answer belong to these ranges, because a served policy is given these
-    words and does not write them. Raises InvalidRow for a template that writes a message differently once other
-    messages follow.
+    The generation prompt before a later answer (the words with which the template asks for it) counts as a part of
+    these ranges, because a served policy is given these words and does not write them. Raises InvalidRow for a template
+    that writes a message differently once other messages follow.
     """
     messages = [*cast(list[Message], group.prompt), *cast(list[Message], completion)]
     spans = []
@@ -140,16 +141,20 @@ def _first_day() -> date:
 
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
-    """Returns the properties in which groups must agree, so that one call of the chat template can write them together:
-    whether the group holds messages (and not texts), its tools, and its template arguments. A group is a prompt with
-    its completions."""
+    """Returns what groups (prompts with their completions) must have in common, so that one call of the chat template
+    can write all of them. Returns three values:
+
+    - whether the group holds messages, and not plain texts
+    - its tools; None without tools
+    - its arguments for the chat template; None without arguments
+    """
     return isinstance(group.prompt, list), group.tools, group.template_arguments
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """The texts of a group (a prompt with its completions) as the chat template writes them, before the prompt and the
-    completions are separated."""
+    """The texts of a group (a prompt with its completions) as the chat template writes them: its prompt, and for each
+    completion one text in which the prompt and the completion are not yet separated."""
 
     prompt: str  # the prompt as a served policy is given it, with the words that ask for an answer
     dialogues: tuple[str, ...]  # for each completion, the prompt and it; in a group of texts, only the completion

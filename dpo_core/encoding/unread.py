@@ -19,7 +19,7 @@ def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | 
     The template must be able to write the group. `today` is the date that some templates write; None means the day on
     which this process first needed the date. The names are:
 
-    - `messages/name`
+    - `messages/name`, the names of messages' authors
     - `messages/tool_call_id`, which says to which call a tool's result belongs. The name is yielded only if the results
       come in another order than the calls. If the order is the same, the model sees without this id which result
       belongs to which call.

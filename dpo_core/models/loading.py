@@ -120,8 +120,8 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns two values: the config with which to load a model for texts, and patterns that rename the weights of the
-    model's folder. The second is None if nothing must be renamed.
+    """Returns the config with which to load a model for texts, and patterns that rename the weights in the model's
+    folder. The patterns are None if no weight must be renamed.
 
     transformers cannot load some multimodal models for texts. For such a model, the config is that of the text model
     within it, and the patterns give the weights the names that the text model expects.
@@ -184,8 +184,8 @@ def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
     """Returns those of `names` that belong to the model's layers or to a reward model's head. `names` are weights of
     the folder that transformers did not use.
 
-    The result leaves out weights that training on texts does not use: image encoders, and layers after the last one
-    that predict further tokens.
+    The result leaves out weights that training on texts does not use: those of image encoders, and those of multi-token
+    prediction (extra layers after the last one, which predict tokens beyond the next).
     """
     config = model.config.get_text_config()
     first_further: int = getattr(config, "num_hidden_layers", 0)

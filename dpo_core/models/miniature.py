@@ -60,8 +60,8 @@ def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
     """Returns a small copy of the model with random weights. The copy has one layer of each kind that the model has,
     and at least two layers.
 
-    With `narrow` the copy also has fewer attention heads. If the architecture does not accept so small a config, the
-    error of the architecture's code is raised.
+    With `narrow` the copy also has fewer attention heads. If the architecture does not accept such a small config, the
+    exception of the architecture's own code is passed on.
     """
     config = deepcopy(model.config)
     for part in _parts(config):

@@ -175,8 +175,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Turns the adapter that is being trained off in the `with` block. In the block the policy computes the same as its
-    reference, the model from which training started. An adapter that is frozen stays on."""
+    """Turns off, in the `with` block, the adapter that is being trained. In the block the policy computes the same as
+    its reference, the model from which training started. An adapter that is frozen stays on."""
     if not has_adapter(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return

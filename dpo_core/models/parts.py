@@ -208,8 +208,9 @@ def _hollow(model: PreTrainedModel) -> dict[int, nn.Parameter]:
 def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
     """Returns an empty DTensor on the meta device, with the dtype `dtype`, that is sharded like `own`.
 
-    transformers cannot read a weight of several experts on a rank (process of the run) that has no part of it. Such a
-    rank gets a part along the last dimension instead, and drops this part later.
+    There is one exception: if a weight holds several experts and this rank (process of the run) has no part of it, the
+    result gives the rank a part along the last dimension, which the rank drops later. The reason is that transformers
+    cannot read such a weight on a rank without a part.
     """
     empty = cast(DTensor, torch.empty_like(own, dtype=dtype, device="meta", requires_grad=False))
     if own.ndim < 3 or own.to_local().numel():

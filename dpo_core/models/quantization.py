@@ -54,9 +54,12 @@ def precision_of(model: PreTrainedModel) -> str:
 
 
 def scales_of(model: nn.Module) -> Iterator[Tensor]:
-    """Yields, for each weight in NF4, the tensors that turn its bytes into numbers. These are the absolute maximum of
-    each block of 64 weights, which is itself stored in 8 bits, and the offset and the scales that turn these 8 bits
-    into numbers."""
+    """Yields three tensors for each weight in NF4, which are needed to turn its bytes into numbers:
+
+    - the absolute maximum of each block of 64 numbers, quantized to 8 bits
+    - the offset that is added to these maxima
+    - the scales that turn the 8 bits of the maxima into numbers
+    """
     for weight in model.parameters():
         if state := getattr(weight, "quant_state", None):
             yield from (state.absmax, state.offset, state.state2.absmax)

@@ -63,8 +63,8 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns where the chosen and the rejected completions are in the table of `measures`: their row numbers, under
-    the keys `chosen` and `rejected`. If there are no completions of one kind, the key of this kind is left out."""
+    """Returns which rows of the table of `measures` belong to chosen and to rejected completions: two tensors of row
+    numbers, under the keys `chosen` and `rejected`. A key without rows is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
     completions = (completion for group in measures.groups for completion in enumerate(group.ranked()))

@@ -82,7 +82,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The options of a job that affect memory. Most options have the names that they have as fields of a job."""
+    """The options of a job that affect memory, such as its precision, adapter, number of workers and batch size."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     adapter: int | None = None  # the adapter's rank; None: all weights are trained

@@ -73,8 +73,9 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
-    """Returns two values: the number of tokens in a worker's largest pack (groups of one forward pass), and whether the
-    worker computes several packs in one optimizer step. `limit` is the most tokens that a pack may have."""
+    """Returns how a worker's groups (prompts with their completions) fill packs; a pack is the groups of one forward
+    pass. `limit` is the most tokens that a pack may have. Returns two values: the number of tokens in the worker's
+    largest pack, and whether the worker computes more than one pack in an optimizer step."""
     groups = ceil(run.batch_size / run.num_workers)
     if rows.longest > rows.computed:  # groups of different lengths fill packs up to the limit
         return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit
@@ -200,9 +201,11 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
 
 
 def _balanced(model: Shapes, run: Run) -> int:
-    """Returns the number of experts in a layer if a loss balances them; 0 if none does. For this loss, the logits of
-    all routers are held until all layers are computed, and autograd keeps their float32 probabilities, even if layers
-    are recomputed."""
+    """Returns the number of experts in a layer if training adds a loss that balances them; 0 if it does not.
+
+    This loss needs memory: the logits of all routers are held until all layers are computed, and autograd keeps their
+    float32 probabilities, even if the backward pass recomputes layers.
+    """
     return _num_experts(model) if model.text.get("router_aux_loss_coef") and not run.rewards else 0
 
 

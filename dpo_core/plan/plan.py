@@ -35,8 +35,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory, disk space and optimizer steps that a training run needs, whether the run fits into memory, and the
-    changes of options that make it fit."""
+    """The plan of a training run: the memory, disk space and optimizer steps that the run needs, whether it fits into
+    memory (`fits`), and the changes of options that make it fit (`changes`)."""
 
     run: Run  # the run, with the size of its packs decided
     shards: int

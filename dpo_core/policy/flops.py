@@ -42,9 +42,12 @@ class Flops:
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:
-    """Returns the number of floating-point operations for one input row of a product with `weight`. These are the
-    operations of the product itself, which counts twice if `twice`, of the gradient of the input and, if the weight is
-    trained, of the gradient of the weight."""
+    """Returns the number of floating-point operations that a product with `weight` costs for one input row. The sum of:
+
+    - the operations of the product itself, doubled if `twice`
+    - the operations for the gradient of the input
+    - the operations for the gradient of the weight, if the weight is trained
+    """
     return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 

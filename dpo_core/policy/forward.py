@@ -49,8 +49,8 @@ def readings(config: PretrainedConfig) -> list[Logits]:
 
 
 def _numbers(config: PretrainedConfig, names: Sequence[str]) -> list[float]:
-    """Returns the config's values under `names` that are numbers other than 0. Values of other types are skipped; for
-    example, MPT's config has a word where others have a number."""
+    """Returns the values that the config has under `names`, without values that are 0 or no numbers. For example, MPT's
+    config has a word where other configs have a number."""
     values = [getattr(config, name, None) for name in names]
     return [float(value) for value in values if isinstance(value, int | float) and value]
 
@@ -62,7 +62,9 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 class Logps(NamedTuple):
-    """What a language model gives K completions with R targets, which are the tokens that count in the loss."""
+    """The results of a language model for a batch of K completions: the log-probability of each target (a token that
+    counts in the loss), whether each target was the likeliest token, and how routers spread tokens over experts.
+    """
 
     logps: Tensor  # [R] log-probability of each target
     correct: Tensor  # [R] whether the target was the likeliest token
@@ -103,7 +105,9 @@ def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Ten
 
 
 class _States(NamedTuple):
-    """What a model's decoder computes for T tokens. The first dimension may be split into rows of a padded batch."""
+    """The results of a model's decoder for T tokens: the hidden states, and how routers spread the tokens over experts.
+    For a padded batch, the first dimension T is split into two: rows, and tokens of a row.
+    """
 
     hidden: Tensor  # [T, H] hidden states after the last layer
     spread: Tensor  # [T, 2N] how routers spread each token over N experts; N is 0 unless asked for

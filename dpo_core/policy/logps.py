@@ -13,9 +13,12 @@ PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes that a full tile takes. A tile is the part of the logits that is in memory at a time, in
-    float32. If logits are `capped`, there are three copies of the tile. For a model in half precision there is one more
-    copy, in the model's dtype."""
+    """Returns the bytes of memory that a full tile takes. A tile is the part of the logits, in float32, that is in
+    memory at a time.
+
+    The result includes the copies of the tile that exist at the same time: three in all if the logits are `capped`
+    (limited by tanh), and one more in the model's dtype if this dtype is half precision.
+    """
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
     return numbers * widths

@@ -54,8 +54,8 @@ class Measures:
     completions). The completions are listed group by group, the best first.
 
     `table` is [K, NUM_MEASURES]: a row for each completion. The columns are LOGPS, HEAD_LOGPS and NUM_CORRECT for a
-    policy, and REWARD and LOG_VARIANCE for a reward model. For a mixture of N experts
-    that training balances, 2N more columns follow, see `spread`.
+    policy, and REWARD and LOG_VARIANCE for a reward model. If training balances the N experts of a mixture, 2N more
+    columns follow; the property `spread` explains them.
     """
 
     def __init__(self, groups: Sequence[EncodedGroup], table: Tensor) -> None:
@@ -132,8 +132,9 @@ class Measures:
 
     @property
     def spread(self) -> Tensor:
-        """How routers spread the completions and their prompts over N experts: 2N sums for each completion, see
-        `Experts.spread`. The sums are 0 for completions that answer another prompt than their group's."""
+        """How routers spread the tokens of each completion and its prompt over N experts, [K, 2N] for K completions:
+        for each expert, how often the routers chose it, then for each expert, the sum of its probabilities. All are 0
+        for a completion that answers another prompt than its group's."""
         return self.table[:, NUM_MEASURES:] * ~self.ratings.isnan()[:, None]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:
@@ -156,8 +157,9 @@ class Measures:
 
     @cached_property
     def _places_by_group(self) -> Tensor:
-        """The index of each of K completions, [K], in a flat list in which every group (a prompt with its completions)
-        has equally many entries: as many as the largest group has completions."""
+        """For each of K completions, its index in a flat list of all groups (prompts with their completions), [K]. In
+        this list every group has the same number of entries, as many as the largest group has completions; smaller
+        groups leave entries unused."""
         most = max(self.sizes)
         return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 

@@ -70,8 +70,9 @@ def probe(model: PreTrainedModel) -> Manner:
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """Returns two values: the model on which `probe` compares outputs, and a text. The model is a miniature of `model`,
-    and the text is empty. If no miniature can be made, the model is `model` itself, and the text is the reason."""
+    """Returns the model on which `probe` compares outputs, and a reason. Normally the model is a miniature (a small
+    model with the architecture of `model`), and the reason is empty. If no miniature can be made, the model is `model`
+    itself, and the reason says why."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)

@@ -22,21 +22,25 @@ BALANCE = "aux_loss"  # the metric's name
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a model whose config says that training balances them."""
+    """The experts of a mixture of experts that training balances: how many experts a layer has, how many of them a
+    router chooses for each token, and the coefficient of the load-balancing loss.
+    """
 
     number: int  # in a layer
     chosen: int  # by a router for each token
     coefficient: float  # of the load-balancing loss, which training adds to that of the objective
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Returns the bytes that `spread` needs for one token in one layer of a model that computes in `dtype`: the
-        router's logits, which are there until all layers are computed, and float32 probabilities, which autograd keeps
-        for the backward pass. Layers that are recomputed in the backward pass need as many."""
+        """Returns the bytes of memory that `spread` needs for one token in one layer of a model that computes in
+        `dtype`. These are the router's logits, which are held until all layers are computed, and their float32
+        probabilities, which autograd keeps for the backward pass. The number is the same if the backward pass
+        recomputes layers."""
         return self.number * (dtype.itemsize + torch.float32.itemsize)
 
     def spread(self, router_logits: Sequence[Tensor]) -> Tensor:
-        """Returns for each of T tokens how many layers choose each of N experts, and after these N numbers the sums
-        over all layers of the N probabilities, [T, 2N]. `router_logits` are those of each layer, [T, N]."""
+        """Returns how the routers spread T tokens over N experts, [T, 2N]. The first N numbers of a token say how many
+        layers chose each expert for it. The other N numbers are the probabilities of each expert, summed over all
+        layers. `router_logits` has one tensor [T, N] for each layer."""
         choices = probabilities = torch.zeros((), device=router_logits[0].device)
         for logits in router_logits:
             layer = logits.float().softmax(-1)
@@ -54,13 +58,16 @@ class Experts:
 
 
 def balance_metrics(experts: Experts | None, measures: Measures) -> dict[str, Tensor]:
-    """Returns the load-balancing loss under the name that it has in TRL; nothing if training balances no experts."""
+    """Returns a dictionary with the load-balancing loss, under the name that it has in TRL. Returns an empty dictionary
+    if `experts` is None, because training then balances no experts.
+    """
     return {BALANCE: experts.loss(measures)} if experts else {}
 
 
 def experts_of(model: PreTrainedModel) -> Experts | None:
-    """Returns the experts that training balances, judging by the model's config; None if there are none. transformers
-    defines no load-balancing loss for reward models."""
+    """Returns the experts that training balances, judging by the model's config. Returns None if training balances
+    none: the config does not ask for it, or the model is a reward model, for which transformers defines no
+    load-balancing loss."""
     config = model.config.get_text_config()
     coefficient = getattr(config, "router_aux_loss_coef", None)
     number, chosen = (getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok"))
@@ -70,8 +77,8 @@ def experts_of(model: PreTrainedModel) -> Experts | None:
 
 
 def by_completion(batch: Batch, spread: Tensor) -> Tensor:
-    """Returns the sums of `spread`, [T, 2N] for T tokens, over each of K completions and its prompt, [K, 2N]. The batch
-    must have the last tokens of its completions (`collate` with `with_ends`)."""
+    """Sums `spread`, [T, 2N] for T tokens, over each completion and its prompt. Returns the sums, [K, 2N] for K
+    completions. The batch must include the last token of each completion (`collate` with `with_ends`)."""
     if not spread.shape[1]:
         return spread.new_zeros(batch.num_completions, 0)
     cuts = sorted({edge for segment in batch.segments for edge in segment})

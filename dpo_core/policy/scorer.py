@@ -101,7 +101,7 @@ class Scorer(nn.Module):
         - the number of its tokens that the model found the likeliest of all tokens
 
         For a reward model the columns are the outputs of the model's head, followed by zeros. If the scorer measures
-        how N experts are used, 2N more columns follow, see `Experts.spread`.
+        how routers spread tokens over N experts, 2N more columns follow; `Experts.spread` explains them.
         """
         if self.rewards:
             outputs = self._outputs(batch)

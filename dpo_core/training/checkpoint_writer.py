@@ -144,9 +144,9 @@ class Writer:
 
 
 def _shard_index(weights: Weights) -> tuple[int | None, int]:
-    """Returns two values: which shard of the optimizer's state this rank (process of the run) writes, counted from 0,
-    and the number of shards. The first is None if this rank writes no shard, because another rank holds the same shard
-    and writes it."""
+    """Returns two numbers: the index (from 0) of the shard of the optimizer's state that this rank (process of the run)
+    writes, and the number of shards. The index is None if this rank writes nothing, because another rank holds the same
+    shard and writes it."""
     first = next(iter(weights.stepped.values()))
     if not isinstance(first, DTensor):
         return (0 if rank() == 0 else None), 1

@@ -26,11 +26,11 @@ from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memo
 
 @dataclass(frozen=True)
 class Pack:
-    """Some groups (prompts with their completions) of an optimizer step, which one forward and one backward pass
-    compute together.
+    """The groups (prompts with their completions) of an optimizer step that one forward and one backward pass compute
+    together, as a batch of tensors.
 
-    If the model is sharded, all ranks (processes of the run) must run every forward pass together. A rank of a sharded
-    model that has no groups for a pack runs a group of another pack and drops the result.
+    If the model is sharded, all ranks (processes of the run) must run every forward pass together. If a rank of a
+    sharded model has no groups for a pack, it runs a group of another pack and drops the result.
     """
 
     groups: Sequence[EncodedGroup]  # empty for a pack that only takes part in the forwards of other ranks
@@ -148,9 +148,12 @@ def _backward_of_whole_batch(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Computes the gradient of the loss: first the forward passes of all packs, then the backward passes. Works also
-    for an objective that compares completions of different packs, and for a loss that balances experts: how much a
-    token's probabilities count depends on how all tokens are spread. A pack is the groups of one forward pass.
+    """Computes the gradient of the loss: first the forward passes of all packs, then the backward passes. A pack is the
+    groups of one forward pass. This way works for every loss, also if the gradient of one pack depends on other packs:
+
+    - the loss of some objectives compares completions of different packs
+    - the loss that balances experts weighs a token's probabilities by how often all tokens of the batch choose each
+      expert
 
     The forward pass of each pack is repeated before its backward pass, unless there is only one pack. Adds the gradient
     to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of all completions,

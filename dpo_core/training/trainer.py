@@ -236,8 +236,9 @@ class _Run:
             self.change = self._change_of_balance() if trained else None
 
     def _change_of_balance(self) -> str | None:
-        """Returns a sentence for the user if training balances experts from here on, but did not up to the checkpoint
-        from which it resumes, or the reverse. Returns None if nothing changes. Older releases balanced no experts."""
+        """Returns a sentence for the user if a resumed run changes whether training balances experts: the run balances
+        them, but the run that wrote the checkpoint did not, or the reverse. Returns None if nothing changes. Releases
+        that are older than the balancing loss balanced no experts."""
         experts, before = self.scorer.experts, BALANCE in self.metrics
         if before == (experts is not None):
             return None

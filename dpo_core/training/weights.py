@@ -85,7 +85,7 @@ class Weights:
 
     def release(self) -> None:
         """Removes what training has added to the policy's parameters: their gradients, and the dtype that was set for
-        gradients. The caller may then train the policy in another way."""
+        gradients. Afterwards the policy can be trained again, with other options."""
         self.drop_gradients()
         for name in self.masters:
             self.trained[name].grad_dtype = self.trained[name].dtype

@@ -165,8 +165,8 @@ def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
     """Returns advice for the end of an error message: which of the row's columns the user should name with the option
     `columns`, and for which roles. A role, such as `prompt`, says what a column holds.
 
-    The parameter `columns` holds the likely column of each role. Returns None if it is empty, or if the row could not
-    be read even with these columns.
+    The parameter `columns` holds the likely column of each role. Returns None if no column is likely, or if the row
+    could not be read even with these columns.
     """
     if not columns or not ROLES.issuperset(columns):
         return None
@@ -262,8 +262,8 @@ def _beside_messages(**kinds: type) -> Test:
 
 def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
     """Returns the format of a public data set. Its rows must have all of `columns` (names, with spaces between them),
-    and may have a system prompt, arguments of the chat template, and a weight. `reader` turns the rows into groups
-    (prompts with their completions), and `kind` says which feedback they hold, such as pairs."""
+    and may have a system prompt, arguments of the chat template, and a weight. `reader` turns a row into groups
+    (prompts with their completions), and `kind` names the kind of feedback in the rows, such as pairs."""
     keys = columns.split()
     row = ", ".join(f"`{key}`" for key in keys)
     return Format(name, row, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)

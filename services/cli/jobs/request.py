@@ -88,8 +88,8 @@ def read_fields(path: Path, which: str) -> Body:
 
 
 def beside(path: Path, body: Body, field: str) -> Body:
-    """Returns the body with the whole path in its field `field`, if this field names a data file in the folder of the
-    config file `path`. Returns any other body unchanged.
+    """If the field `field` of the body names a data file in the folder of the config file `path`, returns the body with
+    the whole path of the data file in this field. Otherwise returns the body unchanged.
     """
     named = body.get(field)
     if isinstance(named, str) and (path.parent / named).is_file():

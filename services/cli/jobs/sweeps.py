@@ -178,7 +178,9 @@ def frontier(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw what each policy of a sweep gained against how far it moved from its reference, with 95% intervals."""
+    """Compare the policies of a sweep: the reward of each against its KL divergence from the reference model, with 95%
+    intervals.
+    """
     params = {name: value for name, value in (("kl", kl), ("reward", reward)) if value is not None}
     found: Any = client.get(f"/x/sweeps/{sweep_id}/frontier", cast_to=object, options={"params": params})
     if output is not None:

@@ -75,16 +75,19 @@ class LeasedWork(Protocol[Piece]):
 
 
 class Troubled(Protocol):
-    """A row of the database that work in the background belongs to, with the columns that tell of errors."""
+    """A row of the database for which work is done in the background. Its columns say since when the work fails with
+    unexpected errors (`troubled_at`), and why it waits (`waits_for`).
+    """
 
     troubled_at: Any  # when the first unexpected error since the last progress was, None if there was none
     waits_for: Any  # why the work waits, as text for the user
 
 
 class Rests:
-    """Remembers how long each piece of work rests that was refused several times in a row, for example by a quota.
+    """Computes how long a piece of work rests after it was refused, for example by a quota. The class remembers the
+    last rest of each piece.
 
-    The first rest is `first` seconds long. Each further one is twice as long, up to `longest` seconds.
+    The first rest of a piece is `first` seconds long. Each further one is twice as long, up to `longest` seconds.
     """
 
     def __init__(self, first: float, longest: float = 60.0) -> None:
@@ -103,7 +106,9 @@ class Rests:
 
 
 def told(error: Exception) -> str:
-    """Returns a clause that tells a user that an unexpected error of the service holds work up."""
+    """Returns a sentence for the user, without a full stop: the service cannot go on because of the unexpected error
+    `error`.
+    """
     return f"The service cannot go on because of an error of its own ({type(error).__name__}), which its log explains"
 
 

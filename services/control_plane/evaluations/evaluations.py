@@ -83,7 +83,9 @@ async def create(
 
 
 async def check_room(session: AsyncSession, num_more: int = 1) -> None:
-    """Raises OverQuota if the project may have no `num_more` evaluations more that have not ended."""
+    """Raises OverQuota if the project cannot create `num_more` evaluations now, because it would have more evaluations
+    that have not ended than it may have.
+    """
     live = await session.scalar(select(func.count()).select_from(Evaluation).where(LIVE)) or 0
     if live + num_more > MOST_LIVE:
         message = (
@@ -329,8 +331,8 @@ async def first_error(session: AsyncSession, evaluation: Evaluation) -> dict[str
 
 
 async def refuse_incomplete(session: AsyncSession, evaluation: Evaluation) -> None:
-    """Raises ApiError if so many items (prompts) of the evaluation failed that its results say little of all of them:
-    more than the share MOST_FAILED.
+    """Raises ApiError if more than the share MOST_FAILED of the evaluation's items (prompts) failed, because the
+    results of the other items then say too little about all of them.
     """
     if evaluation.num_failed <= MOST_FAILED * evaluation.num_items:
         return

@@ -77,7 +77,9 @@ class LengthsDocument(TypedDict):
 
 
 class TokensDocument(TypedDict):
-    """What happened to the rows of a file while they were encoded for a model."""
+    """Counts of what happened to the rows of a file while they were encoded for a model: rows that were kept, held out,
+    left out or cut, warnings about rows, and lengths in tokens.
+    """
 
     num_rows: int
     num_groups: int

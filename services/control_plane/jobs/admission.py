@@ -81,7 +81,7 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
 
 async def _check_quantization(spec: JobSpec, model: NamedModel) -> None:
     """Raises InvalidRequest if the job quantizes its base model, but most weights of this model cannot be quantized.
-    The weights of stacked experts, for example, cannot.
+    For example, a weight that holds all experts of a layer cannot be quantized.
 
     If the shapes of the weights cannot be read on this machine, the job itself makes this check.
     """

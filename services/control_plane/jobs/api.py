@@ -69,7 +69,8 @@ async def list_jobs(
 ) -> dict[str, Any]:
     """Lists the project's jobs, newest first. If `status` is given, lists only jobs with this status.
 
-    The parameter `metadata[k]=v` selects jobs with this pair of metadata, and `metadata=null` jobs without metadata.
+    With the parameter `metadata[k]=v`, lists only jobs whose metadata have the value `v` for the key `k`. With
+    `metadata=null`, lists only jobs without metadata.
     """
     query = select(Job) if status is None else select(Job).where(Job.observed == status)
     if metadata:

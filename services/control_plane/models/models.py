@@ -286,8 +286,9 @@ def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
 
 
 def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
-    """Returns, by what they are called, queries for evaluations, sweeps and rounds that have not ended and name the
-    model `model_id` in any of their fields. Each row has an `id` and a `project_id`.
+    """Returns SQL queries for the evaluations, sweeps and rounds that have not ended and name the model `model_id` in
+    any of their fields. The keys of the result are `evaluation`, `sweep` and `rounds`. Each row of a query has an `id`
+    and a `project_id`.
 
     The queries look at all projects, because a model may be shared with other projects.
     """
@@ -312,7 +313,9 @@ def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
 
 
 def _of(spec: Any) -> list[Any]:
-    """Returns the SQL expressions of the models of the field `judge` of `spec`."""
+    """Returns SQL expressions for the two models that the field `judge` of `spec`, a JSON column, may name:
+    `judge.model` and `judge.reference`.
+    """
     return [spec[("judge", name)] for name in ("model", "reference")]
 
 

@@ -22,7 +22,9 @@ Word = Annotated[str, StringConstraints(min_length=1, max_length=8192)]
 
 
 class CodeGrant(BaseModel):
-    """The JSON body of POST /v1/x/sign-in/token, after the issuer has sent the reader back with a code."""
+    """The JSON body of POST /v1/x/sign-in/token, which exchanges an authorization code of the OpenID Connect issuer for
+    an ID token.
+    """
 
     model_config = ConfigDict(extra="forbid")
     code: Word
@@ -32,7 +34,9 @@ class CodeGrant(BaseModel):
 
 
 class RefreshGrant(BaseModel):
-    """The JSON body of POST /v1/x/sign-in/refresh, when an ID token is about to expire."""
+    """The JSON body of POST /v1/x/sign-in/refresh, which exchanges a refresh token for a new ID token when the old one
+    is about to expire.
+    """
 
     model_config = ConfigDict(extra="forbid")
     refresh_token: Word
@@ -72,21 +76,25 @@ AuthenticationPart = Annotated[Authentication, Depends(_authentication)]
 
 @router.get("", responses=answers(SignInDocument))
 async def retrieve(authentication: AuthenticationPart) -> dict[str, Any]:
-    """Returns where and how the page asks the issuer to sign its reader in."""
+    """Returns what the web page needs to send a person to the OpenID Connect issuer for signing in: the issuer's
+    authorization endpoint, the client id and the scopes. `oidc` is null if people sign in with an API key.
+    """
     flow = authentication.code_flow
     return {"object": "sign_in", "oidc": None if flow is None else await flow.request()}
 
 
 @router.post("/token", responses=answers(TokenDocument))
 async def exchange(authentication: AuthenticationPart, response: Response, body: CodeGrant) -> dict[str, Any]:
-    """Exchanges a code of the issuer for an ID token, and checks that the token gives its owner a role here."""
+    """Exchanges an authorization code of the issuer for an ID token, and checks that this service accepts the token."""
     form = {"grant_type": "authorization_code", **body.model_dump(exclude={"nonce"})}
     return await _tokens(authentication, response, form, body.nonce)
 
 
 @router.post("/refresh", responses=answers(TokenDocument))
 async def refresh(authentication: AuthenticationPart, response: Response, body: RefreshGrant) -> dict[str, Any]:
-    """Exchanges a refresh token for the next ID token. Roles that have changed at the issuer count from now on."""
+    """Exchanges a refresh token for a new ID token. The new token has the roles that the person has at the issuer
+    now.
+    """
     return await _tokens(authentication, response, {"grant_type": "refresh_token", **body.model_dump()}, None)
 
 

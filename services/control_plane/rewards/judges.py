@@ -94,8 +94,11 @@ def _why_unknown(name: str, objective: Objective | None, what: str) -> str:
 
 
 def check_implicit(name: str, objective: Objective, *, reference: str | None, beta: float | None) -> None:
-    """Raises InvalidRequest if a policy, called `name`, that is yet to be trained with this objective will have no
-    implicit reward, and `reference` and `beta`, the request's choices, do not give what is missing.
+    """Checks, before a policy called `name` is trained with this objective, that it will have an implicit reward. An
+    implicit reward needs a reference model and a beta.
+
+    `reference` and `beta` are the request's choices; if one of them is None, the job that trains the policy must
+    provide it. Raises InvalidRequest if the objective provides none.
     """
     if reference is None:
         _check_reference(name, objective)

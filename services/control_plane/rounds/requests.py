@@ -61,7 +61,9 @@ class Selection(BaseModel):
 
 
 class HeldOut(BaseModel):
-    """The field `evaluation` of a request for rounds: how the policy of each round is evaluated."""
+    """The description of how the policy of each round is evaluated: the file of prompts, the judge of the answers, and
+    how the answers are sampled. It is stored with the rounds.
+    """
 
     model_config = ConfigDict(extra="forbid")
     file: Text | None = Field(
@@ -86,7 +88,9 @@ class HeldOut(BaseModel):
 
 
 class CreateHeldOut(HeldOut):
-    """The field `evaluation` of a request for rounds, perhaps with the prompts themselves."""
+    """The field `evaluation` of a request for rounds. Unlike the stored description (HeldOut), it may contain the
+    prompts themselves (`rows`).
+    """
 
     rows: Rows | None = Field(
         default=None, description="The prompts to evaluate policies on. Send this, `file` or neither."
@@ -94,7 +98,9 @@ class CreateHeldOut(HeldOut):
 
 
 class RoundsSpec(BaseModel):
-    """The description of rounds. If the request contains prompts itself, they are not part of the description."""
+    """The description of rounds that is stored: the first policy, the prompts' file, and how answers are sampled,
+    judged and trained on. If the request contains prompts itself, they are not part of the description.
+    """
 
     model_config = ConfigDict(extra="forbid")
     model: Text = Field(description="Name of the policy that the rounds start from: a base model, or a trained policy.")
@@ -228,7 +234,9 @@ def _with(value: Any, **more: Any) -> Any:
 
 
 class CreateRounds(RoundsSpec):
-    """The JSON body of POST /v1/x/rounds, which improves a policy in rounds."""
+    """The JSON body of POST /v1/x/rounds, which creates rounds. Unlike the stored description (RoundsSpec), it may
+    contain the prompts themselves (`rows`).
+    """
 
     rows: Rows | None = Field(default=None, description="The prompts to sample answers to. Send this or `file`.")
     evaluation: CreateHeldOut = Field(

@@ -20,7 +20,7 @@ LOOK_SECONDS = 2.0  # how often rounds look whether their job or evaluation has 
 
 class RoundsRunner:
     """The background work on rounds, which improve a policy by training on its own scored answers. The work comes in
-    pieces: a piece is one row of the table of rounds, with those stages of these rounds that are left.
+    pieces: a piece is all the stages that are left of one row in the table of rounds.
     """
 
     at_once = 16  # while rounds wait, others take their place

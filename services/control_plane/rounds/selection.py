@@ -153,8 +153,8 @@ def _prompt(group: Group) -> Row:
 
 
 def rows_of(selection: Selection, samples: Sequence[Sample], seed: str) -> tuple[list[Row], dict[str, int]]:
-    """Makes rows of training data from samples. Returns the rows, each of them once, and counts: of prompts, of
-    answers, of answers and rows that were left out by the reason, and of the rows.
+    """Makes rows of training data from samples. Returns the rows, without repetitions, and a dictionary of counts:
+    prompts, answers, rows, and the answers and rows that were left out, by reason.
 
     Answers that were cut off at the largest number of tokens are left out, because training adds an end to each
     completion. The same `seed` gives the same rows.
@@ -175,8 +175,8 @@ def rows_of(selection: Selection, samples: Sequence[Sample], seed: str) -> tuple
 
 
 def write_rows(file: IO[bytes], selection: Selection, samples: Sequence[Sample], seed: str) -> dict[str, int]:
-    """Writes the rows that `rows_of` returns as JSON Lines into the file, whose position is then its beginning. Returns
-    the counts of `rows_of`.
+    """Writes the rows that `rows_of` returns into the file as JSON Lines, and seeks to the start of the file. Returns
+    the counts that `rows_of` returns.
     """
     rows, counts = rows_of(selection, samples, seed)
     file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

@@ -45,7 +45,9 @@ Act = Callable[[AsyncSession, Rounds], Awaitable[bool]]
 
 
 class Refused(Exception):
-    """Raised if the project or the service may not do the stage now. The rounds say in `waits_for` why."""
+    """Raised if the project or the service may not do the stage now. The column `waits_for` of the rounds then says
+    why.
+    """
 
 
 class Ended(Exception):
@@ -340,7 +342,9 @@ async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Ma
 
 
 async def _note_bytes(session: AsyncSession, rounds: Rounds, *, num_bytes: int) -> bool:
-    """Notes the size of the round's file, which found no room, so that it is not made again before there is room."""
+    """Stores the size of the round's file, for which the project has too little space left. The file is made again only
+    when the project has this space.
+    """
     return _add(rounds, num_bytes=num_bytes)
 
 

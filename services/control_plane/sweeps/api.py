@@ -159,9 +159,11 @@ Axis = Annotated[str | None, Query(max_length=32)]
 
 @router.get("/{sweep_id}/frontier", responses=answers(FrontierDocument))
 async def show_frontier(store: StorePart, sweep_id: str, kl: Axis = None, reward: Axis = None) -> dict[str, Any]:
-    """Returns a point for each evaluated policy of a sweep: what it gained, and how far it moved for it.
+    """Returns the reward-KL frontier of a sweep: for each evaluated policy, its reward and its KL divergence from the
+    reference model.
 
-    `kl` and `reward` name evaluations of the sweep, if it has several of a kind.
+    `kl` and `reward` are the names of the sweep's evaluations from which the two numbers come. Default: the first
+    suitable one.
     """
     async with store.look() as session:
         sweep = await sweeps.find(session, sweep_id)

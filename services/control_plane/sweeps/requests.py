@@ -68,7 +68,9 @@ class Parameter(BaseModel):
         return self
 
     def extremes(self) -> list[Any]:
-        """Returns all values to try, or the ends of the range."""
+        """Returns all values to try. If the field has a range instead, returns the lowest and the highest value of the
+        range.
+        """
         if self.values is not None:
             return self.values
         assert self.min is not None

@@ -1,7 +1,8 @@
 """Advances sweeps in the background. Every control plane does so.
 
-To look at a sweep, a control plane takes its lease. It does what can be done now, and gives the lease up until the
-sweep is looked at again.
+To work on a sweep, a control plane takes its lease, which is the right to work on it. The control plane does everything
+that can be done for the sweep now, such as submitting jobs, and gives up the lease. It works on the sweep again a
+second or more later.
 """
 
 import logging
@@ -23,7 +24,9 @@ TICK_SECONDS = 1.0  # how often a sweep is looked at
 
 
 class SweepRunner:
-    """The background work on sweeps. A piece of it is one look at a sweep."""
+    """The background work on sweeps. The work comes in pieces: in one piece, a control plane does everything that can
+    be done for one sweep at that moment.
+    """
 
     at_once = 16
 

@@ -105,7 +105,7 @@ async def find(session: AsyncSession, sweep_id: str) -> Sweep:
 
 
 async def lock(session: AsyncSession, sweep_id: str) -> Sweep:
-    """Returns the sweep, which nobody else can change until the transaction ends."""
+    """Locks the sweep's row until the transaction ends, so that nobody else can change the sweep. Returns the row."""
     await find(session, sweep_id)
     return await session.get_one(Sweep, sweep_id, with_for_update=True, populate_existing=True)
 
@@ -143,7 +143,7 @@ async def _stop(session: AsyncSession, sweep: Sweep, actor: str) -> None:
 async def remove(session: AsyncSession, sweep_id: str) -> None:
     """Deletes the sweep and its trials. The jobs, models and evaluations that it has made stay.
 
-    Raises InvalidRequest if it has not ended.
+    Raises InvalidRequest if the sweep has not ended.
     """
     sweep = await lock(session, sweep_id)
     if sweep.state == "running":
@@ -365,9 +365,10 @@ async def _end(session: AsyncSession, sweep: Sweep, state: str, error: dict[str,
 
 
 async def claim(session: AsyncSession, holder: str) -> Sweep | None:
-    """Takes the lease of the next running sweep that no control plane looks at, for `holder`, a control plane.
+    """Takes the lease of the next running sweep (the right to work on it) for the control plane `holder`. Returns the
+    sweep. Returns None if another control plane has the leases of all running sweeps, or is taking one at the moment.
 
-    Projects take turns. Returns the sweep. Returns None if there is none.
+    Projects take turns.
     """
     if not await session.scalar(select(CLAIMS)):
         return None

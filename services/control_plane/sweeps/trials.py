@@ -190,8 +190,9 @@ async def evaluate(
 
 
 async def curves(session: AsyncSession, job_ids: Sequence[str], metric: str) -> dict[str, Curve]:
-    """Returns the curve of a metric of validation for each job, by the job's id: the values at the job's checkpoints so
-    far, each with the share of the job's steps at which it was measured.
+    """Returns the curve of a metric for each job, by the job's id. A curve has a point for each checkpoint of the job
+    so far: the metric's value on validation data, and the share of the job's steps (from 0 to 1) after which it was
+    measured.
     """
     query = select(Checkpoint.job_id, Checkpoint.step, Checkpoint.metrics, Job.training, Job.spec)
     query = query.join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.job_id.in_(job_ids))

@@ -82,8 +82,8 @@ class Encoded(Contract):
 
 
 class Encoding(Contract):
-    """Holds the result of encoding a whole file: the groups (prompts with their completions) to train on, the groups
-    (prompts with their completions) held out for validation, and counts of rows and tokens for the user."""
+    """Holds the result of encoding a whole file: the groups to train on, the groups held out for validation, and counts
+    of rows and tokens for the user. A group is a prompt with its completions."""
 
     training: Dataset
     held_out: Dataset

@@ -6,11 +6,12 @@ before any piece is encoded, and workers can train on it while later pieces are 
 in this order, so global batches do not depend on the number of workers. A resumed job continues the same order at a
 later step.
 
-The number of steps must be known at the first step, but the number of groups is known only when all rows are encoded.
-The number of groups is therefore estimated from the groups per row in the first window. The estimate is the number of
-places (positions for about one group each) in an epoch. Each window gets places in proportion to its rows, and its
-groups are spread evenly over its places. A step has the groups on its `batch_size` places. If the file has only one
-window, every place has one group.
+The number of steps must be known before the first step, but the exact number of groups is known only when all rows are
+encoded. The number of groups in an epoch is therefore estimated from the first window: its groups per row, times the
+rows of the file. The epoch gets as many places as this estimate says. A place is a position in the epoch that usually
+has one group. Each window gets a share of the places that is proportional to its rows, and spreads its groups evenly
+over these places, so a place may have no group or several. A step trains on the groups at its `batch_size` places. If
+the file has only one window, the estimate is exact, and every place has one group.
 """
 
 import random
@@ -95,11 +96,11 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 
 
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Yields two values for each group (a prompt with its completions) of an epoch: its position in the epoch, called
-    its place, and the group. The epoch has `places` places; groups before the place `first` are left out.
+    """Yields the groups (prompts with their completions) of an epoch in order, as pairs (place, group). A place is a
+    position in the epoch, which has `places` of them. Groups at places before `first` are left out.
 
-    After the groups of each window (eight ranges of lines of the file), yields the first place of the next window, and
-    None in place of a group.
+    After the groups of each window (eight ranges of lines of the file), also yields (place, None), with the first place
+    of the next window. This tells the caller that no later group is at an earlier place.
     """
     num_rows = data.num_rows
     all_rows = sum(num_rows)
@@ -122,8 +123,8 @@ def _batches(
 ) -> Iterator[list[EncodedGroup]]:
     """Yields for each of `steps` the list of its groups (prompts with completions).
 
-    `groups` yields each group with its place, that is, its position in the epoch. A None in place of a group means that
-    no later group is at an earlier place. The places of step n begin at n · `batch_size`.
+    `groups` yields pairs (place, group); a place is a position in the epoch. A pair (place, None) means that all groups
+    at earlier places have been yielded. The places of step n begin at n · `batch_size`.
     """
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:

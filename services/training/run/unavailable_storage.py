@@ -20,10 +20,13 @@ Result = TypeVar("Result")
 
 
 def retry_while_unavailable(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
-    """Calls `write`, and returns its result. If `write` or one of its Ray tasks fails because storage is full, calls
-    `write` again and again until it succeeds. If the reason is that storage does not answer, calls `write` again for
-    ten minutes at most, and then raises the error. The ten minutes begin with the first such error. They begin anew
-    after a call that found storage full, or that took longer than ten minutes: storage answered meanwhile.
+    """Calls `write`, and returns its result. If `write` or one of its Ray tasks fails because storage is unavailable,
+    calls `write` again. How often depends on the reason:
+
+    - Storage is full: without limit, until a call succeeds.
+    - Storage does not answer: for ten minutes at most, and then raises the error. The ten minutes begin with the first
+      such error. They begin anew if storage has answered meanwhile, which a call shows that found storage full or took
+      longer than ten minutes.
 
     The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".
     """

@@ -172,8 +172,9 @@ def _param(found: Plan) -> str:
 
 
 def _explain_wait(asked: int, workers: float, nodes: Sequence[Node], settings: Settings) -> str:
-    """Returns a sentence for the user about a job that asks for more workers than the `workers` for which there are
-    GPUs. `nodes` are the machines of the Ray cluster."""
+    """Returns a sentence for the user: the job asks for more workers than the cluster has GPUs for, so it would wait.
+    `asked` is the number of workers that the job asks for, and `workers` the number for which there are GPUs. `nodes`
+    are the machines of the Ray cluster."""
     if not workers:
         num_gpus, needed = sum(len(node.gpus) for node in nodes), settings.num_gpus_per_worker
         has = f"{num_gpus} of the {needed:g} GPUs that each worker needs" if num_gpus else "no GPU"
