@@ -12,6 +12,7 @@ REFUSED = re.compile(
     r"ACCESS_DENIED|Access ?Denied|Permission denied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken"
     r"|PERMISSION_DENIED|UNAUTHENTICATED"  # Google's
 )
+NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist")
 LONGEST = 300  # most characters of the line that names an error
 
 MEANINGS: Sequence[tuple[str, str]] = (  # Ray 2.60's messages without figures: pattern, meaning
@@ -54,4 +55,6 @@ def _error_in(text: str) -> str | None:
     if not errors:
         return None
     line = ": ".join(errors[-1])[:LONGEST].rstrip(".")
+    if NO_BUCKET.search(line):
+        return f"storage has no such bucket: {line}"
     return f"storage refused access: {line}" if REFUSED.search(line) else line

@@ -58,6 +58,10 @@ class ChangedFileError(OSError):
     """Raised if a file in storage changes while it is downloaded."""
 
 
+class MissingBucketError(OSError):
+    """Raised for a URI whose bucket does not exist."""
+
+
 def is_full(error: BaseException) -> bool:
     """Whether the error says that the disk is full, or that the user has used up their quota on the disk."""
     return getattr(error, "errno", None) in FULL
@@ -74,6 +78,23 @@ def is_away(error: BaseException) -> bool:
     if type(error) is OSError and error.errno is None:
         return any(text in str(error) for text in BUCKET_FAILED)
     return isinstance(error, OSError) and error.errno in AWAY
+
+
+def check_bucket(uri: str) -> None:
+    """Raises MissingBucketError, which names the bucket, if `uri` lies in a bucket that does not exist.
+
+    Raises nothing if the storage does not answer, or does not tell this service whether the bucket exists.
+    """
+    if urlsplit(uri).scheme not in BUCKETS:
+        return
+    filesystem, path = _resolve(uri)
+    name = path.partition("/")[0]
+    try:
+        (info,) = filesystem.get_file_info([name])
+    except OSError:
+        return
+    if info.type == fs.FileType.NotFound:
+        raise MissingBucketError(f"The bucket '{name}' does not exist; create it, or name another one.")
 
 
 def join(uri: str, *parts: str) -> str:

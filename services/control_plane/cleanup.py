@@ -21,6 +21,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from services import storage
 from services.control_plane import side_jobs
+from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Checkpoint, File, Lease, Model, Outbound, Upload
@@ -57,6 +58,7 @@ class Sweeper:
             (3600, self._remove_parts),
         ]
         self._swept = [float("-inf")] * len(self._sweeps)
+        self._troubles = [Trouble(log, "Sweeper") for _ in self._sweeps]
 
     async def sweep(self) -> None:
         """Runs the sweeps (passes of the cleanup) that are due. A sweep that fails is logged, and runs again when it is
@@ -67,10 +69,11 @@ class Sweeper:
             self._swept[number] = time.monotonic()
             try:
                 await sweep()
-            except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
-                log.warning("The regular cleanup failed and is tried again: %s", error)
-            except Exception:  # nobody watches this task, so the other sweeps go on after any error
-                log.exception("The regular cleanup failed with an unexpected error and is tried again")
+                self._troubles[number].passed()
+            except Exception as error:  # nobody watches this task, so the other sweeps go on after any error
+                is_away = isinstance(error, SQLAlchemyError | httpx.HTTPError | OSError)
+                message = "The regular cleanup failed and is tried again: %r"
+                self._troubles[number].failed(message, error, exc_info=not is_away)
 
     async def _expire_files(self) -> None:
         async with self._store.begin() as session:

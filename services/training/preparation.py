@@ -333,7 +333,7 @@ def _by_deployment(
     trainer_logps = _begin_trainer_token_logps(spec, groups)
     connect()
     loaded_at = time.monotonic()
-    served_logps = served_token_logps(groups, connect)
+    served_logps = served_token_logps(groups, connect, report)
     tokens_per_second = sum(group.num_tokens for group in groups) / (time.monotonic() - loaded_at)
     rounds = "bfloat16" in (spec.reference_dtype, spec.weights.precision)
     beta = getattr(spec.config.objective, "beta", 1.0)  # without beta, a reward is a log-ratio
@@ -357,7 +357,7 @@ def _by_deployment(
     loaded_engine = Rate(tokens_per_second=tokens_per_second)  # without the time of loading
     if not _engine_pays(spec, encoding, loaded_engine, report):
         raise _Slower
-    return by_deployment(connect, heads=spec.config.objective.traits.needs_reference_heads)
+    return by_deployment(connect, report, heads=spec.config.objective.traits.needs_reference_heads)
 
 
 def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":

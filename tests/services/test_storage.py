@@ -67,6 +67,19 @@ def test_delete_removes_files_and_folders_and_repeats_harmlessly(folder: str) ->
     assert storage.list_uris(folder) == []
 
 
+def test_a_bucket_that_does_not_exist_is_refused_by_its_name(s3: S3, tmp_path: Path) -> None:
+    with pytest.raises(storage.MissingBucketError, match="The bucket 'nobodys' does not exist"):
+        storage.check_bucket(f"s3://nobodys/raydpo/{s3.options}")
+    there = s3.new_folder()
+    storage.check_bucket(there)  # an empty one, without the folder
+    storage.check_bucket(tmp_path.as_uri())
+    s3.proxy.refusing = True
+    try:
+        storage.check_bucket(there)  # nobody can tell
+    finally:
+        s3.proxy.pass_on()
+
+
 def test_join_keeps_a_filesystems_options_at_the_end() -> None:
     assert storage.join("s3://b/c/?region=x", "d e", "f") == "s3://b/c/d%20e/f?region=x"
     assert storage.join("/b/c/", "d e") == "/b/c/d e"

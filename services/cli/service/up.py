@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
+from services import storage
 from services.cli.client import out
 from services.cli.service.settings import misspelled
 from services.control_plane.app import create_app
@@ -146,10 +147,14 @@ def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Se
     defaults = {"storage_url": (home / "storage").as_uri(), "advertised_url": url}
     given |= {name: value for name, value in defaults.items() if _configured(home, name) is None}
     try:
-        return Settings(**given)
+        settings = Settings(**given)
+        storage.check_bucket(settings.storage_url)
     except ValidationError as error:
         first = error.errors()[0]
         raise Refused(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except storage.MissingBucketError as error:
+        raise Refused(f"setting storage_url: {error}") from None
+    return settings
 
 
 def _configured(home: Path, name: str) -> str | None:

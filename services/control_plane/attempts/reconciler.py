@@ -82,6 +82,7 @@ class Reconciler:
         self._executor = Executor(store, ray_api, settings, holder=holder)
         self._sweeper = Sweeper(store, ray_api, settings)
         self._sweeping: asyncio.Task[None] | None = None
+        self._trouble = log_setup.Trouble(log, "Reconciler")
 
     async def run(self) -> None:
         """Handles all jobs every second, and immediately after an attempt (run of a job on Ray) has ended, until
@@ -95,14 +96,12 @@ class Reconciler:
                 try:
                     with telemetry.TICK_SECONDS.time():
                         await self.tick()
-                except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
+                    self._trouble.passed()
+                except Exception as error:
                     telemetry.TICKS.labels("failed").inc()
-                    log.warning("The regular look at all jobs failed and is tried again in a second: %s", error)
-                except Exception:
-                    telemetry.TICKS.labels("failed").inc()
-                    log.exception(
-                        "The regular look at all jobs failed with an unexpected error and is tried again in a second"
-                    )
+                    is_away = isinstance(error, SQLAlchemyError | httpx.HTTPError | OSError)
+                    message = "The regular look at all jobs failed and is tried again in a second: %r"
+                    self._trouble.failed(message, error, exc_info=not is_away)
                 if self._leads:
                     self._sweep()
                 took = time.monotonic() - began

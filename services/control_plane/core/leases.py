@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Select, exists, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.store import Store, hold_lease, release_lease
 from services.control_plane.core.tables import Lease
 
@@ -151,6 +152,7 @@ class Leaseholder(Generic[Piece]):
     def __init__(self, store: Store, kind: LeasedWork[Piece], *, holder: str) -> None:
         self._store, self._kind, self._holder = store, kind, holder
         self._running: set[asyncio.Task[None]] = set()
+        self._trouble = Trouble(log, type(kind).__name__)
 
     async def run(self) -> None:
         """Looks for pieces of work every second and works on them, until cancelled."""
@@ -161,8 +163,9 @@ class Leaseholder(Generic[Piece]):
                         task = asyncio.create_task(self._hold(piece), name=self._kind.lease_of(piece))
                         self._running.add(task)
                         task.add_done_callback(self._running.discard)
+                    self._trouble.passed()
                 except (SQLAlchemyError, OSError) as error:
-                    log.warning("The database does not answer, so work in the background waits: %s", error)
+                    self._trouble.failed("The database does not answer, so work in the background waits: %s", error)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
             for task in self._running:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pythonjsonlogger.json import JsonFormatter
 
+from services.control_plane.core.telemetry import BACKGROUND_FAILURES
+
 LogFormat = Literal["text", "json"]
 _about: ContextVar[Mapping[str, Any]] = ContextVar("about")
 
@@ -25,6 +27,32 @@ def about(**fields: Any) -> Iterator[None]:
         yield
     finally:
         _about.reset(token)
+
+
+class Trouble:
+    """Tells the operator how a loop fares that works in the background and never ends, for example while the database
+    is away. `part` names the part of the service that the loop belongs to.
+
+    Each failed pass counts in a metric. The log gets a line for the 1st, 2nd, 4th, 8th and so on failure in a row, and
+    one when a pass succeeds again.
+    """
+
+    def __init__(self, log: logging.Logger, part: str) -> None:
+        self._log, self._part = log, part
+        self._failures = 0  # in a row
+
+    def failed(self, message: str, *values: object, exc_info: bool | BaseException = False) -> None:
+        """Notes that a pass failed. `message` says so in the log, with `values` in the places of its `%s`."""
+        self._failures += 1
+        BACKGROUND_FAILURES.labels(self._part).inc()
+        if self._failures.bit_count() == 1:  # a power of two
+            self._log.warning(f"{message} (failures in a row: %d)", *values, self._failures, exc_info=exc_info)
+
+    def passed(self) -> None:
+        """Notes that a pass succeeded."""
+        if self._failures:
+            self._log.info("The part %s works again after %d failures in a row", self._part, self._failures)
+        self._failures = 0
 
 
 def configure(log_format: LogFormat, file: Path) -> None:

@@ -45,6 +45,12 @@ TICK_SECONDS = Histogram(
     "raydpo_reconciler_tick_seconds", "Seconds of a tick, one look at all jobs and the actions that follow."
 )
 
+BACKGROUND_FAILURES = Counter(
+    "raydpo_background_failures",
+    "Failed passes of parts that work in the background and try again without end, by the part's name.",
+    ["part"],
+)
+
 WEBHOOK_SENDS = Counter(
     "raydpo_webhook_sends",
     "Tries to send a webhook message, by the class of the answer's status, or unreachable.",

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
+from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.inference.metering import Meter
 from services.control_plane.inference.streaming import Stream
@@ -91,7 +92,7 @@ class Inference:
             connections=settings.max_requests, silence_seconds=ANSWER_SECONDS, wait_seconds=POOL_SECONDS
         )
         self._replica = secrets.token_hex(4)  # the name of this control plane in its marks
-        self._marking = asyncio.Lock()
+        self._marking, self._trouble = asyncio.Lock(), Trouble(log, "Inference")
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
@@ -99,10 +100,10 @@ class Inference:
         while True:
             try:
                 await self.mark()
+                self._trouble.passed()
             except (SQLAlchemyError, OSError) as error:
-                log.warning(
-                    "The database could not be told which models are in use; this is tried again in a second: %s", error
-                )
+                message = "The database could not be told which models are in use; this is tried again in a second: %s"
+                self._trouble.failed(message, error)
             await asyncio.sleep(LEAVE_SECONDS)
 
     async def mark(self) -> None:

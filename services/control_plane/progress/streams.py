@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
+from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.store import Store, newest_events, next_events
 from services.control_plane.core.tables import TERMINAL, Job
 from services.control_plane.core.telemetry import OPEN_STREAMS, STREAM_TABLE_READS
@@ -113,6 +114,7 @@ class Streams:
         self._woken = asyncio.Event()
         self._reading = asyncio.Semaphore(READERS)
         self._closed = False
+        self._listening, self._looking = Trouble(log, "Streams"), Trouble(log, "Streams")
 
     async def close(self) -> None:
         """Ends every open event stream of this control plane. The clients then reconnect, and reach another control
@@ -135,9 +137,10 @@ class Streams:
             try:
                 async with aclosing(self._store.listen("jobs", quiet_seconds=QUIET_SECONDS)) as notices:
                     async for job_id in notices:
+                        self._listening.passed()
                         self._wake(self._watched if job_id is None else self._watched.keys() & {job_id})
             except Exception as error:  # nobody watches this task, so it goes on after any error
-                log.warning(
+                self._listening.failed(
                     "The database sends no notifications, so jobs that clients follow are read every few seconds: %s",
                     error,
                 )
@@ -158,8 +161,10 @@ class Streams:
             try:
                 for start in range(0, len(changed), JOBS_AT_ONCE):
                     await self._look_at(changed[start : start + JOBS_AT_ONCE])
+                self._looking.passed()
             except Exception as error:
-                log.warning("The events of jobs that clients follow could not be read and are tried again: %s", error)
+                message = "The events of jobs that clients follow could not be read and are tried again: %s"
+                self._looking.failed(message, error)
                 self._wake(changed)
                 await asyncio.sleep(DEAF_SECONDS)
             await asyncio.sleep(MERGE_SECONDS)

@@ -19,6 +19,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import UsageRow, UsageWriter
 
@@ -57,7 +58,7 @@ class UsageRecorder:
         self._batch = 0
         self._sums: dict[Account, Used] = {}
         self._unwritten: dict[Account, Used] = {}  # a batch whose writing failed, or was not confirmed
-        self._writing = asyncio.Lock()
+        self._writing, self._trouble = asyncio.Lock(), Trouble(log, "UsageRecorder")
 
     def add(
         self,
@@ -104,10 +105,10 @@ class UsageRecorder:
                 async with self._store.begin() as session:
                     await _write(session, self._writer, self._batch, self._unwritten)
                 self._unwritten = {}
+                self._trouble.passed()
             except (SQLAlchemyError, OSError) as error:
-                log.warning(
-                    "The usage of %d accounts is not written yet and is tried again: %s", len(self._unwritten), error
-                )
+                message = "The usage of %d accounts is not written yet and is tried again: %s"
+                self._trouble.failed(message, len(self._unwritten), error)
 
 
 async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[Account, Used]) -> None:

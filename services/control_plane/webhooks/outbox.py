@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound
 from services.contract import storable
+from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Outbound, WebhookEndpoint
 from services.control_plane.core.telemetry import WEBHOOK_SENDS
@@ -101,6 +102,7 @@ class Sender:
         self._under_way: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
         self._ends: list[End] = []  # the results that are not stored yet; their sends count as under way
         self._send_ended = asyncio.Event()
+        self._trouble = Trouble(log, "Sender")
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -116,10 +118,10 @@ class Sender:
                     while claims := await self._claim():
                         for claim in claims:
                             sends.create_task(self._deliver(claim))
-                except Exception:  # nobody watches this task, so it goes on after any error
-                    log.exception(
-                        "The webhook messages to send could not be read; this is tried again, and the messages wait"
-                    )
+                    self._trouble.passed()
+                except Exception as error:  # nobody watches this task, so it goes on after any error
+                    message = "The webhook messages to send could not be read; this is tried again, and they wait"
+                    self._trouble.failed(message, exc_info=error)
                     await asyncio.sleep(TICK_SECONDS)
                 await _until(self._send_ended, TICK_SECONDS)
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 GROUPS_PER_CALL = 16
 CALLS_IN_FLIGHT = 32
-SENDS = 5  # most tries of one call, if replicas die during the call
+PAUSES_SECONDS = (0.0, 2.0, 10.0, 30.0)  # before a call is sent again because a replica died; then the attempt ends
 LOADING_SECONDS = 3600.0  # enough for a large model on a cluster that has to grow first
 REPORT_SECONDS = 5.0
 
@@ -127,18 +127,19 @@ def await_reference(app_name: str, report: Callable[[Report], None], adapter: Ad
         time.sleep(0.5)
 
 
-def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
+def by_deployment(connect: Connect, report: Callable[[Report], None], *, heads: bool = False) -> ScoreParts:
     """Returns a function that scores parts (files of groups) by calls to the reference model's deployment.
 
     `connect` is a function that returns the functions that call the deployment. If a replica dies during a call,
-    `connect` is called again, and the call is repeated. With `heads`, each completion also gets the log-probability of
-    its head: its first tokens that count in the loss, as many as the group's shortest completion has. Without `heads`,
-    the deployment returns only the log-probability of the whole completion.
+    `connect` is called again, and the call is repeated a few times; `report` tells the user so once. With `heads`, each
+    completion also gets the log-probability of its head: its first tokens that count in the loss, as many as the
+    group's shortest completion has. Without `heads`, the deployment returns only the log-probability of the whole
+    completion.
     """
     score_groups = _scored_with_heads if heads else _scored
 
     def score_parts(dataset: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
-        scored = score_groups((group for part in parts for group in read_part(dataset, part)), connect)
+        scored = score_groups((group for part in parts for group in read_part(dataset, part)), connect, report)
         for part in parts:
             groups = []
             for group in islice(scored, part.num_groups):
@@ -149,43 +150,63 @@ def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
     return score_parts
 
 
-def _scored(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[EncodedGroup]:
-    for group, scores in _ask_all(groups, connect, lambda reference: reference.score):
+def _scored(
+    groups: Iterator[EncodedGroup], connect: Connect, report: Callable[[Report], None]
+) -> Iterator[EncodedGroup]:
+    for group, scores in _ask_all(groups, connect, lambda reference: reference.score, report):
         sums: list[Score] = [Score(*score) for score in scores]
         assert [score.num_tokens for score in sums] == group.num_learned
         yield replace(group, ref_logps=tuple(score.logp for score in sums))
 
 
-def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[EncodedGroup]:
-    for group, rows in _ask_all(groups, connect, lambda reference: reference.token_logps):
+def _scored_with_heads(
+    groups: Iterator[EncodedGroup], connect: Connect, report: Callable[[Report], None]
+) -> Iterator[EncodedGroup]:
+    for group, rows in _ask_all(groups, connect, lambda reference: reference.token_logps, report):
         logps, heads = (tuple(math.fsum(row[:end]) for row in rows) for end in (None, group.head_length))
         yield replace(group, ref_logps=logps, ref_head_logps=heads)
 
 
-def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
+def served_token_logps(
+    groups: Iterable[EncodedGroup], connect: Connect, report: Callable[[Report], None]
+) -> list[list[list[float]]]:
     """Asks the reference model's deployment for the log-probability, in nats, of each token that counts in the loss.
     `[group][completion]` of the result is a list of these log-probabilities; a group is a prompt with its completions.
-    `connect` is a function that returns the functions that call the deployment."""
-    return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
+    `connect` is a function that returns the functions that call the deployment. `report` tells the user if calls have
+    to be repeated."""
+    return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps, report)]
 
 
 def _ask_all(
-    groups: Iterator[EncodedGroup], connect: Connect, call_of: Callable[[Reference], Ask]
+    groups: Iterator[EncodedGroup],
+    connect: Connect,
+    call_of: Callable[[Reference], Ask],
+    report: Callable[[Report], None],
 ) -> Iterator[tuple[EncodedGroup, list[Any]]]:
     """Sends all groups (prompts with their completions) to the reference model's deployment, with several calls at the
     same time. Yields two values for each group: the group, and the list of its answers, one for each of its
     completions.
 
     `connect` is a function that returns the functions that call the deployment, and `call_of` chooses one of them.
+    `report` tells the user about the first call that has to be repeated.
     """
-    ask = call_of(connect())
+    ask, is_told = call_of(connect()), False
+
+    def again() -> Ask:
+        nonlocal is_told
+        if not is_told:
+            is_told = True
+            what = "A replica of the reference model died while it scored; what it was asked is sent to another one"
+            report(Message(level="warn", message=f"{what}, up to {len(PAUSES_SECONDS)} times."))
+        return call_of(connect())
+
     in_flight: deque[tuple[list[EncodedGroup], Answer]] = deque()
     while chunk := list(islice(groups, GROUPS_PER_CALL)):
         if len(in_flight) == CALLS_IN_FLIGHT:
-            yield from _answered(*in_flight.popleft(), lambda: call_of(connect()))
+            yield from _answered(*in_flight.popleft(), again)
         in_flight.append((chunk, _send(ask, chunk)))
     while in_flight:
-        yield from _answered(*in_flight.popleft(), lambda: call_of(connect()))
+        yield from _answered(*in_flight.popleft(), again)
 
 
 def _send(ask: Ask, groups: list[EncodedGroup]) -> Answer:
@@ -198,16 +219,17 @@ def _send(ask: Ask, groups: list[EncodedGroup]) -> Answer:
 
 
 def _answered(
-    groups: list[EncodedGroup], answer: Answer, connect: Callable[[], Ask]
+    groups: list[EncodedGroup], answer: Answer, again: Callable[[], Ask]
 ) -> Iterator[tuple[EncodedGroup, list[Any]]]:
-    for sends in range(1, SENDS + 1):
+    for pause in (*PAUSES_SECONDS, None):
         try:
             answers = iter(answer.result())
             break
         except RayActorError as error:  # a replica died; Serve starts another
-            if sends == SENDS:
+            if pause is None:
                 raise
             logger.warning("A request to the served reference model failed and is sent again: %r", error)
-            answer = _send(connect(), groups)
+            time.sleep(pause)
+            answer = _send(again(), groups)
     for group in groups:
         yield group, [next(answers) for _ in group.completion_ids]

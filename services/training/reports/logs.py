@@ -142,6 +142,7 @@ class Log:
         self._folder_uri = folder_uri
         self._first, self._lines, self._size = _end_of(folder_uri), list[bytes](), 0  # of the last segment
         self._stored = 0  # bytes of the last segment that are in storage
+        self._failures = 0  # in a row
         self._later: deque[str] = deque()  # segments after FIRST_BYTES; the oldest may be deleted
 
     def add(self, line: bytes) -> None:
@@ -157,17 +158,20 @@ class Log:
     def store(self) -> None:
         """Writes the last segment (the newest file of the log) to storage, if it has changed.
 
-        If writing fails, the method only logs the error. The next call tries again, unless a newer segment has begun.
+        If writing fails, the method only logs the error, after the 1st, 2nd, 4th, 8th and so on failure in a row. The
+        next call tries again, unless a newer segment has begun.
         """
         if self._size == self._stored:
             return
         try:
             storage.write_bytes(self._uri(), b"".join(self._lines))
-            self._stored = self._size
+            self._stored, self._failures = self._size, 0
             if len(self._later) > LAST_BYTES // SEGMENT_BYTES:
                 storage.delete(self._later.popleft())
         except OSError as error:
-            logger.warning("The log %s could not be written to storage: %s", self._uri(), error)
+            self._failures += 1
+            if self._failures.bit_count() == 1:
+                logger.warning("The log %s could not be written to storage: %s", self._uri(), error)
 
     def _begin(self, first: int) -> None:
         self.store()

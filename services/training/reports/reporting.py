@@ -207,13 +207,24 @@ class Reporter:
         return uri, b'{"events":[' + b",".join(event for _, event in events) + b"]}"
 
     def _spool_periodically(self) -> None:
-        while not self._closing.wait(self._period_seconds):
+        """Writes the reports to storage every second. While storage fails, tries again without end, because no report
+        may be lost, with pauses that grow to LAST_RETRY_SECONDS. After a long trouble, tells the user how long it was.
+        """
+        pause, failures, failing_since = self._period_seconds, 0, 0.0
+        while not self._closing.wait(pause):
             try:
                 self.flush()
-            except OSError:
-                logger.exception(
-                    "The reports could not be written to %s in storage; this is tried again.", self.spool_uri
-                )
+            except OSError as error:
+                failing_since, failures = failing_since if failures else time.monotonic(), failures + 1
+                pause = min(2 * pause, LAST_RETRY_SECONDS)
+                if failures.bit_count() == 1:  # the 1st, 2nd, 4th, 8th and so on in a row
+                    what = "The reports could not be written to %s in storage; this is tried again (failure %d): %s"
+                    logger.warning(what, self.spool_uri, failures, error)
+                continue
+            if failures and (seconds := time.monotonic() - failing_since) > SENTENCE_SECONDS:
+                late = f"The storage took no reports for {seconds:.0f} seconds, so they arrive late; none is lost."
+                self.report(Message(level="warn", message=late))
+            pause, failures = self._period_seconds, 0
 
     def _post_periodically(self) -> None:
         pause = FIRST_RETRY_SECONDS

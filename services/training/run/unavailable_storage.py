@@ -9,11 +9,11 @@ from ray.exceptions import RayTaskError
 
 from services import storage
 from services.contract import Message, Report
-from services.deaths import REFUSED
+from services.deaths import NO_BUCKET, REFUSED
 
 logger = logging.getLogger(__name__)
 
-PERIOD_SECONDS = 5.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0  # between two calls; doubles with each call that fails
 MOST_AWAY_SECONDS = 600.0  # how long storage may not answer at a time; then the attempt ends, and the next one resumes
 
 Result = TypeVar("Result")
@@ -27,10 +27,11 @@ def retry_while_unavailable(write: Callable[[], Result], what: str, report: Call
     - Storage does not answer: for ten minutes at most, and then raises the error. The ten minutes begin with the first
       such error. They begin anew if storage has answered meanwhile, which a call shows that found storage full or took
       longer than ten minutes.
+    - Storage refuses access, or has no bucket of this name: never.
 
     The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".
     """
-    reported = ""
+    reported, pause = "", FIRST_PAUSE_SECONDS
     away_since: float | None = None
     while True:
         began = time.monotonic()
@@ -53,10 +54,11 @@ def retry_while_unavailable(write: Callable[[], Result], what: str, report: Call
                 raise
             logger.warning("%s %s", sentence, cause)
         if sentence != reported:
-            reported = sentence
+            reported, pause = sentence, FIRST_PAUSE_SECONDS
             report(Message(level="warn", message=sentence))
-        time.sleep(PERIOD_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _is_away(error: BaseException) -> bool:
-    return storage.is_away(error) and not REFUSED.search(str(error))
+    return storage.is_away(error) and not any(reason.search(str(error)) for reason in (REFUSED, NO_BUCKET))

@@ -25,12 +25,15 @@ class Remote(NamedTuple):
     url: str
 
 
-def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]) -> Iterator[bytes]:
+def download(
+    client: httpx.Client, url: str, arrived: Callable[[int, int], None], broke_off: Callable[[httpx.HTTPError], None]
+) -> Iterator[bytes]:
     """Downloads the file at `url`, and yields its bytes as the server stores them.
 
     For each yielded value, calls `arrived` with two numbers: how many bytes the value has, and the length of the whole
-    file in bytes (0 if unknown). Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors
-    that may be gone at another attempt.
+    file in bytes (0 if unknown). Calls `broke_off` with the error whenever the download is about to be tried again.
+    Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors that may be gone at another
+    attempt.
     """
     digest, offset, length, tag = hashlib.sha256(), 0, 0, ""
     failures = before = 0
@@ -50,11 +53,12 @@ def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]
                     arrived(len(data), length)
                     yield data
                 return
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
             failures = 0 if offset - before >= PROGRESS_BYTES else failures
             before = offset
             if failures == len(PAUSES_SECONDS):
                 raise
+            broke_off(error)
             time.sleep(PAUSES_SECONDS[failures])
             failures += 1
 

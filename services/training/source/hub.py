@@ -16,6 +16,7 @@ from huggingface_hub import DatasetInfo, HfApi, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HfUriError
 from huggingface_hub.utils import build_hf_headers, parse_hf_uri
 
+from services.contract import Message, Report
 from services.training.source.download import PAUSES_SECONDS, RETRIED_STATUSES, Remote
 from services.uri import InvalidUri, is_folder, matches, names_organization
 
@@ -40,17 +41,18 @@ def _token(uri: str, prefixes: Sequence[str]) -> bool | None:
     return None if names_organization(uri, prefixes) else False
 
 
-def find(uri: str, prefixes: Sequence[str]) -> list[Remote]:
+def find(uri: str, prefixes: Sequence[str], report: Callable[[Report], None]) -> list[Remote]:
     """Returns the files that the hub URI `uri` names, sorted by name: one file, or several files of a folder.
 
     Raises InvalidUri if there are no such files, or if the hub refuses access. `prefixes` is the setting
-    `dataset_uris`, which decides whether the token in HF_TOKEN may be sent.
+    `dataset_uris`, which decides whether the token in HF_TOKEN may be sent. `report` tells the user if the hub does not
+    answer at once.
     """
     try:
         place = parse_hf_uri(uri)
     except HfUriError as error:
         raise InvalidUri(str(error)) from None
-    info = _with_retries(uri, lambda: _info(place.id, place.revision, _token(uri, prefixes)))
+    info = _with_retries(uri, lambda: _info(place.id, place.revision, _token(uri, prefixes)), report)
     path = f"{place.path_in_repo}/" if uri.endswith("/") and place.path_in_repo else place.path_in_repo
     folder, slash, pattern = path.rpartition("/")
     files = [
@@ -68,26 +70,30 @@ def _info(name: str, revision: str | None, token: bool | None) -> DatasetInfo:
     return HfApi(token=token).dataset_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
 
 
-def _with_retries(uri: str, ask: Callable[[], Answer]) -> Answer:
-    """Calls `ask`, a function that asks the hub, and returns its result. After a temporary error of the hub, calls
-    `ask` again, a few times.
+def _with_retries(uri: str, ask: Callable[[], Answer], report: Callable[[Report], None]) -> Answer:
+    """Calls `ask`, a function that asks the hub, and returns its result. After a temporary error of the hub, tells the
+    user so, and calls `ask` again, a few times.
 
     Raises InvalidUri for errors that are not temporary.
     """
-    for pause in PAUSES_SECONDS:
+    for number, pause in enumerate(PAUSES_SECONDS):
         try:
             return ask()
         except HfHubHTTPError as error:
+            reason = f"answers {error.response.status_code}"
             status = error.response.status_code
             if status < 500 and status not in RETRIED_STATUSES:
-                reason = error.server_message or error.response.reason_phrase
+                answer = error.server_message or error.response.reason_phrase
                 remedy = (
                     "If the dataset is private, the operator must set HF_TOKEN for the service and list the dataset's "
                     "organization as a prefix in the setting dataset_uris."
                 )
-                message = f"The Hugging Face hub answers {status} {reason} for {uri}. {remedy}"
+                message = f"The Hugging Face hub answers {status} {answer} for {uri}. {remedy}"
                 raise InvalidUri(message) from None
-        except httpx2.TransportError:
-            pass  # tried again, like an answer of 5xx
+        except httpx2.TransportError as error:
+            reason = f"cannot be reached: {error or type(error).__name__}"
+        if number == 0:
+            what = f"The Hugging Face hub {reason}. It is asked for {uri} again"
+            report(Message(level="warn", message=f"{what}, up to {len(PAUSES_SECONDS)} times."))
         time.sleep(pause)
     return ask()

@@ -6,6 +6,7 @@ The training file may be an upload, or one or several files at a user's URI, in 
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -19,7 +20,7 @@ from services.containers import Reader, is_plain, json_lines
 from services.contract import MIN_EXAMPLES, AttemptSpec, Failed, Message, Report
 from services.training.reports.reporting import JobFailed, invalid_file, progress
 from services.training.source import hub
-from services.training.source.download import Remote, download
+from services.training.source.download import PAUSES_SECONDS, Remote, download
 from services.uri import PORTS, InvalidUri, admitted, is_folder, matches
 
 FILES_NAMED = 10
@@ -86,7 +87,7 @@ def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[
             return _download(client, [Remote(uri, 0, uri)], folder_uri, report)
     if scheme == "hf":
         with hub.client(uri, prefixes) as client:
-            return _download(client, hub.find(uri, prefixes), folder_uri, report)
+            return _download(client, hub.find(uri, prefixes, report), folder_uri, report)
     try:
         files = _in_folder(uri, prefixes) if is_folder(uri) else [_File(uri, place)]
         for file in files:
@@ -118,6 +119,7 @@ def _download(
     client: httpx.Client, files: Sequence[Remote], folder_uri: str, report: Callable[[Report], None]
 ) -> list[_File]:
     total, arrived, done = sum(file.size for file in files), 0, None
+    told = set[str]()
 
     def count(size: int, length: int) -> None:
         nonlocal arrived, done
@@ -125,9 +127,20 @@ def _download(
         arrived += size
         done(arrived)
 
+    def tell(name: str, error: httpx.HTTPError) -> None:
+        """Tells the user about the first interruption of the file called `name`."""
+        if name not in told:
+            told.add(name)
+            reason = str(error) or type(error).__name__
+            if isinstance(error, httpx.HTTPStatusError):  # its text has the URL, which may hold a signature
+                reason = f"the server answers {error.response.status_code}"
+            what = f"The download of {name.partition('?')[0]} broke off ({reason}) and goes on where it stopped"
+            report(Message(level="warn", message=f"{what}; after {len(PAUSES_SECONDS)} failures in a row it ends."))
+
     copies = [_File(file.name, storage.join(folder_uri, f"{number:05d}")) for number, file in enumerate(files)]
     for copy, file in zip(copies, files, strict=True):
-        storage.write_stream(copy.uri, io.BufferedReader(Reader(download(client, file.url, count))))
+        data = download(client, file.url, count, partial(tell, file.name))
+        storage.write_stream(copy.uri, io.BufferedReader(Reader(data)))
     return copies
 
 

@@ -5,6 +5,9 @@ import httpx
 import psutil
 import pytest
 
+from services.cli.service import up as serving
+from services.local.stack import Stack
+
 
 def left_of(home):
     commands = {each.pid: " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])}
@@ -106,3 +109,12 @@ def test_a_model_that_cannot_be_is_refused_by_name(up, home, model, reason):
     assert reason in said
     assert "Traceback" not in said
     assert not left_of(home)
+
+
+def test_a_bucket_that_does_not_exist_is_refused_by_name(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDPO_STORAGE_URL", f"s3://nobodys/raydpo/{s3.options}")
+    stack = Stack(
+        database_url="postgresql://nobody/", ray_url="http://127.0.0.1:9", ray_token_file=None, serve_url=None
+    )
+    with pytest.raises(serving.Refused, match="setting storage_url: The bucket 'nobodys' does not exist"):
+        serving._settings(tmp_path, stack, {}, "http://127.0.0.1:9")

@@ -1,6 +1,7 @@
 """Tests the log: as text and as JSON."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.control_plane.core import log_setup
+from services.control_plane.core.telemetry import BACKGROUND_FAILURES
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -34,3 +36,20 @@ def test_records_say_what_they_are_about(log_format: log_setup.LogFormat, tmp_pa
         "attempt": 2,
         "status": 200,
     }
+
+
+def test_a_trouble_that_lasts_is_counted_each_time_and_logged_at_growing_intervals(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    trouble = log_setup.Trouble(logging.getLogger("a"), "Sender")
+    counted = BACKGROUND_FAILURES.labels("Sender")._value
+    before = counted.get()
+    trouble.passed()
+    for _ in range(20):
+        trouble.failed("It fails: %s", "no database")
+    trouble.passed()
+    trouble.failed("It fails: %s", "no database")
+    assert counted.get() - before == 21
+    lines = [f"It fails: no database (failures in a row: {count})" for count in (1, 2, 4, 8, 16)]
+    assert caplog.messages == [*lines, "The part Sender works again after 20 failures in a row", lines[0]]

@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
 from dpo_core.policy.scorer import reference_token_logps, score_reference
-from services.contract import Progress, Report, Score
+from services.contract import Message, Progress, Report, Score
 from services.training.data import dataset
 from services.training.data.dataset import Dataset, write_part
 from services.training.reference import served_scores
@@ -74,6 +74,11 @@ class Reference:
         return [Score(sum(group.ref_logps), *group.num_learned) for group in scored]
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_scores, "PAUSES_SECONDS", (0.0, 0.0, 0.0, 0.0))
+
+
 UNSCORED = {"ref_logps": None, "ref_head_logps": None}
 
 
@@ -84,7 +89,7 @@ def expected(model_source: str, encoded: Dataset) -> list[EncodedGroup]:
 
 
 def scored(encoded: Dataset, reference: Reference, reports: list[Report]) -> list[EncodedGroup]:
-    made = score(encoded, f"{encoded.uri}-scored", by_deployment(reference.connect), reports.append)
+    made = score(encoded, f"{encoded.uri}-scored", by_deployment(reference.connect, reports.append), reports.append)
     assert [(part.name, part.num_groups, part.num_tokens) for part in made.parts] == [
         (part.name, part.num_groups, part.num_tokens) for part in encoded.parts
     ]
@@ -114,7 +119,9 @@ def test_beginnings_of_completions_are_scored_where_they_are_asked_for(
     model_source: str, encoded: Dataset, expected: list[EncodedGroup]
 ) -> None:
     connect = Reference(model_source).connect
-    made = score(encoded, f"{encoded.uri}-scored", by_deployment(connect, heads=True), lambda report: None)
+    made = score(
+        encoded, f"{encoded.uri}-scored", by_deployment(connect, lambda report: None, heads=True), lambda report: None
+    )
     for group, wanted in zip(dataset.read_groups(made), expected, strict=True):
         assert group.ref_logps == pytest.approx(wanted.ref_logps, abs=1e-4)
         assert group.ref_head_logps == pytest.approx(wanted.ref_head_logps, abs=1e-4)
@@ -123,9 +130,11 @@ def test_beginnings_of_completions_are_scored_where_they_are_asked_for(
 def test_a_call_whose_replica_died_is_sent_again(
     model_source: str, encoded: Dataset, expected: list[EncodedGroup]
 ) -> None:
-    reference = Reference(model_source, deaths=3)
-    assert_same(scored(encoded, reference, []), expected)
+    reference, reports = Reference(model_source, deaths=3), list[Any]()
+    assert_same(scored(encoded, reference, reports), expected)
     assert reference.connections == 4
+    (warning,) = [report.message for report in reports if isinstance(report, Message)]
+    assert warning.startswith("A replica of the reference model died while it scored;")
 
 
 def test_a_reference_that_keeps_dying_ends_the_attempt(model_source: str, encoded: Dataset) -> None:
@@ -151,7 +160,7 @@ def test_the_logps_of_tokens_are_those_that_the_sums_are_made_of(
     model_source: str, encoded: Dataset, expected: list[EncodedGroup]
 ) -> None:
     groups = list(dataset.read_groups(encoded))
-    found = served_token_logps(groups, Reference(model_source).connect)
+    found = served_token_logps(groups, Reference(model_source).connect, lambda report: None)
     for group, logps in zip(expected, found, strict=True):
         assert [len(row) for row in logps] == group.num_learned
         assert [sum(row) for row in logps] == pytest.approx(group.ref_logps, abs=1e-4)

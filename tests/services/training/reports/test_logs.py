@@ -166,3 +166,17 @@ def test_values_of_the_environment_are_secret_by_their_names(name: str) -> None:
     assert blank(b"a+b(c)d*e!", patterns_of({name: "a+b(c)d*e"})) == b"***!"
     assert blank(b"short", patterns_of({name: "short"})) == b"short"
     assert blank(b"/work/folder", patterns_of({f"{name}_PATH": "/work/folder"})) == b"/work/folder"
+
+
+def test_a_storage_that_stays_away_is_told_at_growing_intervals(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").write_text("the disk fails")
+    log = Log((tmp_path / "run" / "driver").as_uri())
+    log.add(b"a line\n")
+    for _ in range(20):
+        log.store()
+    assert len(caplog.messages) == 5  # the 1st, 2nd, 4th, 8th and 16th
+    (tmp_path / "run").unlink()
+    log.store()
+    assert storage.read_bytes((tmp_path / "run" / "driver" / "000000000000.log").as_uri()) == b"a line\n"

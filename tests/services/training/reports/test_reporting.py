@@ -166,6 +166,26 @@ def test_a_disk_that_fails_loses_no_report(spec: AttemptSpec, control_plane: Any
     assert spooled(reporter) == [0, 1]
 
 
+def test_how_long_the_storage_took_no_reports_is_told_when_it_takes_them_again(
+    spec: AttemptSpec,
+    control_plane: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(reporting, "SENTENCE_SECONDS", 0.0)
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.01)
+    (tmp_path / "run").write_text("the disk fails")
+    reporter.report(Message(message="one"))
+    until(lambda: "could not be written" in caplog.text)
+    (tmp_path / "run").unlink()
+    until(lambda: len(control_plane.reports()) == 2)
+    one, late = control_plane.reports()
+    assert (one.message, late.level) == ("one", "warn")
+    assert late.message.startswith("The storage took no reports for ")
+    assert reporter.close(timeout_seconds=10)
+
+
 def test_a_full_disk_loses_no_report(spec: AttemptSpec, control_plane: Any, small_disk: Disk) -> None:
     spec = spec.model_copy(update={"run_uri": (small_disk.folder / "run").as_uri()})
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)

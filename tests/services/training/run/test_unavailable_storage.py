@@ -32,7 +32,7 @@ def failing(*errors: Exception) -> Callable[[], str]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unavailable_storage, "PERIOD_SECONDS", 0.01)
+    monkeypatch.setattr(unavailable_storage, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 def test_what_finds_no_room_is_told_once_and_written_when_there_is_some() -> None:
@@ -122,6 +122,18 @@ def test_arrow_says_that_a_storage_is_away(s3: S3) -> None:
 
     retry_while_unavailable(write, "writing", lambda report: None)
     assert storage.read_bytes(uri) == b"whole"
+
+
+def test_the_pauses_grow_to_a_minute_while_storage_is_full(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unavailable_storage, "FIRST_PAUSE_SECONDS", 5.0)
+    retry_while_unavailable(failing(*[FULL] * 7), "exporting the policy", lambda report: None)
+    assert clock.now == 5 + 10 + 20 + 40 + 60 + 60 + 60
+
+
+def test_a_bucket_that_does_not_exist_is_not_waited_for(s3: S3) -> None:
+    bucket = storage.join(f"s3://nobodys/raydpo/{s3.options}", "f")
+    with pytest.raises(OSError, match="in bucket 'nobodys'"):
+        retry_while_unavailable(lambda: storage.write_bytes(bucket, b"whole"), "writing", lambda report: None)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 def read(web: Web, path: str = URL) -> bytes:
     told: list[tuple[int, int]] = []
     with outbound.client([web.url]) as client:
-        data = b"".join(download(client, web.url + path, lambda *counts: told.append(counts)))
+        data = b"".join(download(client, web.url + path, lambda *counts: told.append(counts), lambda _: None))
     assert sum(size for size, _ in told) == len(data)
     assert {length for _, length in told} == {len(DATA)}
     return data
@@ -59,7 +59,7 @@ def test_a_server_that_cannot_resume_sends_all_again_and_nothing_is_doubled(web:
 def test_a_file_that_changes_meanwhile_is_not_joined_to_what_it_was(web: Web, changed: bytes) -> None:
     web.cuts = [100_000]
     with outbound.client([web.url]) as client:
-        pieces = download(client, web.url + URL, lambda *_: None)
+        pieces = download(client, web.url + URL, lambda *_: None, lambda _: None)
         next(pieces)
         web.files[URL], web.etag = changed, '"two"'
         with pytest.raises(OSError, match="changed while it was being read"):
@@ -117,4 +117,4 @@ def test_redirects_are_followed_a_few_times(web: Web) -> None:
 def test_a_redirect_to_our_own_network_is_refused(web: Web) -> None:
     web.redirects[URL] = f"http://localhost:{web.port}{URL}"
     with outbound.client([web.url, "http://"]) as client, pytest.raises(InvalidUri, match="not public"):
-        list(download(client, web.url + URL, lambda *_: None))
+        list(download(client, web.url + URL, lambda *_: None, lambda _: None))

@@ -82,6 +82,16 @@ def test_a_file_comes_from_the_commit_and_the_token_goes_to_the_hub_alone(read: 
 
 
 @pytest.mark.slow
+def test_a_hub_that_does_not_answer_at_once_is_told_and_asked_again(read: Read, web: Web) -> None:
+    web.statuses["/api/datasets/org/name/revision/v1"] = [503]
+    rows, reports = read("hf://datasets/org/name@v1/rows.jsonl")
+    assert rows.encode() == FILES["rows.jsonl"]
+    told = [report["message"] for report in reports if report.get("level") == "warn"]
+    uri = "hf://datasets/org/name@v1/rows.jsonl"
+    assert told == [f"The Hugging Face hub answers 503. It is asked for {uri} again, up to 5 times."]
+
+
+@pytest.mark.slow
 def test_the_services_token_is_for_organizations_that_a_prefix_names(read: Read, web: Web) -> None:
     read("hf://datasets/org/name@v1/rows.jsonl", "hf://datasets/")
     assert {headers.get("authorization") for _, headers in web.requests} == {None}

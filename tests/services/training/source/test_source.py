@@ -208,6 +208,8 @@ def test_a_file_from_the_web_is_downloaded_and_told_in_bytes(
     told = [report for report in reports if isinstance(report, Progress)]
     assert {(report.stage, report.total) for report in told} == {("downloading", len(data))}
     assert (told[0].done, told[-1].done) == (0, len(data))
+    (warning,) = [report.message for report in reports if isinstance(report, Message) and report.level == "warn"]
+    assert warning.startswith(f"The download of {web.url}/{name} broke off (")
 
 
 def test_the_webs_refusals_are_the_users_to_mend_and_its_failures_are_not(bring: Bring, web: Web) -> None:
