@@ -192,7 +192,8 @@ class Scored(Contract):
     """The response to a request to score completions (TextsToScore or TokensToScore).
 
     `groups` has the token ids of the prompts and completions. `outputs` has, for each completion, its log-probability
-    or a reward model's outputs. `num_tokens` says how many tokens of each completion the model wrote.
+    or a reward model's outputs. `num_tokens` has, for each completion, the number of its tokens that count as written
+    by the assistant, without messages of tools and users.
     """
 
     groups: list[TokenGroup]
@@ -355,7 +356,7 @@ class AttemptAddress(Contract):
 class AttemptSpec(AttemptAddress):
     """Holds all settings of one attempt (one run of a job on Ray).
 
-    The attempt's driver reads them from `<run_uri>/attempts/<attempt>.json`.
+    The attempt's driver, its main program, reads them from `<run_uri>/attempts/<attempt>.json`.
     """
 
     job_id: str

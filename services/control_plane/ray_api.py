@@ -108,7 +108,7 @@ class ServeView:
 @dataclass(frozen=True)
 class Load:
     """The load of an application in Ray Serve: requests in flight, tokens per second and the time to the first token.
-    The engines of the replicas measure these numbers.
+    The vLLM engines of its replicas measure these numbers.
     """
 
     num_replicas: int  # that answered

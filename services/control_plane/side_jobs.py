@@ -66,7 +66,7 @@ async def result_of(
     most: int,
     is_disconnected: Callable[[], Awaitable[bool]],
 ) -> SideJobResult | None:
-    """Runs the side job, unless it runs already or is done, and returns its result.
+    """Runs the side job (a short Ray job beside training), unless it runs already or is done, and returns its result.
 
     Returns None if the side job still runs after WAIT_SECONDS, or if the client has disconnected, which
     `is_disconnected` finds out. Raises Unavailable if Ray refuses the side job or does not answer, and RateLimited if
@@ -232,7 +232,8 @@ async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
 
 
 async def forget_old(session: AsyncSession, most: int) -> list[str]:
-    """Deletes the rows of at most `most` side jobs that ended more than KEPT ago. Returns their storage folders.
+    """Deletes the rows of at most `most` side jobs (short Ray jobs beside training) that ended more than KEPT ago.
+    Returns their storage folders.
 
     The caller must delete the folders after the commit.
     """

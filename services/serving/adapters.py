@@ -54,8 +54,8 @@ def check_version(installed: str = vllm.__version__) -> None:
 
 
 class AdapterRefused(Exception):
-    """Raised if the engine cannot answer with an adapter. `status` and `code` are the HTTP status and the error code of
-    the response to the client."""
+    """Raised if the vLLM engine cannot answer with a LoRA adapter. `status` and `code` are the HTTP status and the
+    error code of the response to the client."""
 
     status, code = 503, "model_unavailable"
 
@@ -70,23 +70,24 @@ class AdapterDeleted(AdapterRefused):
 
 
 class AdapterUnusable(AdapterRefused):
-    """Raised for an adapter that this engine cannot attach, now or later."""
+    """Raised for a LoRA adapter that this vLLM engine cannot attach (load beside its model), now or later."""
 
     status, code = 409, "adapter_unusable"
 
 
 class Base:
-    """Checks whether adapters were trained on the weights of the model that a vLLM engine has loaded."""
+    """Checks whether LoRA adapters were trained on the weights of the model that a vLLM engine has loaded."""
 
     def __init__(self, source: str) -> None:
-        """Takes the URI, the local folder or the hub id of the engine's model."""
+        """Takes `source`, which says where the engine's model is: a URI, a local folder or a hub id."""
         self._source = source
         self._fingerprint: str | None = None  # computed for the first adapter that tells its base's
         self._computing = threading.Lock()
 
     def check(self, adapter: Adapter, folder: Path) -> None:
-        """Raises AdapterUnusable if the weights of the base on which the adapter in `folder` was trained differ from
-        those that the engine has loaded, and AdapterRefused if the latter cannot be fetched now.
+        """Compares the base model on which the adapter in `folder` was trained with the engine's model. Raises
+        AdapterUnusable if their weights differ. Raises AdapterRefused if the engine's model must be fetched for this
+        comparison and cannot be fetched now.
 
         An adapter that this service trained records a fingerprint of its base model's weights. An adapter without a
         fingerprint is accepted. The first comparison reads all weights of the engine's model, and fetches them again if
@@ -112,7 +113,9 @@ class Base:
 
 @dataclass(eq=False)
 class Attachment:
-    """An adapter that the engine has attached or is loading, and the number of requests that use it."""
+    """A LoRA adapter that the vLLM engine has attached (loaded beside its model) or is loading, and the number of
+    requests that use it.
+    """
 
     folder: Path  # of the local copy, if the source is remote
     loading: "asyncio.Task[LoRARequest]"
@@ -211,8 +214,8 @@ class Adapters:
             self._detach(name)
 
     def _detach(self, adapter_id: str) -> None:
-        """Takes the adapter out of the list of attached adapters now, and out of the engine when the adapter's requests
-        have ended."""
+        """Takes the adapter out of the list of attached adapters now, and out of the vLLM engine when all requests that
+        use the adapter have ended."""
         attachment = self._attached.pop(adapter_id)
         self._models.lora_requests.pop(adapter_id, None)  # now, because the next request may attach it again
         self._models.lora_resolver_lock.pop(adapter_id, None)

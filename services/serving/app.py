@@ -210,13 +210,13 @@ def _local(deployment: Deployment) -> tuple[str, Deployment]:
     """Makes the model's weights available on this node. Returns their local folder, and the deployment with which the
     model is to be started.
 
-    If the weights are named by a hub id, this id is returned in place of the folder. If the weights are an adapter, it
-    is merged into its base model; the returned deployment has the merged model's folder as its source, and attaches no
-    adapters. When the engine has loaded the weights, the node may remove its copy of a remote source to make room. So
-    code that reads the model later must fetch the deployment's source again.
+    If the weights are named by a hub id, this id is returned in place of the folder. If the weights are an adapter, the
+    adapter is merged into its base model; the returned deployment has the merged model's folder as its source, and
+    attaches no adapters. When vLLM has loaded the weights, the node may remove its copy of a remote source to make
+    room. So code that reads the model later must fetch the deployment's source again.
 
-    Raises FileNotFoundError or ValueError for missing or damaged files. Serve's status shows these errors, but not why
-    an engine failed to load files.
+    Raises FileNotFoundError or ValueError for missing or damaged files. Ray Serve's status shows these errors; it would
+    not show why vLLM failed to load the files.
     """
     source = deployment.source
     folder = storage.fetch(source)

@@ -45,7 +45,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     source: str  # URI, local folder or hub id of the model and its tokenizer
 
     async def _start_engine(self) -> None:
-        """Starts the engine, and the parts of this service that use it.
+        """Starts the vLLM engine, and the parts of this service that use it.
 
         Replaces a method of the base class, which would also start an actor of 400 MB for Ray's usage statistics.
         """
@@ -72,7 +72,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return app
 
     async def _tell_load(self) -> dict[str, Any]:
-        """Returns the engine's load, as the answer to an HTTP request: the replica's id and the counts of `Load`.
+        """Returns the load of the vLLM engine, as the answer to an HTTP request: the replica's id and the counts of
+        `Load`.
 
         This method is a coroutine, so that it runs in the event loop, in which the counts are also recorded.
         """
@@ -130,7 +131,7 @@ def linear_layers(config: PretrainedConfig) -> list[str]:
 
 
 async def start(deployment: Deployment, local: str) -> PolicyServer:
-    """Starts the engine of the deployment, and returns its server. `local` is the model's local folder or hub id.
+    """Starts the vLLM engine of the deployment, and returns its server. `local` is the model's local folder or hub id.
 
     vLLM's build for CPUs runs on CPUs, also in a replica that reserves GPUs. Raises ValueError if vLLM's build for GPUs
     is to run without a GPU.

@@ -272,7 +272,7 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Continue to print new lines until the job ends.")
     ] = False,
 ) -> None:
-    """Print the logs of one of a job's processes: the driver or a worker."""
+    """Print the logs of one of a job's processes: the driver (the job's main program) or a training worker."""
     for line in read_logs(client, job_id, attempt=attempt, source=source, follow=follow):
         out.print(safe(line))
 

@@ -129,7 +129,7 @@ list_command(
 
 @api_command(app)
 def show(client: "OpenAI", sweep_id: SweepId, as_json: AsJson = False) -> None:
-    """Show the trials of a sweep: the values, the job and the results of each, the best trial first."""
+    """Show the trials (jobs) of a sweep: the values, the job and the results of each, the best trial first."""
     found: Any = client.get(f"/x/sweeps/{sweep_id}", cast_to=object)
     if as_json:
         out.print_json(data=found | {"data": _trials(client, sweep_id)})

@@ -136,7 +136,9 @@ def create(
         bool, typer.Option("--watch", help="Wait until the rounds have ended, and print their results.")
     ] = False,
 ) -> None:
-    """Create rounds and print their id. The service works on them in the background."""
+    """Create rounds, which improve a policy by training it on its own answers, and print their id. The service works on
+    them in the background.
+    """
     body: Body = read_config(config) if config else {}
     given = {
         ("model",): model,
@@ -209,7 +211,7 @@ list_command(
 
 @api_command(app)
 def show(client: "OpenAI", rounds_id: RoundsId, as_json: AsJson = False) -> None:
-    """Show the state of rounds, and the rows, the job, the policy and the results of each round."""
+    """Show the state of rounds, and for each round its training rows, its job, its policy and its results."""
     found: Any = client.get(f"/x/rounds/{rounds_id}", cast_to=object)
     if as_json:
         out.print_json(data=found)
@@ -219,7 +221,7 @@ def show(client: "OpenAI", rounds_id: RoundsId, as_json: AsJson = False) -> None
 
 @api_command(app)
 def pause(client: "OpenAI", rounds_id: RoundsId) -> None:
-    """Pause rounds, and their job or evaluations that are under way."""
+    """Pause rounds, and the job or the evaluations that they have under way."""
     client.post(f"/x/rounds/{rounds_id}/pause", cast_to=object)
     out.print(f"paused {rounds_id}")
 
@@ -233,7 +235,9 @@ def resume(client: "OpenAI", rounds_id: RoundsId) -> None:
 
 @api_command(app)
 def cancel(client: "OpenAI", rounds_id: RoundsId) -> None:
-    """Cancel rounds, and their job or evaluations that are under way. What they have made so far is kept."""
+    """Cancel rounds, and the job or the evaluations that they have under way. What the rounds have made so far is
+    kept.
+    """
     client.post(f"/x/rounds/{rounds_id}/cancel", cast_to=object)
     out.print(f"cancelled {rounds_id}")
 

@@ -31,7 +31,9 @@ Piece = TypeVar("Piece")
 
 
 class Later(Exception):
-    """Raised by work that has to wait. The piece is given up, and can be taken again after `seconds`."""
+    """Raised by background work on a piece, such as a file to check, if the work has to wait. The control plane then
+    gives up the piece, which can be taken again after `seconds`.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -57,21 +59,23 @@ class LeasedWork(Protocol[Piece]):
         """
 
     async def work(self, piece: Piece) -> None:
-        """Does the work on the piece, or the rest of the work if an earlier try was interrupted. May be cancelled at
-        any time.
+        """Does the work on the piece, such as checking a file. If an earlier try was interrupted, does only the rest.
+        The call may be cancelled at any time.
 
         Raises Later if the work has to wait, so that meanwhile other pieces can be worked on.
         """
 
     async def goes_on(self, session: AsyncSession, piece: Piece) -> bool:
-        """Whether the work on the piece should go on. Called every few seconds while the work is under way."""
+        """Whether the work on the piece, such as a file to check, should go on. Called every few seconds while the work
+        is under way.
+        """
 
     async def interrupted(self, session: AsyncSession, piece: Piece, error: Exception) -> None:
-        """Records that the work on the piece failed with an unexpected error. The piece is tried again after
-        RETRY_SECONDS.
+        """Records that the work on the piece, such as a file to check, failed with the unexpected error `error`. The
+        work is tried again after RETRY_SECONDS.
 
-        To make the next try later, an implementation gives the piece's lease (the right to work on it) to the holder
-        NOBODY for a longer time.
+        To delay the next try, an implementation gives the piece's lease (the right to work on it) to NOBODY, a holder
+        that does no work, for a longer time.
         """
 
 
@@ -96,7 +100,7 @@ class Rests:
         self._seconds: dict[str, float] = {}
 
     def after_refusal(self, name: str) -> float:
-        """Returns for how many seconds the piece of work `name` rests after one more refusal."""
+        """Counts one more refusal of the piece of work `name`, and returns how many seconds this piece rests now."""
         last = self._seconds.get(name, self._first / 2)
         self._seconds[name] = min(2 * last, self._longest)
         return self._seconds[name]
@@ -127,8 +131,9 @@ async def lasts_too_long(session: AsyncSession, row: Troubled, error: Exception)
 def next_in_turn(table: Any, is_live: ColumnElement[bool], lease: str, *, most: int | None = None) -> Select[Any]:
     """Returns the query for the next row of `table` to work on. Projects take turns, and old rows come before new ones.
 
-    The row meets the condition `is_live`, and nobody holds its lease, whose name is `lease` followed by the row's id.
-    If `most` is given, only the `most` oldest rows of each project that meet the condition are worked on.
+    The row meets the condition `is_live`, and nobody holds its lease (the right to work on it). The lease's name is the
+    text `lease` followed by the row's id. If `most` is given, only the `most` oldest rows of each project that meet the
+    condition are worked on.
     """
     place = func.row_number().over(partition_by=table.project_id, order_by=(table.created_at, table.id))
     live = select(table.id, place.label("place")).where(is_live).subquery()
@@ -147,7 +152,9 @@ async def take(session: AsyncSession, name: str, holder: str) -> bool:
 
 
 class Leaseholder(Generic[Piece]):
-    """Does one kind of background work, piece by piece, for the control plane with the name `holder`."""
+    """Does one kind of background work, such as checking files, in the control plane called `holder`. Before it works
+    on a piece (such as a file), it takes the piece's lease, so that no other control plane works on the same piece.
+    """
 
     def __init__(self, store: Store, kind: LeasedWork[Piece], *, holder: str) -> None:
         self._store, self._kind, self._holder = store, kind, holder
@@ -155,7 +162,7 @@ class Leaseholder(Generic[Piece]):
         self._trouble = Trouble(log, type(kind).__name__)
 
     async def run(self) -> None:
-        """Looks for pieces of work every second and works on them, until cancelled."""
+        """Looks every second for pieces of work, such as files to check, and works on them, until cancelled."""
         try:
             while True:
                 try:
@@ -173,7 +180,9 @@ class Leaseholder(Generic[Piece]):
             await asyncio.gather(*self._running, return_exceptions=True)
 
     async def run_once(self) -> None:
-        """Does one piece of work, if there is one."""
+        """Does one piece of work, such as checking a file, and returns when it is done. Does nothing if there is no
+        work.
+        """
         if (piece := await self._claim()) is not None:
             await self._hold(piece)
 

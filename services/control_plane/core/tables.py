@@ -563,7 +563,8 @@ class SweepEvaluation(Base):
 
 
 class SweepTrial(Base):
-    """A trial of a sweep: one job, with the values that the sweep chose for it, and the results of its evaluations.
+    """A trial of a sweep: one of the sweep's jobs, with the values that the sweep chose for it, and the results of its
+    evaluations.
 
     The transaction that submits the job writes the row, so that no trial has two jobs.
     """

@@ -121,7 +121,7 @@ async def _change(
 
 @router.delete("/{evaluation_id}")
 async def delete(idempotent: IdempotentPart, evaluation_id: str) -> Response:
-    """Deletes an evaluation that has ended, with its items and results."""
+    """Deletes an evaluation that has ended, with its items (prompts) and results."""
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await evaluations.remove(session, evaluation_id)

@@ -1,4 +1,4 @@
-"""The JSON objects of evaluations and their items, as the OpenAPI document describes them.
+"""The JSON objects of evaluations and of their items (prompts with results), as the OpenAPI document describes them.
 
 docs/use/evaluations.md says what the results mean.
 """

@@ -299,7 +299,9 @@ async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str
 
 
 def _lives(name: str) -> ColumnElement[bool]:
-    """Returns the SQL condition for jobs that have not ended and whose spec names a file in the field `name`."""
+    """Returns the SQL condition for jobs that have not ended and whose spec (description) names a file in the field
+    `name`.
+    """
     return and_(Job.observed.not_in(TERMINAL), Job.spec[name].astext.is_not(None))
 
 

@@ -96,7 +96,9 @@ class Inference:
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
-        """Calls `mark` about every second, so that models with requests in flight stay loaded. Runs until cancelled."""
+        """Renews every second or so, by calling `mark`, the records that keep models with requests in flight loaded.
+        Runs until cancelled.
+        """
         while True:
             try:
                 await self.mark()
@@ -228,8 +230,8 @@ class Inference:
         meter.end(use.share - share)
 
     async def _wait_until_served(self, engine: Engine) -> str:
-        """Waits until the engine's model is loaded, and counts the request as in flight. Returns the URL of Ray Serve's
-        proxy.
+        """Waits until the model of `engine` (a model server on Ray Serve) is loaded, and counts the request as in
+        flight. Returns the URL of Ray Serve's proxy.
 
         Raises Unavailable after `model_wait_seconds`, or if the model cannot be loaded.
         """

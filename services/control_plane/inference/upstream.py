@@ -114,7 +114,7 @@ class Answer(asyncio.Protocol):
         """Waits for bytes of the answer's body, and returns all that have arrived since the last call. Returns b"" at
         the body's end.
 
-        Raises Broken if the connection ends before the body does, or the engine is silent for too long.
+        Raises Broken if the connection ends before the body does, or the engine (model server) is silent for too long.
         """
         if self.headers.get("content-encoding", "identity") != "identity":
             raise Broken(f"its answer is encoded as {self.headers['content-encoding']}, which was not requested")
@@ -127,8 +127,8 @@ class Answer(asyncio.Protocol):
         return piece
 
     async def body(self) -> bytes:
-        """Reads and returns the rest of the answer's body. Raises Broken if the engine stops sending before the body's
-        end.
+        """Reads and returns the rest of the answer's body. Raises Broken if the engine (model server) stops sending
+        before the body's end.
         """
         parts = []
         while piece := await self.piece():

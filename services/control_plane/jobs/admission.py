@@ -23,8 +23,8 @@ from services.control_plane.tenants import quotas
 
 
 class Admitted(NamedTuple):
-    """A new job that passed all checks: its complete spec, its models, and whether the rows of its files were
-    checked."""
+    """A new job that passed all checks: its complete spec (description), its models, and whether the rows of its files
+    were checked."""
 
     spec: JobSpec  # what the job is to do, with the choices that the request left to the service
     model: NamedModel  # from which the job starts

@@ -331,7 +331,8 @@ def fine_tuned_name(job: Job, settings: Settings) -> str:
 
 
 def unreadable(job: Job) -> dict[str, str | None] | None:
-    """Returns the error with which a job must end if this release cannot read its stored spec. Returns None if it can.
+    """Returns the error with which a job must end, if this release cannot read the job's stored spec (description).
+    Returns None if it can.
 
     Another release of the service may have stored the spec.
     """

@@ -74,7 +74,7 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 @router.delete("/{model_id:path}")
 async def delete(idempotent: IdempotentPart, settings: SettingsPart, recent: RecentPart, model_id: str) -> Response:
-    """Deletes a trained model: removes it from the lists, stops its engine, and deletes its weights."""
+    """Deletes a trained model: removes it from the lists, unloads it from Ray Serve, and deletes its weights."""
     removed: list[NamedModel] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:

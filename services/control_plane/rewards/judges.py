@@ -97,8 +97,8 @@ def check_implicit(name: str, objective: Objective, *, reference: str | None, be
     """Checks, before a policy called `name` is trained with this objective, that it will have an implicit reward. An
     implicit reward needs a reference model and a beta.
 
-    `reference` and `beta` are the request's choices; if one of them is None, the job that trains the policy must
-    provide it. Raises InvalidRequest if the objective provides none.
+    `reference` and `beta` are the request's choices. If one of them is None, the training provides it; raises
+    InvalidRequest if training with this objective uses no reference model or no suitable beta.
     """
     if reference is None:
         _check_reference(name, objective)

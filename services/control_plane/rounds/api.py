@@ -59,7 +59,9 @@ async def create(
 async def list_rounds(
     store: StorePart, after: str | None = None, limit: Limit = 20, status: Status | None = None
 ) -> dict[str, Any]:
-    """Lists the project's rounds, newest first. If `status` is given, lists only rounds with this status."""
+    """Lists the project's rounds (repeated training of a policy on its own answers), newest first. If `status` is
+    given, lists only rounds with this status.
+    """
     query = select(Rounds)
     if status is not None:
         query = query.where(Rounds.state == status)
@@ -76,19 +78,23 @@ async def retrieve(store: StorePart, rounds_id: str) -> dict[str, Any]:
 
 @router.post("/{rounds_id}/pause", responses=answers(RoundsDocument))
 async def pause(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
-    """Pauses rounds that have not ended, and their job or evaluations that are under way."""
+    """Pauses rounds (repeated training of a policy on its own answers) that have not ended, and their job or
+    evaluations that are under way.
+    """
     return await _wish(rounds.pause, idempotent, caller, rounds_id)
 
 
 @router.post("/{rounds_id}/resume", responses=answers(RoundsDocument))
 async def resume(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
-    """Lets paused rounds go on where they were."""
+    """Lets paused rounds (repeated training of a policy on its own answers) go on where they were."""
     return await _wish(rounds.resume, idempotent, caller, rounds_id)
 
 
 @router.post("/{rounds_id}/cancel", responses=answers(RoundsDocument))
 async def cancel(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
-    """Cancels rounds that have not ended, and their job or evaluations that are under way. The rest is kept."""
+    """Cancels rounds (repeated training of a policy on its own answers) that have not ended, and their job or
+    evaluations that are under way. What they have made so far is kept.
+    """
     return await _wish(rounds.cancel, idempotent, caller, rounds_id)
 
 
@@ -106,7 +112,9 @@ async def _wish(
 
 @router.delete("/{rounds_id}")
 async def delete(idempotent: IdempotentPart, rounds_id: str) -> Response:
-    """Deletes rounds that have ended. The files, jobs, models and evaluations that they have made stay."""
+    """Deletes the record of rounds that have ended. The files, jobs, models and evaluations that the rounds have made
+    stay.
+    """
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await rounds.remove(session, rounds_id)

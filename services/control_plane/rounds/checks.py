@@ -1,4 +1,6 @@
-"""Checks a request for rounds before anything is created: prompts, judges, and the job of a round."""
+"""Checks a request for rounds (repeated training of a policy on its own answers) before anything is created: its
+prompts, its judges, and the job of a round.
+"""
 
 from collections.abc import Sequence
 from typing import Any

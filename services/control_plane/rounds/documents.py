@@ -1,4 +1,5 @@
-"""The JSON objects of rounds, as the OpenAPI document describes them.
+"""The JSON objects of rounds (repeated training of a policy on its own answers), as the OpenAPI document describes
+them.
 
 docs/use/rounds.md says what they mean.
 """

@@ -1,4 +1,6 @@
-"""Defines the JSON body of POST /v1/x/rounds, which creates rounds, and the description that is stored of them."""
+"""Defines the JSON body of POST /v1/x/rounds, which creates rounds (repeated training of a policy on its own answers),
+and the description of rounds that is stored.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -160,7 +162,9 @@ class RoundsSpec(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The names of the models that the rounds begin with."""
+        """The names of the models that are needed when the rounds begin: the first policy, and the models of the
+        judges.
+        """
         return {self.model} | self.judge.models | self.evaluating_judge.models
 
     def num_prompts(self, num_sampled: int) -> int:

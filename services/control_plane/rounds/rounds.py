@@ -63,7 +63,8 @@ async def create(
 
 
 async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> Rounds:
-    """Returns the rounds with this id. If `lock`, nobody else can change the rounds until the transaction ends.
+    """Returns the rounds (repeated training of a policy on its own answers) with this id. If `lock`, nobody else can
+    change them until the transaction ends.
 
     Raises NotFound if the project has no such rounds.
     """
@@ -75,7 +76,8 @@ async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> 
 
 
 async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Pauses the rounds, and their job or evaluations that are under way. Returns the rounds.
+    """Pauses the rounds (repeated training of a policy on its own answers), and their job or evaluations that are under
+    way. Returns the rounds.
 
     `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds have ended.
     """
@@ -91,7 +93,8 @@ async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Resumes the paused rounds, and their job or evaluations that were under way. Returns the rounds.
+    """Resumes the paused rounds (repeated training of a policy on its own answers), and their job or evaluations that
+    were under way. Returns the rounds.
 
     `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds are not paused, and
     OverQuota if the project may not queue the paused job.
@@ -110,7 +113,8 @@ async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def cancel(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Cancels the rounds, and their job or evaluations that are under way. Returns the rounds.
+    """Cancels the rounds (repeated training of a policy on its own answers), and their job or evaluations that are
+    under way. Returns the rounds.
 
     The files, jobs, models and results so far are kept. `actor` is the id of the API key that sent the request. Raises
     InvalidRequest if the rounds have ended.
@@ -160,7 +164,9 @@ async def _under_way(session: AsyncSession, rounds: Rounds) -> AsyncIterator[Eva
 
 
 async def end(session: AsyncSession, rounds: Rounds, state: str, **values: Any) -> None:
-    """Ends the rounds, whose row the caller has locked, in the state `state`, and sets the columns in `values`."""
+    """Ends the rounds in the state `state`, such as `succeeded`, and sets the columns in `values`. The caller must hold
+    the lock of the rounds' row.
+    """
     finished_at = await session.scalar(select(func.clock_timestamp()))
     ending = {"state": state, "waits_for": None, "finished_at": finished_at}
     for name, value in (ending | values).items():  # all in one UPDATE, as the table's constraints require
@@ -168,16 +174,16 @@ async def end(session: AsyncSession, rounds: Rounds, state: str, **values: Any) 
 
 
 async def fail(session: AsyncSession, rounds: Rounds, error: ApiError) -> None:
-    """Ends the rounds, whose row the caller has locked, as failed with this error."""
+    """Ends the rounds as failed with this error. The caller must hold the lock of the rounds' row."""
     told = {"code": error.code, "message": storable(error.message), "param": error.param}
     await end(session, rounds, "failed", error=told)
 
 
 async def claim(session: AsyncSession, holder: str) -> Rounds | None:
-    """Takes a lease for the control plane `holder`: the right to work on the next running rounds on which no control
-    plane works. Projects take turns.
+    """Takes the lease (the right to work on them) of the next running rounds for the control plane `holder`, and
+    returns the rounds. Returns None if there are no running rounds, or other control planes work on all of them.
 
-    Returns these rounds. Returns None if there are none.
+    Projects take turns.
     """
     if not await session.scalar(select(CLAIMS)):
         return None

@@ -1,4 +1,4 @@
-"""Runs rounds in the background. Every control plane does so.
+"""Runs rounds (repeated training of a policy on its own answers) in the background. Every control plane does so.
 
 To work on rounds, a control plane takes their lease, which is the right to work on them. If a control plane dies,
 another one continues with the stage that the rounds have reached.

@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 class Ended(Exception):
-    """Raised if there is no more work to do, because the rounds have ended or were paused."""
+    """Raised if there is no more work to do on the rounds, because they have ended or were paused."""
 
 
 def stage_of(entry: Entry) -> str:
@@ -63,7 +63,9 @@ def stage_of(entry: Entry) -> str:
 
 
 class Stages:
-    """Does the stages of the rounds with the id `rounds_id`, one after the other."""
+    """Does the stages of rounds (repeated training of a policy on its own answers), one after the other: sampling
+    answers, making a training file, training, and evaluating. `rounds_id` is the id of the rounds.
+    """
 
     def __init__(self, store: ProjectStore, rounds_id: str, settings: Settings, ray_api: RayApi) -> None:
         self._store, self._id, self._settings, self._ray_api = store, rounds_id, settings, ray_api
@@ -98,7 +100,8 @@ class Stages:
             raise Ended from None
 
     async def _change(self, seen: Rounds, act: Act) -> bool:
-        """Calls `act` in a transaction that locks the row of the rounds. Returns whether the stage is done.
+        """Does a stage by calling `act` in a transaction that locks the row of the rounds. Returns whether the stage is
+        done.
 
         `seen` is the row as it was read before. If another control plane has done the stage since then, returns True
         without calling `act`. Raises Ended if the rounds are paused or have ended.
@@ -189,7 +192,9 @@ class Stages:
                 raise
 
     async def _have_samples_and_room(self, session: AsyncSession, rounds: Rounds) -> bool:
-        """Whether the samples are scored. Raises OverQuota if the project has no room for their rows."""
+        """Whether the round's sampled answers are all scored. Raises OverQuota if they are, but the project has too
+        little space left for a file of their rows.
+        """
         entry = rounds.history[-1]
         if await self._waits_for(session, rounds, [entry["samples"]]):
             return False
@@ -216,8 +221,8 @@ class Stages:
         """Whether at least one of the evaluations has not ended. Stores in the rounds' column `waits_for` what such an
         evaluation waits for.
 
-        Raises ApiError if one of the evaluations failed, was cancelled or deleted, or lacks the results of too many
-        items.
+        Raises ApiError if one of the evaluations failed, was cancelled or deleted, or lacks the results of too many of
+        its prompts.
         """
         found = [await evaluations.find(session, evaluation_id) for evaluation_id in evaluation_ids]
         for evaluation in found:

@@ -127,7 +127,9 @@ async def cancel(idempotent: IdempotentPart, caller: CallerPart, sweep_id: str) 
 
 @router.delete("/{sweep_id}")
 async def delete(idempotent: IdempotentPart, sweep_id: str) -> Response:
-    """Deletes a sweep that has ended, and its trials. The jobs, models and evaluations that it has made stay."""
+    """Deletes a sweep that has ended, with the records of its trials (jobs with chosen values). The jobs, models and
+    evaluations themselves stay.
+    """
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await sweeps.remove(session, sweep_id)
@@ -141,7 +143,7 @@ After = Annotated[int | None, Query(ge=-1, lt=2**31)]
 
 @router.get("/{sweep_id}/trials", responses=answers(Page[TrialDocument]))
 async def list_trials(store: StorePart, sweep_id: str, after: After = None, limit: Limit = 20) -> dict[str, Any]:
-    """Lists the trials of a sweep that have begun, in the order in which they began."""
+    """Lists the trials (jobs with chosen values) of a sweep that have begun, in the order in which they began."""
     async with store.look() as session:
         await sweeps.find(session, sweep_id)
         query = select(SweepTrial).where(SweepTrial.sweep_id == sweep_id)

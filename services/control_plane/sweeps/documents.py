@@ -1,4 +1,5 @@
-"""The JSON objects of sweeps, of their trials and of their frontiers, as the OpenAPI document describes them.
+"""The JSON objects of sweeps, of their trials (jobs with chosen values) and of their reward-KL frontiers, as the
+OpenAPI document describes them.
 
 docs/use/sweeps.md says what they mean.
 """

@@ -79,7 +79,7 @@ class Parameter(BaseModel):
 
 
 class Search(BaseModel):
-    """The field `search` of a sweep: how the values of its trials are chosen."""
+    """The field `search` of a sweep: how the sweep chooses the values for its trials (jobs)."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["grid", "random", "tpe"] = Field(
@@ -108,7 +108,7 @@ class Search(BaseModel):
 
 
 class SweepMetric(BaseModel):
-    """The field `metric` of a sweep: the number by which trials are compared."""
+    """The field `metric` of a sweep: the number by which the sweep compares its trials (jobs with chosen values)."""
 
     model_config = ConfigDict(extra="forbid")
     name: str = Field(
@@ -124,7 +124,9 @@ class SweepMetric(BaseModel):
 
 
 class EarlyStop(BaseModel):
-    """The field `early_stop` of a sweep: when a trial is hopeless, so that its job is cancelled."""
+    """The field `early_stop` of a sweep: the rules by which a trial (job) that does worse than the others is cancelled
+    early.
+    """
 
     model_config = ConfigDict(extra="forbid")
     metric: Metric = Field(

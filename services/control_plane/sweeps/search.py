@@ -39,8 +39,8 @@ def grid(sweep: CreateSweep) -> list[Values]:
 
 
 def probes(sweep: CreateSweep) -> list[Values]:
-    """Returns a few trials in which every listed value, and both ends of every range, occur at least once. Before a
-    sweep is created, the service checks the jobs of these trials.
+    """Returns the parameters' values for a few trials (jobs), in which every listed value, and both ends of every
+    range, occur at least once. Before a sweep is created, the service checks these jobs.
 
     In each of these trials, all parameters but one have their first value.
     """

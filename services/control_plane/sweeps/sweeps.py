@@ -125,7 +125,9 @@ async def cancel(session: AsyncSession, sweep_id: str, actor: str) -> Sweep:
 
 
 async def _stop(session: AsyncSession, sweep: Sweep, actor: str) -> None:
-    """Cancels the trials of the sweep that have not ended, with their jobs and evaluations."""
+    """Marks the trials of the sweep that have not ended as cancelled, and cancels their jobs and evaluations. A trial
+    is one job of the sweep with its evaluations.
+    """
     state = await _state_of(session, sweep)
     for trial in state.trials:
         if trial.state in TRIAL_ENDS:
@@ -141,7 +143,8 @@ async def _stop(session: AsyncSession, sweep: Sweep, actor: str) -> None:
 
 
 async def remove(session: AsyncSession, sweep_id: str) -> None:
-    """Deletes the sweep and its trials. The jobs, models and evaluations that it has made stay.
+    """Deletes the sweep, with the records of its trials (jobs with chosen values). The jobs, models and evaluations
+    themselves stay.
 
     Raises InvalidRequest if the sweep has not ended.
     """
@@ -158,8 +161,8 @@ async def remove(session: AsyncSession, sweep_id: str) -> None:
 
 @dataclass
 class State:
-    """A sweep with its trials, and with the jobs and evaluations of these trials, as the database holds them now.
-    `jobs` and `evaluations` are by id.
+    """The state of a sweep as the database holds it now: the sweep, its trials (jobs with chosen values), and the jobs
+    and evaluations of these trials by id.
     """
 
     sweep: Sweep
@@ -200,10 +203,11 @@ async def _state_of(session: AsyncSession, sweep: Sweep) -> State:
 
 
 async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_api: RayApi) -> Sweep | None:
-    """Does what can be done for the sweep now: ends and evaluates trials, stops hopeless ones, and submits new jobs.
-    Returns the sweep.
+    """Does what can be done for the sweep now: evaluates the policies of jobs that have ended, ends trials (jobs with
+    their evaluations), stops hopeless trials, and submits new jobs. Returns the sweep.
 
-    Does nothing, and returns None, if another control plane is doing so at the moment, or the sweep has ended.
+    Does nothing, and returns None, if another control plane is working on the sweep at the moment, or the sweep has
+    ended.
     """
     query = select(Sweep).where(Sweep.id == sweep_id, LIVE).with_for_update(skip_locked=True)
     sweep = await session.scalar(query.execution_options(populate_existing=True))
@@ -223,9 +227,11 @@ async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_
 
 
 async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, settings: Settings) -> None:
-    """If the trial's job has ended, ends the trial or creates the evaluations of the job's policy.
+    """Does what follows when the trial's job has ended; a trial is one job of the sweep with its evaluations. If the
+    job succeeded, creates the evaluations of its policy; without evaluations, the trial ends as succeeded. If the job
+    failed or was cancelled, the trial ends in the same state.
 
-    Also stores the trial's value of the sweep's metric, if this is a metric of validation.
+    Also stores the trial's value of the sweep's metric, if the metric is one that jobs measure on validation data.
     """
     job, metric = state.job_of(trial), state.request.metric
     assert job is not None
@@ -288,8 +294,8 @@ def _fail(trial: SweepTrial, error: ApiError) -> None:
 
 
 async def _stop_hopeless(session: AsyncSession, state: State) -> None:
-    """Cancels the jobs of those trials that are hopeless by the sweep's field `early_stop`. Does nothing if the sweep
-    has no such field.
+    """Cancels the jobs of those trials (jobs of the sweep) that do worse than the others, by the rules in the sweep's
+    field `early_stop`. Does nothing if the sweep has no such field.
     """
     rule = state.request.early_stop
     if rule is None:
@@ -311,10 +317,11 @@ async def _stop_hopeless(session: AsyncSession, state: State) -> None:
 
 
 async def _submit_next(session: AsyncSession, state: State, settings: Settings, ray_api: RayApi) -> None:
-    """Submits the jobs of the next trials, until `max_running_jobs` jobs of the sweep are queued or running.
+    """Submits the jobs of the next trials (jobs with chosen values), until `max_running_jobs` jobs of the sweep are
+    queued or running.
 
-    If the service refuses the job of a trial, the trial fails. If the project may not queue another job now, or the
-    job fits no machine that is there now, the sweep waits.
+    If the service refuses the job of a trial, the trial fails. If the project may not queue another job now, or the job
+    fits no machine that is there now, the sweep waits.
     """
     num_busy, sweep = state.num_busy, state.sweep
     while num_busy < state.request.max_running_jobs and len(state.trials) < sweep.num_trials:

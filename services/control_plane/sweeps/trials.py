@@ -33,7 +33,8 @@ from services.control_plane.sweeps.stopping import Curve, Point
 
 
 def job_of(sweep: CreateSweep, values: Values) -> tuple[JobSpec, Asked]:
-    """Returns the complete description of the trial's job, and the options for which the service can choose values.
+    """Returns the complete description of the job of a trial, and the options for which the service can choose values.
+    A trial is a job of the sweep; `values` are the values that the sweep chose for it.
 
     Raises InvalidRequest, which names the field and the trial's values, if the job is not valid.
     """
@@ -45,8 +46,8 @@ def job_of(sweep: CreateSweep, values: Values) -> tuple[JobSpec, Asked]:
 
 
 def body_of(sweep: CreateSweep, values: Values) -> dict[str, Any]:
-    """Returns the request body of the trial's job: the sweep's job, with the trial's values in the fields that the
-    parameters' paths name.
+    """Returns the request body of the job of a trial: the sweep's own body of a job, with `values` put into the fields
+    that their keys (paths) name. `values` are the values that the sweep chose for the trial.
 
     If the method is a parameter, only the options of the trial's own method remain. Raises InvalidRequest for a path
     that leads through a value that is no object.
@@ -78,7 +79,8 @@ def _put(body: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _check_metrics(sweep: CreateSweep, spec: JobSpec) -> None:
-    """Raises InvalidRequest if the sweep compares trials by a metric of validation that the job does not have.
+    """Raises InvalidRequest if the sweep compares its jobs by a metric that a job with this spec does not measure on
+    validation data.
 
     The job lacks the metric if it has no validation data, or if its training method does not measure the metric.
     """
@@ -95,7 +97,8 @@ def _check_metrics(sweep: CreateSweep, spec: JobSpec) -> None:
 
 
 async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values) -> None:
-    """Checks the job that the sweep would submit for one trial. Raises an ApiError if the service would refuse the job.
+    """Checks the job that the sweep would submit for one trial (one choice of values). Raises an ApiError if the
+    service would refuse the job.
 
     `values` holds the trial's value of each parameter of the sweep.
     """
@@ -108,10 +111,11 @@ async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, swee
 async def submit(
     session: AsyncSession, settings: Settings, ray_api: RayApi, sweep: CreateSweep, values: Values, key_id: str
 ) -> Job:
-    """Submits the job of one trial, and returns the job. Raises an ApiError if the service refuses the job.
+    """Submits the job of one trial (one choice of values), and returns the job. Raises an ApiError if the service
+    refuses the job.
 
-    `values` holds the trial's value of each parameter of the sweep. `key_id` is the id of the API key that created
-    the sweep.
+    `values` holds the trial's value of each parameter of the sweep. `key_id` is the id of the API key that created the
+    sweep.
     """
     spec, asked = job_of(sweep, values)
     admitted = await admission.admit(session, settings, spec, asked)
@@ -145,7 +149,9 @@ async def check_evaluations(session: AsyncSession, settings: Settings, bodies: M
 async def check_metric(
     session: AsyncSession, settings: Settings, sweep: CreateSweep, bodies: Mapping[str, CreateEvaluation]
 ) -> None:
-    """Raises InvalidRequest if the sweep's metric is a score of samples, but their judge only compares answers."""
+    """Raises InvalidRequest if the sweep compares its jobs by a score of sampled answers, but the judge of these
+    answers gives no scores and only compares answers.
+    """
     body = bodies.get(sweep.metric.name.partition("/")[0]) if sweep.metric else None
     if body is None or body.kind != "samples" or body.judge is None or body.judge.type != "model":
         return

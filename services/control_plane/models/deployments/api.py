@@ -69,8 +69,9 @@ async def change(
 ) -> Response:
     """Sets how a model is served. Fields that the body leaves out are reset to their defaults.
 
-    If the model is loaded, Ray Serve replaces its replicas. Each replica first finishes its answers. An engine that
-    computes log-probabilities for a job keeps its settings until it has computed all of them.
+    If the model is loaded, Ray Serve replaces its replicas; each replica first finishes its answers. There is one
+    exception: replicas that compute log-probabilities for a job keep the old settings until they have computed all of
+    them.
     """
     view, capacity = await asyncio.gather(_look(ray_api), ray_api.capacity())
 
@@ -95,7 +96,7 @@ async def reset(
     recent: RecentPart,
     model_id: str,
 ) -> Response:
-    """Resets the settings of a model's deployment to their defaults. The model itself stays."""
+    """Resets all settings of how a model is served to their defaults. The model itself stays."""
     view = await _look(ray_api)
 
     async def forget(session: AsyncSession) -> dict[str, Any]:

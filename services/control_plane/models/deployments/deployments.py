@@ -203,7 +203,7 @@ class Status:
 async def status(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> Status:
-    """Returns the settings and the state of the engine that answers requests for the model.
+    """Returns the settings and the state of the engine (model server on Ray Serve) that answers requests for the model.
 
     `applications` are the applications of Ray Serve, by name.
     """
@@ -227,7 +227,8 @@ async def status(
 async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
-    """Unloads the model's engine, if it is loaded. `applications` are the applications of Ray Serve, by name.
+    """Unloads the model's engine (its server on Ray Serve), if it is loaded. `applications` are the applications of Ray
+    Serve, by name.
 
     Raises InvalidRequest if the model is pinned (always loaded), is the reference of a running job, or is answering
     requests. Also raises InvalidRequest for an adapter for which the engine of its base model answers.
@@ -260,7 +261,9 @@ async def unload(
 
 @dataclass(frozen=True)
 class Wish:
-    """A requested model: its row in `deployments`, its state, and the application that is to serve it."""
+    """A requested model: its row in the table `deployments`, its state, and the Ray Serve application that is to serve
+    it.
+    """
 
     row: Deployment
     model: eviction.Model

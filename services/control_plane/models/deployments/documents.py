@@ -1,5 +1,5 @@
-"""The JSON object of a deployment, as the OpenAPI document describes it. docs/wire/objects.md says what the fields
-mean."""
+"""The JSON object of a deployment (how a model is served), as the OpenAPI document describes it. docs/wire/objects.md
+says what the fields mean."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""Builds the JSON object of the API for deployments."""
+"""Builds the API's JSON object of a deployment (how a model is served)."""
 
 from typing import Any
 

@@ -36,5 +36,5 @@ class Sink(Protocol):
         `last_step`, the last step that the run has."""
 
     def close(self, status: Status | None) -> None:
-        """Ends the run in the service. `status` is how the job ended; it is None if another attempt of the job may
-        continue the run."""
+        """Ends the run in the service. `status` is how the job ended; it is None if another attempt (run of the job on
+        Ray) may continue the run."""
