@@ -48,6 +48,24 @@ def disputed(better, worse, share, ref_logps):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_dpo_ends_at_the_optimum_of_reward_and_kl(tokenizer, make_policy, tmp_path, beta):
+    """arXiv 2305.18290, equation 4 and theorem 1: the policy becomes pi_ref exp(r / beta) / Z if people prefer answers
+    as a Bradley-Terry model with the reward r does. Here these are all eight answers of three tokens."""
+    completions = [list(ids) for ids in itertools.product((0, 1), repeat=3)]
+    rewards = torch.tensor([1.0, -0.5, 0.3, 0.0, -1.0, 0.8, -0.2, 0.5])
+    reference = torch.tensor([0.05, 0.2, 0.1, 0.15, 0.2, 0.05, 0.15, 0.1]).log()
+    rows = []
+    for i, j in itertools.combinations(range(len(completions)), 2):
+        share, ref_logps = (rewards[i] - rewards[j]).sigmoid().item(), (reference[i].item(), reference[j].item())
+        rows += disputed(completions[i], completions[j], share, ref_logps)
+    found = trained(o.Dpo(beta=beta), rows, tokenizer, make_policy, tmp_path, completions)
+    optimum = (reference + rewards / beta).log_softmax(0)
+    assert (found.exp() - optimum.exp()).abs().sum() / 2 < 1e-3  # total variation
+    assert (optimum.exp() * (optimum - found)).sum() < 1e-5  # KL, nats
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("length_average", "tokens"), [(False, 1), (True, 2)], ids=["summed", "per token"])
 def test_ipo_stops_when_the_margin_is_the_preference(tokenizer, make_policy, tmp_path, length_average, tokens):
     """arXiv 2310.12036: p (d - 1 / (2 tau))^2 + (1 - p) (-d - 1 / (2 tau))^2 is least where d = (2 p - 1) / (2 tau)."""
