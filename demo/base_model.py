@@ -19,7 +19,8 @@ def make_base_model(
     vocabulary: int | None = None,
     seed: int = 0,
 ) -> int:
-    """Writes a Hugging Face model to `folder`: a Llama with random weights, a tokenizer and a chat template.
+    """Writes a Hugging Face model to `folder`: a Llama with random weights, which depend on `seed`, a tokenizer that is
+    trained on `text`, and a chat template. `hidden_size` and `num_layers` are the Llama's sizes.
 
     Returns the number of weights. The Llama has `vocabulary` embeddings; if `vocabulary` is None, it has one embedding
     for each token of the tokenizer.

@@ -158,7 +158,8 @@ def _structure(
     found: Found, device: str | torch.device, adapter: Lora | Path | None, quantization: Quantization | None, seed: int
 ) -> PreTrainedModel | None:
     """Returns the model that `found` describes, without weights; each rank (process of the run) later reads only its
-    part of the weights. If the model must be loaded whole, logs a warning and returns None."""
+    part of the weights. If the model must be loaded whole, logs a warning and returns None. The other arguments are
+    those of `load_policy`."""
     try:
         if quantization:
             raise NeedsWeights(f"its layers are rounded to {quantization}")

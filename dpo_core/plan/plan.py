@@ -116,8 +116,8 @@ def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[t
 
 
 def _together(offered: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields sets of changes, smaller sets first, as dictionaries from the options' names to their new values. No set
-    has both sharding and quantization, because a base in NF4 is never split."""
+    """Yields sets of changes, taken from `offered`, smaller sets first. A set is a dictionary from the options' names
+    to their new values. No set has both sharding and quantization, because a base in NF4 is never split."""
     alternatives = [[each for each in offered if each[0] != name] for name in ("quantization", "sharding")]
     for number in range(2, len(offered) + 1):
         for alternative in alternatives:

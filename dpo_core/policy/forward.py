@@ -115,7 +115,7 @@ class _States(NamedTuple):
 
 def _states(model: PreTrainedModel, batch: Batch, experts: Experts | None, *, shared: bool) -> _States:
     """Runs the model's decoder on the T tokens of the batch. `shared` says whether the completions of a prompt share
-    one copy of it."""
+    one copy of it. If `experts` are given, the result also says how routers spread tokens over them."""
     if not shared:
         return _states_apart(model, batch, experts)
     with shared_prompts(model):
@@ -143,7 +143,10 @@ def _states_apart(model: PreTrainedModel, batch: Batch, experts: Experts | None)
 
 
 def _decode(model: PreTrainedModel, experts: Experts | None, input_ids: Tensor, **arguments: object) -> _States:
-    """Runs the model's decoder on a batch of token ids, [B, L]. The results have B and L as first dimensions."""
+    """Runs the model's decoder on a batch of token ids, [B, L]. The results have B and L as first dimensions. If
+    `experts` are given, the result also says how routers spread tokens over them. `arguments` are further arguments of
+    the decoder.
+    """
     if experts is None:
         hidden = decoder(model)(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
         return _States(hidden, hidden.new_zeros(*input_ids.shape, 0))

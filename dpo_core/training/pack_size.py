@@ -148,8 +148,8 @@ def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> Encode
 
 
 def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int:
-    """Returns the bytes that autograd keeps until the backward pass for each token of a forward pass, measured on a
-    small example."""
+    """Returns the bytes that autograd keeps until the backward pass for each token of a forward pass. The bytes are
+    measured on a small example whose lengths have the proportions of `groups`, examples of the training data."""
     example = _example(groups, scorer.model.config.get_text_config())
     return -(-_kept_bytes(scorer, example) // scorer.count_tokens(example))
 

@@ -215,8 +215,9 @@ def train(
     """Runs the training workers with Ray Train until training ends. Returns the last report of the attempt (one run of
     a job): that it succeeded, failed or paused.
 
-    On success, the report has the URI of the trained model. Workers store checkpoints themselves, so the folder in
-    which Ray Train stores its files is only temporary.
+    Every checkpoint is evaluated on the groups in `validation`; None means no evaluations. On success, the report has
+    the URI of the trained model. Workers store checkpoints themselves, so the folder in which Ray Train stores its
+    files is only temporary.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 

@@ -109,7 +109,7 @@ def read_explicit(row: Row) -> Iterator[Group]:
 
 
 def read_answers(row: Row) -> Iterator[Group]:
-    """Reads a row with a prompt, a chosen answer and a rejected answer. Each of them may be a text or messages."""
+    """Reads a row with a prompt, a chosen answer and a rejected answer. Each of the three may be a text or messages."""
     yield Group(
         question(row, "prompt"), (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line
     )

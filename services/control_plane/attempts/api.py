@@ -27,7 +27,7 @@ async def record(
     own_token: Annotated[str | None, Header(alias=OWN_TOKEN_HEADER, min_length=32)] = None,
 ) -> Wish:
     """Records, each once, the reports that the training process of an attempt (run of a job on Ray) sends. Returns the
-    job's desired state: run, pause or cancel.
+    job's desired state: run, pause or cancel. If `own_token` is given, it becomes the attempt's only token.
 
     Answers 409 if the attempt has ended or a newer one has replaced it; the training process must then stop.
     """

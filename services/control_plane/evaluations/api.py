@@ -106,7 +106,7 @@ async def pause(idempotent: IdempotentPart, evaluation_id: str) -> Response:
 
 @router.post("/{evaluation_id}/resume", responses=answers(EvaluationDocument))
 async def resume(idempotent: IdempotentPart, evaluation_id: str) -> Response:
-    """Queues a paused evaluation again. It goes on where it was."""
+    """Queues a paused evaluation again. The evaluation then goes on where it stopped."""
     return await _change(evaluations.resume, idempotent, evaluation_id)
 
 

@@ -1,10 +1,12 @@
 """Creates evaluations, and makes all changes of evaluations and of their items.
 
-An item is one prompt of an evaluation. Every item passes through the same stages, such as an answer and its score. An
-evaluation is queued, then running, and ends succeeded, failed or cancelled. Until it ends, it can be paused, and is
-queued again when it is resumed. The results of an item's stage, and the counts of the evaluation, change in one
-transaction, and only if the item still is at that stage and the evaluation has not ended. So nothing counts twice, even
-if two control planes work on the evaluation at the same time.
+An item is one prompt of an evaluation. Every item passes through the same stages, such as an answer and its score. The
+state of an evaluation is first `queued`, then `running`, and at the end `succeeded`, `failed` or `cancelled`. Before
+the end, an evaluation can be paused; when it is resumed, it is queued again.
+
+The results of an item's stage, and the counts of the evaluation, change in one transaction, and only if the item still
+is at that stage and the evaluation has not ended. So nothing counts twice, even if two control planes work on the
+evaluation at the same time.
 """
 
 import secrets

@@ -140,7 +140,9 @@ class RowProblem(TypedDict):
 
 
 class GroupDocument(TypedDict):
-    """A prompt with its completions, the best completion first. Each of them is a text or a list of messages."""
+    """A prompt with its completions, the best completion first. The prompt and each completion is a text or a list of
+    messages.
+    """
 
     prompt: str | list[dict[str, Any]]
     completions: list[str | list[dict[str, Any]]]

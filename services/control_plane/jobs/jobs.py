@@ -218,7 +218,8 @@ async def move(
     event: str,
     level: str = "info",
 ) -> None:
-    """Changes the job's observed state to `to`, sets the columns in `values`, and adds the event `event`.
+    """Changes the job's observed state to `to`, sets the columns in `values`, and adds an event with the message
+    `event` and the level `level` (`info`, `warn` or `error`).
 
     `actor` is the id of the API key, or the name of the control plane, that makes the change. If `to` is a state that
     ends the job, also adds messages for the webhooks of the job's project. Raises Stale if the job was changed in the

@@ -83,6 +83,9 @@ async def read_logs(
 ) -> dict[str, Any]:
     """Returns lines of the log of one of the job's processes, oldest first. For the next page, send this response's
     `next` as `after`.
+
+    `source` names the process: `driver` (the job's main program), `worker-0`, `worker-1` and so on. `attempt` is the
+    number of a run of the job on Ray; the default is the newest run.
     """
     async with store.look() as session:
         await jobs.find(session, job_id)

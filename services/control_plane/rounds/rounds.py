@@ -1,7 +1,8 @@
 """Creates rounds, and changes their states when users pause, resume or cancel them.
 
-Rounds improve a policy by training on its own scored answers. They are running or paused, and end succeeded, failed or
-cancelled. Pausing, resuming or cancelling rounds does the same to their job or evaluations that are under way.
+Rounds improve a policy by training on its own scored answers. The state of rounds is `running` or `paused`, and at the
+end `succeeded`, `failed` or `cancelled`. Pausing, resuming or cancelling rounds does the same to their job or
+evaluations that are under way.
 """
 
 import secrets

@@ -57,6 +57,9 @@ def trial_object(row: SweepTrial, job: Job | None) -> dict[str, Any]:
 def frontier_object(sweep: Sweep, rows: Sequence[tuple[SweepTrial, Job]], axes: Axes) -> dict[str, Any]:
     """Returns the JSON object of a sweep's frontier: a point for each trial (job with chosen values) that has a KL
     divergence and a reward.
+
+    `rows` are pairs of a trial and its job. `axes` names the evaluations and results from which the KL divergence and
+    the reward come.
     """
     points = [
         {

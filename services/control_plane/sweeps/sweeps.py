@@ -1,9 +1,9 @@
 """Creates sweeps, and makes all changes of sweeps and of their trials.
 
-A trial is one job of a sweep. It is training, then evaluating, and ends succeeded, failed, stopped (early, because it
-was hopeless) or cancelled. Every step of a sweep is one transaction that holds the lock of the sweep's row: the new
-job, its trial and the sweep's state change together. So if a control plane dies, no trial is lost, and none is
-submitted twice.
+A trial is one job of a sweep. The state of a trial is first `training`, then `evaluating`, and at the end `succeeded`,
+`failed`, `stopped` (early, because the trial was hopeless) or `cancelled`. Every step of a sweep is one transaction
+that holds the lock of the sweep's row: the new job, its trial and the sweep's state change together. So if a control
+plane dies, no trial is lost, and none is submitted twice.
 """
 
 import asyncio

@@ -55,7 +55,9 @@ async def list_keys(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Lists API keys, including revoked ones, newest first."""
+    """Lists API keys, including revoked ones, newest first. If `project_id` is given, lists only the keys of this
+    project.
+    """
     query = keys.managed_by(caller)
     if project_id is not None:
         query = query.where(Key.project_id == project_id)

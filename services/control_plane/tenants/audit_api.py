@@ -24,7 +24,9 @@ async def list_entries(
     after: Annotated[int, Query(ge=1, lt=2**63)] | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Lists the requests that changed data or were refused, newest first."""
+    """Lists the requests that changed data or were refused, newest first. If `project_id` is given, lists only the
+    requests with keys of this project.
+    """
     query = select(AuditEntry)
     if not caller.manages_all:
         query = query.where(AuditEntry.project_id == caller.project_id)

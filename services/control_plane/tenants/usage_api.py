@@ -37,9 +37,11 @@ async def list_usage(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Lists the usage of completions, summed up by project, key, model or day.
+    """Lists how many requests and tokens completions used, and for how many accelerator seconds. The query parameter
+    `group_by` decides what each entry sums up: a project, a key, a model or a day.
 
-    The days `from` and `to` are included; days are in UTC.
+    The days `from` and `to` are included; days are in UTC. If `project_id` is given, lists only the usage of this
+    project.
     """
     last = to or datetime.now(UTC).date()
     first = begin or max(last, date.min + timedelta(days=DAYS)) - timedelta(days=DAYS - 1)

@@ -92,7 +92,9 @@ def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes],
 
 
 def blank(line: bytes, patterns: Sequence[tuple[re.Pattern[bytes], bytes]]) -> bytes:
-    """Returns the line without secrets: every match of a pattern is replaced by the pattern's replacement."""
+    """Returns the line without secrets. `patterns` are pairs of a pattern that finds secrets and the text that replaces
+    every match of it.
+    """
     for pattern, instead in patterns:
         line = pattern.sub(instead, line)
     return line

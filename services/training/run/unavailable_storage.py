@@ -24,10 +24,9 @@ def retry_while_unavailable(write: Callable[[], Result], what: str, report: Call
     calls `write` again. How often depends on the reason:
 
     - Storage is full: without limit, until a call succeeds.
-    - Storage does not answer: for ten minutes at most, and then raises the error. The ten minutes begin with the first
-      such error. They begin anew if storage has answered meanwhile, which a call shows that found storage full or took
-      longer than ten minutes.
-    - Storage refuses access, or has no bucket of this name: never.
+    - Storage does not answer: for ten minutes at most; then raises the error. The ten minutes begin with the first such
+      error. They begin anew when a call shows that storage has answered in between: the call found storage full, or ran
+      for more than ten minutes.
 
     The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".
     """

@@ -59,10 +59,11 @@ class Drift:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Drift:
-    """Returns the policy and the reference model that `spec` names.
+    """Returns the policy and the reference model for the evaluation that `spec` describes. If `spec` names no reference
+    model, it is that of the job that trained the policy.
 
-    Raises NotFound for a model that does not exist. Raises InvalidRequest if the reference model is not known, or if
-    the options in `spec.sampling` would change the policy's distribution.
+    Raises NotFound for a model that does not exist. Raises InvalidRequest if no reference model is known, or if the
+    options in `spec.sampling` would change the policy's distribution.
     """
     model = await writer_of(session, settings, spec.model, param="model")
     if (spec.sampling.temperature, spec.sampling.top_p) != (1, 1):

@@ -55,7 +55,7 @@ class Model:
     @property
     def is_unused(self) -> bool:
         """Whether nobody has used the model for longer than `idle_seconds`, or STAY_SECONDS if only jobs have requested
-        it. It is then evicted even if no other model needs its memory."""
+        it. Such a model is evicted (unloaded) even if no other model needs its memory."""
         idle_seconds = STAY_SECONDS if self.for_jobs else self.idle_seconds
         return self.is_idle and idle_seconds is not None and self.used > idle_seconds
 
