@@ -42,7 +42,10 @@ class Optim:
     warmup_ratio: Annotated[
         float,
         Limit("from 0 to less than 1", lambda x: 0 <= x < 1),
-        Doc("The share of all steps in which the learning rate rises to its highest value."),
+        Doc(
+            "The share of all optimizer steps, at the start of the run, in which the learning rate rises to its "
+            "highest value."
+        ),
     ] = 0.1
     schedule: Annotated[
         Literal["linear", "cosine", "constant"],
@@ -51,12 +54,14 @@ class Optim:
         ),
     ] = "linear"
     weight_decay: Annotated[
-        float, Limit("from 0 to 1", lambda x: 0 <= x <= 1), Doc("How much AdamW pulls the weights towards 0.")
+        float,
+        Limit("from 0 to 1", lambda x: 0 <= x <= 1),
+        Doc("AdamW's weight decay: how strongly each step pulls the weights towards 0."),
     ] = 0.0
     max_grad_norm: Annotated[
         float,
         Limit("greater than 0", lambda x: x > 0),
-        Doc("Gradients with a larger norm are scaled down to this norm."),
+        Doc("The largest norm of the gradient of a step. A gradient with a larger norm is scaled down to it."),
     ] = 1.0
 
     def __post_init__(self) -> None:

@@ -188,7 +188,9 @@ class RobustDpo:
 
 @options
 class Ipo:
-    """Identity Preference Optimization, arXiv 2310.12036, equation 17; `beta` is the paper's tau."""
+    """Identity Preference Optimization, arXiv 2310.12036, equation 17: pulls the lead of the chosen completion's
+    log-ratio over that of the rejected one to 1 / (2 beta). `beta` is the paper's tau.
+    """
 
     traits: ClassVar = ON_PAIRS
     type: Literal["ipo"] = "ipo"
@@ -272,7 +274,8 @@ class Cpo:
 
 @options
 class Simpo:
-    """Simple Preference Optimization, arXiv 2405.14734, equation 6.
+    """Simple Preference Optimization, arXiv 2405.14734, equation 6: DPO without a reference, on mean log-probabilities
+    per token, with a target margin.
 
     `gamma_beta_ratio` is the target margin gamma divided by beta, as in the paper's published configurations: the loss
     subtracts `beta * gamma_beta_ratio`. Other programs ask for gamma itself.
@@ -306,7 +309,9 @@ class ApoDown:
 
 @options
 class Nca:
-    """Noise Contrastive Alignment on pairs, arXiv 2402.05369."""
+    """Noise Contrastive Alignment on pairs, arXiv 2402.05369: the loss has terms for the chosen and for the rejected
+    completion separately, and not for the difference between the two.
+    """
 
     traits: ClassVar = ON_PAIRS
     type: Literal["nca"] = "nca"
@@ -315,7 +320,9 @@ class Nca:
 
 @options
 class Exo:
-    """Efficient Exact Optimization on pairs, arXiv 2402.00856, equation 16."""
+    """Efficient Exact Optimization on pairs, arXiv 2402.00856, equation 16: the KL divergence of the policy's own
+    preference in a pair from the label, smoothed by `label_smoothing`.
+    """
 
     traits: ClassVar = ON_PAIRS
     type: Literal["exo"] = "exo"
@@ -325,8 +332,8 @@ class Exo:
 
 @options
 class Sppo:
-    """Self-Play Preference Optimization with hard labels, arXiv 2405.00675, equation 4.7; `beta` is the paper's 1 /
-    eta."""
+    """Self-Play Preference Optimization with hard labels, arXiv 2405.00675, equation 4.7: pulls the log-ratio of the
+    chosen completion to 1 / (2 beta) and that of the rejected one to -1 / (2 beta). `beta` is the paper's 1 / eta."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["sppo"] = "sppo"

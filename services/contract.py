@@ -173,7 +173,9 @@ class TextsToScore(Contract):
 
 
 class TokenGroup(Contract):
-    """Holds the token ids of a prompt and its completions, as the policy's tokenizer gives them."""
+    """Holds the token ids of a prompt and of its completions. The tokenizer of the policy (the trained model) made the
+    ids.
+    """
 
     prompt_ids: list[int]
     completion_ids: tuple[list[int], ...]

@@ -16,7 +16,9 @@ from dpo_core.data.values import refuse_empty, says_nothing, shown, string_of
 
 
 class Message(TypedDict):
-    """One message of a conversation, in the form that chat templates read."""
+    """One message of a conversation, in the form that chat templates read: its role and content and, if the message has
+    them, a name, tool calls and thoughts (the reasoning before an answer).
+    """
 
     role: str
     content: str  # empty if a message with calls has no content, as in vLLM: templates would print None

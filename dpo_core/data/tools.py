@@ -16,14 +16,16 @@ _FUNCTION_KEYS = {"name", "description", "parameters", "strict", "return"}  # tr
 
 
 class Call(TypedDict):
-    """The name of a called function, and its arguments."""
+    """A call of a function: the function's name, and its arguments as a dictionary."""
 
     name: str
     arguments: dict[str, object]  # a dictionary, because templates turn arguments into JSON themselves
 
 
 class ToolCall(TypedDict):
-    """A call of a tool in a message of the assistant."""
+    """A call of a tool in a message of the assistant, in OpenAI's format: the id of the call, its type, and the called
+    function with its arguments.
+    """
 
     id: NotRequired[str]  # TRL's rows have none
     type: str

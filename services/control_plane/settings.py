@@ -83,7 +83,9 @@ class Role(pydantic.BaseModel):
 
 
 class DeploymentLimits(pydantic.BaseModel):
-    """The limits on how a project may serve the models that it trained."""
+    """The limits on how a project may serve the models that it trained: replicas, GPUs, and whether models may be kept
+    loaded.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     max_replicas: int = Field(default=1, ge=1)

@@ -11,7 +11,9 @@ Item = TypeVar("Item")
 
 
 class Page(TypedDict, Generic[Item]):
-    """The JSON object of one page of a list that the API returns."""
+    """The JSON object of one page of a list that the API returns: the items (`data`), the ids of the first and the last
+    one, and whether more items follow (`has_more`).
+    """
 
     object: str
     data: list[Item]

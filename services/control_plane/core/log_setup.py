@@ -42,14 +42,16 @@ class Trouble:
         self._failures = 0  # in a row
 
     def failed(self, message: str, *values: object, exc_info: bool | BaseException = False) -> None:
-        """Notes that a pass failed. `message` says so in the log, with `values` in the places of its `%s`."""
+        """Records that a pass of the loop failed. `message` says this in the log, with `values` in place of its
+        `%s`.
+        """
         self._failures += 1
         BACKGROUND_FAILURES.labels(self._part).inc()
         if self._failures.bit_count() == 1:  # a power of two
             self._log.warning(f"{message} (failures in a row: %d)", *values, self._failures, exc_info=exc_info)
 
     def passed(self) -> None:
-        """Notes that a pass succeeded."""
+        """Records that a pass of the loop succeeded. If earlier passes failed, the log gets a line."""
         if self._failures:
             self._log.info("The part %s works again after %d failures in a row", self._part, self._failures)
         self._failures = 0

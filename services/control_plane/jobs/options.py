@@ -19,14 +19,21 @@ def _choice(default: object, choices: tuple[Any, ...], description: str) -> dict
 
 # The options that the classes of dpo_core do not have.
 OWN = {
-    "dataset": _option(None, "a URI", "The rows to train on, in place of an uploaded file."),
+    "dataset": _option(
+        None,
+        "a URI",
+        "The URI of the training data, such as https://host/pairs.jsonl, in place of an uploaded training file.",
+    ),
     "columns": _option(
-        None, "an object", 'With dataset: the column that holds each role, such as {"prompt": "question"}.'
+        None,
+        "an object",
+        'Only with dataset: the column of each role, such as {"prompt": "question"}, if the columns have other names '
+        "than the roles.",
     ),
     "invalid_rows": _choice(
         "refuse",
         ("refuse", "drop"),
-        "With dataset: whether unusable rows fail the job (refuse) or are left out (drop).",
+        "Only with dataset: whether one unusable row fails the job (refuse), or unusable rows are left out (drop).",
     ),
     "max_invalid_share": _option(
         0.01, "from 0 to 0.5", "With invalid_rows drop: the largest share of rows that may be left out."
@@ -61,8 +68,8 @@ OWN = {
     "reference.source": _choice(
         "auto",
         get_args(ReferenceSource),
-        "What computes the reference model's log-probabilities: the engine that serves the model (serve), "
-        "the job's own workers (trainer), or the faster of the two (auto).",
+        "What computes the reference model's log-probabilities: vLLM, which serves the model (serve), the job's own "
+        "workers (trainer), or the faster of the two (auto).",
     ),
     "reference.model": _option(
         None, "a base model or a policy", "The reference model, if it is not the model that the job starts from."
@@ -71,7 +78,10 @@ OWN = {
         KEPT, "at least 1, or all", "How many of the newest checkpoints stay, besides the best one."
     ),
     "policy": _choice(
-        "last", get_args(Policy), "The checkpoint that becomes the trained model; best needs validation data."
+        "last",
+        get_args(Policy),
+        "The checkpoint that becomes the trained model: the last one (last), or the one with the best value of "
+        "best_metric (best). best needs validation data.",
     ),
     "tensorboard": _choice(False, (True, False), "Whether the job writes its metrics for TensorBoard."),
     "mlflow": _option(None, "an object", 'The run in MLflow that receives the metrics, such as {"experiment": "one"}.'),

@@ -49,7 +49,9 @@ class IssuerDocument(TypedDict):
 
 
 class SignInDocument(TypedDict):
-    """How people can sign in without an API key. `oidc` is null if the operator has set no issuer."""
+    """How people can sign in to the web page without an API key. `oidc` says how to reach the OpenID Connect issuer; it
+    is null if the operator has set no issuer.
+    """
 
     object: Literal["sign_in"]
     oidc: IssuerDocument | None

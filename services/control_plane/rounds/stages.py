@@ -359,7 +359,7 @@ def _add(rounds: Rounds, **more: Any) -> bool:
 
 
 def _newest(rounds: Rounds) -> str:
-    """Returns the name of the newest policy: that of the last round whose job has made one."""
+    """Returns the name of the newest policy, which is the policy of the last round whose job has trained one."""
     return str(next(entry["model"] for entry in reversed(rounds.history) if "model" in entry))
 
 

@@ -28,7 +28,9 @@ ANSWERS = {"model": "answer", "baseline": "baseline_answer"}
 
 @dataclass(frozen=True)
 class Compare:
-    """A comparison of two models: the models, and the judge of their answers."""
+    """A comparison of two models. The object holds the two models, which write answers, and the judge that compares the
+    answers.
+    """
 
     spec: Spec
     model: NamedModel

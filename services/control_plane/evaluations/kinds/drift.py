@@ -26,7 +26,7 @@ ESTIMATOR = "k1: the mean of log pi(y|x) - log pi_ref(y|x) over samples y of pi,
 
 @dataclass(frozen=True)
 class Drift:
-    """A policy, and the reference model from which the policy's distance is measured."""
+    """An evaluation of how far a policy has moved from its reference model. The object holds these two models."""
 
     spec: Spec
     model: NamedModel

@@ -30,7 +30,9 @@ NUM_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Samples:
-    """A model that writes several answers to each prompt, and the judge that scores them."""
+    """An evaluation of several answers to each prompt. The object holds the model that writes the answers, and the
+    judge that scores them.
+    """
 
     spec: Spec
     model: NamedModel

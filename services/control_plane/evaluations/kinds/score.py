@@ -22,8 +22,8 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Score:
-    """A model that writes answers, and the judge that scores them: a reward model, the implicit reward of a policy, or
-    a rule.
+    """An evaluation of how good a model's answers are. The object holds the model that writes the answers, and the
+    judge that scores them: a reward model, the implicit reward of a policy, or a rule.
     """
 
     spec: Spec
