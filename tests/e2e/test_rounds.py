@@ -25,7 +25,7 @@ SHOP = Shop(num_things=12, num_held_out=60)
 DEMONSTRATIONS = list(SHOP.demonstrations(800))
 PROMPTS = [prompt for prompt, _ in SHOP.demonstrations(80)]
 HELD_OUT = SHOP.held_out_prompts() * 3  # each prompt has a seed of its own
-NUM_ROUNDS, NUM_SAMPLES, RATE = 3, 4, 7e-4
+NUM_ROUNDS, NUM_SAMPLES, RATE = 3, 4, 8e-4
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,8 @@ def test_the_reward_rises_in_each_of_three_rounds_though_a_driver_is_killed(serv
         scores = [entry["score"]["value"] for entry in rounds]
         assert 0.3 < scores[0] < 0.7
         assert all(before < after for before, after in pairwise(scores)), scores
-        assert [entry["kl"]["value"] > 0 for entry in rounds[1:]] == [True] * NUM_ROUNDS
+        assert [entry["number"] for entry in rounds if entry["kl"]] == [1, 2, 3]
+        assert rounds[NUM_ROUNDS]["kl"]["low"] > 0  # after one round it may be so small that its estimate is below 0
         for entry in rounds[1:]:
             rows = [json.loads(line) for line in client.files.content(entry["file"]).text.splitlines()]
             assert len(rows) == entry["rows"]["num_rows"] >= 10

@@ -74,16 +74,25 @@ def test_an_evaluation_shows_its_results_and_both_answers(page: Page, service: S
     expect(page.get_by_role("article")).to_have_count(10)
 
 
-def test_an_evaluation_is_cancelled_after_a_question(page: Page, service: Service, api: httpx.Client) -> None:
+def test_an_evaluation_is_paused_resumed_cancelled_and_deleted(page: Page, service: Service, api: httpx.Client) -> None:
     service.engine.is_full = True
     try:
         made = api.post("/x/evaluations", json=COMPARE).json()
         sign_in(page)
         page.goto(f"{service.url}/#/evaluations/{made['id']}")
+        status = page.locator(".heading .status")
+        page.get_by_role("button", name="Pause").click()
+        expect(status).to_have_text("paused")
+        page.get_by_role("button", name="Resume").click()
+        expect(status).to_have_text("running")
         page.get_by_role("button", name="Cancel the evaluation").click()
         page.get_by_role("dialog").get_by_role("button", name="Cancel the evaluation").click()
-        expect(page.locator(".heading .status")).to_have_text("cancelled")
+        expect(status).to_have_text("cancelled")
         expect(page.get_by_role("button", name="Cancel the evaluation")).to_have_count(0)
+        page.get_by_role("button", name="Delete the evaluation").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete the evaluation").click()
+        expect(page.get_by_role("heading", name="Evaluations")).to_be_visible()
+        expect(page.get_by_role("row").filter(has_text=made["id"])).to_have_count(0)
     finally:
         service.engine.is_full = False
     page.goto(f"{service.url}/#/evaluations/none")

@@ -34,6 +34,7 @@ class Planted:
     project: str
     evaluation: str
     sweep: str
+    rounds: str
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,9 @@ def planted(service: Service, api: httpx.Client, database_url: str) -> Planted:
     asked = {"kind": "score", "model": "tiny", "judge": judge, "rows": [{"prompt": f"{MARKUP} {TURNED}"}]}
     evaluation = api.post("/x/evaluations", json=asked).json()["id"]
     api.post(f"/x/evaluations/{evaluation}/cancel")
+    asked = {"model": "tiny", "judge": judge, "rows": asked["rows"]}
+    rounds = api.post("/x/rounds", json=asked).json()["id"]
+    api.post(f"/x/rounds/{rounds}/cancel")
     error = {"code": "engine_failed", "message": f"{MARKUP} {TURNED} {LONG}", "param": None}
     with psycopg.connect(database_url) as rows:
         rows.execute("UPDATE jobs SET observed = 'failed', error = %s WHERE id = %s", (json.dumps(error), job))
@@ -61,7 +65,7 @@ def planted(service: Service, api: httpx.Client, database_url: str) -> Planted:
                 EVENT,
                 values,
             )
-        for table, object_id in (("evaluations", evaluation), ("sweeps", sweep)):
+        for table, object_id in (("evaluations", evaluation), ("sweeps", sweep), ("rounds", rounds)):
             changes = f"UPDATE {table} SET state = 'failed', error = %s, waits_for = %s WHERE id = %s"
             rows.execute(changes, (json.dumps(error), f"{MARKUP} {TURNED}", object_id))
         items = "UPDATE evaluation_items SET error = %s WHERE evaluation_id = %s"
@@ -71,7 +75,7 @@ def planted(service: Service, api: httpx.Client, database_url: str) -> Planted:
         rows.execute(f"UPDATE sweep_trials SET {values} WHERE sweep_id = %s", (parameters, json.dumps(error), sweep))
     log = f"{MARKUP}\n{TURNED}\n{LONG}\n".encode() + b"\xff\xed\xa0\x80\n"
     storage.write_bytes(storage.join(service.storage_url, "runs", job, "logs", "1", "driver", "000000000000.log"), log)
-    return Planted(job, file_id, project, evaluation, sweep)
+    return Planted(job, file_id, project, evaluation, sweep, rounds)
 
 
 def _sweep(api: httpx.Client, file_id: str) -> str:
@@ -98,6 +102,8 @@ VIEWS = {
     "models": ("models", "Models"),
     "evaluations": ("evaluations", SHOWN),
     "evaluation": ("evaluations/{evaluation}", SHOWN),
+    "all-rounds": ("rounds", SHOWN),
+    "rounds": ("rounds/{rounds}", SHOWN),
     "sweeps": ("sweeps", SHOWN),
     "sweep": ("sweeps/{sweep}", SHOWN),
     "keys": ("admin/keys", f"<i onclick=alert(4)> {SHOWN}"),

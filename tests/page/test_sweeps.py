@@ -151,7 +151,7 @@ def test_a_view_loads_again_only_after_its_load_and_only_what_may_change(
     assert times("?limit=25") > 1
 
 
-def test_a_sweep_is_cancelled_with_its_jobs_after_a_question(
+def test_a_sweep_is_cancelled_with_its_jobs_and_deleted_after_questions(
     page: Page, service: Service, api: httpx.Client, file_id: str
 ) -> None:
     made = sweep(api, file_id, parameters={"seed": {"values": list(range(8))}}, max_running_jobs=1)
@@ -163,5 +163,9 @@ def test_a_sweep_is_cancelled_with_its_jobs_after_a_question(
     expect(page.locator(".heading .status")).to_have_text("cancelled")
     for trial in api.get(f"/x/sweeps/{made}/trials").json()["data"]:
         wait_until_ended(api, trial["job_id"])
+    page.get_by_role("button", name="Delete the sweep").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete the sweep").click()
+    expect(page.get_by_role("heading", name="Sweeps")).to_be_visible()
+    expect(page.get_by_role("row").filter(has_text=made)).to_have_count(0)
     page.goto(f"{service.url}/#/sweeps/none")
     expect(page.get_by_role("alert")).to_contain_text("There is no sweep 'none'")

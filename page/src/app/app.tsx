@@ -15,6 +15,8 @@ import { Evaluation } from "../views/evaluations/evaluation";
 import { Evaluations } from "../views/evaluations/evaluations";
 import { Model } from "../views/models/model";
 import { Models } from "../views/models/models";
+import { AllRounds } from "../views/rounds/all-rounds";
+import { Rounds } from "../views/rounds/rounds";
 import { Sweep } from "../views/sweeps/sweep";
 import { Sweeps } from "../views/sweeps/sweeps";
 import { visible } from "../parts/words/words";
@@ -35,6 +37,7 @@ const VIEWS: View[] = [
     title: "Evaluations",
     show: ([id]) => (id ? <Evaluation key={id} id={id} /> : <Evaluations />),
   },
+  { name: "rounds", title: "Rounds", show: ([id]) => (id ? <Rounds key={id} id={id} /> : <AllRounds />) },
   { name: "sweeps", title: "Sweeps", show: ([id]) => (id ? <Sweep key={id} id={id} /> : <Sweeps />) },
   { name: "admin", title: "Admin", show: (rest) => <Admin rest={rest} /> },
 ];

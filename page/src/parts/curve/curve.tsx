@@ -1,4 +1,4 @@
-/** A chart of curves over steps. Its legend shows the values at the cursor, or the last ones. */
+/** A chart of curves over steps, or over rounds. Its legend shows the values at the cursor, or the last ones. */
 
 import { signal, useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
@@ -21,6 +21,7 @@ interface Props {
   title: string;
   unit?: string;
   steps: number[];
+  across?: string; // what a step is called, such as "round"
   lines: Line[];
   show?: (value: number) => string;
   onZoom?: (from: number, to: number) => void;
@@ -34,7 +35,18 @@ const darkness = matchMedia("(prefers-color-scheme: dark)");
 const isDark = signal(darkness.matches);
 darkness.addEventListener("change", (event) => (isDark.value = event.matches));
 
-export function Curve({ title, unit, steps, lines: given, show = figure, onZoom, smoothing = 0, isLog, isLabelled }: Props) {
+export function Curve({
+  title,
+  unit,
+  steps,
+  across = "step",
+  lines: given,
+  show = figure,
+  onZoom,
+  smoothing = 0,
+  isLog,
+  isLabelled,
+}: Props) {
   const lines = useMemo(() => given.map((line) => smoothed(line, smoothing)), [smoothing, ...given.map((line) => line.values)]);
   const isLogarithmic = Boolean(isLog) && lines.every((line) => allValues(line).every((value) => value === null || value > 0));
   const place = useRef<HTMLDivElement>(null);
@@ -82,7 +94,7 @@ export function Curve({ title, unit, steps, lines: given, show = figure, onZoom,
 
   const at = cursor.value;
   return (
-    <figure class="curve" aria-label={`${title}: ${summary(lines, steps, show)}`}>
+    <figure class="curve" aria-label={`${title}: ${summary(lines, steps, across, show)}`}>
       <figcaption>
         <h3>
           {title} {unit && <small>{unit}</small>}{" "}
@@ -94,7 +106,9 @@ export function Curve({ title, unit, steps, lines: given, show = figure, onZoom,
               <span class={`swatch curve-${line.color}`} /> {line.label} <b>{valueAt(line, at, show)}</b>
             </li>
           ))}
-          {at !== null && <li>step {whole(steps[at] ?? 0)}</li>}
+          {at !== null && <li>
+              {across} {whole(steps[at] ?? 0)}
+            </li>}
         </ul>
       </figcaption>
       <div ref={place} aria-hidden="true" />
@@ -126,14 +140,14 @@ function valueAt(line: Line, at: number | null, show: (value: number) => string)
   return value == null ? "–" : show(value);
 }
 
-function summary(lines: Line[], steps: number[], show: (value: number) => string): string {
-  if (!steps.length) return "no steps yet";
+function summary(lines: Line[], steps: number[], across: string, show: (value: number) => string): string {
+  if (!steps.length) return `no ${across}s yet`;
   const told = lines.map((line) => {
     const known = line.values.filter((value) => value != null);
     return known.length ? `${line.label} from ${show(known[0]!)} to ${show(known.at(-1)!)}` : `${line.label} has none`;
   });
   const points = count(steps.length, "point");
-  return `${told.join(", ")}; ${points}, steps ${whole(steps[0]!)} to ${whole(steps.at(-1)!)}`;
+  return `${told.join(", ")}; ${points}, ${across}s ${whole(steps[0]!)} to ${whole(steps.at(-1)!)}`;
 }
 
 const LABEL_WIDTH = 86;

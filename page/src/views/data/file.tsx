@@ -3,7 +3,7 @@ import { Findings, useFile } from "../../parts/file-report/file-report";
 import { Show } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
 import { bytes, moment, visible, zone } from "../../parts/words/words";
-import { Rows } from "./rows";
+import { Rows } from "../../parts/rows/rows";
 import { Seen } from "./seen";
 
 /** One file: what its check found, its rows, and what a model would see of them. */

@@ -1,18 +1,15 @@
-import { useState } from "preact/hooks";
-import { api, ask, Failure, type Evaluation as EvaluationObject } from "../../api/client";
-import { AskFirst } from "../../parts/dialog/dialog";
+import { api, ask, type Evaluation as EvaluationObject } from "../../api/client";
 import { Fact } from "../../parts/fact/fact";
-import { FailureNote, Show, useFresh, useLoaded } from "../../parts/loading/loading";
+import { Items, useEvaluation } from "../../parts/items/items";
+import { Show } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
-import { hasEnded, Status } from "../../parts/status/status";
-import { count, moment, percent, visible, zone } from "../../parts/words/words";
-import { Items } from "./items";
-import { judgeOf, resultsOf } from "./results";
+import { judgeText } from "../../parts/items/judge";
+import { count, moment, percent, zone } from "../../parts/words/words";
+import { WorkHeading, type Wish } from "../../parts/work/work";
+import { resultsOf } from "./results";
 
 export function Evaluation({ id }: { id: string }) {
-  const loaded = useLoaded((signal) => retrieve(id, signal), [id]);
-  const evaluation = loaded.value;
-  useFresh(loaded, !evaluation || !hasEnded(evaluation.status));
+  const loaded = useEvaluation(id);
   return (
     <Show of={loaded}>
       {(found) => (
@@ -29,51 +26,26 @@ export function Evaluation({ id }: { id: string }) {
   );
 }
 
-function retrieve(id: string, signal: AbortSignal) {
-  return ask(api.GET("/v1/x/evaluations/{evaluation_id}", { params: { path: { evaluation_id: id } }, signal }));
-}
-
 interface HeadingProps {
   evaluation: EvaluationObject;
   again: () => void;
 }
 
 function Heading({ evaluation, again }: HeadingProps) {
-  const [failure, setFailure] = useState<Failure>();
-  const { id, kind, status, progress, num_items, num_failed, waits_for, error } = evaluation;
-
-  async function cancel() {
-    setFailure(undefined);
-    try {
-      await ask(api.POST("/v1/x/evaluations/{evaluation_id}/cancel", { params: { path: { evaluation_id: id } } }));
-    } catch (thrown) {
-      setFailure(Failure.of(thrown));
-    }
-    again();
-  }
-
+  const { id, kind, status, progress, num_items, num_failed } = evaluation;
   return (
     <>
-      <div class="heading">
-        <div class="title">
-          <h1>{kind}</h1>
-          <small class="id">{id}</small>
-        </div>
-        <Status of={status} />
-        {!hasEnded(status) && (
-          <div class="acts">
-            <AskFirst
-              act="Cancel the evaluation"
-              question="Cancel this evaluation?"
-              refusal="Keep it"
-              onAgree={() => void cancel()}
-            >
-              <p>It cannot be resumed. What it has found stays.</p>
-            </AskFirst>
-          </div>
-        )}
-      </div>
-      {failure && <FailureNote failure={failure} />}
+      <WorkHeading
+        title={kind}
+        name="the evaluation"
+        view="evaluations"
+        of={evaluation}
+        canPause
+        onCancel="It cannot be resumed. What it has found stays."
+        onDelete="Its items and results are removed."
+        send={(wish) => send(id, wish)}
+        again={again}
+      />
       {status === "running" && (
         <div class="progress">
           <progress aria-label="evaluating" max={1} value={progress} />
@@ -82,17 +54,15 @@ function Heading({ evaluation, again }: HeadingProps) {
           </span>
         </div>
       )}
-      {waits_for && <p>{visible(waits_for)}</p>}
       {num_failed > 0 && <p class="warn">{count(num_failed, "item")} failed; the results leave them out.</p>}
-      {error && (
-        <div class="failure">
-          <p>
-            <b>{error.code}</b>: {visible(error.message)}
-          </p>
-        </div>
-      )}
     </>
   );
+}
+
+function send(id: string, wish: Wish) {
+  const params = { path: { evaluation_id: id } };
+  if (wish === "delete") return ask(api.DELETE("/v1/x/evaluations/{evaluation_id}", { params }));
+  return ask(api.POST(`/v1/x/evaluations/{evaluation_id}/${wish}`, { params }));
 }
 
 function Facts({ evaluation }: { evaluation: EvaluationObject }) {
@@ -103,7 +73,7 @@ function Facts({ evaluation }: { evaluation: EvaluationObject }) {
     ["Reference", request.reference],
   ];
   const facts: [string, string | null | undefined][] = [
-    ["Judge", judgeOf(evaluation)],
+    ["Judge", judgeText(request.judge)],
     ["Created", moment(created_at)],
     ["Ends", estimated_finish && `about ${moment(estimated_finish)}`],
     ["Ended", finished_at && moment(finished_at)],

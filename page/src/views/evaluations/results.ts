@@ -1,7 +1,7 @@
 /** The results of evaluations in words: as `raydpo evaluations show` prints them. */
 
 import type { Evaluation } from "../../api/client";
-import { figure, percent, visible } from "../../parts/words/words";
+import { figure, percent } from "../../parts/words/words";
 
 const SHARES = [
   "win_rate",
@@ -53,10 +53,4 @@ export function resultsOf(results: Record<string, unknown>, where = ""): Result[
 export function mainResult({ kind, results }: Evaluation): Result | undefined {
   const name = MAIN[kind];
   return name && results && name in results ? resultsOf({ [name]: results[name] })[0] : undefined;
-}
-
-/** The judge in words, such as `regex ^Gladly`. */
-export function judgeOf(evaluation: Evaluation): string | undefined {
-  const judge = evaluation.request.judge as { type: string; model?: string; pattern?: string } | undefined;
-  return judge && visible(judge.model ?? [judge.type, judge.pattern].filter(Boolean).join(" "));
 }

@@ -1,10 +1,9 @@
-import { useState } from "preact/hooks";
-import { api, ask, Failure, type Frontier as FrontierObject, type Sweep as SweepObject, type Trial } from "../../api/client";
-import { AskFirst } from "../../parts/dialog/dialog";
-import { FailureNote, Show, useFresh, useLoaded } from "../../parts/loading/loading";
+import { api, ask, type Frontier as FrontierObject, type Sweep as SweepObject, type Trial } from "../../api/client";
+import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
 import { hasEnded, Status } from "../../parts/status/status";
 import { figure, moment, visible, zone } from "../../parts/words/words";
+import { WorkHeading, type Wish } from "../../parts/work/work";
 import { Frontier } from "./frontier";
 import { shortNames, text, type Names } from "./names";
 import { trialsOf } from "./sweeps";
@@ -66,54 +65,30 @@ interface HeadingProps {
 }
 
 function Heading({ sweep, again }: HeadingProps) {
-  const [failure, setFailure] = useState<Failure>();
-
-  async function cancel() {
-    setFailure(undefined);
-    try {
-      await ask(api.POST("/v1/x/sweeps/{sweep_id}/cancel", { params: { path: { sweep_id: sweep.id } } }));
-    } catch (error) {
-      setFailure(Failure.of(error));
-    }
-    again();
-  }
-
   return (
     <>
-      <div class="heading">
-        <div class="title">
-          <h1>Sweep</h1>
-          <small class="id">{sweep.id}</small>
-        </div>
-        <Status of={sweep.status} />
-        {sweep.status === "running" && (
-          <div class="acts">
-            <AskFirst
-              act="Cancel the sweep"
-              question="Cancel this sweep?"
-              refusal="Keep it"
-              onAgree={() => void cancel()}
-            >
-              <p>Its jobs and evaluations are cancelled with it. What they have made stays.</p>
-            </AskFirst>
-          </div>
-        )}
-      </div>
-      {failure && <FailureNote failure={failure} />}
+      <WorkHeading
+        title="Sweep"
+        name="the sweep"
+        view="sweeps"
+        of={sweep}
+        onCancel="Its jobs and evaluations are cancelled with it. What they have made stays."
+        onDelete="Its jobs, policies and evaluations stay."
+        send={(wish) => send(sweep.id, wish)}
+        again={again}
+      />
       <p>
         Trials: {trialsOf(sweep)}. Created {moment(sweep.created_at)}
         {sweep.finished_at && `, ended ${moment(sweep.finished_at)}`} <small>({zone()})</small>.
       </p>
-      {sweep.waits_for && <p>It waits: {visible(sweep.waits_for)}</p>}
-      {sweep.error && (
-        <div class="failure">
-          <p>
-            <b>{sweep.error.code}</b>: {visible(sweep.error.message)}
-          </p>
-        </div>
-      )}
     </>
   );
+}
+
+function send(id: string, wish: Wish) {
+  const params = { path: { sweep_id: id } };
+  if (wish === "delete") return ask(api.DELETE("/v1/x/sweeps/{sweep_id}", { params }));
+  return ask(api.POST("/v1/x/sweeps/{sweep_id}/cancel", { params }));
 }
 
 interface TrialsProps {

@@ -1,9 +1,9 @@
 import { api, ask, type Evaluation, type EvaluationItem } from "../../api/client";
-import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
-import { href, route } from "../../parts/route/route";
-import { hasEnded } from "../../parts/status/status";
-import { textOf, type Said } from "../../parts/text/text";
-import { figure, visible, whole } from "../../parts/words/words";
+import { Show, useFresh, useLoaded, type Loaded } from "../loading/loading";
+import { href, route } from "../route/route";
+import { hasEnded } from "../status/status";
+import { textOf, type Said } from "../text/text";
+import { figure, visible, whole } from "../words/words";
 
 const PAGE = 10;
 const OUTCOMES: Record<string, string> = {
@@ -29,13 +29,21 @@ interface Found {
   [figure: string]: unknown;
 }
 
+/** Loads an evaluation, again and again until it has ended. */
+export function useEvaluation(id: string): Loaded<Evaluation> {
+  const params = { path: { evaluation_id: id } };
+  const loaded = useLoaded((signal) => ask(api.GET("/v1/x/evaluations/{evaluation_id}", { params, signal })), [id]);
+  useFresh(loaded, !loaded.value || !hasEnded(loaded.value.status));
+  return loaded;
+}
+
 /** The prompts of an evaluation, each with the answers side by side and what was found about them. */
 export function Items({ evaluation }: { evaluation: Evaluation }) {
   const given = route.value.query.get("after");
   const after = given === null ? undefined : Number(given);
   const loaded = useLoaded((signal) => read(evaluation.id, after, signal), [evaluation.id, after]);
   useFresh(loaded, !hasEnded(evaluation.status));
-  const at = (number: number | null) => href(["evaluations", evaluation.id], { after: number });
+  const at = (number: number | null) => href(route.value.path, { ...Object.fromEntries(route.value.query), after: number });
   return (
     <section aria-label="Items">
       <div class="heading">

@@ -1,19 +1,20 @@
 import { useSignal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { api, ask, type FileRow } from "../../api/client";
-import { Show, useLoaded } from "../../parts/loading/loading";
-import { href, route, setQuery } from "../../parts/route/route";
-import { figure, visible, whole } from "../../parts/words/words";
+import { Show, useLoaded } from "../loading/loading";
+import { href, route, setQuery } from "../route/route";
+import { figure, visible, whole } from "../words/words";
 import { difference, type Part } from "./diff";
-import { textOf } from "../../parts/text/text";
+import { textOf } from "../text/text";
 
 const PAGE = 10;
 const LONGEST = 2000; // characters of a text that are shown at first
 
+/** The rows of a file, each with its answers side by side and their differences marked. */
 export function Rows({ id }: { id: string }) {
   const from = Math.max(1, Math.floor(Number(route.value.query.get("from"))) || 1);
   const loaded = useLoaded((signal) => read(id, from, signal), [id, from]);
-  const at = (line: number | null) => href(["data", id], { ...Object.fromEntries(route.value.query), from: line });
+  const at = (line: number | null) => href(route.value.path, { ...Object.fromEntries(route.value.query), from: line });
   return (
     <section aria-label="Rows">
       <div class="heading">
