@@ -7,8 +7,9 @@ with the memory that real processes use.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil, inf, prod
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
 from dpo_core.plan.quantization import count_quantized
@@ -100,7 +101,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
     entries = in_layers * (hidden * size + balanced * FLOAT32 if again else layer)
     after_layers = learned * hidden * size + max(last_norm, in_layer - in_head)
     router_logits = in_layers * balanced * size  # of all layers, until the head is computed
-    activations = entries + max(after_layers, router_logits - in_head - head_gradient)
+    folded = _folded_of_layer(model, run) * (1 if again else model.number("num_hidden_layers"))
+    activations = folded + entries + max(after_layers, router_logits - in_head - head_gradient)
     flash = run.device == "cuda" and size < FLOAT32  # flash attention needs no masks
     unmasked = flash or rows.copies
     behind = 0 if unmasked else completions * (1 - 1 / rows.completions)  # completions that share their prompt
@@ -159,14 +161,29 @@ def count_trained(model: Shapes, run: Run) -> int:
     adapter."""
     if run.adapter is None:
         return model.numbers
-    return run.adapter * sum(sum(model.weights[name]) for name in _adapted(model, run))
+    shapes = [model.weights[name] for name in _adapted(model, run)]
+    return run.adapter * sum(prod(stacked) * (rows + columns) for *stacked, rows, columns in shapes)
+
+
+def _folded_of_layer(model: Shapes, run: Run) -> int:
+    """Returns the bytes of a layer's experts that an adapter changes; 0 without an adapter on experts.
+
+    PEFT adds the adapter to a copy of these weights in each forward pass, and autograd keeps the copy.
+    """
+    experts = [name for name in _adapted(model, run) if ".experts." in name] if run.adapter else []
+    return sum(prod(model.weights[name]) for name in experts) * run.itemsize // model.number("num_hidden_layers")
 
 
 def _adapted(model: Shapes, run: Run) -> list[str]:
     parts = {name: name.removesuffix(".weight").rpartition(".")[2] for name in model.weights}
-    linear = [name for name, shape in model.weights.items() if len(shape) == 2 and in_layer(name)]
+    linear = [name for name, shape in model.weights.items() if _is_linear(name, shape) and in_layer(name)]
     chosen = [name for name in linear if "router" not in name and parts[name] != "gate"]
     return [name for name in chosen if run.targets is None or parts[name] in run.targets]
+
+
+def _is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Whether a weight is that of a linear layer, or those of all experts of a layer, stacked."""
+    return len(shape) == 2 or (len(shape) == 3 and ".experts." in name)
 
 
 def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:

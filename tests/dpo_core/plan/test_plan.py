@@ -113,15 +113,17 @@ def test_a_multimodal_model_is_planned_by_its_text_config():
 
 
 def test_a_token_keeps_activations_of_its_own_experts_only():
-    def activations(experts: int) -> int:
+    def activations(experts: int, adapter: int | None) -> int:
         names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in range(experts)]
         weights = {**MODEL.weights, **dict.fromkeys(names, (64, 4096))}
         mixed = Shapes({**MODEL.config, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, weights)
         return plan(
-            mixed, replace(RUN, adapter=8, num_workers=8, activation_checkpointing="off"), ROWS
+            mixed, replace(RUN, adapter=adapter, num_workers=8, activation_checkpointing="off"), ROWS
         ).memory.activations
 
-    assert activations(4) == activations(64)
+    assert activations(4, adapter=None) == activations(64, adapter=None)
+    sums = 60 * 64 * 4096 * RUN.itemsize  # of the base's and the adapter's weights of the other 60
+    assert activations(64, adapter=8) == activations(4, adapter=8) + sums
 
 
 @pytest.mark.parametrize("sharding", ["auto", "replicated"])
