@@ -24,8 +24,9 @@ class Evaluation(NamedTuple):
 
 
 def evaluations(checkpoints: Iterable[tuple[int, Mapping[str, float]]], metric: Metric) -> tuple[Evaluation, ...]:
-    """Returns the evaluations of `checkpoints`, which gives the step and the metrics of each checkpoint. A checkpoint
-    whose metrics have no finite number for `metric` is left out."""
+    """Returns the evaluations of the checkpoints: for each, its step and its value of `metric`. `checkpoints` are pairs
+    of a checkpoint's step and its metrics. A checkpoint whose metrics have no finite number for `metric` is left out.
+    """
     found = (Evaluation(step, metrics.get(metric, math.nan)) for step, metrics in checkpoints)
     return tuple(evaluation for evaluation in found if math.isfinite(evaluation.value))
 

@@ -123,9 +123,9 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
 
 
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
-    """Returns two values from `holder`, which is a tool or a call of a tool: the name of the function, and the
-    dictionary that describes or calls the function. `keys` are the keys that the dictionary may have. Raises InvalidRow
-    unless the tool is a function."""
+    """Reads the function in `holder`, which is a tool or a call of a tool. Returns two values: the function's name, and
+    the dictionary under the key `function`, which describes or calls the function. `keys` are the keys that this
+    dictionary may have. Raises InvalidRow unless the tool is a function."""
     if holder.get("type") not in (None, "function"):
         what = f'is {shown(holder.get("type"))}; it must be "function", because tools of other types are not supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)

@@ -74,9 +74,9 @@ def plan(
 
 
 def _offered(model: Shapes, run: Run, settable: Collection[str], most_workers: float) -> list[tuple[str, Any]]:
-    """Returns the changes that the plan may try, in this order: the name of an option and its new value. Only options
-    in `settable` change, and changes that would have no effect on this run are left out. `most_workers` is the number
-    of workers for which there are devices."""
+    """Returns the changes that the plan may try, in the order in which it tries them. A change is a pair: the name of
+    an option, and its new value. Only options in `settable` change, and changes that would have no effect on this run
+    are left out. `most_workers` is the number of workers for which there are devices."""
     useless = {
         "sharding": run.quantized,  # a base in NF4 is never split
         "adapter": run.adapter is not None,

@@ -148,9 +148,14 @@ def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float |
 
 
 def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three tensors over the rows of a tile (the logits for a part of the vocabulary), [rows] each: the
-    log-sum-exp of the row's logits; the logit of the row's target token, or -inf if the target is in another tile; and
-    the row's largest logit. Overwrites `logits`."""
+    """Returns three tensors over the rows of a tile (the logits for a part of the vocabulary), [rows] each:
+
+    - the log-sum-exp of the row's logits
+    - the logit of the row's target token, or -inf if the target is in another tile
+    - the row's largest logit
+
+    Overwrites `logits`.
+    """
     place, here = _place(targets, logits)
     at_target = logits.gather(1, place)[:, 0].masked_fill(~here, -torch.inf)
     largest = logits.amax(1)
@@ -169,8 +174,8 @@ def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, so
 
 
 def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns two tensors over the rows of a tile (the logits for a part of the vocabulary): the column of the row's
-    target token in the tile, [rows, 1], and whether the target is in this tile, [rows]. For a target in another tile,
-    the column is an arbitrary valid one."""
+    """Finds the target tokens in a tile (the logits for a part of the vocabulary). Returns two tensors over the tile's
+    rows: the column of the row's target in the tile, [rows, 1], and whether the target is in this tile, [rows]. For a
+    target in another tile, the column is an arbitrary valid one."""
     last = logits.shape[1] - 1
     return targets.clamp(0, last)[:, None], (targets >= 0) & (targets <= last)

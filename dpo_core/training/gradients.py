@@ -188,10 +188,11 @@ def _backward_of_whole_batch(
 
 
 def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
-    """Calls `compute`. If memory runs out on one rank (process of the run), raises MemoryRanOut on all ranks.
+    """Calls `compute` on each rank (process of the run). If memory runs out on one rank, raises MemoryRanOut on all
+    ranks.
 
-    If the model is sharded, MemoryRanOut is not raised. The ranks then exchange weights within `compute`, so a rank
-    whose memory runs out cannot tell the others; its own error ends the run.
+    There is one exception: if the model is sharded, the ranks exchange weights within `compute`, so a rank whose memory
+    runs out cannot tell the others. Its own error then ends the run.
     """
     if is_sharded(scorer.model):
         compute()

@@ -106,9 +106,11 @@ async def known(job: SideJob) -> SideJobResult | None:
 
 
 async def _newest(job: SideJob) -> tuple[int, SideJobResult | None]:
-    """Returns the number of the side job's newest attempt (run), 0 if there is none, and the result of this attempt.
+    """Returns the number of the newest attempt of the side job (a run of its program) and the result of this attempt.
+    The number is 0 if there is no attempt; the result is None if the attempt has none yet.
 
-    If that attempt failed more than FAILURE_SECONDS ago, returns the next number and no result.
+    If the newest attempt failed more than FAILURE_SECONDS ago, returns the next number and no result, so that the side
+    job is tried again.
     """
     folders: list[str] = await anyio.to_thread.run_sync(storage.list_folders, job.uri)
     attempt = max(map(int, folders), default=0)

@@ -56,7 +56,9 @@ class CallEach(Protocol):
 
 
 def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[Result]) -> Iterator[Result]:
-    """Calls `work` on each item in this process, one after the other, and yields the results."""
+    """Calls `work` on each item in this process, one after the other, and yields the results. The type `result` of the
+    results is not needed here; functions that call `work` in other processes need it.
+    """
     return map(work, items)
 
 

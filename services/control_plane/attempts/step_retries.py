@@ -35,7 +35,8 @@ class Patience:
         return failed_in != version or self._clock() >= due_at
 
     def fail(self, job_id: str, version: int) -> int:
-        """Counts a failed try to handle the job in its current `version`, and sets the time of the next try.
+        """Counts a failed try to handle the job, and sets the time of the next try. `version` is the number of the
+        job's state changes so far; a new version starts the count anew.
 
         Returns the number of failed tries of this version in a row, including this one.
         """

@@ -58,10 +58,11 @@ async def create(
     tokens_per_minute: int | None,
     expires_at: datetime | None,
 ) -> tuple[Key, str]:
-    """Creates an API key, and returns its row and its text. The text is not stored and cannot be shown again.
+    """Creates an API key, and returns its database row and the text of the key. The text is not stored and cannot be
+    shown again.
 
-    If `requests_per_minute` or `tokens_per_minute` is None, the setting of the same name limits the key. If
-    `expires_at` is None, the key never expires.
+    `scopes` are the key's permissions. If `requests_per_minute` or `tokens_per_minute` is None, the setting of the same
+    name limits the key. If `expires_at` is None, the key never expires.
     """
     text = f"rd-{secrets.token_urlsafe(32)}"
     key = Key(

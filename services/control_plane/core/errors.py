@@ -1,4 +1,5 @@
-"""Defines the errors of the API, in OpenAI's form: an HTTP status, and a JSON body whose four keys are always present.
+"""Defines the errors of the API, in OpenAI's form: an HTTP status, and a JSON body that always has the
+keys `message`, `type`, `param` and `code`.
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409

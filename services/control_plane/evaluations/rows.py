@@ -126,7 +126,7 @@ def group_of(row: dict[str, Any]) -> Group:
 
 def labelled(group: Group) -> tuple[Text, Text] | None:
     """Returns the best and the worst completion of the group (a prompt with its completions) by people's ratings.
-    Returns None if all are rated the same, or there are fewer than two.
+    Returns None if all completions have the same rating, or if there are fewer than two completions.
     """
     if len(group.completions) < 2 or (group.ratings and group.ratings[0] == group.ratings[-1]):
         return None

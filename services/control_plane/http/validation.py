@@ -32,8 +32,9 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     """Returns `value` as the type `kind`, checked by pydantic. Raises InvalidRequest, which names the wrong field.
 
-    Error messages name fields by their paths in the request's body. `where` is the path of `value`. `paths` gives the
-    paths of those fields of `value` that stand elsewhere in the body.
+    Error messages name a field by its path in the request's body. The path normally begins with `where`, the path of
+    `value`. Fields of `value` that stand elsewhere in the body are in `paths`, which maps their names to their whole
+    paths.
     """
     try:
         parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
@@ -52,8 +53,9 @@ def refused(
 ) -> InvalidRequest:
     """Turns an error of pydantic into an InvalidRequest with the dotted path of the field, a code, and the reason.
 
-    `location` is the field's path within the validated value, whose type is `kind`. `where` is the path of this value
-    in the request's body. `paths` gives the paths of those fields of the value that stand elsewhere in the body.
+    `location` is the field's path within the validated value, whose type is `kind`. The path in the request's body
+    normally begins with `where`, the path of the value. Fields of the value that stand elsewhere in the body are in
+    `paths`, which maps their names to their whole paths.
     """
     cause = error.get("ctx", {}).get("error")
     path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]

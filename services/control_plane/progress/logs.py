@@ -43,7 +43,8 @@ def page(
 
 
 def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
-    """Yields each line of the log in `folder` from byte `after` on, and with it the byte at which the next line begins.
+    """Yields the lines of the log in `folder` from byte `after` on, as pairs: the byte at which the next line begins,
+    and the line.
 
     Where a part of the log was left out, yields a line that says so.
     """

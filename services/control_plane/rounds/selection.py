@@ -35,8 +35,8 @@ class Answer:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Returns the answer's words, without case, white space and punctuation. Answers with the same words count as
-        duplicates.
+        """Returns the answer's words in lower case, without white space and punctuation. Answers with the same words
+        count as duplicates.
         """
         return tuple(WORDS.findall(self.text.casefold())) or (self.text.strip(),)
 

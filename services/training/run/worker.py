@@ -150,11 +150,11 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
 
 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
-    """Returns a function that reads the validation data in batches; the training loop calls this function. Returns None
-    if there are no validation data.
+    """Returns a function that reads the validation data in batches, for the training loop. Returns None instead of a
+    function if the job has no validation data.
 
-    If the data are a Stream (still being encoded), the returned function waits until the groups held out for validation
-    are known, and returns None if there are none.
+    If the data are a Stream (still being encoded), a call of the function first waits until the groups held out for
+    validation are known. The call returns None if no groups are held out.
     """
     if validation is None:
         return None

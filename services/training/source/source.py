@@ -37,9 +37,9 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
     """Yields a copy of the spec (the settings of one run of a job) whose `training_uri` names one uncompressed file of
     JSON Lines.
 
-    This is the training file itself if it has this form already. If it has not, it is a copy in the folder
-    `folder_uri`, which is deleted when the `with` block ends normally. Raises JobFailed for errors that the user can
-    fix, and OSError if the training file changes during the block.
+    If the training file has this form already, `training_uri` names the training file itself. Otherwise it names a copy
+    in the folder `folder_uri`; the copy is deleted when the `with` block ends normally. Raises JobFailed for errors
+    that the user can fix, and OSError if the training file changes during the block.
     """
     try:
         files = [_File("training_file", spec.training_uri)]

@@ -96,12 +96,12 @@ async def scorer_named(
     session: AsyncSession, settings: Settings, model: NamedModel, name: str | None
 ) -> tuple[NamedModel, str]:
     """Finds the application with which an attempt (run of a job) computes log-probabilities of its reference model
-    `model`.
+    `model`. Returns two values: the model that the application loads, and the application's name without the service's
+    prefix.
 
-    Returns the model that the application loads, and the application's name without the service's prefix. `name` is the
-    full name that the attempt gave. This name decides, because the settings of `model` may have changed since the
-    attempt began, so that new attempts would use another application. If `name` is None, as for an attempt of an old
-    release, the application is the model's own engine.
+    `name` is the full name of the application that the attempt gave. This name decides, because the settings of `model`
+    may have changed since the attempt began, so that new attempts would use another application. If `name` is None, as
+    for an attempt of an old release, the application is the model's own engine (model server).
     """
     hosts = await hosts_of(session, settings, model)
     for loaded in hosts:
