@@ -27,9 +27,8 @@ def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
 
 
 def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
-    """Returns the files in which an attempt (one run of a job) stored its reports, as a list of two values per file, in
-    the order of the reports: the number of the file's first report, and the file's URI. `run_uri` is the job's folder
-    in storage."""
+    """Returns the files in which an attempt (one run of a job) stored its reports, in the order of the reports. Each
+    file is a pair: the number of its first report, and its URI. `run_uri` is the job's folder in storage."""
     names = storage.list_files(folder(run_uri, attempt))
     firsts = [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
     return [(first, segment_uri(run_uri, attempt, first)) for first in sorted(firsts)]

@@ -277,8 +277,9 @@ def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall
 
 
 def _needed(calls: Sequence[ToolCall]) -> str:
-    """Returns words that end an error message after the word "before", such as "the tool 'search' has answered its
-    call; add its answer as a tool message." The tool is that of the first of `calls`."""
+    """Returns the end of an error message that says what must come before another message: the answer to the first of
+    `calls`. An example is "the tool 'search' has answered its call; add its answer as a tool message."
+    """
     return f"the tool {shown(calls[0]['function']['name'])} has answered its call; add its answer as a tool message."
 
 

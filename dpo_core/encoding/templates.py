@@ -287,8 +287,8 @@ def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow
     """Cuts the texts in `rendered`, which the chat template wrote for a group (a prompt with its completions), into the
     prompt and the completions. Returns an error if the template writes the prompt differently when an answer follows.
 
-    The prompt includes the words with which the template asks for an answer, as far as all completions begin with these
-    words.
+    The words with which the template asks for an answer (the generation prompt) belong to the prompt if all completions
+    begin with them. If the completions begin with only a part of these words, only this part belongs to the prompt.
     """
     prompt, dialogues = rendered.prompt, rendered.dialogues
     if rendered.bare_prompt is None:

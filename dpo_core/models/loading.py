@@ -203,9 +203,12 @@ def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
 
 
 def _correct_tying(model: PreTrainedModel) -> None:
-    """Corrects the option tie_word_embeddings in the model's config, which vLLM reads: sets it to false if the head and
-    the embeddings are two weights. transformers loads two weights, even if the config says that they are one, if the
-    folder holds two weights with different values."""
+    """Sets the option tie_word_embeddings in the model's config to false if the head and the embeddings are two
+    weights, because vLLM reads this option.
+
+    If the folder holds two weights with different values, transformers loads both, even if the config says that they
+    are one.
+    """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
         if head is not None and getattr(config, "tie_word_embeddings", False):

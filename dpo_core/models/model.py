@@ -60,10 +60,17 @@ def load_policy(
     run), and each rank then reads only its part. All ranks must be able to read `source`. A model that does not allow
     this is loaded whole, with a warning.
 
-    Raises InvalidOption for target modules that the model does not have or whose adapters would not learn, for a
-    quantization without an adapter, and for a quantization of a model that cannot be quantized. Raises ValueError for
-    the dtype float16, for a model that is stored quantized in another format than MXFP4, for a `source` that holds an
-    adapter, and for a folder whose weights and config do not match.
+    Raises InvalidOption for:
+
+    - target modules that the model does not have, or whose adapters would not learn
+    - a quantization without an adapter, or of a model that cannot be quantized
+
+    Raises ValueError for:
+
+    - the dtype float16
+    - a model that is stored quantized in another format than MXFP4
+    - a `source` that holds an adapter
+    - a folder whose weights and config do not match
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization, in_parts)

@@ -83,10 +83,10 @@ def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
 def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
     """Returns LiPO's loss of each group (a prompt with its completions), [G] for G groups; arXiv 2402.01878.
 
-    The loss is the sum of |g_i - g_j| |1/d_i - 1/d_j| log(1 + e^{-(s_i - s_j)}) over all completions i and j of which i
-    is rated higher. s = beta h, with the log-ratio h of a completion. g (the paper's G) is 2^psi - 1, with the rating
-    psi scaled to [0, 1] in the group. d (the paper's D) is log(1 + n) for the completion with the n-th highest s in the
-    group.
+    The loss is the sum of |g_i - g_j| |1/d_i - 1/d_j| log(1 + e^{-(s_i - s_j)}) over all pairs (i, j) of completions in
+    which i is rated higher than j. Here s = beta h, with the log-ratio h of a completion. g (the paper's G) is 2^psi -
+    1, with the rating psi scaled to [0, 1] in the group. d (the paper's D) is log(1 + n) for the completion with the
+    n-th highest s in the group.
     """
     s = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     ratings = measures.by_group(measures.ratings, math.nan)
@@ -480,7 +480,7 @@ def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
     """Returns a mean of `values` [G, k, k] for each of G groups (prompts with their completions), [G]. The mean is over
-    the pairs (i, j) of the group's completions of which j is rated lower than i."""
+    the pairs (i, j) of the group's completions in which j is rated lower than i."""
     return (values * measures.worse).sum((1, 2)) / measures.worse.sum((1, 2))
 
 
@@ -503,9 +503,9 @@ def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
 
 
 def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
-    """Returns the number by which the summed losses of a global batch are divided: the number of tokens that count in
-    the loss if the objective is `supervised`, and the number of groups (prompts with their completions) if it is any
-    other objective."""
+    """Returns the number by which the summed losses of a global batch are divided. For the objective `supervised` it is
+    the number of tokens that count in the loss; for any other objective, the number of groups (prompts with their
+    completions)."""
     if isinstance(objective, o.Supervised):
         return sum(sum(group.num_learned) for group in groups)
     return len(groups)

@@ -57,8 +57,8 @@ def _has_ordered_pair(measures: Measures) -> bool:
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns the mean of `values` [G, k, k], for G groups with k completions each. The mean is over all groups and all
-    pairs (i, j) of a group's completions of which j is rated lower than i."""
+    """Returns the mean of `values` [G, k, k], for G groups with k completions each. The mean is over all groups, and
+    over the pairs (i, j) of a group's completions in which j is rated lower than i."""
     return (values * measures.worse).sum(dtype=measures.table.dtype) / measures.worse.sum()
 
 

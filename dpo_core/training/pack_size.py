@@ -185,6 +185,6 @@ def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
 
 
 def _storages(model: PreTrainedModel) -> set[int]:
-    """Returns the addresses of the memory that holds the model's weights, as far as this rank (process of the run) has
-    the weights in memory now."""
+    """Returns the addresses of the memory blocks that hold the model's weights. Weights that this rank (process of the
+    run) does not have in memory now are left out."""
     return {local_part(weight).untyped_storage().data_ptr() for weight in model.parameters()}

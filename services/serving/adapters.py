@@ -270,7 +270,7 @@ def _fetch(adapter: Adapter, cache: Path) -> Path:
 def _check_numbers(adapter: Adapter, folder: Path) -> None:
     """Raises AdapterUnusable if a weight of the adapter is not a finite number.
 
-    Logs a warning if the weights are such that the adapter does not change its base model.
+    Logs a warning if the adapter has no effect on its base model, judging by its weights.
     """
     if not (folder / WEIGHTS).is_file():
         return  # vLLM reads or refuses other files

@@ -52,8 +52,8 @@ def two(prompt: str, first: str, second: str, lead: Callable[[Row], float]) -> R
 
 
 def _ratings(lead: float) -> tuple[float, float]:
-    """Returns ratings for two answers, of which the second is better by `lead`; a negative `lead` means that the first
-    is better."""
+    """Returns ratings for two answers, whose difference is `lead`. A positive `lead` means that the second answer is
+    better, a negative one that the first is better."""
     return max(0.0, -lead), max(0.0, lead)
 
 

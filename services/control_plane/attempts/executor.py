@@ -108,9 +108,10 @@ class Executor:
         """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
         If vLLM must compute the log-probabilities of the reference model, the same transaction requests that the model
-        is loaded. In two cases the attempt itself requests the model, and only if it needs the model: if it may choose
-        between vLLM and its own training workers, or if the job has begun to train, because the log-probabilities are
-        then stored already.
+        is loaded. In two cases it does not, and the attempt requests the model itself when it needs it:
+
+        - The attempt may choose between vLLM and its own training workers.
+        - The job has begun to train, so the log-probabilities are stored already.
         """
         spec = JobSpec.model_validate(job.spec)
         insists = spec.reference_source == "serve" and reference_model(job) is not None
@@ -267,8 +268,8 @@ class Executor:
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
         """Ends an attempt (a run of the job on Ray) that died without reporting an outcome.
 
-        `submission` is what Ray says about the attempt. The end counts as a failure if Ray still knows the attempt,
-        unless the user has asked for a pause or a cancellation.
+        `submission` is what Ray says about the attempt. The end counts as a failure if Ray still knows the attempt and
+        the user has asked neither for a pause nor for a cancellation.
         """
         failed = submission.status == "ended" and job.desired == "run"
         reason = attempt.reason or submission.cause()

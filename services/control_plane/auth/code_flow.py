@@ -62,9 +62,9 @@ class CodeFlow:
         """Sends the form to the token endpoint, and returns the tokens of the answer.
 
         `form` holds a grant as RFC 6749 defines it. `nonce` is the value that the ID token must repeat; None if the
-        grant is a refresh token. Raises Unauthorized if the code or the refresh token is of no use any more or the ID
-        token is not valid, and Unavailable if the issuer does not answer, refuses for another reason, or too many
-        exchanges wait.
+        grant is a refresh token. Raises Unauthorized if the code or the refresh token can no longer be used, or if the
+        ID token is not valid. Raises Unavailable if the issuer does not answer or refuses for another reason, or if too
+        many exchanges wait.
         """
         if self._num_begun >= AT_ONCE + WAITING:
             message = f"Too many people sign in at this moment. Try again in {BUSY_SECONDS} seconds."

@@ -76,7 +76,7 @@ class Judge(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The names of the models that the judge needs, as far as the request names them."""
+        """The names of the models that the request names for the judge: its model and its reference model."""
         return {name for name in (self.model, self.reference) if name}
 
     @model_validator(mode="after")

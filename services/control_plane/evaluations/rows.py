@@ -66,7 +66,8 @@ def check_expected(groups: Sequence[Group], judge: Judge, param: str) -> None:
 
 
 def read_request(rows: Sequence[EvaluationRow]) -> list[Group]:
-    """Returns the rows of a request as groups: prompts with their completions, of which there may be none.
+    """Returns the rows of a request as groups, which are prompts with their completions. A group may have no
+    completions.
 
     Raises InvalidRequest, with the path of the value, for a row that cannot be read.
     """
@@ -119,7 +120,7 @@ def to_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def group_of(row: dict[str, Any]) -> Group:
-    """Returns the group (a prompt with its completions) of which `to_json` made this JSON object."""
+    """Returns the group (a prompt with its completions) from the JSON object that `to_json` made of it."""
     lists = {name: tuple(row[name]) for name in ("completions", "ratings") if row[name] is not None}
     return Group(**{**row, **lists})
 

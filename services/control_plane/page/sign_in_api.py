@@ -1,6 +1,6 @@
 """The routes below /v1/x/sign-in, with which the web page signs people in at the OpenID Connect issuer.
 
-They need no key: whoever calls them has none yet.
+These routes need no key, because people who sign in have no key yet.
 """
 
 from collections.abc import Mapping

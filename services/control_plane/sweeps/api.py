@@ -49,7 +49,7 @@ async def create(
 ) -> Response:
     """Creates a sweep. The service submits its jobs in the background.
 
-    Refuses the sweep if the service would refuse one of its jobs, as far as this can be known now.
+    Refuses the sweep if it is clear already that the service would refuse one of its jobs.
     """
     request = body.settled()
     probes = search.probes(request)

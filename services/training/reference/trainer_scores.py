@@ -47,9 +47,11 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
 
 
 def check_reference(spec: AttemptSpec, limit: int) -> None:
-    """Raises JobFailed if the job cannot use its reference model. There are two reasons: its tokenizer differs from
-    that of the model that the job trains, or it cannot read `limit` tokens, the most that a prompt and one completion
-    of the job may have."""
+    """Raises JobFailed if the job cannot use its reference model, for one of two reasons:
+
+    - The reference model's tokenizer differs from that of the model that the job trains.
+    - The reference model cannot read `limit` tokens, the most that a prompt and one completion of the job may have.
+    """
     start, reference = load(spec.model_source), load(spec.reference_model)
     differing = len(start.tokenizer.get_vocab().items() ^ reference.tokenizer.get_vocab().items())
     if differing:

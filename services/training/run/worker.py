@@ -335,8 +335,9 @@ def _num_threads() -> int:
     """Returns the number of CPU threads for this worker: its share of the node's cores. Ray itself would set one
     thread, for the one CPU that a worker reserves.
 
-    The number of the node's cores is the smaller of two numbers: the CPUs that Ray counts, because a container may have
-    fewer CPUs than its machine, and the cores of the machine, because Ray may be configured with more CPUs than exist.
+    The smaller of two numbers counts as the number of the node's cores. The CPUs that Ray counts may be fewer, because
+    a container may have fewer CPUs than its machine. The cores of the machine may be fewer, because Ray may be
+    configured with more CPUs than exist.
     """
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)

@@ -34,8 +34,8 @@ ENVIRONMENT = {  # defaults of variables that the node does not set
 
 
 def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
-    """Returns a list with two values for each service that receives the job's metrics (W&B, MLflow or TensorBoard): the
-    name of the service in messages, and a function that opens a run in the service."""
+    """Returns the services that receive the job's metrics (W&B, MLflow or TensorBoard), as pairs: the name of the
+    service in messages, and a function that opens a run in the service."""
     named: list[tuple[str, Open]] = []
     for number, integration in enumerate(spec.integrations.wandb):
         run_id = f"{spec.job_id}-{number}" if number else spec.job_id
