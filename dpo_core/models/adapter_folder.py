@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EFFECT = "effect.json"  # what the adapter does to some of its training rows, whose tokens the file holds
 
 
 def is_adapter(folder: Path) -> bool:

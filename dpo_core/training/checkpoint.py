@@ -3,7 +3,9 @@ the size and sha256 of each other file.
 
     manifest.json                           step, counters, metrics, evaluations, config, files
     model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
-                                            folder with base_model.json, which identifies the adapter's base
+                                            folder with base_model.json, which identifies the adapter's base, and
+                                            effect.json, which holds a few training rows and the adapter's effect on
+                                            their log-probabilities
     optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the float32
                                             masters of weights in half precision
 

@@ -59,14 +59,15 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, manifest: Manifest, optimizer: torch.optim.AdamW) -> None:
+    def save(self, manifest: Manifest, optimizer: torch.optim.AdamW, files: dict[str, bytes]) -> None:
         """Copies the weights and the optimizer's state to the CPU, and starts to write them as a checkpoint in the
-        background. `manifest.files` must be empty; the writer adds the files that it writes."""
+        background. `manifest.files` must be empty; the writer adds the files that it writes. `files` maps the names of
+        more files in the model's folder to their contents."""
         self.wait()
         model = _model_state(self._policy, self._weights)
         if self._shard is not None or self._others:
             state = _optimizer_state(self._weights, optimizer)
-            self._pending = self._pool.submit(self._write, manifest, model, state)
+            self._pending = self._pool.submit(self._write, manifest, model, state, files)
 
     def check(self) -> None:
         """Raises an error if writing the last checkpoint has already failed. Does not wait for a checkpoint that is
@@ -87,7 +88,9 @@ class Writer:
         finally:
             self._pool.shutdown()
 
-    def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    def _write(
+        self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor], more: dict[str, bytes]
+    ) -> None:
         folder = self._folder / f"step-{manifest.step:06d}"
         partial = folder.with_name(f".{folder.name}.partial")
         if rank() == 0:
@@ -95,7 +98,7 @@ class Writer:
         if self._others:
             dist.barrier(self._others)
         try:
-            files = self._gather(lambda: self._write_part(partial, manifest, model, state))
+            files = self._gather(lambda: self._write_part(partial, manifest, model, state, more))
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)  # frees space on a disk that may be full
             if isinstance(error, SafetensorError):
@@ -110,11 +113,17 @@ class Writer:
             self._publish(manifest.step, folder)
 
     def _write_part(
-        self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
+        self,
+        partial: Path,
+        manifest: Manifest,
+        model: dict[str, Tensor],
+        state: dict[str, Tensor],
+        more: dict[str, bytes],
     ) -> dict[str, FileDigest]:
         """Writes the files of this rank (process of the run) into the folder `partial`, and returns their digests by
-        path. `model` has the weights to write, and `state` this rank's part of the optimizer's state. Ranks other than
-        rank 0 also publish their files; rank 0 publishes its files later, after the manifest is written."""
+        path. `model` has the weights to write, `state` this rank's part of the optimizer's state, and `more` further
+        files of the model's folder. Ranks other than rank 0 also publish their files; rank 0 publishes its files later,
+        after the manifest is written."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
         if self._shard is not None:
@@ -122,7 +131,7 @@ class Writer:
             save_file(state, paths[0])
         if rank() == 0:
             files = {BASE: base_file(manifest.base, self._policy)} if manifest.base else self._files
-            save_model(self._skeleton, partial / "model", self._tokenizer, files, state_dict=model)
+            save_model(self._skeleton, partial / "model", self._tokenizer, files | more, state_dict=model)
             if not has_adapter(self._skeleton):  # transformers would write the dtype of a sharded policy's shards
                 self._skeleton.config.dtype = manifest.dtype
                 self._skeleton.config.save_pretrained(partial / "model")

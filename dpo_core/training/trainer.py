@@ -18,6 +18,7 @@ from dpo_core.checkpoint_selection import Evaluation, evaluations, stalls
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import check_base, fingerprint
+from dpo_core.models.adapter_folder import EFFECT
 from dpo_core.models.architecture import device_of
 from dpo_core.models.model import check_model, check_policy, has_adapter
 from dpo_core.models.parts import is_unread, read_parts
@@ -26,6 +27,7 @@ from dpo_core.objectives.drift import Drift
 from dpo_core.objectives.losses import Statistics, check_groups
 from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.plan.positions import check_max_length
+from dpo_core.policy.adapter_effect import measure_effect
 from dpo_core.policy.admission import admit, last_position
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.measures import Measures
@@ -111,7 +113,7 @@ def train(
                 return
             if stop is not None and any(on_any_rank([stop()], run.scorer.model.device)):
                 if not is_due:
-                    writer.save(run.manifest(metrics), run.optimizer)
+                    writer.save(run.manifest(metrics), run.optimizer, run.effect())
                 return
             groups = next(run.batches, None)
             if groups is None:
@@ -135,7 +137,7 @@ def train(
             if values := _not_finite(metrics):
                 raise FloatingPointError(f"Training diverged at step {step} ({values}); {run.remedy}.")
             if is_due:
-                writer.save(run.manifest(metrics), run.optimizer)
+                writer.save(run.manifest(metrics), run.optimizer, run.effect())
 
 
 def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
@@ -218,6 +220,7 @@ class _Run:
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
         self.shortage: str | None = None  # a sentence for the user if memory ran out in the last step
         self.change: str | None = None  # a sentence for the user if a resumed run goes on with another loss
+        self.learned: Sequence[EncodedGroup] = ()  # the groups of the last step that had any
         self.num_updates, self.metrics, self.evaluations = 0, dict[str, float](), tuple[Evaluation, ...]()
         if resume is not None and manifest is not None:
             load(
@@ -254,7 +257,7 @@ class _Run:
         self.step += 1
         if not groups:
             return dict(self.metrics)
-        self.num_updates += 1
+        self.num_updates, self.learned = self.num_updates + 1, groups
         objective, optim, scorer = self.config.objective, self.config.optim, self.scorer
         check_groups(objective, self._admitted(groups))
         check_agreement(groups, f"global batches for step {self.step}", scorer.model.device)
@@ -345,6 +348,15 @@ class _Run:
     def _admitted(self, groups: Sequence[EncodedGroup]) -> Sequence[EncodedGroup]:
         admit(groups, self.scorer.model, max_length=self.config.max_length)
         return groups
+
+    def effect(self) -> dict[str, bytes]:
+        """Returns the file that says by how much the policy's adapter changes the log-probabilities of some training
+        rows, by its name. Returns an empty dictionary if the policy has no adapter or is a reward model, or if this run
+        has not trained on any rows."""
+        if not self.learned or not has_adapter(self.scorer.model) or self.scorer.rewards:
+            return {}
+        measured = measure_effect(self.scorer, self.learned, max_tokens_per_pack=self.pack_size)
+        return {EFFECT: measured.to_json()}
 
     def manifest(self, metrics: dict[str, float]) -> Manifest:
         return Manifest(

@@ -30,8 +30,10 @@ from dpo_core.models.adapter import has_learned, saved_base
 from dpo_core.models.adapter_folder import CONFIG, WEIGHTS, is_adapter
 from dpo_core.models.architecture import UnusableModel
 from dpo_core.models.model import fingerprint_of
+from dpo_core.policy.adapter_effect import read_effect
 from services import storage
 from services.contract import Adapter
+from services.serving.reference import Reference
 
 logger = logging.getLogger("ray.serve")  # other loggers of a replica write nowhere
 
@@ -130,10 +132,10 @@ class Adapters:
     ones are detached as soon as no request uses them.
     """
 
-    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, source: str) -> None:
-        """Takes a vLLM engine, the list of models that its HTTP server keeps, and the URI, local folder or hub id of
-        the engine's model (`source`)."""
-        self._engine, self._models = engine, models
+    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, reference: Reference, source: str) -> None:
+        """Takes a vLLM engine, the list of models that its HTTP server keeps, an object that scores texts with the
+        engine (`reference`), and the URI, local folder or hub id of the engine's model (`source`)."""
+        self._engine, self._models, self._reference = engine, models, reference
         self._base = Base(source)
         config = engine.vllm_config.lora_config
         self._most: int = config.max_cpu_loras if config else 0  # 0: the engine attaches none
@@ -205,7 +207,33 @@ class Adapters:
         if isinstance(answer, ErrorResponse):
             refused = AdapterRefused if self._engine.errored else AdapterUnusable
             raise refused(f"The engine cannot attach the adapter '{adapter.id}' ({answer.error.message}); {REMEDY}.")
-        return self._models.lora_requests[adapter.id]
+        attached = self._models.lora_requests[adapter.id]
+        try:
+            await self._check_effect(adapter, local, attached)
+        except AdapterRefused:
+            if not self._engine.errored:
+                await self._engine.remove_lora(attached.lora_int_id)
+            raise
+        return attached
+
+    async def _check_effect(self, adapter: Adapter, folder: Path, attached: LoRARequest) -> None:
+        """Raises AdapterUnusable if the attached adapter does not change the log-probabilities of its own training rows
+        as it did in training, and AdapterRefused if the engine has died.
+
+        vLLM may ignore an adapter, or a part of it, without an error. A folder without a measurement is not checked.
+        """
+        effect = await asyncio.to_thread(read_effect, folder)
+        most = self._engine.model_config.max_model_len
+        if effect is None or any(len(row.prompt_ids) + len(row.completion_ids) > most for row in effect.rows):
+            return
+        ids = [row.prompt_ids for row in effect.rows], [row.completion_ids for row in effect.rows]
+        try:
+            policy = await self._reference.score(*ids, adapter=attached)
+            base = await self._reference.score(*ids)
+        except ConnectionError as error:
+            raise AdapterRefused(str(error)) from None
+        if fault := effect.fault([score.logp for score in policy], [score.logp for score in base]):
+            raise AdapterUnusable(f"The engine does not compute with the adapter '{adapter.id}': {fault}; {REMEDY}.")
 
     def _shrink(self) -> None:
         # An adapter that is loading stays until it is loaded, because vLLM would enter its name after the removal.

@@ -52,7 +52,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         await self.engine.start()
         client = self.engine._engine_client
         self.reference = Reference(client, max_tokens_in_flight=2 * MOST_SCORED_TOKENS)
-        self.adapters = Adapters(client, self.engine._oai_models, self.source)
+        self.adapters = Adapters(client, self.engine._oai_models, self.reference, self.source)
         self.load = Load()
         client.logger_manager.stat_loggers.append(self.load)
 

@@ -270,9 +270,11 @@ def export(spec: AttemptSpec, trained: Succeeded, report: Callable[[Report], Non
 def _has_learned(adapter: Path) -> bool:
     from dpo_core.models.adapter import has_learned
     from dpo_core.models.architecture import UnusableModel
+    from dpo_core.policy.adapter_effect import read_effect
 
+    effect = read_effect(adapter)
     try:
-        return has_learned(adapter)
+        return has_learned(adapter) and (effect is None or effect.largest != 0)
     except UnusableModel as error:
         raise JobFailed(Failed(code="training_diverged", message=str(error))) from None
 

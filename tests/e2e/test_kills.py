@@ -134,11 +134,13 @@ def clients(service: Service, *models: str, max_tokens: int = 100) -> Iterator[l
     found = [Client(service, models[number % len(models)], max_tokens) for number in range(NUM_CLIENTS)]
     for client in found:
         client.start()
-    yield found
-    for client in found:
-        client.stopping.set()
-    for client in found:
-        client.join(300)
+    try:
+        yield found
+    finally:
+        for client in found:
+            client.stopping.set()
+        for client in found:
+            client.join(300)
 
 
 def answer_of_deleted(service: Service, name: str, folder: str) -> int:

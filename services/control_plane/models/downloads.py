@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
+from dpo_core.models.adapter_folder import CONFIG, EFFECT
 from services import storage
 from services.contract import MergeReport, MergeRequest
 from services.control_plane import side_jobs
@@ -24,7 +25,6 @@ from services.control_plane.side_jobs import SideJob
 
 Format = Literal["adapter", "merged"]
 
-ADAPTER_CONFIG = "adapter_config.json"
 ABOUT = "raydpo.json"  # the file in each tar that says what the tar holds
 RETRY_AFTER_SECONDS = 5
 
@@ -60,9 +60,13 @@ def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) 
             retry_after=60,
             code="model_unavailable",
         )
-    members = [Member(name, size, storage.join(folder, *name.split("/")), mtime) for name, size, mtime in files]
+    members = [
+        Member(name, size, storage.join(folder, *name.split("/")), mtime)
+        for name, size, mtime in files
+        if name != EFFECT  # it holds training rows
+    ]
     if model.adapter and not merged:
-        members = [_with_base(member, base) if member.name == ADAPTER_CONFIG else member for member in members]
+        members = [_with_base(member, base) if member.name == CONFIG else member for member in members]
     tar = FolderTar([*members, Member.of_bytes(ABOUT, _about(model, base, merged))])
     name = f"{model.id}{'-merged' if merged else ''}.tar"
     return Content(tar.num_bytes, tar.etag, name, "application/x-tar", tar.read)

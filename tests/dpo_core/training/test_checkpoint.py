@@ -381,7 +381,7 @@ def test_a_checkpoint_is_written_without_looking_at_the_policy(
     monkeypatch.setattr("dpo_core.training.checkpoint_writer.save_file", save_late)
     manifest = Manifest(1, 1, 1, 1, {}, {}, asdict(CONFIG), {}, "float32")
     with Writer(tmp_path / "run", policy, tokenizer, weights) as writer:
-        writer.save(manifest, make_optimizer(weights.stepped.values(), CONFIG.optim))
+        writer.save(manifest, make_optimizer(weights.stepped.values(), CONFIG.optim), {})
         modules, vars(layer)["_modules"] = layer._modules, InUse(layer._modules)
         looked_away.set()
         writer.wait()

@@ -23,6 +23,7 @@ from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.models.parts import is_unread
 from dpo_core.models.quantization import scales_of
 from dpo_core.options import Dpo, Mpo
+from dpo_core.policy.adapter_effect import measure_effect, read_effect
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import DamagedCheckpoint, load, read_manifest, verify
 from dpo_core.training.optim import make_optimizer
@@ -250,6 +251,21 @@ def test_a_checkpoint_of_shards_is_whole_and_resumed_by_one(name, home):
     train_in(home, home / name / "resumed" / "rank0", alone, resume=checkpoint)
     resumed, straight = (load_file(home / name / f / "weights.safetensors") for f in ("resumed/rank0", "rank0"))
     torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.adapter and case.model == "model"])
+def test_a_checkpoint_has_the_effect_of_its_adapter_on_the_last_rows(name, home):
+    case = CASES[name]
+    shared = home / name / ("rank0" if case.config.sharding == "auto" else "")
+    folder, base = shared / "step-000003" / "model", home / case.model
+    saved = load_policy(base, adapter=folder, dtype=case.dtype, quantization=case.quantization)
+    expected = measure_effect(Scorer(saved), read_pairs(home)[1:4], max_tokens_per_pack=64)
+    found = read_effect(folder)
+    places = [(row.prompt_ids, row.completion_ids) for row in found.rows]
+    assert places == [(row.prompt_ids, row.completion_ids) for row in expected.rows]
+    numbers = ([number for row in effect.rows for number in (row.policy, row.base)] for effect in (found, expected))
+    assert next(numbers) == pytest.approx(next(numbers), abs=1e-3 if case.dtype == torch.float32 else 0.5)
+    assert found.largest > 0
 
 
 def masters_of(checkpoint: Path) -> dict[str, torch.Tensor]:

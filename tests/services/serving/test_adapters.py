@@ -22,9 +22,12 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import BASE, fingerprint
-from dpo_core.models.adapter_folder import WEIGHTS
+from dpo_core.models.adapter_folder import EFFECT, WEIGHTS
 from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.policy.adapter_effect import Effect, measure_effect
+from dpo_core.policy.scorer import Scorer
 from services import storage
 from services.contract import Adapter, Deployment
 from services.serving.engine_args import engine_args
@@ -113,6 +116,7 @@ def test_copies_and_engine_shrink_to_the_limit_and_keep_nothing_of_a_deleted_ada
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from services.serving.adapters import Adapters
+    from services.serving.reference import Reference
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     bucket = s3.new_folder()
@@ -126,7 +130,8 @@ def test_copies_and_engine_shrink_to_the_limit_and_keep_nothing_of_a_deleted_ada
         engine = AsyncLLM.from_engine_args(arguments)
         try:
             models = OpenAIServingModels(engine, [BaseModelPath(name="qwen", model_path=str(qwen_folder))])
-            adapters = Adapters(engine, models, str(qwen_folder))
+            reference = Reference(engine, max_tokens_in_flight=4096)
+            adapters = Adapters(engine, models, reference, str(qwen_folder))
 
             async def kept() -> tuple[set[str], int, set[int]]:
                 """Returns the attached adapters, the number of local copies, and the ids that the engine holds."""
@@ -229,6 +234,39 @@ def test_an_adapter_with_numbers_that_are_not_finite_is_refused_and_one_of_zeros
     logs = Path(qwen.head.folder).glob("ray/session_latest/logs/**/*")
     told = b"The adapter 'ft:empty' has learned nothing: it answers as its base model does."
     assert any(told in log.read_bytes() for log in logs if log.is_file())
+
+
+def with_effect(folder: Path, effect: Effect, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    (to / EFFECT).write_bytes(effect.to_json())
+    return to
+
+
+def test_an_adapter_without_its_effect_on_its_training_rows_is_refused_with_the_numbers(
+    qwen: Serving, qwen_folder: Path, folders: list[Path], likeliest: list[float], tmp_path: Path
+) -> None:
+    def empty(weights: dict[str, torch.Tensor]) -> None:
+        for name in weights:
+            weights[name].mul_(".lora_B." not in name)
+
+    trained = load_policy(qwen_folder, adapter=folders[0])
+    rows = [EncodedGroup(PROMPT, (list(range(20 + at, 40 + 3 * at)),), None, at) for at in range(4)]
+    effect = measure_effect(Scorer(trained), rows, max_tokens_per_pack=1024)
+    assert effect.largest > 1
+    good = with_effect(folders[0], effect, tmp_path / "good")
+    without = with_effect(changed(folders[0], tmp_path / "emptied", empty), effect, tmp_path / "without")
+    another = with_effect(folders[1], effect, tmp_path / "another")
+    for _ in range(4):  # on both replicas
+        assert logp(ask(qwen, "ft:good", good)) == pytest.approx(likeliest[0], abs=1e-4)
+        for name, folder in (("ft:without", without), ("ft:another", another)):
+            refused = ask(qwen, name, folder)
+            assert refused.status_code == 409
+            error = refused.json()["error"]
+            assert error["code"] == "adapter_unusable"
+            said = f"does not compute with the adapter '{name}': it changes the log-probability of one of its training "
+            assert said in error["message"]
+            assert error["message"].endswith("may be between them; set the mode of its deployment to merged.")
+    assert "rows by 0 nats here, but by " in ask(qwen, "ft:without", without).json()["error"]["message"]
 
 
 def test_fifty_first_requests_at_once_all_get_an_answer(

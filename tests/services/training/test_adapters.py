@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_merged, load_policy
+from dpo_core.policy.adapter_effect import Effect, Row
 from services import storage
 from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Report, Started, Succeeded, Weights
 from services.training.driver import export
@@ -192,6 +193,9 @@ def test_an_adapter_that_changes_nothing_is_told_and_one_that_is_broken_is_not_e
             ("warn", sentence) for sentence in said
         ]
         told.clear()
+    (folder / "effect.json").write_bytes(Effect([Row([5], [6], policy=-1.5, base=-1.5)]).to_json())
+    export(spec, trained, told.append)
+    assert [report.message.partition(":")[0] for report in only(Message, told)] == ["The adapter has learned nothing"]
     next(weight for name, weight in policy.named_parameters() if "lora_B" in name).data[0, 0] = torch.nan
     policy.save_pretrained(folder)
     with pytest.raises(JobFailed, match="has NaN or infinite values, such as in"):

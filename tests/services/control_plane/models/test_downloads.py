@@ -53,6 +53,7 @@ def folders(settings: Settings, base_url: str, fake_ray: FakeRay, monkeypatch: p
             base = None
             if name != WHOLE:
                 base = "/nowhere/tiny"
+                files["effect.json"] = b"rows of training data, which are not for everybody"
                 files["adapter_config.json"] = json.dumps({"base_model_name_or_path": base, "r": 4}).encode()
             for file, content in files.items():
                 storage.write_bytes(storage.join(folder, *file.split("/")), content)
@@ -99,6 +100,7 @@ def test_a_policy_with_all_weights_is_its_folder(folders: None, api: httpx.Clien
 def test_an_adapter_comes_without_its_base_and_names_it(folders: None, api: httpx.Client, name: str) -> None:
     files = files_in(content(api, name))
     assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": "tiny", "r": 4}
+    assert "effect.json" not in files
     about = json.loads(files["raydpo.json"])
     assert (about["format"], about["base"], about["quantization"]) == ("adapter", "tiny", "nf4")
     assert api.get(f"/models/{name}").json()["object"] == "model"

@@ -95,7 +95,7 @@ def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[
 
     with Writer(tmp_path / "scratch", policy, load_tokenizer(model_source), weights, publish) as writer:
         for step in (10, 20, 30):
-            writer.save(Manifest(step, 30, step, step, {}, {}, asdict(spec.config), {}), optimizer)
+            writer.save(Manifest(step, 30, step, step, {}, {}, asdict(spec.config), {}), optimizer, {})
     return [checkpoint_uri(spec, step) for step in (10, 20, 30)]
 
 

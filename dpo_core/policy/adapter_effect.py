@@ -1,0 +1,120 @@
+"""Measures by how much a trained adapter changes the log-probabilities of some of its training rows, and judges whether
+another program that computes with the adapter changes them as much.
+
+A program may ignore an adapter, or a part of it, without an error. Its answers are then those of the base, the model
+under the adapter.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.adapter_folder import EFFECT
+from dpo_core.models.model import adapter_off
+from dpo_core.policy.scorer import Scorer
+
+NUM_ROWS, SIDE_TOKENS = 4, 64  # rows that are measured, and most tokens of a row's prompt and of its completion
+LEAST = 1e-3  # nats; a smaller effect is not judged
+NOISE_FACTOR = 16.0  # how many times larger than the noise an effect must be to be judged
+ALLOWED_SHARE = 0.5  # of the effect, which may be missing or too much
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some tokens of a training row, and the log-probability of the completion, in nats, summed over its tokens: with
+    the adapter (`policy`) and without it (`base`)."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    policy: float
+    base: float
+
+    @property
+    def change(self) -> float:
+        """By how much the adapter changes the completion's log-probability, in nats."""
+        return self.policy - self.base
+
+
+@dataclass(frozen=True)
+class Effect:
+    """By how much a trained adapter changes the log-probabilities of some of its training rows. The trainer's own
+    forward pass has measured them."""
+
+    rows: list[Row]
+
+    @property
+    def largest(self) -> float:
+        """The largest change of a row's log-probability, in nats."""
+        return max(abs(row.change) for row in self.rows)
+
+    def fault(self, policy: Sequence[float], base: Sequence[float]) -> str | None:
+        """Compares the effect with that in another program, and returns what is wrong there, as a part of a sentence.
+        Returns None if nothing is, or if the effect is too small to tell.
+
+        `policy` and `base` are the log-probabilities of the rows in that program, with and without the adapter. The
+        noise is the largest difference between the two programs without the adapter.
+        """
+        noise = max(abs(row.base - found) for row, found in zip(self.rows, base, strict=True))
+        if not self.largest > max(LEAST, NOISE_FACTOR * noise):
+            return None
+        changes = [with_adapter - without for with_adapter, without in zip(policy, base, strict=True)]
+        error, row, change = max(
+            ((abs(change - row.change), row, change) for row, change in zip(self.rows, changes, strict=True)),
+            key=lambda found: found[0],
+        )
+        if error <= (allowed := ALLOWED_SHARE * self.largest):
+            return None
+        return (
+            f"it changes the log-probability of one of its training rows by {change:.3g} nats here, but by "
+            f"{row.change:.3g} in training; at most {allowed:.3g} may be between them"
+        )
+
+    def to_json(self) -> bytes:
+        """Returns the contents of the file that is saved beside the adapter."""
+        return json.dumps(asdict(self)).encode()
+
+
+def read_effect(folder: Path) -> Effect | None:
+    """Returns the effect of the adapter saved in `folder`; None if the folder has no measurement of it."""
+    file = folder / EFFECT
+    return Effect([Row(**row) for row in json.loads(file.read_bytes())["rows"]]) if file.is_file() else None
+
+
+@torch.no_grad()
+def measure_effect(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int) -> Effect:
+    """Measures by how much the adapter of the scorer's policy changes the log-probabilities of the shortest completions
+    in `groups` (prompts with their completions). A long row is shortened.
+
+    If the policy is sharded, all ranks (processes of the run) must call this function together, with the same groups.
+    """
+    rows = [
+        EncodedGroup(group.prompt_ids[-SIDE_TOKENS:], (ids[:SIDE_TOKENS],), None, group.line)
+        for group in groups
+        for ids in group.completion_ids
+    ]
+    rows = sorted(rows, key=lambda row: row.num_tokens)[:NUM_ROWS]
+    policy = _logps(scorer, rows, max_tokens_per_pack)
+    with adapter_off(scorer.model):
+        base = _logps(scorer, rows, max_tokens_per_pack)
+    return Effect(
+        [
+            Row(list(row.prompt_ids), list(row.completion_ids[0]), with_adapter, without)
+            for row, with_adapter, without in zip(rows, policy, base, strict=True)
+        ]
+    )
+
+
+def _logps(scorer: Scorer, rows: Sequence[EncodedGroup], max_tokens_per_pack: int) -> list[float]:
+    logps = [0.0] * len(rows)
+    for pack in scorer.plan(rows, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:
+        found = scorer(scorer.collate([rows[i] for i in pack]))[:, 0].tolist()
+        for i, logp in zip(pack, found, strict=True):
+            logps[i] = logp
+    if isinstance(scorer, FSDPModule):
+        scorer.reshard()  # in training the backward pass does this
+    return logps
