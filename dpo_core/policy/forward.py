@@ -74,7 +74,8 @@ class Logps(NamedTuple):
 def packed_logps(
     model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool, experts: Experts | None = None
 ) -> Logps:
-    """Returns the log-probabilities of the batch's targets and, if `experts` are given, how routers spread its tokens.
+    """Returns the log-probabilities of the batch's targets (the tokens that count in the loss) and, if `experts` are
+    given, how routers spread the batch's tokens over them.
 
     `logits` says how the model turns its head's outputs into logits. If completions share prompts (`shared`), one
     forward pass computes all of them. If they do not, completions of similar lengths are padded and computed together.
@@ -164,8 +165,9 @@ def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_logps(model: PreTrainedModel, batch: Batch, *, experts: Experts | None = None) -> Logps:
-    """Returns the log-probabilities of the batch's targets and, if `experts` are given, how routers spread its tokens.
-    The model's own forward computes the completions one after the other."""
+    """Returns the log-probabilities of the batch's targets (the tokens that count in the loss) and, if `experts` are
+    given, how routers spread the batch's tokens over them. The model's own forward computes the completions one after
+    the other."""
     logps, correct, spreads = [], [], []
     rows, targets = batch.rows, batch.targets
     sizes = batch.num_completion_tokens.tolist()

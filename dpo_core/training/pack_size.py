@@ -155,9 +155,9 @@ def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int
 
 
 def _border_bytes(scorer: Scorer) -> int:
-    """Returns the bytes that autograd keeps for each token, in all layers together, even if the backward pass
-    recomputes layers. These are the inputs of the layers and, if training balances experts, what the balancing loss
-    needs of the routers."""
+    """Returns the bytes that autograd keeps for each token in each layer, even if the backward pass recomputes layers.
+    These are the layer's input and, if training balances experts, what the balancing loss needs of the layer's router.
+    """
     layer_input: int = scorer.model.config.get_text_config().hidden_size * scorer.dtype.itemsize
     return layer_input + (scorer.experts.bytes_per_token(scorer.dtype) if scorer.experts else 0)
 

@@ -87,7 +87,7 @@ class Policy:
     """A replica of a model that runs in vLLM.
 
     The replica answers the routes of OpenAI's API over HTTP. Training calls its methods `score` and `token_logps`
-    through Serve's handle.
+    through a Ray Serve deployment handle.
     """
 
     def __init__(self, deployment: Deployment) -> None:

@@ -146,7 +146,7 @@ def cancel(client: "OpenAI", sweep_id: SweepId) -> None:
 
 @api_command(app)
 def delete(client: "OpenAI", sweep_id: SweepId) -> None:
-    """Delete a sweep that has ended. The jobs, models and evaluations that it has made stay."""
+    """Delete a sweep that has ended. The sweep's jobs, models and evaluations stay."""
     client.delete(f"/x/sweeps/{sweep_id}", cast_to=object)
     out.print(f"deleted {sweep_id}")
 

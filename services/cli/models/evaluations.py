@@ -208,7 +208,7 @@ def pause(client: "OpenAI", evaluation_id: EvaluationId) -> None:
 
 @api_command(app)
 def resume(client: "OpenAI", evaluation_id: EvaluationId) -> None:
-    """Continue a paused evaluation where it was."""
+    """Continue a paused evaluation where it stopped. Finished prompts are not evaluated again."""
     client.post(f"/x/evaluations/{evaluation_id}/resume", cast_to=object)
     out.print(f"resumed {evaluation_id}")
 

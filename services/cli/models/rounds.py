@@ -228,7 +228,7 @@ def pause(client: "OpenAI", rounds_id: RoundsId) -> None:
 
 @api_command(app)
 def resume(client: "OpenAI", rounds_id: RoundsId) -> None:
-    """Continue paused rounds where they were."""
+    """Continue paused rounds at the stage that they had reached."""
     client.post(f"/x/rounds/{rounds_id}/resume", cast_to=object)
     out.print(f"resumed {rounds_id}")
 

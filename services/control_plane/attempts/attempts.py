@@ -184,9 +184,9 @@ async def record(
     """Records the reports of an attempt (run of a job on Ray) in order, each once, even if the attempt sends one
     several times. `events` are the reports.
 
-    If `posted`, the training process sent the reports itself, and even repeated reports show that the attempt is alive.
-    If not, the service read the reports from the attempt's files of reports in storage, and only new reports show that
-    the attempt is alive. Raises Fenced if the attempt has ended.
+    `posted` says where the reports come from. If true, the training process sent them, and even repeated reports show
+    that the attempt is alive. If false, the service read them from the attempt's files in storage, and only new reports
+    show that the attempt is alive. Raises Fenced if the attempt has ended.
     """
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)

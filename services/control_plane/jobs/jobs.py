@@ -294,8 +294,8 @@ async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
 
 
 async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
-    """Returns the number of the job's event with the public id `event_id`. The numbers give the order of a job's
-    events.
+    """Returns the number of the job's event with the public id `event_id`. A job's events are in the order of their
+    numbers.
 
     Raises InvalidRequest if the job has no such event.
     """

@@ -71,7 +71,8 @@ class RoundDocument(TypedDict):
         Interval | None,
         Field(
             description="The share of prompts, from 0 to 1, to which the round's policy answers better than the policy "
-            "of the round before; null before it is known, and if the judge scores answers instead of comparing them."
+            "of the round before; a tie counts as half. Null before it is known, and if the judge scores answers "
+            "instead of comparing them."
         ),
     ]
     num_failed: Annotated[

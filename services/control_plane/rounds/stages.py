@@ -313,8 +313,9 @@ def best_of(history: Sequence[Entry]) -> Entry:
     """Returns the round with the best policy so far. The first policy counts as round 0.
 
     If the judge gives scores, this is the first round with the highest mean score. If the judge compares each policy
-    with the one before, a round is better if its policy wins more than half of the comparisons. The result is then the
-    last round before the first one that is not better, or the newest round if all are better.
+    with the policy of the round before, a policy is better if it wins more than half of these comparisons. The result
+    is then the newest round, if every round's policy was better. Otherwise it is the last round before the first one
+    whose policy was not better.
     """
     done = [entry for entry in history if "results" in entry]
     scored = [entry for entry in done if entry["results"]["score"]]

@@ -359,7 +359,9 @@ async def _conclude(session: AsyncSession, state: State) -> None:
 
 
 async def fail(session: AsyncSession, sweep: Sweep, error: ApiError) -> None:
-    """Ends the sweep, whose row the caller has locked, as failed with this error, and cancels what is under way."""
+    """Ends the sweep as failed with this error, and cancels its jobs and evaluations that are under way. The caller
+    must hold the lock of the sweep's row.
+    """
     await _stop(session, sweep, sweep.key_id)
     await _end(session, sweep, "failed", {"code": error.code, "message": storable(error.message), "param": error.param})
 

@@ -56,10 +56,10 @@ async def admit_job(session: AsyncSession) -> None:
 
 
 async def admit_resumption(session: AsyncSession, project_id: str) -> None:
-    """Raises OverQuota if the project may not queue a paused job again now, because of its limits on jobs or
-    accelerator hours.
+    """Raises OverQuota if the project may not queue a paused job again now, because the project has reached its limit
+    on jobs or on accelerator hours.
 
-    Only the project's queued jobs count against its limit on jobs here. Its paused jobs do not.
+    Only the project's queued jobs count against its limit on jobs in this case; its paused jobs do not.
     """
     await _admit(session, project_id, ("queued",))
 
@@ -151,8 +151,8 @@ async def _accelerator_hours(session: AsyncSession, project_id: str) -> float:
 
 
 def _open_hours() -> Select[str, float]:
-    """Returns an SQL query for the accelerator hours of attempts (runs of jobs) that have not ended, with the ids of
-    their projects.
+    """Returns an SQL query with a row for each attempt (run of a job) that has not ended: the id of its project, and
+    the accelerator hours that it has used so far.
 
     The caller groups the rows by project.
     """
