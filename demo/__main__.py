@@ -40,7 +40,9 @@ TEMPERATURE, MAX_TOKENS = 0.7, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """The sizes of the demo's generated data, of its own base model, and of training."""
+    """The sizes of the demo: how many rows it makes, how large its own base model is, and for how many epochs it
+    trains.
+    """
 
     num_things: int
     num_demonstrations: int

@@ -141,7 +141,9 @@ class EarlyStop:
 
 @options
 class TrainConfig:
-    """The options of one training run. The method `resolved` fills in the defaults that depend on the training data."""
+    """The options of one training run, such as the objective, the optimizer, the batch size and the maximum length. The
+    method `resolved` fills in the defaults that depend on the training data.
+    """
 
     objective: Objective = field(default_factory=Dpo)
     optim: Optim = field(default_factory=Optim)

@@ -165,8 +165,8 @@ class TextGroup(Contract):
 
 
 class TextsToScore(Contract):
-    """The body of a POST request to the path SCORE_TEXTS: prompts and completions that the model is to encode and
-    score."""
+    """The body of a POST request to the path SCORE_TEXTS: prompts and completions as texts or messages, which the model
+    is to encode and score (`groups`), and the date for chat templates that write a date (`today`)."""
 
     groups: list[TextGroup]
     today: date | None = None  # for chat templates that write the date; None: the current date
@@ -241,7 +241,9 @@ class Mlflow(UserInput):
 
 
 class Integrations(Contract):
-    """Lists the external services that receive a job's metrics. The job's own events have the metrics in any case."""
+    """Names the runs in W&B and MLflow that receive a job's metrics, and says whether metrics are written for
+    TensorBoard. The job's own events have the metrics in any case.
+    """
 
     wandb: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] = ()
     mlflow: Mlflow | None = None
@@ -298,7 +300,9 @@ Policy = Literal["last", "best"]
 
 
 class JobSpec(Contract):
-    """Holds a user's request for a job, after all checks. The request is stored with the job and never changes."""
+    """Holds a user's request for a job, after all checks: the model to start from, the data, all options of training,
+    and what happens to the results. The request is stored with the job and never changes.
+    """
 
     model: str  # a base model's name or an `ft:` id
     training_file: str  # an uploaded file's id, or the URI of x_raydpo.dataset
@@ -428,7 +432,9 @@ class MergeRequest(Contract):
 
 
 class MergeReport(Contract):
-    """Says where a merged model is, and how much its outputs differ from those of the base model with the adapter."""
+    """Says where a merged model is (`model_uri`), and how much its outputs differ at most from those of the base model
+    with the adapter (`largest_difference`).
+    """
 
     model_uri: str
     largest_difference: float  # between the outputs of the merged model and of the base with its adapter attached
@@ -440,7 +446,9 @@ class MergeReport(Contract):
 
 
 class Message(Contract):
-    """A report of an attempt (one run of a job): a sentence for the user."""
+    """A report of an attempt (one run of a job): a sentence for the user (`message`), and its level, such as a
+    warning.
+    """
 
     kind: Literal["message"] = "message"
     level: Literal["info", "warn", "error"] = "info"

@@ -24,7 +24,9 @@ class InvalidUri(ValueError):
 
 
 class _Place(NamedTuple):
-    """Holds a user's URI, or a URI prefix of the settings, in a normalized form, so that the two can be compared."""
+    """Holds a user's URI, or a URI prefix of the settings, in a normalized form: its path with scheme and host, and its
+    options. In this form the two can be compared.
+    """
 
     path: str  # begins with the scheme and host
     options: list[tuple[str, str]]  # options of Arrow's filesystem in the query, such as endpoint_override

@@ -59,7 +59,9 @@ def _webhook_prefix(prefix: str) -> str:
 
 
 class BaseModel(pydantic.BaseModel):
-    """A base model, which clients can query and from which jobs can start."""
+    """A base model, which clients can query and from which jobs can start: where it is (`source`), the adapter that
+    jobs train on it by default, and how it is served (`deployment`).
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id

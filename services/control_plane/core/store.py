@@ -306,7 +306,9 @@ def _drop_a_standby(context: ExceptionContext) -> None:
 
 @dataclass(frozen=True)
 class ProjectStore:
-    """The database, limited to the rows that one project may see and write."""
+    """The database for the requests of one project (`project_id`): its transactions see and write only the rows that
+    this project may see and write.
+    """
 
     store: Store
     project_id: str

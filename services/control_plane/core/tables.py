@@ -176,7 +176,9 @@ class SideJobAttempt(Owned, Base):
 
 
 class Upload(Owned, Base):
-    """An upload: a file whose bytes arrive in several parts."""
+    """An upload: a file whose bytes arrive in several parts. The row has what the client said about the file, and the
+    state of the upload.
+    """
 
     __tablename__ = "uploads"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -205,7 +207,9 @@ def reading_of(row: File | Upload) -> Reading:
 
 
 class UploadPart(Base):
-    """A part of an upload's bytes. The request that completes the upload gives the order of the parts."""
+    """A part of an upload's bytes: its size, and where the bytes are (`uri`). The request that completes the upload
+    gives the order of the parts.
+    """
 
     __tablename__ = "upload_parts"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -338,7 +342,9 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """A checkpoint of a job, all of whose files are in storage."""
+    """A checkpoint of a job, all of whose files are in storage: its step, its metrics, its files (`uri`) and its model
+    (`model_id`).
+    """
 
     __tablename__ = "checkpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -378,7 +384,9 @@ class Model(Owned, Base):
 
 
 class CheckpointPermission(Base):
-    """A permission for a project to use a trained model of another project."""
+    """A permission for the project `project_id` to use the trained model `model_id`, which belongs to another
+    project.
+    """
 
     __tablename__ = "checkpoint_permissions"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -389,7 +397,9 @@ class CheckpointPermission(Base):
 
 
 class WebhookEndpoint(Owned, Base):
-    """A URL to which the service sends webhooks about a project's jobs."""
+    """A URL to which the service sends webhooks about a project's jobs. The row also has the types of events to send,
+    the secrets that sign them, and recent failures.
+    """
 
     __tablename__ = "webhook_endpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -447,7 +457,9 @@ class AuditEntry(Base):
 
 
 class Deployment(Base):
-    """A model that Ray Serve should run, because a request needs it, or a job needs it as its reference model."""
+    """A model that Ray Serve should run, because a request needs it, or a job needs it as its reference model. The row
+    also says when the model was requested, used and loaded, and what it waits for.
+    """
 
     __tablename__ = "deployments"
     app_name: Mapped[str] = mapped_column(primary_key=True)
@@ -529,7 +541,9 @@ class EvaluationItem(Base):
 
 
 class Sweep(Owned, Base):
-    """A sweep: a number of jobs that differ in chosen options, which the control plane submits and compares."""
+    """A sweep: a number of jobs that differ in chosen options, which the control plane submits and compares. The row
+    has the request (`spec`), the state, and what the sweep waits for.
+    """
 
     __tablename__ = "sweeps"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -552,7 +566,9 @@ class Sweep(Owned, Base):
 
 
 class SweepEvaluation(Base):
-    """An evaluation that a sweep creates for the policy of each of its trials (jobs)."""
+    """The description (`spec`) and the prompts (`rows`) of an evaluation that a sweep creates for the policy of each of
+    its trials (jobs).
+    """
 
     __tablename__ = "sweep_evaluations"
     sweep_id: Mapped[str] = mapped_column(ForeignKey("sweeps.id"), primary_key=True)

@@ -96,7 +96,9 @@ class Judge(BaseModel):
 
 
 class Sampling(BaseModel):
-    """The field `sampling` of a request for an evaluation: how models sample the answers that are evaluated."""
+    """The field `sampling` of a request for an evaluation: how models sample the answers that are evaluated. It holds
+    the length, temperature, nucleus (`top_p`) and seed.
+    """
 
     model_config = ConfigDict(extra="forbid")
     max_tokens: int = Field(default=512, ge=1, le=32_768, description="Maximum number of tokens of an answer.")

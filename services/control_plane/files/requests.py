@@ -127,7 +127,9 @@ class CreateFile(BaseModel):
 
 
 class CreateUpload(CreateFile):
-    """The JSON body of POST /v1/uploads, which begins an upload of a file in parts."""
+    """The JSON body of POST /v1/uploads, which begins an upload of a file in parts: the file's name, size, media type
+    and purpose.
+    """
 
     filename: Text
     bytes: Annotated[int, Field(ge=1)]

@@ -31,7 +31,9 @@ InferencePart = Annotated[Inference, Depends(_inference)]
 
 
 class InferenceBody(BaseModel):
-    """The fields of a completion request that the control plane itself reads. vLLM checks all other fields."""
+    """The fields of a request for a completion that the control plane itself reads: the model's name, and whether the
+    answer is streamed. vLLM checks all other fields.
+    """
 
     model_config = ConfigDict(extra="allow")
     model: Text

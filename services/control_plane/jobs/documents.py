@@ -81,7 +81,9 @@ class JobDocument(TypedDict):
 
 
 class DraftDocument(JobDocument):
-    """The JSON object of a job that the service only checked, and did not create."""
+    """The JSON object of a job that the service only checked, and did not create. `id` and `created_at` are therefore
+    null.
+    """
 
     id: None  # type: ignore[misc]
     created_at: None  # type: ignore[misc]

@@ -111,7 +111,9 @@ class Reference(BaseModel):
 
 
 class CreateJob(BaseModel):
-    """The JSON body of POST /v1/fine_tuning/jobs, which creates a job."""
+    """The JSON body of POST /v1/fine_tuning/jobs, which creates a job: the model, the data, the training method and all
+    other options.
+    """
 
     model_config = ConfigDict(extra="forbid")
     model: Text

@@ -26,8 +26,8 @@ MOST_KEPT_BYTES, KEPT_SECONDS = 2**26, 1800.0  # of policies' scores
 
 @dataclass(frozen=True)
 class Judgement:
-    """The rewards of the completions of each group (prompt with completions), and the number of tokens that the models
-    read.
+    """The rewards of the completions of each group, and the number of tokens that the models read. A group is a prompt
+    with its completions.
     """
 
     groups: list[list[Judged]]

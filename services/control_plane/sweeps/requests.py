@@ -79,7 +79,9 @@ class Parameter(BaseModel):
 
 
 class Search(BaseModel):
-    """The field `search` of a sweep: how the sweep chooses the values for its trials (jobs)."""
+    """The field `search` of a sweep: how the sweep chooses the values for its trials (jobs): by which method, how
+    often, and with which seed.
+    """
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["grid", "random", "tpe"] = Field(
@@ -150,7 +152,9 @@ class EarlyStop(BaseModel):
 
 
 class CreateSweep(BaseModel):
-    """The JSON body of POST /v1/x/sweeps, which creates a sweep."""
+    """The JSON body of POST /v1/x/sweeps, which creates a sweep: the job to copy, the options that vary, how their
+    values are chosen, and how the jobs are compared.
+    """
 
     model_config = ConfigDict(extra="forbid")
     job: dict[str, Any] = Field(

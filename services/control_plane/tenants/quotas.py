@@ -151,8 +151,8 @@ async def _accelerator_hours(session: AsyncSession, project_id: str) -> float:
 
 
 def _open_hours() -> Select[str, float]:
-    """Returns an SQL query with a row for each attempt (run of a job) that has not ended: the id of its project, and
-    the accelerator hours that it has used so far.
+    """Returns an SQL query that sums up the accelerator hours of attempts (runs of jobs) that have not ended. Its
+    columns are the project's id and the sum.
 
     The caller groups the rows by project.
     """

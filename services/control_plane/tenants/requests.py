@@ -21,7 +21,9 @@ Limit = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CreateKey(BaseModel):
-    """The JSON body of POST /v1/x/keys, which creates an API key."""
+    """The JSON body of POST /v1/x/keys, which creates an API key: its name, project, scopes (permissions), limits and
+    expiry.
+    """
 
     model_config = ConfigDict(extra="forbid")
     name: Name

@@ -41,7 +41,9 @@ EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lamb
 
 
 class CreateWebhook(BaseModel):
-    """The JSON body of POST /v1/webhook_endpoints, which registers a URL for messages about jobs."""
+    """The JSON body of POST /v1/webhook_endpoints, which registers a URL for messages about jobs: a name, the URL, and
+    the types of messages.
+    """
 
     model_config = ConfigDict(extra="forbid")
     name: Name

@@ -73,7 +73,9 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """The number of models that may be loaded at a time, and the number of GPUs that they may use."""
+    """The room for loaded models: the number of models that may be loaded at a time (`places`), the number of GPUs that
+    they may use, and the number of GPUs that the next job waits for.
+    """
 
     places: int  # how many models may be loaded at a time
     gpus: float | None = None  # GPUs that running jobs do not use; None: unknown, or models need none
