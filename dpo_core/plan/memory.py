@@ -166,9 +166,10 @@ def count_trained(model: Shapes, run: Run) -> int:
 
 
 def _folded_of_layer(model: Shapes, run: Run) -> int:
-    """Returns the bytes of a layer's experts that an adapter changes; 0 without an adapter on experts.
+    """Returns the bytes that autograd keeps in each layer because an adapter is on the layer's experts; 0 without an
+    adapter on experts.
 
-    PEFT adds the adapter to a copy of these weights in each forward pass, and autograd keeps the copy.
+    In each forward pass, PEFT adds the adapter to a copy of the experts' weights. Autograd keeps this copy.
     """
     experts = [name for name in _adapted(model, run) if ".experts." in name] if run.adapter else []
     return sum(prod(model.weights[name]) for name in experts) * run.itemsize // model.number("num_hidden_layers")
@@ -182,7 +183,9 @@ def _adapted(model: Shapes, run: Run) -> list[str]:
 
 
 def _is_linear(name: str, shape: Sequence[int]) -> bool:
-    """Whether a weight is that of a linear layer, or those of all experts of a layer, stacked."""
+    """Whether a weight belongs to a linear layer. A weight that holds all experts of a layer, stacked in a third
+    dimension, counts as linear, too.
+    """
     return len(shape) == 2 or (len(shape) == 3 and ".experts." in name)
 
 

@@ -26,8 +26,8 @@ ALLOWED_SHARE = 0.5  # of the effect, which may be missing or too much
 
 @dataclass(frozen=True)
 class Row:
-    """Some tokens of a training row, and the log-probability of the completion, in nats, summed over its tokens: with
-    the adapter (`policy`) and without it (`base`)."""
+    """A training row, perhaps shortened, as token ids of its prompt and its completion, and the log-probability of the
+    completion in nats, summed over its tokens: with the adapter (`policy`) and without it (`base`)."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -42,22 +42,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Effect:
-    """By how much a trained adapter changes the log-probabilities of some of its training rows. The trainer's own
-    forward pass has measured them."""
+    """The effect of a trained adapter, as the trainer's own forward pass measured it: for some training rows (`rows`),
+    the log-probability of the completion with the adapter and without it."""
 
     rows: list[Row]
 
     @property
     def largest(self) -> float:
-        """The largest change of a row's log-probability, in nats."""
+        """The largest change, in nats, that the adapter makes to a row's log-probability. The sign does not count."""
         return max(abs(row.change) for row in self.rows)
 
     def fault(self, policy: Sequence[float], base: Sequence[float]) -> str | None:
-        """Compares the effect with that in another program, and returns what is wrong there, as a part of a sentence.
-        Returns None if nothing is, or if the effect is too small to tell.
+        """Checks whether another program, such as vLLM, changes the rows' log-probabilities by the adapter as much as
+        the trainer does. Returns the difference as a part of a sentence. Returns None if the difference is small, or if
+        the effect is too small compared with the noise to judge.
 
-        `policy` and `base` are the log-probabilities of the rows in that program, with and without the adapter. The
-        noise is the largest difference between the two programs without the adapter.
+        `policy` and `base` are the log-probabilities of the rows in the other program, with and without the adapter.
+        The noise is the largest difference between the two programs without the adapter.
         """
         noise = max(abs(row.base - found) for row, found in zip(self.rows, base, strict=True))
         if not self.largest > max(LEAST, NOISE_FACTOR * noise):

@@ -350,9 +350,9 @@ class _Run:
         return groups
 
     def effect(self) -> dict[str, bytes]:
-        """Returns the file that says by how much the policy's adapter changes the log-probabilities of some training
-        rows, by its name. Returns an empty dictionary if the policy has no adapter or is a reward model, or if this run
-        has not trained on any rows."""
+        """Returns a dictionary with one file, by its name. The file says by how much the policy's adapter changes the
+        log-probabilities of some training rows. Returns an empty dictionary if the policy has no adapter or is a reward
+        model, or if this run has not trained on any rows."""
         if not self.learned or not has_adapter(self.scorer.model) or self.scorer.rewards:
             return {}
         measured = measure_effect(self.scorer, self.learned, max_tokens_per_pack=self.pack_size)

@@ -217,10 +217,11 @@ class Adapters:
         return attached
 
     async def _check_effect(self, adapter: Adapter, folder: Path, attached: LoRARequest) -> None:
-        """Raises AdapterUnusable if the attached adapter does not change the log-probabilities of its own training rows
-        as it did in training, and AdapterRefused if the engine has died.
+        """Compares how the attached adapter changes the log-probabilities of some of its training rows with how it
+        changed them in training. Raises AdapterUnusable if the two differ, and AdapterRefused if the engine has died.
 
-        vLLM may ignore an adapter, or a part of it, without an error. A folder without a measurement is not checked.
+        The check is needed because vLLM may ignore an adapter, or a part of it, without an error. A folder without a
+        measurement is not checked.
         """
         effect = await asyncio.to_thread(read_effect, folder)
         most = self._engine.model_config.max_model_len

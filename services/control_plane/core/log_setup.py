@@ -30,8 +30,9 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 class Trouble:
-    """Tells the operator how a loop fares that works in the background and never ends, for example while the database
-    is away. `part` names the part of the service that the loop belongs to.
+    """Tells the operator, in the log and in a metric, whether the passes of a background loop succeed. Such a loop
+    never ends, even while, for example, the database is away. `part` names the part of the service that the loop
+    belongs to.
 
     Each failed pass counts in a metric. The log gets a line for the 1st, 2nd, 4th, 8th and so on failure in a row, and
     one when a pass succeeds again.

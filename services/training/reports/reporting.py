@@ -207,8 +207,9 @@ class Reporter:
         return uri, b'{"events":[' + b",".join(event for _, event in events) + b"]}"
 
     def _spool_periodically(self) -> None:
-        """Writes the reports to storage every second. While storage fails, tries again without end, because no report
-        may be lost, with pauses that grow to LAST_RETRY_SECONDS. After a long trouble, tells the user how long it was.
+        """Writes the reports to storage every second. If storage fails, tries again without end, because no report may
+        be lost; the pauses between tries grow to LAST_RETRY_SECONDS. If storage failed for long, tells the user
+        afterwards how long.
         """
         pause, failures, failing_since = self._period_seconds, 0, 0.0
         while not self._closing.wait(pause):
