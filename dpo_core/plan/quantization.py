@@ -1,5 +1,5 @@
-"""Says which weights of a model NF4 compresses, judging by the names and shapes of the weights alone. Uses only the
-standard library.
+"""Decides which of a model's weights are compressed by NF4, judging by the names and shapes of the weights alone. Uses
+only the standard library.
 
 transformers keeps the experts of a mixture in weights that hold all experts of a layer, even if each expert has its own
 weights in the safetensors files. NF4 compresses only linear layers, so it leaves experts as they are.

@@ -31,7 +31,9 @@ def data() -> None:
 def check(
     file: Annotated[
         Path,
-        typer.Argument(help="File of rows: JSON Lines (plain, gzip or zstd), Parquet or Arrow.", exists=True),
+        typer.Argument(
+            help="Training file to check, with rows in JSON Lines (plain, gzip or zstd), Parquet or Arrow.", exists=True
+        ),
     ],
     model: Annotated[
         str | None,

@@ -23,7 +23,9 @@ def upload(
     path: Annotated[
         Path,
         typer.Argument(
-            help="File of rows: JSON Lines (plain, gzip or zstd), Parquet or Arrow.", exists=True, dir_okay=False
+            help="Training file to upload, with rows in JSON Lines (plain, gzip or zstd), Parquet or Arrow.",
+            exists=True,
+            dir_okay=False,
         ),
     ],
     columns: Columns = None,

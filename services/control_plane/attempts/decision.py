@@ -140,8 +140,8 @@ class Stopwatches:
     def seconds(self, what: str, holds: bool | None) -> float:
         """Returns for how many seconds the condition named `what` has held. `holds` says whether it holds now.
 
-        If `holds` is None, it is unknown whether the condition holds. A measurement that has begun then continues, but
-        none begins.
+        If `holds` is None, it is unknown whether the condition holds. In this case, a measurement that is running
+        continues, and no new measurement begins.
         """
         self._asked.add(what)
         if holds:

@@ -1,6 +1,6 @@
 """Signs people in at the OpenID Connect issuer, by the authorization code flow with PKCE.
 
-The web page sends its reader to the issuer, which sends the reader back with a code. The service exchanges the code for
+The web page sends a person to the issuer, which sends the person back with a code. The service exchanges the code for
 tokens. So the scripts of the page talk to the service only, and the secret of the OpenID Connect client does not reach
 the browser.
 """

@@ -26,8 +26,8 @@ HEADERS = {
 
 @router.get("/")
 async def page(request: Request) -> Response:
-    """Answers with the HTML of the web page. Browsers ask for it at each visit, because it names the newest scripts and
-    styles.
+    """Answers with the HTML of the web page. Browsers ask for this HTML at each visit, because it names the newest
+    scripts and styles.
     """
     if not (BUILT / "index.html").is_file():
         return PlainTextResponse(NOT_BUILT, 404)
@@ -36,8 +36,8 @@ async def page(request: Request) -> Response:
 
 @router.get("/assets/{name}")
 async def asset(request: Request, name: str) -> Response:
-    """Answers with a script, a style or another file of the web page. Browsers keep it for a year, because its name
-    changes with its content.
+    """Answers with a script, a style or another file of the web page. Browsers keep the file for a year, because its
+    name changes with its content.
     """
     if not (BUILT / "assets" / name).is_file():
         raise HTTPException(404, "Not Found")

@@ -168,8 +168,8 @@ class CreateSweep(BaseModel):
     )
     search: Search = Field(
         default_factory=Search,
-        description="How the sweep chooses the values of each trial (job): all combinations, at random, or near the "
-        "values of good trials.",
+        description="How the sweep chooses the values of its trials (jobs): all combinations, values at random, or "
+        "values near those of good trials.",
     )
     max_running_jobs: int = Field(
         default=2, ge=1, le=64, description="Maximum number of the sweep's jobs that run at the same time."

@@ -290,7 +290,7 @@ class Reporter:
 
         The attempt (one run of a job) was launched with a token that others can see. Posts with this launch token also
         offer the control plane a new token that only the attempt knows. If the control plane refuses such a post, it
-        has accepted the new token earlier, and its answer was lost. From then on, posts use the new token.
+        has accepted the new token at an earlier post whose answer was lost. From then on, posts use the new token.
         """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)

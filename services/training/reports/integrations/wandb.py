@@ -19,9 +19,9 @@ class WandbSink:
     """Writes a job's metrics to one Weights & Biases run. If the cluster has no key for W&B, writes the run to a file
     instead.
 
-    Another attempt (run of the job) may resume the job. If the cluster has a key, it asks the W&B server for the run's
-    last step, and continues after this step. Without a key there is no server to ask, so each attempt writes its file
-    from step 1.
+    Another attempt (run of the job) may resume the job. If the cluster has a key, the attempt asks the W&B server for
+    the run's last step, and continues after this step. Without a key there is no server to ask, so each attempt writes
+    its file from step 1.
     """
 
     def __init__(self, options: Wandb, run_id: str, spec: AttemptSpec, folder: Path) -> None:
