@@ -214,12 +214,12 @@ async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_
     if sweep is None:
         return None
     state, sweep.waits_for, sweep.troubled_at = await _state_of(session, sweep), None, None
+    await _stop_hopeless(session, state)  # locks jobs, which every transaction locks before the project
     for trial in state.trials:
         if trial.state == "training":
             await _end_training(session, state, trial, settings)
         elif trial.state == "evaluating":
             await _end_evaluating(session, state, trial)
-    await _stop_hopeless(session, state)
     await _submit_next(session, state, settings, ray_api)
     if len(state.trials) == sweep.num_trials and all(trial.state in TRIAL_ENDS for trial in state.trials):
         await _conclude(session, state)
@@ -300,7 +300,11 @@ async def _stop_hopeless(session: AsyncSession, state: State) -> None:
     rule = state.request.early_stop
     if rule is None:
         return
-    running = {trial.job_id: trial for trial in state.trials if trial.state == "training" and trial.job_id}
+    running = {
+        job.id: trial
+        for trial in state.trials
+        if trial.state == "training" and (job := state.job_of(trial)) and job.observed not in TERMINAL
+    }
     trained = [job.id for job in state.jobs.values() if job.observed == "succeeded"]
     curves = await trials.curves(session, [*running, *trained], rule.metric)
     others = [curves[each] for each in trained if each in curves]
@@ -312,8 +316,9 @@ async def _stop_hopeless(session: AsyncSession, state: State) -> None:
             min_trials=rule.min_trials,
             min_progress=rule.min_progress,
         ):
-            await jobs.cancel(session, job_id, state.sweep.key_id)
-            trial.state, trial.value = "stopped", None
+            with suppress(InvalidRequest):  # it has just ended; the next look sees how
+                await jobs.cancel(session, job_id, state.sweep.key_id)
+                trial.state, trial.value = "stopped", None
 
 
 async def _submit_next(session: AsyncSession, state: State, settings: Settings, ray_api: RayApi) -> None:

@@ -80,23 +80,65 @@ def test_each_policy_is_evaluated_and_the_frontier_has_its_points(
     assert [point["on_frontier"] for point in frontier["data"]] == [True, False, False]
 
 
+def is_project_free(connection: psycopg.Connection[tuple[int]]) -> bool:
+    try:
+        connection.execute("SELECT FROM projects FOR NO KEY UPDATE NOWAIT")
+    except psycopg.errors.LockNotAvailable:
+        return False
+    return True
+
+
+def make_hopeless(settings: Settings, job_id: str) -> None:
+    """Reports a bad `eval/loss` in the middle of the job."""
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        training = json.dumps({"total_steps": 4})
+        connection.execute("UPDATE jobs SET training = %s WHERE id = %s", (training, job_id))
+        columns = "id, job_id, step, uri, model_id, metrics"
+        row = (f"c-{job_id}", job_id, json.dumps({"eval/loss": 0.6}))
+        connection.execute(f"INSERT INTO checkpoints ({columns}) VALUES (%s, %s, 2, 'file:///no', 'm', %s)", row)
+
+
 def test_a_hopeless_trial_is_stopped_and_gives_its_place_to_the_next(
     api: httpx.Client, settings: Settings, fake_ray: FakeRay, file_id: str
 ) -> None:
     made = created(api, **body(file_id, max_running_jobs=1, early_stop={"min_trials": 1}))
     train(settings, fake_ray, begun(api, made["id"], 0)["job_id"], [0.6, 0.5, 0.4, 0.3])
     hopeless = begun(api, made["id"], 1)
-    with psycopg.connect(settings.database_url, autocommit=True) as connection:
-        training = json.dumps({"total_steps": 4})
-        connection.execute("UPDATE jobs SET training = %s WHERE id = %s", (training, hopeless["job_id"]))
-        columns = "id, job_id, step, uri, model_id, metrics"
-        row = (hopeless["job_id"], json.dumps({"eval/loss": 0.6}))
-        connection.execute(f"INSERT INTO checkpoints ({columns}) VALUES ('c', %s, 2, 'file:///no', 'm', %s)", row)
+    make_hopeless(settings, hopeless["job_id"])
     until(lambda: trials(api, made["id"])[1]["status"] == "stopped")
     fake_ray.jobs[f"{hopeless['job_id']}-1"] = "STOPPED"
     train(settings, fake_ray, begun(api, made["id"], 2)["job_id"], [0.2])
     assert ended(api, made["id"])["trials"] == {"succeeded": 2, "stopped": 1}
     assert api.get(f"/fine_tuning/jobs/{hopeless['job_id']}").json()["status"] == "cancelled"
+
+
+def test_a_sweep_that_waits_for_a_job_holds_no_lock_of_its_project(
+    api: httpx.Client, settings: Settings, fake_ray: FakeRay, file_id: str, engines: Engines
+) -> None:
+    made = created(api, **body(file_id, max_running_jobs=3, early_stop={"min_trials": 1}, evaluations={"few": SCORE}))
+    first, hopeless, last = (begun(api, made["id"], number)["job_id"] for number in range(3))
+    train(settings, fake_ray, first, [0.6, 0.5, 0.4, 0.3])
+    until(lambda: trials(api, made["id"])[0]["status"] == "succeeded")
+    with psycopg.connect(settings.database_url) as look_away, psycopg.connect(settings.database_url) as ending:
+        look_away.execute("SELECT FROM sweeps WHERE id = %s FOR UPDATE", (made["id"],))
+        make_hopeless(settings, hopeless)
+        train(settings, fake_ray, last, [0.2])
+        until(lambda: api.get(f"/fine_tuning/jobs/{last}").json()["status"] == "succeeded")
+        ending.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (hopeless,))
+        look_away.commit()  # the sweep now evaluates the last policy, and waits to stop the hopeless job
+        look_away.autocommit = True  # each look sees who waits then
+        waits = "%s = ANY(pg_blocking_pids(pid)) AND relation = 'sweeps'::regclass AND mode = 'RowShareLock'"
+        sweeping = f"SELECT count(*) FROM pg_locks WHERE {waits}"
+
+        def is_waiting() -> bool:
+            return look_away.execute(sweeping, (ending.info.backend_pid,)).fetchone() != (0,)
+
+        until(is_waiting)
+        until(lambda: is_project_free(look_away))  # the end of the job's attempt locks the project as well
+        assert is_waiting()
+    until(lambda: trials(api, made["id"])[1]["status"] == "stopped")
+    fake_ray.jobs[f"{hopeless}-1"] = "STOPPED"
+    assert ended(api, made["id"])["trials"] == {"succeeded": 2, "stopped": 1}
 
 
 def test_a_trial_that_fails_says_why_and_a_sweep_without_success_fails(
