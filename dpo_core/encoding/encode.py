@@ -84,8 +84,8 @@ class EncodedGroup:
         return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
 
     def rated(self) -> list[float]:
-        """Returns the ratings of the completions that answer the group's own prompt. A completion that answers another
-        prompt is marked by the rating nan and left out."""
+        """Returns the ratings of the completions that answer the group's own prompt. A completion that answers the
+        prompt of another group (KTO needs such completions) has the rating nan and is left out."""
         return [rating for rating in self.ranked() if not math.isnan(rating)]
 
     @property

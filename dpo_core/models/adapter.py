@@ -77,10 +77,10 @@ def fingerprint(model: nn.Module) -> str:
     """Returns a digest that identifies a base model, the model under an adapter. The digest is the same with and
     without an adapter on the model, and in any precision, also in NF4.
 
-    The digest covers some numbers of each frozen weight except the weights of the head: a reward model that continues
-    to train a policy's adapter has another head than this policy. The names of weights do not count, because releases
-    of transformers rename weights. If the model is sharded, all ranks (processes of the run) must call this function
-    together; only one weight at a time is gathered from all ranks.
+    The digest covers some numbers of each frozen weight, but not the weights of the head. The reason is that a reward
+    model may continue to train the adapter of a policy, and has another head than the policy. The names of weights do
+    not count, because releases of transformers rename weights. If the model is sharded, all ranks (processes of the
+    run) must call this function together; only one weight at a time is gathered from all ranks.
     """
     if before := getattr(model, BEFORE_NF4, None):
         return str(before)
@@ -139,9 +139,9 @@ def has_learned(folder: Path) -> bool:
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the adapter in `folder` was trained on another base than `model`, that is, on a model
-    with other values of the weights. Does nothing if no file in the folder identifies the base on which the adapter was
-    trained. Folders that other programs have written have no such file."""
+    """Raises UnusableModel if the adapter in `folder` was trained on a base (the model under it) whose weights have
+    other values than those of `model`. Does nothing if no file in the folder identifies the base on which the adapter
+    was trained. Folders that other programs have written have no such file."""
     saved = saved_base(folder)
     if saved and saved != fingerprint(model):
         what = f"The adapter in {folder} was trained on a base whose weights differ from those of {model.name_or_path}"
@@ -247,7 +247,7 @@ def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
     out:
 
     - layers for images
-    - layers that return something else than the matrix product of input and weight
+    - layers whose result is not the matrix product of input and weight
     - layers whose weights other code reads directly, without calling the layer
     - layers whose output only makes a choice, such as some routers
     """

@@ -416,9 +416,9 @@ def kto(objective: o.Kto, measures: Measures) -> Tensor:
 
 
 def kl_estimate(measures: Measures) -> Tensor:
-    """Returns z0 of KTO, an estimate of KL(policy || reference) without a gradient. Some completions in the global
-    batch answer another prompt than that of their group. z0 is the mean log-ratio of these completions, or 0 if this
-    mean is negative."""
+    """Returns z0 of KTO, an estimate of KL(policy || reference) without a gradient. For this estimate, each group in
+    the global batch has a completion that answers the prompt of another group. z0 is the mean log-ratio of these
+    completions, or 0 if this mean is negative."""
     is_of_other_prompt = measures.ratings.isnan()
     h = measures.all.logratios.detach()
     return ((h * is_of_other_prompt).sum() / is_of_other_prompt.sum().clamp(min=1)).clamp(min=0)
@@ -513,8 +513,11 @@ def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
 
 def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None:
     """Raises ValueError if the objective cannot learn from one of the groups (prompts with their completions) of the
-    global batch `groups`. Some objectives, such as kto, also need completions that answer other prompts; for such an
-    objective, raises ValueError if no group has such a completion."""
+    global batch `groups`.
+
+    Some objectives, such as kto, also need completions that were added from other groups, and so answer another prompt.
+    For such an objective, raises ValueError if no group has such a completion.
+    """
     for group in groups:
         if problem := _problem(objective, group):
             raise ValueError(f"Line {group.line} {problem}")

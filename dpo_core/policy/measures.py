@@ -89,8 +89,8 @@ class Measures:
 
     @cached_property
     def ratings(self) -> Tensor:
-        """The rating of each of K completions, [K]. Higher is better; nan marks a completion that answers another
-        prompt than its group's."""
+        """The rating of each of K completions, [K]. A higher rating is better. The rating nan marks a completion that
+        answers the prompt of another group; KTO needs such completions."""
         return self._tensor([rating for group in self.groups for rating in group.ranked()])
 
     @cached_property
@@ -134,7 +134,7 @@ class Measures:
     def spread(self) -> Tensor:
         """How routers spread the tokens of each completion and its prompt over N experts, [K, 2N] for K completions:
         for each expert, how often the routers chose it, then for each expert, the sum of its probabilities. All are 0
-        for a completion that answers another prompt than its group's."""
+        for a completion that was added from another group, as KTO needs it."""
         return self.table[:, NUM_MEASURES:] * ~self.ratings.isnan()[:, None]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:

@@ -51,7 +51,7 @@ class Experts:
 
     def loss(self, measures: Measures) -> Tensor:
         """Returns the load-balancing loss, without its coefficient, of the completions in `measures` with their
-        prompts. Completions that answer another prompt than their group's do not count."""
+        prompts. Completions that answer the prompt of another group (KTO needs such completions) do not count."""
         choices, probabilities = measures.spread.sum(0).chunk(2)
         rows = choices.sum() / self.chosen  # tokens, counted in each layer
         return self.number * (choices / rows) @ (probabilities / rows)

@@ -80,10 +80,8 @@ async def _run_check(
 
 
 def _processes() -> Turns:
-    """Returns the object of the class Turns that each check of rows in a process of its own must hold while it runs.
-
-    The object limits how many such processes this control plane runs at the same time. Projects whose checks wait take
-    turns.
+    """Returns the object that limits how many processes of this control plane check rows at the same time. Each check
+    of rows must hold the object while it runs. Projects whose checks wait take turns.
     """
     try:
         return _turns.get()

@@ -93,7 +93,7 @@ class Models:
     async def choose(self, model: NamedModel, question: str, choices: tuple[str, ...]) -> str:
         """Returns the one of `choices` with which the model answers the question, at temperature 0.
 
-        vLLM is told to allow no other answers than these.
+        vLLM is told to allow only these choices as the answer.
         """
         group = Group([{"role": "user", "content": question}], (), 1, template_arguments=WITHOUT_THOUGHTS)
         options = {"max_tokens": 16, "temperature": 0, "structured_outputs": {"choice": choices}}
