@@ -356,7 +356,8 @@ async def fail(session: AsyncSession, evaluation_id: str, error: ApiError) -> No
 
 
 async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: Any) -> bool:
-    """Ends the evaluation in the state `state`, and sets the columns that `values` names. Returns whether it did so.
+    """Ends the evaluation in the state `state`, and sets the columns that `values` names. Returns True if this call
+    ended the evaluation.
 
     Returns False, and changes nothing, if the evaluation had ended already.
     """

@@ -1,4 +1,4 @@
-"""Runs evaluations of models in the background. Every control plane does so.
+"""Runs evaluations of models in the background. Every control plane works on them.
 
 To work on an evaluation, a control plane takes the evaluation's lease, which is the right to work on it. If a control
 plane dies, another one continues with the items (prompts) that are left.

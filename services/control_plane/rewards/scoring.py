@@ -37,9 +37,9 @@ class Judgement:
 class Scoring:
     """Computes the rewards of groups (prompts with their completions) with the models that score them.
 
-    If the reference model still loads when a request comes, the client must repeat the request. The log-probabilities
-    of the policy are kept until the client does so. So the policy need not be loaded again if it was unloaded to make
-    room.
+    If the reference model still loads when a request comes, the client must repeat the request. Until then, the
+    log-probabilities that the policy has computed are kept. So the policy need not be loaded again if it was unloaded
+    to make room.
     """
 
     def __init__(self, inference: Inference) -> None:
