@@ -48,6 +48,7 @@ class Meter:
         self.num_gpus = 0.0  # of the model's engine
         self._counted: tuple[int, int] | None = None
         self._num_events = 0
+        self._has_removed = False  # whether the last line was removed, so that the empty line after it goes as well
 
     def whole(self, body: bytes) -> None:
         """Reads the count of tokens from the body of an answer that is not a stream."""
@@ -60,10 +61,16 @@ class Meter:
         The event with the count is left out unless the client asked for it.
         """
         self._num_events += lines.count(EVENT_END)
-        if self._counted or not NO_CHOICES.search(lines):
+        if not self._has_removed and (self._counted or not NO_CHOICES.search(lines)):
             return lines
-        kept = [event for event in lines.split(EVENT_END) if not (self._is_usage(event) and not self._shows_usage)]
-        return EVENT_END.join(kept)
+        kept = []
+        for line in lines.splitlines(keepends=True):
+            ends_removed, self._has_removed = self._has_removed and not line.strip(), False
+            if self._is_usage(line) and not self._shows_usage:
+                self._has_removed = True
+            elif not ends_removed:
+                kept.append(line)
+        return b"".join(kept)
 
     def end(self, seconds: float) -> None:
         """Reports the answer's tokens, and its GPU seconds: `seconds` times the number of GPUs of the engine (model
@@ -76,8 +83,8 @@ class Meter:
         if prompt or completion:
             self._note(prompt, completion, seconds * self.num_gpus)
 
-    def _is_usage(self, event: bytes) -> bool:
-        return bool(NO_CHOICES.search(event)) and self._read(event.partition(b"data:")[2])
+    def _is_usage(self, line: bytes) -> bool:
+        return bool(NO_CHOICES.search(line)) and self._read(line.partition(b"data:")[2])
 
     def _read(self, text: bytes) -> bool:
         """Reads the count of tokens from the field `usage` of a JSON object. Returns whether the object has this

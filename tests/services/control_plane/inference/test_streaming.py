@@ -32,7 +32,7 @@ async def left() -> Any:
     return {"type": "http.disconnect"}
 
 
-def passed_on(*pieces: bytes | None, receive: Any = connected) -> tuple[list[bytes], int]:
+def passed_on(*pieces: bytes | None, receive: Any = connected, shows_usage: bool = True) -> tuple[list[bytes], int]:
     """Returns the bodies that a client gets, and how often the end was told."""
     sent, ends = list[dict[str, Any]](), list[int]()
 
@@ -40,7 +40,7 @@ def passed_on(*pieces: bytes | None, receive: Any = connected) -> tuple[list[byt
         sent.append(message)
 
     async def run() -> None:
-        meter = Meter(lambda *used: None, shows_usage=True)
+        meter = Meter(lambda *used: None, shows_usage=shows_usage)
         await Stream(Pieces(*pieces), meter, lambda: ends.append(1))({"type": "http"}, receive, send)  # type: ignore[arg-type]
 
     asyncio.run(run())
@@ -51,6 +51,15 @@ def test_lines_are_passed_on_whole_as_they_arrive() -> None:
     bodies, ends = passed_on(b"data: a\n\nda", b"ta", b": b\n\n", b"data: [DONE]\n\n")
     assert bodies == [b"data: a\n\n", b"data: b\n\n", b"data: [DONE]\n\n", b""]
     assert ends == 1
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_the_count_is_left_out_wherever_the_stream_is_cut_into_pieces(end: bytes) -> None:
+    text, done = b'data: {"choices":[{}]}' + end, b"data: [DONE]" + end
+    stream = text + b'data: {"choices":[],"usage":{"prompt_tokens":1}}' + end + done
+    for cut in range(1, len(stream)):
+        bodies, _ = passed_on(stream[:cut], stream[cut:], shows_usage=False)
+        assert b"".join(bodies) == text + done, cut
 
 
 def test_a_model_that_stops_leaves_an_error_in_place_of_the_line_it_had_begun() -> None:
