@@ -21,6 +21,7 @@ from services.control_plane.core.store import History, Store, history
 from services.control_plane.core.tables import Attempt, File, Job, reading_of
 from services.control_plane.files import files
 from services.control_plane.jobs import admission, jobs
+from services.control_plane.jobs.plans.plans import DOES_NOT_FIT, MISFIT_AFTER
 from services.control_plane.jobs.results import results_csv
 from services.control_plane.models import models
 from services.control_plane.models.deployments import deployments
@@ -354,6 +355,15 @@ class Executor:
             "who finds more in the service's log, and submit the job again when the cause is fixed."
         )
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
+
+    async def fail_misfit(self, job: Job, waits_for: str) -> None:
+        """Marks the job as failed, because the cluster has been too small for it for a week. `waits_for` says what the
+        job waits for."""
+        message = (
+            f"The job waited {MISFIT_AFTER.days} days for {waits_for}. Submit it with fewer workers (num_workers), or "
+            "ask the operator for a larger cluster."
+        )
+        await self._fail(job, {"code": DOES_NOT_FIT, "message": message, "param": None}, None)
 
     async def _give_up(self, job: Job) -> None:
         async with self._store.begin() as session:

@@ -29,7 +29,7 @@ from services.control_plane.attempts.decision import (
     rest_seconds,
 )
 from services.control_plane.attempts.executor import Executor
-from services.control_plane.attempts.scheduling import FOR_MODELS, needs, reference_model, what_each_waits_for
+from services.control_plane.attempts.scheduling import FOR_MODELS, Misfit, needs, reference_model, what_each_waits_for
 from services.control_plane.attempts.step_retries import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
@@ -37,6 +37,7 @@ from services.control_plane.core.store import NO_ATTEMPTS, Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.files import files
 from services.control_plane.jobs import jobs
+from services.control_plane.jobs.plans.plans import MISFIT_AFTER
 from services.control_plane.models.deployments import deployments, eviction
 from services.control_plane.models.deployments import settings as deployment_settings
 from services.control_plane.models.deployments.deployments import Reference
@@ -166,6 +167,8 @@ class Reconciler:
         await self._wait([(job, what) for job in live if job.observed == "queued" and (what := waits.get(job.id))])
         if view is None:
             raise httpx.HTTPError("the Ray cluster does not answer")
+        if capacity:
+            await self._fail_misfits([job for job in live if job.id in waits], waits)
         running = [job for job in contenders if waits.get(job.id) is None]
         if any(job.id not in holders for job in running):
             self._job_began = self._clock()
@@ -257,9 +260,27 @@ class Reconciler:
         """Stores what jobs wait for, in one transaction for all jobs whose reason has changed. `reasons` are pairs of a
         job and its reason to wait.
         """
-        if new := [(job, what) for job, what in reasons if job.waits_for != what]:
+        limit = f"; after {MISFIT_AFTER.days} days of this, the job fails"
+        told = [(job, what + limit if isinstance(what, Misfit) else what) for job, what in reasons]
+        if new := [(job, what) for job, what in told if job.waits_for != what]:
             async with self._store.begin() as session:
                 await jobs.wait_for(session, new)
+
+    async def _fail_misfits(self, waiting: Sequence[Job], waits: Mapping[str, str | None]) -> None:
+        """Ends those jobs for which the cluster has been too small for a week.
+
+        `waiting` are all jobs that wait, and `waits` holds their reasons by job id. A reason of the type Misfit says
+        that the cluster is too small.
+        """
+        misfits = {job.id for job in waiting if isinstance(waits[job.id], Misfit)}
+        if not misfits and all(job.misfit_since is None for job in waiting):
+            return
+        async with self._store.begin() as session:
+            overdue = await jobs.note_misfits(session, [job.id for job in waiting], misfits)
+        for job in waiting:
+            if job.id in overdue:
+                with suppress(jobs.Stale):  # the user has just changed the job
+                    await self._executor.fail_misfit(job, str(waits[job.id]))
 
     async def _reconcile(
         self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None

@@ -40,6 +40,11 @@ FOR_MODELS = "loaded models to free the GPUs that the job needs"
 FOR_MODELS_TURN = "its turn on the GPUs, because a model that has waited longer goes first"
 
 
+class Misfit(str):
+    """A reason to wait that does not go away by itself: the cluster, or what its settings leave of it, is too small for
+    the job."""
+
+
 def what_each_waits_for(
     live: Sequence[Job],
     shares: Mapping[str, Share],
@@ -73,13 +78,13 @@ def what_each_waits_for(
                 f"because at most {limit} may run at once (max_running_jobs of the project)"
             )
         elif short := _beyond(needed, capacity):
-            waits[job.id] = f"a larger cluster, because the job needs {short}"
+            waits[job.id] = Misfit(f"a larger cluster, because the job needs {short}")
         elif beside_pinned := _beyond(needed, _without_pinned(capacity, engines)):
             pinned = f"models that always stay loaded use {engines.pinned_gpus:g} GPUs"
-            waits[job.id] = f"GPUs, because {pinned}, and the job needs {beside_pinned}"
+            waits[job.id] = Misfit(f"GPUs, because {pinned}, and the job needs {beside_pinned}")
         elif reference and len(reference | engines.pinned) > places:
             pinned = f"{len(engines.pinned)} models always stay loaded (pinned)"
-            waits[job.id] = (
+            waits[job.id] = Misfit(
                 "a place for its reference model, "
                 f"because {pinned}, and at most {places} may be loaded (setting max_loaded_models)"
             )

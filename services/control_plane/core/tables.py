@@ -240,6 +240,7 @@ class Job(Owned, Base):
     version: Mapped[int] = mapped_column(default=1)
     traceparent: Mapped[str | None]  # of the request that submitted the job, if it was traced
     waits_for: Mapped[str | None]  # why the job, or its next attempt, does not start yet, as text for the user
+    misfit_since: Mapped[datetime | None]  # since when the cluster is too small for the job that waits, None if not
     training: Mapped[dict[str, Any] | None]  # an attempt's Started report: the resolved config, and the number of steps
     progress: Mapped[dict[str, Any] | None]  # stage and progress of the running attempt
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
@@ -554,6 +555,7 @@ class Sweep(Owned, Base):
     num_trials: Mapped[int]  # in all, submitted or not
     waits_for: Mapped[str | None]  # why it does not go on at the moment, as text for the user
     troubled_at: Mapped[datetime | None]  # of the first of the unexpected errors since it last went on
+    misfit_since: Mapped[datetime | None]  # since when the cluster is too small for the next job, None if it is not
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]
     __table_args__ = (
@@ -618,6 +620,7 @@ class Rounds(Owned, Base):
     history: Mapped[list[dict[str, Any]]] = mapped_column(JSONB)
     waits_for: Mapped[str | None]  # why the rounds make no progress at the moment, as text for the user
     troubled_at: Mapped[datetime | None]  # of the first unexpected error since the last progress
+    misfit_since: Mapped[datetime | None]  # since when the cluster is too small for the next job, None if it is not
     end_reason: Mapped[str | None]  # why the rounds succeeded: num_rounds, not_better or too_few_rows
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]

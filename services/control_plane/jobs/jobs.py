@@ -13,7 +13,7 @@ and its row in the table `transitions` share a transaction.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.store import append, now
 from services.control_plane.core.tables import TERMINAL, Event, Job, Transition
 from services.control_plane.jobs import weights
+from services.control_plane.jobs.plans.plans import MISFIT_AFTER
 from services.control_plane.models.deployments import engines
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
@@ -227,7 +228,9 @@ async def move(
     """
     closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
     statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)
-    statement = statement.values(observed=to, version=Job.version + 1, waits_for=None, **closing, **values)
+    statement = statement.values(
+        observed=to, version=Job.version + 1, waits_for=None, misfit_since=None, **closing, **values
+    )
     moved = (await session.execute(statement.returning(Job.version, Job.desired))).first()
     if moved is None:
         raise Stale(f"another process has changed the job {job.id}, which was {job.observed} in version {job.version}")
@@ -253,6 +256,23 @@ async def wait_for(session: AsyncSession, reasons: Sequence[tuple[Job, str]]) ->
     given = [{"id": job.id, "observed": job.observed, "what": what} for job, what in reasons]
     for row in await session.execute(WAIT_FOR, {"reasons": given}):
         tell(session, row.id, f"Waiting for {row.what}")
+
+
+NOTE_MISFITS = text(
+    "UPDATE jobs SET misfit_since = CASE WHEN id = ANY(:misfits) THEN now() END"
+    " WHERE id = ANY(:waiting) AND (misfit_since IS NULL) = (id = ANY(:misfits))"
+)
+
+
+async def note_misfits(session: AsyncSession, waiting: Sequence[str], misfits: Collection[str]) -> list[str]:
+    """Stores since when the cluster is too small for the jobs `misfits`, and that it is large enough for the other jobs
+    in `waiting`. Both hold ids of jobs; `waiting` includes `misfits`.
+
+    Returns the ids of those jobs for which the cluster has been too small for MISFIT_AFTER.
+    """
+    await session.execute(NOTE_MISFITS, {"waiting": list(waiting), "misfits": list(misfits)})
+    overdue = select(Job.id).where(Job.id.in_(misfits), Job.misfit_since < func.now() - MISFIT_AFTER)
+    return list(await session.scalars(overdue))
 
 
 async def hold_back(session: AsyncSession, job: Job, what: str) -> None:

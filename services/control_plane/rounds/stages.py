@@ -92,8 +92,9 @@ class Stages:
         try:
             return await (self._make_file(rounds) if stage == "file" else self._change(rounds, acts[stage]))
         except ApiError as error:  # for example, a model was deleted, or the job cannot learn from the rows
-            if isinstance(error, OverQuota | RateLimited | Unavailable) or error.code == DOES_NOT_FIT:
-                await self._wait(error.message)
+            is_misfit = error.code == DOES_NOT_FIT
+            waits = isinstance(error, OverQuota | RateLimited | Unavailable) or is_misfit
+            if waits and await self._wait(error.message, is_misfit=is_misfit):
                 raise Refused from None
             message = f"Round {rounds.history[-1]['number']}, stage {stage}: {error.message}"
             await self._fail(ApiError(message, code=error.code, param=error.param))
@@ -113,17 +114,30 @@ class Stages:
             if rounds.history != seen.history:
                 return True
             done = await act(session, rounds)
+            rounds.misfit_since = None
             if done:
                 rounds.waits_for = None
             if not done or rounds.history != seen.history:  # the stage is done, or waits without an error
                 rounds.troubled_at = None
             return done
 
-    async def _wait(self, what: str) -> None:
+    async def _wait(self, what: str, *, is_misfit: bool) -> bool:
+        """Stores why the rounds wait, as the text `what`. `is_misfit` says whether the reason is that the job does not
+        fit the cluster.
+
+        Returns False, and stores nothing, if the job has not fit for a week, so that the rounds should fail.
+        """
         async with self._store.begin() as session:
             rounds = await changes.find(session, self._id, lock=True)
+            if is_misfit and await plans.misfits_for_too_long(session, rounds):
+                return False
+            if is_misfit:
+                what = f"{what} After {plans.MISFIT_AFTER.days} days of this, the rounds fail."
+            else:
+                rounds.misfit_since = None
             if rounds.state == "running":
                 rounds.waits_for, rounds.troubled_at = what, None
+            return True
 
     async def _fail(self, error: ApiError) -> None:
         async with self._store.begin() as session:

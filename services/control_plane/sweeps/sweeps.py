@@ -35,7 +35,7 @@ from services.control_plane.core.tables import (
 from services.control_plane.evaluations import evaluations
 from services.control_plane.evaluations.requests import CreateEvaluation
 from services.control_plane.jobs import jobs
-from services.control_plane.jobs.plans.plans import DOES_NOT_FIT
+from services.control_plane.jobs.plans.plans import DOES_NOT_FIT, MISFIT_AFTER, misfits_for_too_long
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.sweeps import trials
@@ -325,8 +325,8 @@ async def _submit_next(session: AsyncSession, state: State, settings: Settings, 
     """Submits the jobs of the next trials (jobs with chosen values), until `max_running_jobs` jobs of the sweep are
     queued or running.
 
-    If the service refuses the job of a trial, the trial fails. If the project may not queue another job now, or the job
-    fits no machine that is there now, the sweep waits.
+    If the service refuses the job of a trial, the trial fails. If the project may not queue another job now, the sweep
+    waits. If the job fits no machine that is there now, the sweep waits for at most a week, and then the trial fails.
     """
     num_busy, sweep = state.num_busy, state.sweep
     while num_busy < state.request.max_running_jobs and len(state.trials) < sweep.num_trials:
@@ -341,11 +341,14 @@ async def _submit_next(session: AsyncSession, state: State, settings: Settings, 
         try:
             job = await trials.submit(session, settings, ray_api, state.request, trial.parameters, sweep.key_id)
         except ApiError as error:
-            if isinstance(error, OverQuota) or error.code == DOES_NOT_FIT:
-                sweep.waits_for = error.message
+            is_misfit = error.code == DOES_NOT_FIT
+            if isinstance(error, OverQuota) or (is_misfit and not await misfits_for_too_long(session, sweep)):
+                limit = f" After {MISFIT_AFTER.days} days of this, the trial fails." if is_misfit else ""
+                sweep.waits_for = error.message + limit
                 return
             _fail(trial, error)
         else:
+            sweep.misfit_since = None
             trial.job_id = job.id
             num_busy += 1
         append(session, trial)

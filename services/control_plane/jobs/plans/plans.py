@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from math import ceil, inf
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.plan.inputs import Rows, Run, Shapes
 from dpo_core.plan.plan import CHANGES, Plan, in_gb, plan
 from services.contract import JobSpec, SideJobResult
 from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.store import now
 from services.control_plane.core.tables import File
 from services.control_plane.jobs.requests import EXTENSIONS
 from services.control_plane.models.models import NamedModel
@@ -16,7 +20,8 @@ from services.control_plane.models.shapes import model_shapes
 from services.control_plane.ray_api import Node, RayApi
 from services.control_plane.settings import Settings
 
-DOES_NOT_FIT = "does_not_fit"  # the code of the refusal of a job that no worker of the cluster has the memory for
+DOES_NOT_FIT = "does_not_fit"  # the code of the error of a job that is too large for the cluster
+MISFIT_AFTER = timedelta(days=7)  # how long the cluster may be too small for a job that waits; then the job fails
 BYTES_OF_TOKEN = 4  # bytes of text per token, assumed if no check has counted the file's tokens
 SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
 # Families of models whose memory for activations was measured. For these, plans are right within a tenth.
@@ -159,6 +164,21 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
     largest = f"the largest {'GPU' if _device(settings) == 'cuda' else 'machine'} of the cluster has {in_gb(room)}"
     what = f"The job cannot fit: each worker needs at least {in_gb(held.least)} of memory ({told}), but {largest}."
     raise InvalidRequest(f"{what} {_remedy(found)}", param=_param(found), code=DOES_NOT_FIT)
+
+
+class Misfit(Protocol):
+    """A row of the database, such as a sweep, whose work may be too large for the cluster."""
+
+    misfit_since: Any  # when the cluster was first found too small; None if it was large enough since
+
+
+async def misfits_for_too_long(session: AsyncSession, row: Misfit) -> bool:
+    """Notes in `row` that the cluster is too small for its work now. Returns True if it was so for MISFIT_AFTER without
+    a break, so that the work should fail.
+    """
+    at = await now(session)
+    row.misfit_since = row.misfit_since or at
+    return bool(at - row.misfit_since > MISFIT_AFTER)
 
 
 def _remedy(found: Plan) -> str:

@@ -510,7 +510,8 @@ def test_a_job_that_comes_back_from_a_long_rest_waits_for_workers_that_are_there
         rest(settings, job_id, (5, 25, 125)[number - 1])
         ray.resources = {"CPU": 8.0} if number < 3 else {"CPU": 0.0}
         ticks(settings, 1, rested=False)
-    assert state(client, job_id) == ("running", "a larger cluster, because the job needs 1 CPU but the cluster has 0")
+    told = "a larger cluster, because the job needs 1 CPU but the cluster has 0; after 7 days of this, the job fails"
+    assert state(client, job_id) == ("running", told)
     ray.resources = {"CPU": 8.0}
     ticks(settings, 1, rested=False)
     assert ray.jobs[f"{job_id}-4"] == "RUNNING"
@@ -790,7 +791,8 @@ def test_a_job_that_does_not_fit_waits_and_says_for_what(
 
     ray.resources = {"CPU": 0.0}
     ticks(settings, 3)
-    assert (waits_for(), ray.submissions) == ("a larger cluster, because the job needs 1 CPU but the cluster has 0", [])
+    told = "a larger cluster, because the job needs 1 CPU but the cluster has 0; after 7 days of this, the job fails"
+    assert (waits_for(), ray.submissions) == (told, [])
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
     assert sum(message.startswith("Waiting for a larger cluster") for message in told) == 1
     ray.resources = {"CPU": 8.0}
@@ -798,6 +800,31 @@ def test_a_job_that_does_not_fit_waits_and_says_for_what(
     assert (waits_for(), len(ray.submissions)) == (None, 1)
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
+
+
+def test_a_job_that_has_not_fit_for_a_week_fails_and_a_week_with_a_break_is_none(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    def wait_a_week() -> None:
+        with psycopg.connect(settings.database_url) as connection:
+            connection.execute("UPDATE jobs SET misfit_since = misfit_since - interval '8 days'")
+
+    full = settings.model_copy(update={"max_running_jobs": 0})  # a job that fits has to wait as well
+    ray.resources = {"CPU": 0.0}
+    ticks(full, 2)
+    ray.resources = {"CPU": 8.0}
+    ticks(full, 2)
+    wait_a_week()
+    ray.resources = {"CPU": 0.0}
+    ticks(full, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+    wait_a_week()
+    ticks(full, 1)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.error
+    assert (job.status, job.error.code) == ("failed", "does_not_fit")
+    assert job.error.message.startswith("The job waited 7 days for a larger cluster, because the job needs 1 CPU but")
+    ray.resources = {"CPU": 8.0}
 
 
 def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_left(

@@ -175,9 +175,27 @@ def test_rounds_wait_while_no_machine_that_the_job_fits_is_there(
     with monkeypatch.context() as patch:
         made = created(api)  # is not refused itself
         patch.setattr(stages.plans, "refuse_hopeless", refuse)
-        assert until(lambda: look(api, made["id"])["waits_for"] == "The job cannot fit.")
+        told = "The job cannot fit. After 7 days of this, the rounds fail."
+        assert until(lambda: look(api, made["id"])["waits_for"] == told)
     reached(api, made["id"], 1, "job")
     api.post(f"/x/rounds/{made['id']}/cancel")
+
+
+def test_rounds_whose_job_has_not_fit_for_a_week_fail(
+    api: httpx.Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise InvalidRequest("The job cannot fit.", code=DOES_NOT_FIT)
+
+    with monkeypatch.context() as patch:
+        made = created(api)
+        patch.setattr(stages.plans, "refuse_hopeless", refuse)
+        assert until(lambda: "cannot fit" in (look(api, made["id"])["waits_for"] or ""))
+        with psycopg.connect(settings.database_url) as connection:
+            begun_at = "UPDATE rounds SET misfit_since = misfit_since - interval '8 days' WHERE id = %s"
+            connection.execute(begun_at, [made["id"]])
+        found = ended(api, made["id"])
+    assert (found["status"], found["error"]["code"]) == ("failed", DOES_NOT_FIT)
 
 
 def test_few_failed_items_are_counted_and_many_fail_the_rounds(

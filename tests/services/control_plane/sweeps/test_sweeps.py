@@ -186,8 +186,29 @@ def test_a_sweep_waits_while_no_machine_that_its_job_fits_is_there(
     with monkeypatch.context() as patch:
         patch.setattr(plans, "refuse_hopeless", refuse)
         api.post(f"/fine_tuning/jobs/{first}/cancel")
-        until(lambda: look(api, made["id"])["waits_for"] == "The job cannot fit.")
+        told = "The job cannot fit. After 7 days of this, the trial fails."
+        until(lambda: look(api, made["id"])["waits_for"] == told)
     assert begun(api, made["id"], 1)["status"] == "training"
+
+
+def test_trials_whose_jobs_have_not_fit_for_a_week_fail(
+    api: httpx.Client, settings: Settings, file_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise InvalidRequest("The job cannot fit.", code=DOES_NOT_FIT)
+
+    made = created(api, **body(file_id, max_running_jobs=1))
+    first = begun(api, made["id"], 0)["job_id"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "refuse_hopeless", refuse)
+        api.post(f"/fine_tuning/jobs/{first}/cancel")
+        until(lambda: look(api, made["id"])["waits_for"])
+        with psycopg.connect(settings.database_url) as connection:
+            begun_at = "UPDATE sweeps SET misfit_since = misfit_since - interval '8 days' WHERE id = %s"
+            connection.execute(begun_at, [made["id"]])
+        assert ended(api, made["id"])["status"] == "failed"
+    errors = [(trial["error"] or {}).get("code") for trial in trials(api, made["id"])]
+    assert errors[1:] == [DOES_NOT_FIT] * (len(errors) - 1)
 
 
 def test_rows_of_evaluations_are_not_read_before_there_is_room_for_them(
