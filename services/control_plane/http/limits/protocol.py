@@ -38,14 +38,18 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_bytes is None or self.transport.is_closing():
-            return
-        self._head_bytes += len(data)
-        if self._head_bytes > HEAD_BYTES:
-            self.send_400_response(
-                f"The request line and headers have more than {HEAD_BYTES} bytes; send shorter headers."
-            )
+        # One byte more than the head may have, so that a head that is too long does not end within what is parsed.
+        end = len(data) if self._head_bytes is None else HEAD_BYTES + 1 - self._head_bytes
+        first, rest = data[:end], data[end:]
+        super().data_received(first)
+        if self._head_bytes is not None and not self.transport.is_closing():
+            self._head_bytes += len(first)
+            if self._head_bytes > HEAD_BYTES:
+                self.send_400_response(
+                    f"The request line and headers have more than {HEAD_BYTES} bytes; send shorter headers."
+                )
+        if rest and not self.transport.is_closing():
+            self.data_received(rest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

@@ -26,7 +26,14 @@ def test_a_head_that_does_not_end_is_refused(base_url: str) -> None:
     assert b'"type": "invalid_request_error"' in answer
     slow(base_url, b"GET /v1/files HTTP/1.1\r\n", *[b"a: b\r\n" * 10**5] * 20, pause=0)
     slow(base_url, b"GET /v1/files HTTP/1.1\r\na: ", *[b"b" * 10**6] * 20, pause=0)
-    assert httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 200
+    assert httpx.get(f"{base_url}/v1/files", headers=KEY, timeout=60).status_code == 200
+
+
+def test_a_head_that_comes_whole_is_measured_as_well(base_url: str) -> None:
+    for num_bytes, status in ((60_000, b"200"), (70_000, b"400"), (200_000, b"400")):
+        fields = f"authorization: {KEY['Authorization']}\r\nconnection: close\r\na: {'b' * num_bytes}\r\n\r\n"
+        answer = slow(base_url, f"GET /v1/files HTTP/1.1\r\n{fields}".encode(), pause=0)
+        assert answer.startswith(b"HTTP/1.1 " + status)
 
 
 @pytest.mark.slow
