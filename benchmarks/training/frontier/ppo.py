@@ -1,0 +1,105 @@
+"""Trains a policy with reinforcement learning: Proximal Policy Optimization, PPO, arXiv 1707.06347.
+
+This is the usual form for language models (arXiv 2203.02155): each token costs beta times the log-ratio of policy and
+reference, and the last token earns the reward of the whole text. The expected sum is the objective of DPO's equation 3.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from transformers import LlamaForTokenClassification, PreTrainedModel
+
+from benchmarks.training.frontier.task import ANSWER, PROMPT, generator, sample
+from dpo_core import load_policy
+
+NUM_TEXTS, NUM_PASSES, NUM_PARTS = 256, 2, 2  # per update: texts, passes over them, optimizer steps of a pass
+CLIP, GAE_LAMBDA, MAX_GRAD_NORM = 0.2, 0.95, 1.0
+Reward = Callable[[Tensor], Tensor]  # texts [B, 6] to rewards [B]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Texts that the policy wrote, with what an update learns from them. The other tensors are [B, 4]: a value for each
+    word of the answers."""
+
+    texts: Tensor  # [B, 6]
+    logps: Tensor  # of the policy that wrote them
+    advantages: Tensor
+    returns: Tensor  # what the value model learns to predict
+
+    def parts(self, rng: torch.Generator) -> Iterator["Rollout"]:
+        """Yields the texts in parts of equal sizes, in a random order."""
+        for places in torch.randperm(len(self.texts), generator=rng).chunk(NUM_PARTS):
+            yield Rollout(self.texts[places], self.logps[places], self.advantages[places], self.returns[places])
+
+
+def updates(
+    folder: Path,
+    policy: PreTrainedModel,
+    reward: Reward,
+    prompts: Tensor,
+    *,
+    beta: float,
+    rate: float,
+    num: int,
+    seed: int,
+) -> Iterator[float]:
+    """Trains `policy` in place, and yields after each of `num` updates the share of all updates that are done. The
+    reference and the first value model have the weights in `folder`."""
+    torch.manual_seed(seed)  # draws the head of the value model
+    rng, reference = generator(seed), load_policy(folder)
+    critic = LlamaForTokenClassification.from_pretrained(folder, num_labels=1).eval()
+    weights = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num)
+    for update in range(1, num + 1):
+        asked = prompts[torch.randint(len(prompts), (NUM_TEXTS,), generator=rng)]
+        rollout = _roll_out(policy, reference, critic, reward, sample(policy, asked, rng), beta)
+        for part in (part for _ in range(NUM_PASSES) for part in rollout.parts(rng)):
+            optimizer.zero_grad()
+            loss = _policy_loss(policy, part) + mse_loss(_values(critic, part.texts), part.returns)
+            loss.backward()
+            for model in (policy, critic):
+                nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+        schedule.step()
+        yield update / num
+
+
+@torch.no_grad()
+def _roll_out(
+    policy: PreTrainedModel, reference: PreTrainedModel, critic: nn.Module, reward: Reward, texts: Tensor, beta: float
+) -> Rollout:
+    """Returns the texts with generalized advantage estimates, arXiv 1506.02438, without discount."""
+    logps, values = _logps(policy, texts), _values(critic, texts)
+    rewards = -beta * (logps - _logps(reference, texts))
+    rewards[:, -1] += reward(texts)
+    advantages, following = torch.zeros_like(rewards), torch.zeros(len(texts))
+    after = torch.cat([values[:, 1:], torch.zeros(len(texts), 1)], 1)  # nothing comes after the last word
+    for word in reversed(range(ANSWER)):
+        following = rewards[:, word] + after[:, word] - values[:, word] + GAE_LAMBDA * following
+        advantages[:, word] = following
+    normal = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
+    return Rollout(texts, logps, normal, advantages + values)
+
+
+def _policy_loss(policy: PreTrainedModel, part: Rollout) -> Tensor:
+    """Returns the clipped loss, arXiv 1707.06347, equation 7."""
+    ratios = (_logps(policy, part.texts) - part.logps).exp()
+    return -torch.min(ratios * part.advantages, ratios.clamp(1 - CLIP, 1 + CLIP) * part.advantages).mean()
+
+
+def _logps(policy: PreTrainedModel, texts: Tensor) -> Tensor:
+    """Returns the log-probability of each word of the answers, [B, 4]."""
+    logps = policy(input_ids=texts[:, :-1]).logits[:, PROMPT - 1 :].log_softmax(-1)
+    return logps.gather(2, texts[:, PROMPT:, None])[..., 0]
+
+
+def _values(critic: nn.Module, texts: Tensor) -> Tensor:
+    """Returns what the value model expects before each word of the answers, [B, 4]."""
+    values: Tensor = critic(input_ids=texts[:, :-1]).logits[:, PROMPT - 1 :, 0]
+    return values
