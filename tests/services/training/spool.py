@@ -40,7 +40,7 @@ def step(number: int) -> StepMetrics:
     return StepMetrics(step=number, total_steps=9, metrics=metrics)
 
 
-def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+def until(condition: Callable[[], Any], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -188,7 +188,7 @@ def created(api: httpx.Client, **body: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def ended(api: httpx.Client, evaluation_id: str, *, seconds: float = 60) -> dict[str, Any]:
+def ended(api: httpx.Client, evaluation_id: str, *, seconds: float = 300) -> dict[str, Any]:
     """Waits until the evaluation has ended, and returns it."""
     deadline = time.monotonic() + seconds
     while True:
@@ -199,7 +199,7 @@ def ended(api: httpx.Client, evaluation_id: str, *, seconds: float = 60) -> dict
         time.sleep(0.05)
 
 
-def until(holds: Callable[[], Any], *, seconds: float = 60) -> Any:
+def until(holds: Callable[[], Any], *, seconds: float = 300) -> Any:
     """Waits until `holds` returns something true, and returns that."""
     deadline = time.monotonic() + seconds
     while not (found := holds()):

@@ -159,7 +159,7 @@ def test_a_paused_evaluation_asks_nothing_and_goes_on_where_it_was(api: httpx.Cl
     paused = check("post", f"{route}/pause", api.post(f"/x/evaluations/{made['id']}/pause"))
     assert (paused["status"], paused["waits_for"]) == ("paused", None)
     assert api.post(f"/x/evaluations/{made['id']}/pause").json()["status"] == "paused"
-    assert until(lambda: quiet(engines), seconds=120) < 60
+    assert until(lambda: quiet(engines)) < 60
     check("post", f"{route}/resume", api.post(f"/x/evaluations/{made['id']}/resume"))
     found = ended(api, made["id"])
     assert (found["status"], found["num_completed"]) == ("succeeded", 60)

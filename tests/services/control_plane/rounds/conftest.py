@@ -63,7 +63,7 @@ def look(api: httpx.Client, rounds_id: str) -> dict[str, Any]:
     return dict(api.get(f"/x/rounds/{rounds_id}").json())
 
 
-def reached(api: httpx.Client, rounds_id: str, number: int, name: str, *, seconds: float = 120) -> Any:
+def reached(api: httpx.Client, rounds_id: str, number: int, name: str, *, seconds: float = 300) -> Any:
     """Waits until the round with this number has `name`, such as `job`, and returns that."""
     deadline = time.monotonic() + seconds
     while True:
@@ -76,7 +76,7 @@ def reached(api: httpx.Client, rounds_id: str, number: int, name: str, *, second
         time.sleep(0.05)
 
 
-def ended(api: httpx.Client, rounds_id: str, *, seconds: float = 120) -> dict[str, Any]:
+def ended(api: httpx.Client, rounds_id: str, *, seconds: float = 300) -> dict[str, Any]:
     """Waits until the rounds have ended, and returns them."""
     deadline = time.monotonic() + seconds
     while (found := look(api, rounds_id))["status"] not in ENDS:

@@ -110,7 +110,7 @@ def let_time_pass(settings: Settings) -> None:
     sql(settings, "UPDATE webhook_endpoints SET retry_at = now() WHERE retry_at IS NOT NULL")
 
 
-def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:
+def wait_for(done: Callable[[], Any], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until, "waited in vain"

@@ -187,7 +187,7 @@ def open_requests(base_url: str, senders: ExitStack, count: int, key: bytes) -> 
 
 
 def until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not done():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
