@@ -50,7 +50,8 @@ class Optim:
     schedule: Annotated[
         Literal["linear", "cosine", "constant"],
         Doc(
-            "How the learning rate changes after the warm-up: linear and cosine lower it towards 0, constant keeps it."
+            "How the learning rate changes after the warm-up: 'linear' and 'cosine' lower it towards 0, 'constant' "
+            "keeps it."
         ),
     ] = "linear"
     weight_decay: Annotated[
@@ -169,8 +170,8 @@ class TrainConfig:
     truncation: Annotated[
         Truncation,
         Doc(
-            "What happens to rows longer than max_length: drop leaves them out, keep_start cuts the ends of answers, "
-            "and keep_end cuts the start of the prompt."
+            "What happens to rows longer than max_length: 'drop' leaves them out, 'keep_start' cuts the ends of "
+            "answers, and 'keep_end' cuts the start of the prompt."
         ),
     ] = "drop"
     max_tokens_per_pack: Annotated[
@@ -183,8 +184,8 @@ class TrainConfig:
     activation_checkpointing: Annotated[
         Literal["auto", "on", "off"],
         Doc(
-            "on saves memory: the backward pass computes activations a second time. auto means on if max_length tokens "
-            "would not fit into memory otherwise."
+            "'on' saves memory: the backward pass computes activations a second time. 'auto' means 'on' if max_length "
+            "tokens would not fit into memory otherwise."
         ),
     ] = "auto"
     sharding: Annotated[

@@ -445,8 +445,8 @@ class FDpo:
         if self.divergence != "alpha" and self.alpha != 0.5:
             raise InvalidOption(
                 "alpha",
-                f"alpha is {self.alpha}, but divergence is {self.divergence}, and only the divergence alpha uses it; "
-                "leave alpha out.",
+                f"The option 'alpha' is {self.alpha}, but only the divergence 'alpha' uses this option, and "
+                f"'divergence' is '{self.divergence}'; leave 'alpha' out.",
             )
 
 
@@ -515,7 +515,8 @@ class Mpo:
     def __post_init__(self) -> None:
         if not self.objectives or len(self.objectives) != len(self.weights):
             counts = f"{len(self.objectives)} objectives and {len(self.weights)} weights"
-            raise InvalidOption("weights", f"mpo has {counts}; give at least one objective, and one weight for each.")
+            remedy = "give at least one objective, and one weight for each objective"
+            raise InvalidOption("weights", f"The method 'mpo' has {counts}; {remedy}.")
         for part in self.objectives:
             check(
                 isinstance(part, PairObjective | Supervised),
@@ -528,8 +529,8 @@ class Mpo:
         if all(part.type == "supervised" for part in self.objectives):
             raise InvalidOption(
                 "objectives",
-                "objectives of mpo has only supervised; "
-                "add an objective that learns from pairs, or use the method supervised.",
+                "The option 'objectives' of 'mpo' lists only 'supervised'; "
+                "add an objective that learns from pairs, or use the method 'supervised'.",
             )
 
     @property

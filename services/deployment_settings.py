@@ -100,8 +100,8 @@ class DeploymentSettings(EngineSettings):
             if (value := getattr(self, name)) is not None and not num_gpus:
                 return (
                     name,
-                    f"{name} is {value}, which only GPUs support, but the model is served on CPUs; set num_gpus, or "
-                    f"leave {name} out",
+                    f"'{name}' is {value!r}, which only GPUs support, but the model is served on CPUs; set num_gpus, "
+                    f"or leave '{name}' out",
                 )
         if self.max_cpu_loras < self.max_loras:
             most = f"max_loras, which is {self.max_loras}"
@@ -112,8 +112,8 @@ class DeploymentSettings(EngineSettings):
         if self.quantization is not None and dtype == "float32":
             return (
                 "quantization",
-                f"quantization is {self.quantization}, which does not work with the dtype float32; set dtype to "
-                "bfloat16",
+                f"'quantization' is '{self.quantization}', which does not work with the dtype 'float32'; set 'dtype' "
+                "to 'bfloat16'",
             )
         return None
 

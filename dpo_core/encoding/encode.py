@@ -223,9 +223,10 @@ def _tokens_of(
     """Turns a range of characters in a completion into the range of the completion's tokens that stand for these
     characters. Both ranges are pairs: the start, and the end that is not included.
 
-    `span` is the range of characters, `text` the completion's text, `ids` its tokens, and `tail` the end of the prompt
-    before the completion. If the start or the end of `span` is in the middle of a token, the range of tokens starts or
-    ends before this token.
+    `span` is the range of characters, `text` the completion's text, and `ids` the completion's tokens. `tail` is the
+    end of the prompt, which is needed because the first tokens of a completion may depend on the text before them. If
+    `span` starts in the middle of a token, the range includes this token. If `span` ends in the middle of a token, the
+    range does not include this token.
     """
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))

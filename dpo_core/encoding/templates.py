@@ -188,8 +188,9 @@ def _apply(
 
 
 def _template_message(message: Message, *, in_parts: bool) -> Mapping[str, object]:
-    """Returns the message in the form that a chat template reads. Its thoughts (its reasoning) stand under each key
-    that any template reads. With `in_parts`, its content is a list of parts."""
+    """Returns the message in the form that a chat template reads. If the message has thoughts (its reasoning), the
+    result has them under several keys, because different templates read different keys. With `in_parts`, the content
+    of the message is a list of parts."""
     if "reasoning_content" not in message and not in_parts:
         return message
     fields: dict[str, object] = {**message}

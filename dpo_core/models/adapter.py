@@ -223,11 +223,11 @@ def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | 
         base = module.get_base_layer()
         if base is head:
             message = (
-                f"target_modules names {name}, the model's head, on which no adapter is trained; leave {name} out."
+                f"target_modules names '{name}', the model's head, on which no adapter is trained; leave '{name}' out."
             )
             raise InvalidOption("target_modules", message)
         if isinstance(base, nn.Linear) and name not in linears:
-            message = f"target_modules names {name}, a layer that texts do not pass through; leave {name} out."
+            message = f"target_modules names '{name}', a layer that texts do not pass through; leave '{name}' out."
             raise InvalidOption("target_modules", message)
 
 

@@ -120,11 +120,11 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns the config with which to load a model for texts, and patterns that rename the weights in the model's
-    folder. The patterns are None if no weight must be renamed.
+    """Returns the config with which to load a model for text only, without its image parts, and patterns that rename
+    the weights in the model's folder. The patterns are None if no weight must be renamed.
 
-    transformers cannot load some multimodal models for texts. For such a model, the config is that of the text model
-    within it, and the patterns give the weights the names that the text model expects.
+    transformers cannot load some multimodal models for text only. For such a model, the config is that of the text
+    model within it, and the patterns give the weights the names that the text model expects.
     """
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -181,8 +181,8 @@ _TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bi
 
 
 def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Returns those of `names` that belong to the model's layers or to a reward model's head. `names` are weights of
-    the folder that transformers did not use.
+    """Returns those of `names` that belong to the model's layers or to a reward model's head. `names` are
+    the names of weights in the model's folder that transformers did not load.
 
     The result leaves out weights that training on texts does not use: those of image encoders, and those of multi-token
     prediction (extra layers after the last one, which predict tokens beyond the next).

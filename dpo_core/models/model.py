@@ -135,8 +135,8 @@ def _load(
 ) -> PreTrainedModel:
     if quantization and adapter is None:
         message = (
-            f"quantization is {quantization}, whose weights cannot be trained; "
-            "add an adapter, or leave quantization out."
+            f"The option 'quantization' is '{quantization}', whose weights cannot be trained; "
+            "add an adapter, or leave 'quantization' out."
         )
         raise InvalidOption("quantization", message)
     with torch.random.fork_rng([]):  # new weights are drawn on the CPU
@@ -329,7 +329,7 @@ def check_policy(model: nn.Module) -> None:
         remedy = (
             "pass the transformers model itself, or load one with an adapter by load_policy(folder, adapter=Lora())"
         )
-        raise UnusableModel(f"policy is a {type(model).__name__}, which is not a transformers model; {remedy}.")
+        raise UnusableModel(f"The policy is a {type(model).__name__}, which is not a transformers model; {remedy}.")
     if has_adapter(model) and len(model.peft_config) > 1:
         names = ", ".join(model.peft_config)
         raise UnusableModel(
@@ -345,7 +345,7 @@ def check_policy(model: nn.Module) -> None:
 def check_dtype(dtype: torch.dtype) -> None:
     """Raises UnusableModel if the dtype is float16."""
     if dtype == torch.float16:
-        raise UnusableModel("dtype is float16, in which small gradients become 0; use bfloat16 or float32.")
+        raise UnusableModel("The dtype is 'float16', in which small gradients become 0; use 'bfloat16' or 'float32'.")
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
@@ -361,5 +361,5 @@ def check_model(model: nn.Module, objective: Objective) -> None:
     if wanted != present:
         kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, present)]
         remedy = f"load_reward_model with num_outputs={wanted}" if wanted else "load_policy"
-        message = f"objective is {objective.type}, which trains {kinds[0]}, but the model is {kinds[1]}; use {remedy}."
+        message = f"The objective '{objective.type}' trains {kinds[0]}, but the model is {kinds[1]}; use {remedy}."
         raise InvalidOption("objective", message)

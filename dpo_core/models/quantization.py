@@ -85,9 +85,9 @@ def _check_share(model: PreTrainedModel, names: list[str]) -> None:
     quantized = sum(model.get_submodule(name).weight.numel() for name in names)
     inside = sum(weight.numel() for layer in decoder_layers(model) for weight in layer.parameters())
     if 2 * quantized < inside or not names:
-        what = "quantization is nf4, which only compresses linear layers"
+        what = "The option 'quantization' is 'nf4', which only compresses linear layers"
         share = f"these have only {quantized} of the {inside} weights of this {type(model).__name__}"
-        raise InvalidOption("quantization", f"{what}, and {share}; leave quantization out.")
+        raise InvalidOption("quantization", f"{what}, and {share}; leave 'quantization' out.")
 
 
 def _in_nf4(linear: nn.Linear, dtype: torch.dtype, device: str | torch.device) -> nn.Linear:

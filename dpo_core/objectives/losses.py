@@ -523,29 +523,29 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
             raise ValueError(f"Line {group.line} {problem}")
     if objective.traits.needs_other_prompts and all(len(g.rated()) == len(g.completion_ids) for g in groups):
         raise ValueError(
-            f"The batch has no completions of other prompts, which {objective.type} needs; "
+            f"The batch has no completions of other prompts, which the method '{objective.type}' needs; "
             "add completions with the rating nan."
         )
 
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
     """Returns the reason why the objective cannot learn from the group (a prompt with its completions), such as "has 1
-    completions; dpo needs at least 2." The caller puts "Line" and the line number of the group in front of this reason.
-    Returns None if the objective can learn from the group."""
+    completions; the method 'dpo' needs at least 2." The caller puts "Line" and the line number of the group in
+    front of this reason. Returns None if the objective can learn from the group."""
     traits = objective.traits
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()
     if len(rated) < len(ratings) and not (unpaired or traits.needs_other_prompts):
         return (
-            f"has a completion with the rating nan (from another prompt), which {objective.type} cannot use; "
+            f"has a completion with the rating nan (from another prompt), which '{objective.type}' cannot use; "
             "leave the completion out."
         )
     from_ratings = traits.learns_from == ("ratings",)
     if from_ratings and group.ratings is None:
-        return f"has no ratings; {objective.type} learns from ratings only, so give each completion a rating."
+        return f"has no ratings; '{objective.type}' learns only from ratings, so give each completion a rating."
     if from_ratings and not all(map(math.isfinite, rated)):
-        return f"has the ratings {rated}; {objective.type} needs finite numbers."
-    counts = f"has {len(rated)} completions; {objective.type} needs"
+        return f"has the ratings {rated}; the method '{objective.type}' needs finite numbers."
+    counts = f"has {len(rated)} completions; the method '{objective.type}' needs"
     if traits.learns_from == ("demonstrations",) and len(rated) != 1:
         return f"{counts} exactly 1."
     if traits.learns_from == ("pairs",) and len(rated) != 2:
@@ -562,7 +562,7 @@ def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
     if not (unpaired or from_ratings) and len(set(rated)) == 1 < len(rated):
         return "has the same rating for all completions, so none is preferred; leave the row out."
     if group.margin and not (traits.takes_margins and len(rated) == 2):
-        return f"has a margin, which {objective.type} cannot use with {len(rated)} completions; remove the margin."
+        return f"has a margin, which '{objective.type}' cannot use with {len(rated)} completions; remove the margin."
     if traits.needs_reference and group.ref_logps is None:
         return (
             "has no ref_logps (log-probabilities under the reference); "

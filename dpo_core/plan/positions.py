@@ -50,9 +50,9 @@ def check_max_length(
 
 
 def _reach(rope: Mapping[str, Any], stated: int) -> int:
-    """Returns the number of positions (the most tokens of one text) of a model that stretches its rotary positions by a
-    factor. `rope` is the entry of the model's config about rotary positions, and `stated` the number of positions in
-    the config. Returns 0 if there is no factor, or if `stated` includes the factor already."""
+    """Returns how many tokens a text can have at most, for a model that stretches its rotary positions by a factor.
+    `rope` is the part of the model's config about rotary positions, and `stated` the number of positions in the config.
+    Returns 0 if the config has no factor, or if `stated` includes the factor already."""
     if (rope.get("rope_type") or rope.get("type") or "default") in COUNTED:
         return 0
     return int((rope.get("original_max_position_embeddings") or stated) * (rope.get("factor") or 1))

@@ -93,7 +93,7 @@ def _check_causal(model: PreTrainedModel) -> None:
         name = type(model).__name__
         raise UnusableModel(
             f"{name} sees later tokens while it predicts earlier ones; "
-            "use a causal model (set is_decoder if the config has it)."
+            "use a causal model (if the config has the field 'is_decoder', set it to true)."
         )
 
 
@@ -107,14 +107,17 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """Computes a small example in two ways, and compares the results: all completions together, and one after the other
-    by the model's own forward. `shared` says whether completions that are computed together share one copy of their
-    prompt. Returns two values:
+    """Checks whether the model computes the right log-probabilities if it computes several completions together. For
+    this, computes a small example in two ways, and compares the results: all completions in one forward pass, and one
+    completion after the other by the model's own forward. `shared` says whether completions that are computed together
+    share one copy of their prompt.
 
-    - why the first way cannot be used, as a text: how the results differ, or the error of the model; empty if the
-      results agree
-    - which element of `readings(config)` makes the results agree, as an index; 0 if none does. These elements are the
-      ways in which the model may turn its head's outputs into logits.
+    Models turn the outputs of their heads into logits in different ways. `readings(config)` lists the ways that are
+    possible for this model, and this function tries each of them. Returns two values:
+
+    - why completions cannot be computed together, as a text: how the results differ, or the error of the model; empty
+      if the results agree
+    - the index of the first way in `readings(config)` with which the results agree; 0 if they agree with none
     """
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())

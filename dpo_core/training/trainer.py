@@ -101,7 +101,7 @@ def train(
     """
     every = config.checkpoint_steps
     if every is None or None in (config.optim.learning_rate, config.batch_size, config.n_epochs):
-        raise ValueError("config still has undecided options; pass config.resolved(number of groups) to train.")
+        raise ValueError("The config still has undecided options; pass config.resolved(number of groups) to train.")
     _check_batches(config, global_batches, total_steps)
     with ExitStack() as undo:
         run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, undo)

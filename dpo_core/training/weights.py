@@ -119,11 +119,11 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
     if shards == 1:
         return
     if not scorer.takes_batches:
-        message = f"sharding is {sharding}, which {type(policy).__name__} does not support; set sharding to replicated."
-        raise InvalidOption("sharding", message)
+        what = f"The option 'sharding' is '{sharding}', which {type(policy).__name__} does not support"
+        raise InvalidOption("sharding", f"{what}; set 'sharding' to 'replicated'.")
     if is_quantized(policy):
-        message = f"sharding is {sharding}, but a base in nf4 cannot be split over workers; set sharding to replicated."
-        raise InvalidOption("sharding", message)
+        what = f"The option 'sharding' is '{sharding}', but a base model in nf4 cannot be split over workers"
+        raise InvalidOption("sharding", f"{what}; set 'sharding' to 'replicated'.")
     mesh, dtype = _mesh(policy, shards), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*decoder_layers(policy), scorer):

@@ -99,8 +99,8 @@ async def seconds_running(job: SideJob, store: ProjectStore) -> float:
 
 
 async def known(job: SideJob) -> SideJobResult | None:
-    """Returns the result of the side job (a short Ray job beside training), if it has run before. Returns None if there
-    is no result.
+    """Returns the stored result of an earlier run of the side job (a short Ray job beside training). Returns None if
+    there is no such result.
     """
     return (await _newest(job))[1]
 

@@ -39,7 +39,7 @@ logger = logging.getLogger("ray.serve")  # other loggers of a replica write nowh
 
 LEAST_VLLM = "0.29"  # older ones answered requests in flight with another adapter (vllm#47724)
 ABORT_SECONDS = 0.02  # how often the requests of a deleted adapter are aborted until all of them have ended
-REMEDY = "set the mode of its deployment to merged"
+REMEDY = "set the mode of its deployment to 'merged'"
 UNUSED = ("modules_to_save", "use_dora", "target_parameters", "rank_pattern", "alpha_pattern")  # vLLM ignores these
 
 

@@ -97,7 +97,8 @@ def prepare(
 
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
-    """Prepares the validation file at `uri` like a training file without held-out rows, and returns the prepared data.
+    """Checks the rows of the validation file at `uri` and turns them into tokens, in the same way as the rows of the
+    training file. Returns the prepared data. No rows of this file are held out.
 
     If the file cannot be used, raises JobFailed, which names `validation_file` as the wrong field.
     """

@@ -60,7 +60,7 @@ class Authentication:
         return caller
 
     async def check_database(self) -> None:
-        """Reads from the database, which `caller` needs for a new token.
+        """Tests whether the database answers. The method `caller` reads from it when it gets a new token.
 
         Raises SQLAlchemyError or OSError if the database does not answer.
         """

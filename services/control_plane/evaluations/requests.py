@@ -166,8 +166,8 @@ class Spec(BaseModel):
     )
     judge: Judge | None = Field(
         default=None,
-        description="What judges the answers: a model, an implicit reward, or a rule. The kinds `compare`, `score` and "
-        "`samples` need a judge.",
+        description="What judges the answers: a model, an implicit reward, or a rule. Evaluations of the "
+        "kinds `compare`, `score` and `samples` need a judge.",
     )
     reference: Text | None = Field(
         default=None,

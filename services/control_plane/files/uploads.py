@@ -165,7 +165,8 @@ async def cancel(session: AsyncSession, upload_id: str) -> Upload:
 
 
 async def expire(session: AsyncSession, most: int, settings: Settings) -> list[str]:
-    """Marks at most `most` uploads whose time is over as expired. Returns the storage folders of their parts.
+    """Finds pending uploads that were not completed before their `expires_at`, at most `most` of them, and sets their
+    state to "expired". Returns the folders in storage that hold the parts of these uploads.
 
     Skips uploads that are being completed. The caller must delete the folders after the commit.
     """

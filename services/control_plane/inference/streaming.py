@@ -38,8 +38,8 @@ async def _disconnect(receive: Receive) -> None:
 class Stream(Response):
     """A response that passes a model's streamed answer on to the client, in whole lines, as they arrive.
 
-    Calls `end` once when the stream is over, also if the client leaves before the first line. If the model stops in the
-    middle of its answer, an event with an error replaces the incomplete line.
+    The response calls the function `end` once when the stream is over, also if the client disconnects before the first
+    line. If the model stops in the middle of its answer, an event with an error replaces the incomplete line.
     """
 
     media_type = "text/event-stream"

@@ -77,13 +77,14 @@ VALIDATE = "send a validation_file or x_raydpo.validation_share as well, or leav
 RULES = (
     Rule(
         "model",
-        "a reward model as model, if the method trains a policy or a reward model with another number of outputs",
+        "a reward model in the field 'model' if the method trains a policy or a reward model with another number of "
+        "outputs",
         "name the base model that the reward model was trained from",
         lambda given: given.start.num_outputs not in (0, given.num_outputs),
     ),
     Rule(
         "x_raydpo.adapter",
-        "a new adapter if model is a policy with an adapter",
+        "a new adapter if the field 'model' names a policy with an adapter",
         "leave x_raydpo.adapter out to go on with the policy's adapter, or send 'none' to merge that adapter into its "
         "base and train all weights",
         lambda given: (
@@ -170,5 +171,5 @@ def check(given: Combination) -> None:
     """
     for rule in RULES:
         if rule.is_broken(given):
-            names = f"model is '{given.start.id}', method is '{given.objective}'"
+            names = f"the model is '{given.start.id}', the method '{given.objective}'"
             raise InvalidRequest(f"A job cannot have {rule.what} ({names}); {rule.remedy}.", param=rule.param)

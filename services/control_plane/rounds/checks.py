@@ -72,8 +72,8 @@ async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, spec
     sampling = await samples.of(session, settings, spec.samples_of(spec.model, 1))
     if sampling.grader.is_asked and spec.selection.type == "rso":
         message = (
-            f"The judge '{spec.judge.model}' only compares answers, but 'rso' samples by scores; take a reward model, "
-            "an implicit reward or a rule."
+            f"The judge '{spec.judge.model}' only compares answers, but the selection 'rso' needs scores; take a "
+            "reward model, an implicit reward or a rule."
         )
         raise InvalidRequest(message, param="selection.type")
     await _check_evaluation(session, settings, spec)
@@ -114,7 +114,7 @@ async def _check_job(session: AsyncSession, settings: Settings, ray_api: RayApi,
         raise InvalidRequest(message, param="selection.type")
     if traits.num_outputs:
         method = job.config.objective.type
-        message = f"The method '{method}' trains a reward model, which writes no answers; choose another one."
+        message = f"The method '{method}' trains a reward model, which writes no answers; choose another method."
         raise InvalidRequest(message, param="job.method.type")
     judge = spec.judge
     if spec.num_rounds > 1 and judge.type == "implicit" and judge.model is None:

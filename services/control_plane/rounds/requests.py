@@ -259,20 +259,20 @@ class CreateRounds(RoundsSpec):
             raise InvalidRequest(message, param="evaluation.file")
         accepted = self.selection.num_accepted or 2
         if accepted > self.num_samples:
-            message = f"num_accepted is {accepted}, but there are {self.num_samples} samples; accept at most as many."
+            message = f"num_accepted is {accepted}, but a prompt has {self.num_samples} samples; lower num_accepted."
             raise InvalidRequest(message, param="selection.num_accepted")
         for name in GIVEN_BY_ROUNDS:
             if name in self.job:
-                message = f"The field '{name}' of a round's job is given by the rounds; leave it out."
+                message = f"The service sets the field '{name}' of each round's job itself; leave the field out."
                 raise InvalidRequest(message, param=f"job.{name}")
         extension = self.job.get("x_raydpo")
         if isinstance(extension, dict) and extension.get("dataset") is not None:
-            message = "The data of a round's job are the rows of the round; leave x_raydpo.dataset out."
+            message = "The job of each round trains on the rows of the round; leave x_raydpo.dataset out."
             raise InvalidRequest(message, param="job.x_raydpo.dataset")
         reference = extension.get("reference") if isinstance(extension, dict) else None
         if isinstance(reference, dict) and reference.get("model") is not None:
             message = (
-                "The reference of a round's job is named by the field 'reference' of the rounds; leave it out here."
+                "The field 'reference' of the rounds names the reference model; leave 'x_raydpo.reference.model' out."
             )
             raise InvalidRequest(message, param="job.x_raydpo.reference.model")
 

@@ -19,8 +19,8 @@ LOOK_SECONDS = 2.0  # how often rounds look whether their job or evaluation has 
 
 
 class RoundsRunner:
-    """The background work on rounds, which improve a policy by training on its own scored answers. The work comes in
-    pieces: a piece is all the stages that are left of one row in the table of rounds.
+    """The background work on rounds, which improve a policy by training on its own scored answers. One piece of this
+    work carries out the stages that one row of the table of rounds still has before it.
     """
 
     at_once = 16  # while rounds wait, others take their place

@@ -90,10 +90,15 @@ class Selection:
 
     def rows(self, group: Group, answers: Sequence[Answer], draw: random.Random, counts: Counter[str]) -> list[Row]:
         """Makes rows of training data from the answers to the prompt of `group` (a prompt with completions), and
-        returns them.
+        returns the rows.
 
-        `draw` gives the random numbers for the type `rso`. Adds to `counts` the numbers of duplicates and of ties and,
-        for `rso`, of tried and of accepted answers.
+        `draw` gives the random numbers for rejection sampling (the selection type `rso`). Adds to `counts`:
+
+        - `num_duplicates`, the number of answers, or with `rso` of pairs, left out because their words are the same
+        - `num_ties`: with `rso` the number of pairs of answers with equal scores; with other types 1 if all answers to
+          the prompt have the same score
+        - with `rso`, `num_tried` and `num_accepted`: how often rejection sampling looked at an answer, and how many
+          answers it accepted
         """
         if self.type == "rso":
             accepted = reject(answers, self.beta, self.num_accepted, draw)
@@ -153,11 +158,13 @@ def _prompt(group: Group) -> Row:
 
 
 def rows_of(selection: Selection, samples: Sequence[Sample], seed: str) -> tuple[list[Row], dict[str, int]]:
-    """Makes rows of training data from samples. Returns the rows, without repetitions, and a dictionary of counts:
-    prompts, answers, rows, and the answers and rows that were left out, by reason.
+    """Makes rows of training data from samples (prompts with scored answers of the policy), by the rule `selection`.
 
-    Answers that were cut off at the largest number of tokens are left out, because training adds an end to each
-    completion. The same `seed` gives the same rows.
+    Returns two values: the rows, each only once, and a dictionary with the numbers of prompts, answers and rows, and
+    of the answers and rows that were left out for each reason.
+
+    An answer that was cut off at the limit of tokens is left out: training would teach the policy to stop there. The
+    same `seed` gives the same rows.
     """
     counts, rows = Counter[str](), dict[bytes, Row]()
     num_rows = 0

@@ -60,11 +60,11 @@ class Parameter(BaseModel):
         if self.min is None or self.max is None:
             raise ValueError("a parameter needs 'values', or 'min' and 'max'.")
         if self.min >= self.max:
-            raise ValueError(f"min is {self.min:g}, but it must be less than max, which is {self.max:g}.")
+            raise ValueError(f"'min' is {self.min:g}, but it must be less than 'max', which is {self.max:g}.")
         if self.scale == "log" and self.min <= 0:
-            raise ValueError(f"min is {self.min:g}, but on the scale 'log' it must be greater than 0.")
+            raise ValueError(f"'min' is {self.min:g}, but on the scale 'log' it must be greater than 0.")
         if self.type == "int" and not (self.min.is_integer() and self.max.is_integer()):
-            raise ValueError("min and max of the type 'int' must be whole numbers.")
+            raise ValueError("'min' and 'max' of a parameter of the type 'int' must be whole numbers.")
         return self
 
     def extremes(self) -> list[Any]:
@@ -105,7 +105,8 @@ class Search(BaseModel):
             raise ValueError(f"a search of the type '{self.type}' needs the field 'num_trials'.")
         for name in ("num_trials", "seed"):
             if self.type == "grid" and getattr(self, name) is not None:
-                raise ValueError(f"a search of the type 'grid' tries every combination and has no '{name}'.")
+                what = f"a search of the type 'grid' tries every combination and has no field '{name}'"
+                raise ValueError(f"{what}; leave '{name}' out.")
         return self
 
 
@@ -158,8 +159,8 @@ class CreateSweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     job: dict[str, Any] = Field(
-        description="The job that all trials (jobs of the sweep) are copies of, except for `parameters`: a body of "
-        "POST /v1/fine_tuning/jobs."
+        description="A request for a job: a body of POST /v1/fine_tuning/jobs. All trials (jobs of the sweep) are "
+        "copies of this job, but have other values of the fields in `parameters`."
     )
     parameters: Annotated[dict[Path, Parameter], Field(min_length=1, max_length=MOST_PARAMETERS)] = Field(
         description="The fields of the job that differ between trials (jobs of the sweep), with the values to try. A "
@@ -222,7 +223,7 @@ class CreateSweep(BaseModel):
             )
             raise InvalidRequest(f"{message} List fewer values, or give ranges.", param="parameters")
         if "eval" in self.evaluations:
-            message = "No evaluation can have the name 'eval', with which metrics of validation begin; rename it."
+            message = "An evaluation has the name 'eval', which means validation data; choose another name."
             raise InvalidRequest(message, param="evaluations.eval")
         if self.search.type == "tpe" and self.metric is None:
             message = "A search of the type 'tpe' needs 'metric', which says what a good trial is."

@@ -225,8 +225,8 @@ def test_by_default_layers_that_only_choose_are_left_out(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("config", "module", "reason"),
     [
-        (LlamaConfig(**SIZES), "lm_head", "names lm_head, the model's head, on which no adapter is trained"),
-        (LLAMA4, "router", "router, a layer that texts do not pass through"),
+        (LlamaConfig(**SIZES), "lm_head", "names 'lm_head', the model's head, on which no adapter is trained"),
+        (LLAMA4, "router", "router', a layer that texts do not pass through"),
         (FALCON_H1, "out_proj", "Module 'out_proj' is incompatible with Mamba-based models"),
         (LlamaConfig(**SIZES), "input_layernorm", "is not supported"),
     ],

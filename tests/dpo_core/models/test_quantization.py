@@ -179,13 +179,13 @@ def test_flops_are_those_of_the_matrices(base, pairs):
 @pytest.mark.parametrize("config", [GPT2Config, MixtralConfig], ids=["no linear layer", "stacked experts"])
 def test_a_model_whose_weights_mostly_lie_elsewhere_is_refused(config, sizes, tmp_path):
     AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(InvalidOption, match="quantization is nf4, which only compresses linear layers") as refused:
+    with pytest.raises(InvalidOption, match="'quantization' is 'nf4', which only compresses linear layers") as refused:
         in_nf4(tmp_path)
     assert refused.value.field == "quantization"
 
 
 def test_without_an_adapter_it_is_refused_before_anything_is_read():
-    with pytest.raises(InvalidOption, match=r"quantization is nf4.* add an adapter") as refused:
+    with pytest.raises(InvalidOption, match=r"'quantization' is 'nf4'.* add an adapter") as refused:
         load_policy("nowhere", quantization="nf4")
     assert refused.value.field == "quantization"
 
@@ -201,7 +201,7 @@ def test_weights_that_are_no_numbers_are_refused_as_ever(base, tmp_path):
 def test_it_cannot_be_split_and_auto_does_not_try(base, monkeypatch):
     scorer = Scorer(in_nf4(base))
     monkeypatch.setattr(weights, "num_ranks", lambda: 2)
-    with pytest.raises(InvalidOption, match="sharding is full, but a base in nf4") as refused:
+    with pytest.raises(InvalidOption, match="'sharding' is 'full', but a base model in nf4") as refused:
         weights.shard(scorer, "full")
     assert refused.value.field == "sharding"
     scorer.model.__class__ = type("OnGpu", (type(scorer.model),), {"device": torch.device("cuda")})

@@ -168,9 +168,13 @@ def test_the_denominator_counts_tokens_for_supervised_and_groups_for_the_others(
 @pytest.mark.parametrize(
     ("objective", "group", "message"),
     [
-        (o.Supervised(), PAIR, "Line 1 has 2 completions; supervised needs exactly 1"),
-        (o.Ipo(), EncodedGroup([1], ([1], [2], [3]), None, 1), "Line 1 has 3 completions; ipo needs exactly 2"),
-        (o.Dpo(), SINGLE, "Line 1 has 1 completions; dpo needs at least 2"),
+        (o.Supervised(), PAIR, "Line 1 has 2 completions; the method 'supervised' needs exactly 1"),
+        (
+            o.Ipo(),
+            EncodedGroup([1], ([1], [2], [3]), None, 1),
+            "Line 1 has 3 completions; the method 'ipo' needs exactly 2",
+        ),
+        (o.Dpo(), SINGLE, "Line 1 has 1 completions; the method 'dpo' needs at least 2"),
         (o.Dpo(), replace(PAIR, ref_logps=None), "Line 1 has no ref_logps .* compute them with score_reference"),
         (
             o.LdDpo(),
@@ -178,11 +182,11 @@ def test_the_denominator_counts_tokens_for_supervised_and_groups_for_the_others(
             "Line 1 has no ref_head_logps .* compute them with score_reference",
         ),
         (o.Dpo(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 has the same rating for all completions"),
-        (o.Simpo(), replace(PAIR, margin=1.0), "Line 1 has a margin, which simpo cannot use"),
+        (o.Simpo(), replace(PAIR, margin=1.0), "Line 1 has a margin, which 'simpo' cannot use"),
         (
             o.Supervised(),
             replace(SINGLE, margin=1.0),
-            "Line 1 has a margin, which supervised cannot use",
+            "Line 1 has a margin, which 'supervised' cannot use",
         ),
         (
             o.Dpo(),
@@ -190,13 +194,17 @@ def test_the_denominator_counts_tokens_for_supervised_and_groups_for_the_others(
             "Line 1 has completions in the wrong order; put the one with the highest rating first",
         ),
         (o.Kto(), replace(OTHER_PROMPT, ratings=(1.0, math.nan, 0.0)), "Line 1 has completions in the wrong order"),
-        (o.Ipo(), OTHER_PROMPT, "Line 1 has a completion with the rating nan .*, which ipo cannot use"),
+        (o.Ipo(), OTHER_PROMPT, "Line 1 has a completion with the rating nan .*, which 'ipo' cannot use"),
         (
             o.Supervised(),
             replace(PAIR, ratings=(1.0, math.nan)),
-            "Line 1 has a completion with the rating nan .*, which supervised cannot use",
+            "Line 1 has a completion with the rating nan .*, which 'supervised' cannot use",
         ),
-        (o.Bco(), replace(PAIR, ratings=(math.nan, math.nan)), "Line 1 has 0 completions; bco needs at least 1"),
+        (
+            o.Bco(),
+            replace(PAIR, ratings=(math.nan, math.nan)),
+            "Line 1 has 0 completions; the method 'bco' needs at least 1",
+        ),
     ],
 )
 def test_a_group_that_the_objective_cannot_learn_from_is_refused_by_line(objective, group, message):
@@ -210,7 +218,9 @@ def test_an_unpaired_objective_reads_ratings_in_any_order():
 
 @pytest.mark.parametrize("objective", [o.Kto(), o.Mpo(objectives=(o.Dpo(), o.Kto()), weights=(1.0, 1.0))])
 def test_kto_needs_completions_of_other_prompts_in_the_global_batch(objective):
-    with pytest.raises(ValueError, match=f"which {objective.type} needs; add completions with the rating nan"):
+    with pytest.raises(
+        ValueError, match=f"which the method '{objective.type}' needs; add completions with the rating nan"
+    ):
         check_groups(objective, [PAIR, PAIR])
     check_groups(objective, [PAIR, OTHER_PROMPT])
 
@@ -229,7 +239,7 @@ def test_no_loss_waits_for_the_device(name):
         (lambda: o.Kto(undesirable_weight=0), "undesirable_weight", "greater than 0 and finite"),
         (lambda: o.Rpo(nll_weight=math.nan), "nll_weight", "0 or more and finite"),
         (lambda: o.FDpo(divergence="alpha", alpha=1), "alpha", "greater than 0 and less than 1"),
-        (lambda: o.FDpo(alpha=0.3), "alpha", "alpha is 0.3, but divergence is jensen_shannon"),
+        (lambda: o.FDpo(alpha=0.3), "alpha", "'alpha' is 0.3, but only the divergence 'alpha' uses"),
     ],
 )
 def test_an_option_beyond_its_limit_is_refused_by_name(make, field, message):

@@ -42,6 +42,6 @@ def test_a_refusal_names_the_share_and_the_remedy():
     experts = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (8, 4) for i in range(4)}
     shapes = Shapes({"model_type": "mixtral"}, {"model.layers.0.self_attn.q_proj.weight": (4, 4), **experts})
     assert quantized_weights(shapes) == ["model.layers.0.self_attn.q_proj.weight"]
-    told = "only 16 of the 144 weights in the layers of this model; leave quantization out"
+    told = "only 16 of the 144 weights in the layers of this model; leave 'quantization' out"
     with pytest.raises(InvalidOption, match=told):
         check_quantization(shapes)

@@ -127,7 +127,7 @@ def test_validation_without_groups_is_refused(policy, tokenizer, pairs, tmp_path
 def test_held_out_groups_that_the_objective_cannot_read_are_refused_by_line(
     policy, tokenizer, pairs, demonstrations, tmp_path
 ):
-    with pytest.raises(ValueError, match="Line 3 has 1 completions; dpo needs at least 2"):
+    with pytest.raises(ValueError, match="Line 3 has 1 completions; the method 'dpo' needs at least 2"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: [demonstrations[2:]])
 
 

@@ -118,17 +118,17 @@ def test_a_variance_far_from_1_leaves_finite_gradients(log_variance):
         (
             o.RewardBradleyTerry(),
             replace(RANKING, margin=1.0),
-            "Line 2 has a margin, which reward_bradley_terry cannot use",
+            "Line 2 has a margin, which 'reward_bradley_terry' cannot use",
         ),
-        (o.RewardRegression(), PAIR, "Line 1 has no ratings; reward_regression learns from ratings only"),
+        (o.RewardRegression(), PAIR, "Line 1 has no ratings; 'reward_regression' learns only from ratings"),
         (o.RewardRegression(), replace(PAIR, ratings=(1.0, math.nan)), "Line 1 has a completion with the rating nan"),
         (
             o.RewardRegression(),
             replace(PAIR, ratings=(math.inf, 1.0)),
             r"Line 1 has the ratings \[inf, 1.0\]; .* finite",
         ),
-        (o.RewardRegression(), replace(RATED, margin=1.0), "Line 2 has a margin, which reward_regression cannot use"),
-        (o.RewardGaussian(), replace(PAIR, margin=1.0), "Line 1 has a margin, which reward_gaussian cannot use"),
+        (o.RewardRegression(), replace(RATED, margin=1.0), "Line 2 has a margin, which 'reward_regression' cannot use"),
+        (o.RewardGaussian(), replace(PAIR, margin=1.0), "Line 1 has a margin, which 'reward_gaussian' cannot use"),
         (o.RewardGaussian(), replace(RATED, ratings=(1.0, 2.0, 0.0)), "Line 2 has completions in the wrong order"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_model_of_another_kind_is_refused_by_name_before_any_step(
         (
             o.Dpo(),
             reward_model,
-            r"dpo, which trains a causal language model, but the model is .* of 1 output.*; use load_policy",
+            r"'dpo' trains a causal language model, but the model is .* of 1 output.*; use load_policy",
         ),
         (o.RewardGaussian(), reward_model, "of 2 output.*, but the model is a reward model of 1 output.*num_outputs=2"),
     ):

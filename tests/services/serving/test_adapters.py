@@ -265,7 +265,7 @@ def test_an_adapter_without_its_effect_on_its_training_rows_is_refused_with_the_
             assert error["code"] == "adapter_unusable"
             said = f"does not compute with the adapter '{name}': it changes the log-probability of one of its training "
             assert said in error["message"]
-            assert error["message"].endswith("may be between them; set the mode of its deployment to merged.")
+            assert error["message"].endswith("may be between them; set the mode of its deployment to 'merged'.")
     assert "rows by 0 nats here, but by " in ask(qwen, "ft:without", without).json()["error"]["message"]
 
 

@@ -100,7 +100,9 @@ class Models:
         answer = await self._complete(model, group, options)
         text = str(answer["choices"][0]["message"]["content"] or "").strip()
         if text not in choices:
-            raise ApiError(f"The judge '{model.id}' answered {text!r:.80}, which was not allowed.", code="model_error")
+            allowed = " or ".join(map(repr, choices))
+            message = f"The judge '{model.id}' answered {text!r:.80}, but it had to answer {allowed}"
+            raise ApiError(f"{message}; name another model in 'judge'.", code="model_error")
         return text
 
     async def rewards(self, judge: Judge, group: Group) -> list[Judged]:

@@ -100,7 +100,7 @@ async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Compare:
         raise InvalidRequest(message, param="baseline", code="missing_required_parameter")
     baseline = await writer_of(session, settings, spec.baseline or model.root, param="baseline")
     if baseline.id == model.id:
-        message = f"model and baseline are both '{model.id}'; name two models."
+        message = f"The fields 'model' and 'baseline' are both '{model.id}'; name two models."
         raise InvalidRequest(message, param="baseline")
     assert spec.judge is not None
     return Compare(spec, model, baseline, await grader_of(session, settings, spec.judge, of=model.id))

@@ -67,7 +67,7 @@ async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Drift:
     """
     model = await writer_of(session, settings, spec.model, param="model")
     if (spec.sampling.temperature, spec.sampling.top_p) != (1, 1):
-        message = "Drift is measured on answers of the unchanged policy; leave temperature and top_p at 1."
+        message = "Drift is measured on answers of the unchanged policy; leave 'temperature' and 'top_p' at 1."
         raise InvalidRequest(message, param="sampling")
     beta_is_unused = 1.0
     judge = await judge_of(session, settings, spec.model, reference=spec.reference, beta=beta_is_unused)

@@ -89,8 +89,8 @@ class Grader:
         """Returns the judge's verdicts: which of the answers `first` and `second` to the prompt of `group` (a prompt
         with completions) is better.
 
-        A model that is asked gives two verdicts: one with the answers in this order, one with the answers swapped. Any
-        other judge gives one verdict.
+        A judge that is a language model gives two verdicts: one with the answers in this order, one with the answers
+        swapped. Any other judge gives one verdict.
         """
         if self.is_asked:
             there, back = await asyncio.gather(
@@ -146,7 +146,7 @@ async def grader_of(session: AsyncSession, settings: Settings, judge: Judge, *, 
     if not model.num_outputs:
         return Grader(judge, asked=model)
     if judge.criteria is not None:
-        message = f"The model '{model.id}' is a reward model, which reads no criteria; leave the field out."
+        message = f"The model '{model.id}' is a reward model, which reads no criteria; leave the field 'criteria' out."
         raise InvalidRequest(message, param="judge.criteria")
     return Grader(judge, rewarding=RewardJudge(model))
 
@@ -157,7 +157,7 @@ async def _implicit(session: AsyncSession, settings: Settings, judge: Judge, pol
     except (InvalidRequest, NotFound) as error:
         raise type(error)(error.message, param=f"judge.{error.param}", code=error.code or "") from None
     if found.reference is None:
-        message = f"The model '{policy}' is a reward model, which has no implicit reward; send the type 'model'."
+        message = f"The model '{policy}' is a reward model, which has no implicit reward; set 'judge.type' to 'model'."
         raise InvalidRequest(message, param="judge.type")
     return found
 

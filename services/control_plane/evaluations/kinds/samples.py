@@ -104,7 +104,7 @@ async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Samples:
     if samples.grader.is_asked and samples.num_samples > MOST_SAMPLES_TO_COMPARE:
         message = (
             f"num_samples is {samples.num_samples}, but the judge '{spec.judge.model}' compares each two answers; take "
-            f"at most {MOST_SAMPLES_TO_COMPARE} samples, or a reward model."
+            f"at most {MOST_SAMPLES_TO_COMPARE} samples, or name a reward model in 'judge'."
         )
         raise InvalidRequest(message, param="num_samples")
     return samples

@@ -56,6 +56,6 @@ async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Score:
     assert spec.judge is not None
     grader = await grader_of(session, settings, spec.judge, of=model.id)
     if grader.is_asked:
-        message = f"The model '{spec.judge.model}' is no reward model, so it gives no scores; name a reward model."
+        message = f"The judge '{spec.judge.model}' is no reward model, so it gives no scores; name a reward model."
         raise InvalidRequest(message, param="judge.model")
     return Score(spec, model, grader)

@@ -75,23 +75,23 @@ def _invalid(field: str, message: str) -> InvalidRequest:
 
 def _check_reward_model(model: NamedModel, chosen: DeploymentSettings) -> None:
     for field in sorted(chosen.model_fields_set - OF_REWARD_MODELS):
-        what = f"{field} is a setting of vLLM, but the model '{model.id}' is a reward model, which runs without vLLM"
-        raise _invalid(field, f"{what}; leave {field} out.")
+        what = f"'{field}' is a setting of vLLM, but the model '{model.id}' is a reward model, which runs without vLLM"
+        raise _invalid(field, f"{what}; leave '{field}' out.")
     if (chosen.num_gpus or 0) > 1:
         message = (
             f"num_gpus is {chosen.num_gpus:g}, but a reward model cannot be split over several GPUs; choose at most 1."
         )
         raise _invalid("num_gpus", message)
     if chosen.dtype == "float16":
-        raise _invalid("dtype", "dtype is float16, which reward models do not support; choose bfloat16 or float32.")
+        raise _invalid("dtype", "Reward models do not support the dtype 'float16'; choose 'bfloat16' or 'float32'.")
 
 
 def _check_limits(settings: Settings, chosen: DeploymentSettings, num_gpus: float) -> None:
     limits, most = settings.project_deployments, chosen.replicas.max
     ask = f"an admin of {DEFAULT_PROJECT} may set more, or raise project_deployments in the settings."
     if most > limits.max_replicas:
-        message = f"replicas is {most}, but a project may have at most {limits.max_replicas} replicas of a model; {ask}"
-        raise _invalid("replicas", message)
+        what = f"'replicas' is {most}, but a project may have at most {limits.max_replicas} replicas of a model"
+        raise _invalid("replicas", f"{what}; {ask}")
     if (gpus := num_gpus * most) > limits.max_gpus and gpus > settings.num_gpus_per_model:
         message = (
             f"num_gpus of all replicas is {gpus:g}, but a project may use at most {limits.max_gpus:g} GPUs for "
@@ -99,7 +99,7 @@ def _check_limits(settings: Settings, chosen: DeploymentSettings, num_gpus: floa
         )
         raise _invalid("num_gpus", message)
     if chosen.pinned and not limits.pinned:
-        raise _invalid("pinned", f"pinned is true, but projects may not pin models; {ask}")
+        raise _invalid("pinned", f"'pinned' is true, but projects may not pin models (keep them loaded); {ask}")
 
 
 def _check_capacity(chosen: DeploymentSettings, num_gpus: float, capacity: Mapping[str, float]) -> None:
@@ -119,8 +119,9 @@ async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedM
     others = await deployment_settings.pinned(session, settings) - {model.id}
     if len(others) >= settings.most_pinned:
         most = f"at most {settings.most_pinned} can be pinned, one fewer than max_loaded_models"
-        message = f"pinned is true, but {len(others)} other models are pinned, and {most}"
-        raise _invalid("pinned", f"{message}; unpin one, or raise max_loaded_models in the settings.")
+        message = f"'pinned' is true, but {len(others)} other models are pinned (always loaded), and {most}"
+        remedy = "set 'pinned' of one of them to false, or raise max_loaded_models in the settings"
+        raise _invalid("pinned", f"{message}; {remedy}.")
 
 
 async def _check_attached(
@@ -136,9 +137,10 @@ async def _check_attached(
     if engine.adapter and fields:
         base = engine.loaded.id
         message = (
-            f"{fields[0]} is set, but '{model.id}' is an adapter that the engine of '{base}' runs with its own settings"
+            f"'{fields[0]}' is set, but the engine of '{base}' runs the adapter '{model.id}' with the settings of "
+            f"'{base}'"
         )
-        raise _invalid(fields[0], f"{message}; set mode to merged as well, or set {fields[0]} of '{base}'.")
+        raise _invalid(fields[0], f"{message}; set 'mode' to 'merged' as well, or set '{fields[0]}' of '{base}'.")
 
 
 async def _check_length(model: NamedModel, max_model_len: int) -> None:

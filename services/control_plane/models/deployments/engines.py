@@ -110,13 +110,13 @@ def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, bas
     of the base model's deployment.
     """
     if mode == "merged":
-        return "its deployment's mode is merged"
+        return "the mode of its deployment is 'merged'"
     if not base.max_lora_rank:
-        return "the base's max_lora_rank is 0"
+        return "its base model takes no adapters (max_lora_rank 0)"
     if adapter.r > base.max_lora_rank:
-        return f"its rank is {adapter.r}, and the base's max_lora_rank is {base.max_lora_rank}"
+        return f"its rank is {adapter.r}, but its base model takes at most {base.max_lora_rank} (max_lora_rank)"
     if adapter.use_dora:
         return "it uses DoRA"
     if quantization:
-        return f"its base is in {quantization.upper()}"
+        return f"its base model is in {quantization.upper()}"
     return None

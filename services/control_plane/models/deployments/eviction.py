@@ -137,9 +137,11 @@ class _Served:
     def make_way(self, why: str, *, beside_next_job: bool) -> None:
         """Evicts (unloads) idle models until the remaining models fit into the allowed numbers of models and GPUs.
 
-        Reference models do not count. If too few models are idle, busy models get no further requests; `why` is the
-        reason that waiting clients are told. If `beside_next_job`, the GPUs that the next job waits for are left free,
-        and only busy models that have run for TURN_SECONDS are chosen. If not, busy models are chosen immediately,
+        Reference models do not count. If too few models are idle, some busy models get no further requests, so that
+        they become idle. Clients whose requests wait for such a model are told the reason `why`.
+
+        If `beside_next_job`, the models must also leave free the GPUs that the next job waits for. Then only busy
+        models that have run for TURN_SECONDS are chosen. If not `beside_next_job`, busy models are chosen immediately,
         because running jobs need the GPUs.
         """
         most = self._room.most_gpus(beside_next_job=beside_next_job)

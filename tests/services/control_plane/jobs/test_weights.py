@@ -106,7 +106,7 @@ def test_a_base_may_be_quantized(client: openai.OpenAI, training_file: str) -> N
     assert job.to_dict()["x_raydpo"]["quantization"] == "nf4"
     event = told(client, job.id)
     assert "of tiny in bfloat16, on a base quantized to NF4; the reference model is tiny" in event
-    assert event.endswith("and answer from an engine of its own: its base is in NF4")
+    assert event.endswith("and answer from an engine of its own: its base model is in NF4")
     client.fine_tuning.jobs.cancel(job.id)
 
 
@@ -170,7 +170,7 @@ def test_what_does_not_go_together_is_refused_by_field(
 def test_a_reward_model_is_no_start_for_what_trains_another_kind(
     client: openai.OpenAI, training_file: str, trained: dict[str, str], start: str, method: str
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"a reward model as model, .* name the base model") as refused:
+    with pytest.raises(openai.BadRequestError, match=r"reward model in the field 'model' .*; name the base") as refused:
         create(client, training_file, trained[start], {"type": method})
     assert refused.value.param == "model"
 

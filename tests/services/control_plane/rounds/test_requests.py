@@ -29,9 +29,9 @@ def test_the_openapi_document_describes_every_field(name: str) -> None:
         ({"file": None}, "file", "either 'file' or 'rows'"),
         ({"rows": [{"prompt": "a"}]}, "file", "either 'file' or 'rows'"),
         ({"evaluation": {"file": "a", "rows": [{"prompt": "a"}]}}, "evaluation.file", "either 'file' or 'rows'"),
-        ({"selection": {"type": "rso", "num_accepted": 5}}, "selection.num_accepted", "there are 4 samples"),
-        ({"job": {"model": "other"}}, "job.model", "leave it out"),
-        ({"job": {"training_file": "file-2"}}, "job.training_file", "leave it out"),
+        ({"selection": {"type": "rso", "num_accepted": 5}}, "selection.num_accepted", "a prompt has 4 samples"),
+        ({"job": {"model": "other"}}, "job.model", "leave the field out"),
+        ({"job": {"training_file": "file-2"}}, "job.training_file", "leave the field out"),
         ({"job": {"x_raydpo": {"reference": {"model": "o"}}}}, "job.x_raydpo.reference.model", "field 'reference'"),
     ],
 )

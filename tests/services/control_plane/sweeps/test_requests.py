@@ -24,7 +24,7 @@ def sweep(**more: Any) -> CreateSweep:
     [
         ({}, "needs 'values', or 'min' and 'max'"),
         ({"values": [1], "min": 0}, "either 'values' or a range"),
-        ({"min": 2, "max": 1}, "min is 2, but it must be less than max, which is 1"),
+        ({"min": 2, "max": 1}, "'min' is 2, but it must be less than 'max', which is 1"),
         ({"min": 0, "max": 1, "scale": "log"}, "must be greater than 0"),
         ({"min": 0.5, "max": 2, "type": "int"}, "whole numbers"),
         ({"values": []}, "at least 1 item"),
@@ -51,7 +51,7 @@ def test_a_parameter_is_a_list_or_a_range(given: dict[str, Any], said: str) -> N
         ({"search": {"type": "tpe", "num_trials": 3}}, "metric", "needs 'metric'"),
         ({"metric": {"name": "eval/los"}}, "metric.name", "Did you mean 'eval/loss'?"),
         ({"metric": {"name": "words/score"}}, "metric.name", "must be one of"),
-        ({"evaluations": {"eval": SCORE}}, "evaluations.eval", "rename it"),
+        ({"evaluations": {"eval": SCORE}}, "evaluations.eval", "choose another name"),
         ({"evaluations": {"a": SCORE | {"model": "m"}}}, "evaluations.a.model", "Leave it out"),
         ({"evaluations": {"a": SCORE | {"judge": None}}}, "evaluations.a.judge", "needs the field 'judge'"),
         ({"evaluations": {"a": SCORE | {"kind": "guess"}}}, "evaluations.a.kind", "'compare'"),

@@ -92,8 +92,8 @@ def test_a_base_whose_experts_cannot_be_quantized_is_refused(path, ask, machines
     machines(GB, 8 * GB)
     refused = ask("mixture", path, adapter={"r": 4}, quantization="nf4")["error"]
     assert (refused["param"], refused["code"]) == ("x_raydpo.quantization", "invalid_value")
-    assert "only compresses linear layers, but not stacked experts" in refused["message"]
-    assert refused["message"].endswith("; leave quantization out.")
+    assert "compresses linear layers, but not stacked experts" in refused["message"]
+    assert refused["message"].endswith("; leave 'quantization' out.")
 
 
 def test_a_base_whose_weights_the_service_cannot_read_may_be_quantized(ask, machines):

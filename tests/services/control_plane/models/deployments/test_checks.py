@@ -25,9 +25,9 @@ settings = api_tests.settings  # fixtures
         (
             {"quantization": "fp8"},
             "quantization",
-            "quantization is fp8, which only GPUs support, but the model is served on CPUs",
+            "'quantization' is 'fp8', which only GPUs support, but the model is served on CPUs",
         ),
-        ({"quantization": "fp8", "num_gpus": 1, "dtype": "float32"}, "quantization", "set dtype to bfloat16"),
+        ({"quantization": "fp8", "num_gpus": 1, "dtype": "float32"}, "quantization", "set 'dtype' to 'bfloat16'"),
         ({"quantization": "awq"}, "quantization", "'awq'"),
         ({"tool_call_parser": "hermess"}, "tool_call_parser", "'hermes'"),
         ({"replicas": {"min": 3, "max": 2}}, "replicas", "replicas.min is 3, which is more than replicas.max, 2"),
@@ -48,7 +48,7 @@ def test_one_place_stays_free_of_pinned_models(api: httpx.Client) -> None:
     change(api, "tiny", pinned=True, idle_seconds=9)  # itself is not another one
     error = refused(api, QWEN, pinned=True)
     assert error["param"] == "pinned"
-    assert "1 other models are pinned, and at most 1 can be pinned" in error["message"]
+    assert "1 other models are pinned (always loaded), and at most 1 can be pinned" in error["message"]
     api.delete("/x/deployments/tiny")
 
 
@@ -78,7 +78,7 @@ def test_a_project_sets_its_own_policy_within_the_operators_limits_and_no_base_m
     assert deployment(own, POLICY.replace("/", "%2F"))["id"] == POLICY
     error = refused(own, POLICY, replicas=3)
     assert (
-        "replicas is 3, but a project may have at most 2 replicas of a model; an admin of proj_default"
+        "'replicas' is 3, but a project may have at most 2 replicas of a model; an admin of proj_default"
         in error["message"]
     )
     error = refused(own, POLICY, num_gpus=2, replicas=2)

@@ -90,11 +90,11 @@ def test_an_adapter_on_weights_that_the_settings_name_no_more_does_not_get_other
     [
         (Lora(r=32), None, {}, None),
         (Lora(r=32, use_rslora=True, target_modules=("q_proj",)), None, {}, None),
-        (Lora(r=33), None, {}, "its rank is 33, and the base's max_lora_rank is 32"),
+        (Lora(r=33), None, {}, "its rank is 33, but its base model takes at most 32 (max_lora_rank)"),
         (Lora(use_dora=True), None, {}, "it uses DoRA"),
-        (Lora(), "nf4", {}, "its base is in NF4"),
-        (Lora(r=1), None, {"max_lora_rank": 0}, "the base's max_lora_rank is 0"),
-        (Lora(r=1), None, {"mode": "merged"}, "its deployment's mode is merged"),
+        (Lora(), "nf4", {}, "its base model is in NF4"),
+        (Lora(r=1), None, {"max_lora_rank": 0}, "its base model takes no adapters (max_lora_rank 0)"),
+        (Lora(r=1), None, {"mode": "merged"}, "the mode of its deployment is 'merged'"),
     ],
 )
 def test_what_cannot_be_attached_is_merged(
