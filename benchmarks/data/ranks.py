@@ -1,31 +1,45 @@
 """Measures what each rank (process of a training run) reads of a job's data, for different numbers of ranks.
 
-Usage: `python benchmarks/data/ranks.py --groups 100000 --ranks 2 8 64 256`. The ranks do not train: each reads an
-epoch as a training worker does, and keeps its share of each global batch. One rank of each run is measured, in a new
-process; what it reads does not depend on the other ranks.
+Usage: `python benchmarks/data/ranks.py --groups 100000 --ranks 2 8 64 256`. It starts a Ray of its own. The ranks do
+not train: each reads an epoch as a training worker does, and loads its share of each global batch. One rank of each run
+is measured, in a process of its own; another process asks the actor RowReader for the shares of all other ranks.
 """
 
 import argparse
 import random
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 from benchmarks.memory import peak
 from dpo_core.config import TrainConfig
-from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.encoding.encode import EncodedGroup, Outline
+from dpo_core.policy.batch import plan
+from dpo_core.training.load_ahead import AHEAD, load_ahead
 from services.training.data.dataset import Dataset, write_part
 from services.training.data.row_order import global_batches
+from services.training.data.row_reader import Rows, start_reader
 
 GROUPS_PER_PIECE = 5_000
 BATCH_SIZE = 256  # groups of a global batch, for any number of ranks
+MAX_TOKENS_PER_PACK = 8192
 VOCABULARY = 32_000
 PROMPT, COMPLETION = 83, 43  # mean numbers of tokens, those of `data_plane.py`'s rows
+COLUMNS = (
+    "ranks",
+    "MB read by a rank",
+    "of the data",
+    "its share",
+    "CPU s of a rank",
+    "plan",
+    "CPU s of the actor",
+    "peak MB of a rank",
+)
 
 
 def main() -> None:
@@ -33,21 +47,28 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=100_000)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64, 256])
     options = parser.parse_args()
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="raydpo-ranks-") as folder:
         dataset = _write(folder, options.groups)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         print(f"{dataset.num_groups} groups, {dataset.num_tokens / 1e6:.1f} M tokens, {size / 1e6:.1f} MB of Parquet")
-        print(
-            "| ranks | MB read by a rank | of the data | its share | CPU s of a rank | CPU s of all ranks | peak MB |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        print(f"| {' | '.join(COLUMNS)} |")
+        print("|---" * len(COLUMNS) + "|")
         for num_ranks in options.ranks:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                told = pool.submit(_read, dataset, num_ranks).result()
+            reader = start_reader()
+            ray.get(reader.outlines.remote([]))  # it has started
+            before = _cpu_seconds_of_reader()
+            read, read_others = (ray.remote(num_cpus=1, max_calls=1)(work) for work in (_read, _read_others))
+            rank = ray.get(read.remote(dataset, reader, num_ranks))
+            ray.get(read_others.remote(dataset, reader, num_ranks))
+            cpu_seconds = _cpu_seconds_of_reader() - before
+            ray.kill(reader)
+            share = rank["tokens"] / dataset.num_tokens
             print(
-                f"| {num_ranks} | {told['bytes'] / 1e6:.1f} | {told['bytes'] / size:.2f} "
-                f"| {told['tokens'] / dataset.num_tokens:.4f} | {told['cpu_seconds']:.2f} "
-                f"| {told['cpu_seconds'] * num_ranks:.0f} | {told['peak'] / 1e6:.0f} |"
+                f"| {num_ranks} | {rank['bytes'] / 1e6:.2f} | {rank['bytes'] / size:.3f} | {share:.4f} "
+                f"| {rank['cpu_seconds']:.2f} | {rank['plan_seconds']:.2f} | {cpu_seconds:.2f} "
+                f"| {rank['peak'] / 1e6:.0f} |",
+                flush=True,
             )
 
 
@@ -67,21 +88,63 @@ def _write(folder: str, num_groups: int) -> Dataset:
     return Dataset(uri=folder, parts=tuple(parts))
 
 
-def _read(dataset: Dataset, num_ranks: int) -> dict[str, Any]:
-    """Reads an epoch as rank 0 of `num_ranks` does, and returns what that took."""
+def _read(dataset: Dataset, reader: Any, num_ranks: int) -> dict[str, Any]:
+    """Reads an epoch as rank 0 of `num_ranks` does, and returns what that took. The time for planning who computes
+    which group is told apart: a rank plans in any case."""
     config = TrainConfig(batch_size=BATCH_SIZE, n_epochs=1)
-    one_part = dataset.model_copy(update={"parts": dataset.parts[:1]})
-    next(global_batches(one_part, config, after_step=0))  # imports what reading needs
-    process, tokens = psutil.Process(), 0
-    before, started = process.io_counters().read_chars, time.process_time()
-    for batch in global_batches(dataset, config, after_step=0):
-        tokens += sum(group.num_tokens for group in batch[::num_ranks])
+    tokens, received, plan_seconds = 0, 0, 0.0
+
+    def count(ask: Callable[[], Any]) -> Any:
+        nonlocal received
+        answer = ask()
+        received += sum(map(len, [answer] if isinstance(answer, bytes) else answer))
+        return answer
+
+    def own(groups: Sequence[EncodedGroup]) -> list[int]:
+        nonlocal plan_seconds
+        started = time.thread_time()
+        packs = _plan(groups, num_ranks)[0]
+        plan_seconds += time.thread_time() - started
+        return [i for pack in packs for i in pack]
+
+    rows = Rows(reader, count)
+    rows.load(list(rows.outlines(dataset, dataset.parts[:1], [0])))  # imports what reading needs
+    received, started = 0, time.process_time()
+    batches = global_batches(dataset, config, after_step=0, read=rows.outlines)
+    for batch in load_ahead(batches, rows.load, own):
+        tokens += sum(group.num_tokens for group in batch if not isinstance(group, Outline))
+    cpu_seconds = time.process_time() - started - plan_seconds
     return {
-        "bytes": process.io_counters().read_chars - before,
-        "cpu_seconds": time.process_time() - started,
+        "bytes": received,
+        "cpu_seconds": cpu_seconds,
+        "plan_seconds": plan_seconds,
         "tokens": tokens,
         "peak": peak(),
     }
+
+
+def _read_others(dataset: Dataset, reader: Any, num_ranks: int) -> None:
+    """Asks the actor for the shares of all ranks but 0, each rank for those of some batches at a time."""
+    rows, config = Rows(reader), TrainConfig(batch_size=BATCH_SIZE, n_epochs=1)
+    shares: list[list[Any]] = [[] for _ in range(num_ranks)]
+    steps = -(-dataset.num_groups // BATCH_SIZE)
+    for step, batch in enumerate(global_batches(dataset, config, after_step=0, read=rows.outlines), 1):
+        for share, packs in zip(shares, _plan(batch, num_ranks), strict=True):
+            share += [batch[i] for pack in packs for i in pack]
+        if step % AHEAD == 0 or step == steps:
+            for share in shares[1:]:
+                rows.load(share)
+            shares = [[] for _ in range(num_ranks)]
+
+
+def _plan(groups: Sequence[EncodedGroup], num_ranks: int) -> list[list[list[int]]]:
+    lengths = [group.num_tokens for group in groups]
+    return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=MAX_TOKENS_PER_PACK)
+
+
+def _cpu_seconds_of_reader() -> float:
+    named = (process for process in psutil.Process().children(recursive=True) if "RowReader" in process.name())
+    return sum(sum(process.cpu_times()[:2]) for process in named)
 
 
 if __name__ == "__main__":

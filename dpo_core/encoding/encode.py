@@ -8,7 +8,7 @@ from datetime import date
 from functools import lru_cache
 from itertools import islice
 from os.path import commonprefix
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow
@@ -92,6 +92,19 @@ class EncodedGroup:
     def num_tokens(self) -> int:
         """The number of tokens of the group: its prompt, counted once, and every completion."""
         return len(self.prompt_ids) + sum(map(len, self.completion_ids))
+
+
+@dataclass(frozen=True)
+class Outline(EncodedGroup):
+    """A group (a prompt with its completions) whose token ids are not loaded: ranges of the same lengths stand in their
+    place. An outline is enough to plan with; the forward pass needs the ids."""
+
+    place: Any = None  # for the function that loads the ids: where they are
+
+    def with_ids(self, prompt_ids: Sequence[int], completion_ids: tuple[Sequence[int], ...]) -> EncodedGroup:
+        """Returns the group (a prompt with its completions) of this outline, with its token ids."""
+        known = {name: value for name, value in vars(self).items() if name != "place"}
+        return EncodedGroup(**known | {"prompt_ids": prompt_ids, "completion_ids": completion_ids})
 
 
 def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedGroup:

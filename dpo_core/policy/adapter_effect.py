@@ -86,6 +86,24 @@ def read_effect(folder: Path) -> Effect | None:
     return Effect([Row(**row) for row in json.loads(file.read_bytes())["rows"]]) if file.is_file() else None
 
 
+def measured_groups(groups: Sequence[EncodedGroup]) -> list[int]:
+    """Returns which of the groups (prompts with their completions) `measure_effect` measures, as indices into `groups`.
+    It needs no token ids of the others."""
+    return [i for i, _ in _shortest(groups)]
+
+
+def _shortest(groups: Sequence[EncodedGroup]) -> list[tuple[int, int]]:
+    """Returns the numbers of the groups (prompts with their completions) with the shortest rows, each with the number
+    of the completion."""
+
+    def length(row: tuple[int, int]) -> int:
+        group = groups[row[0]]
+        return sum(min(len(ids), SIDE_TOKENS) for ids in (group.prompt_ids, group.completion_ids[row[1]]))
+
+    rows = [(i, j) for i, group in enumerate(groups) for j in range(len(group.completion_ids))]
+    return sorted(rows, key=length)[:NUM_ROWS]
+
+
 @torch.no_grad()
 def measure_effect(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int) -> Effect:
     """Measures by how much the adapter of the scorer's policy changes the log-probabilities of the shortest completions
@@ -94,11 +112,11 @@ def measure_effect(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens
     If the policy is sharded, all ranks (processes of the run) must call this function together, with the same groups.
     """
     rows = [
-        EncodedGroup(group.prompt_ids[-SIDE_TOKENS:], (ids[:SIDE_TOKENS],), None, group.line)
-        for group in groups
-        for ids in group.completion_ids
+        EncodedGroup(
+            groups[i].prompt_ids[-SIDE_TOKENS:], (groups[i].completion_ids[j][:SIDE_TOKENS],), None, groups[i].line
+        )
+        for i, j in _shortest(groups)
     ]
-    rows = sorted(rows, key=lambda row: row.num_tokens)[:NUM_ROWS]
     policy = _logps(scorer, rows, max_tokens_per_pack)
     with adapter_off(scorer.model):
         base = _logps(scorer, rows, max_tokens_per_pack)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.encoding.encode import EncodedGroup, Outline
 from dpo_core.plan.positions import positions_in
 
 LARGEST = 3.4e38  # about the largest finite number in float32
@@ -15,7 +15,7 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
     """Raises ValueError for the first group (a prompt with its completions) that cannot be used, and names its line. A
     group can be used if:
 
-    - all its token ids are in the vocabulary
+    - all its token ids are in the vocabulary; those of an outline are not known yet
     - its prompt and its longest completion together have at most `max_length` tokens (None: no limit), and at most as
       many as the model has positions
     - its reference scores and its margin, if it has them, are neither NaN nor infinite, and its weight is positive and
@@ -47,6 +47,8 @@ def _too_long(group: EncodedGroup, limit: int | None, name: str, remedy: str) ->
 
 
 def _unknown_ids(group: EncodedGroup, vocabulary: int) -> str | None:
+    if isinstance(group, Outline):
+        return None
     for ids in (group.prompt_ids, *group.completion_ids):
         for id in (min(ids), max(ids)):
             if not 0 <= id < vocabulary:

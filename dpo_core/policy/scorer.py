@@ -4,6 +4,7 @@ group is a prompt with its completions."""
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Scorer(nn.Module):
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
             lengths = [longest * len(group.completion_ids) for group in groups]
-        return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
+        return _planned(tuple(lengths), num_ranks, max_tokens_per_pack)
 
     def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
         """Returns the groups (prompts with their completions) as one batch on the model's device."""
@@ -127,6 +128,11 @@ class Scorer(nn.Module):
             return plain_logps(self.model, batch, experts=self.experts)
         shared = self.shares_prompts
         return packed_logps(self.model, batch, self.manner.logits, shared=shared, experts=self.experts)
+
+
+@lru_cache(maxsize=64)  # a step asks again for what was planned while its groups were loaded
+def _planned(lengths: tuple[int, ...], num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
+    return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
 
 
 @torch.no_grad()

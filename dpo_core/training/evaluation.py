@@ -16,6 +16,7 @@ from dpo_core.policy.measures import Measures
 from dpo_core.policy.routing import balance_metrics
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.gradients import check_agreement, make_packs, share_of_loss
+from dpo_core.training.load_ahead import LoadIds
 from dpo_core.training.ranks import all_reduce_sum
 
 Batches = Iterable[Sequence[EncodedGroup]]
@@ -23,11 +24,18 @@ Batches = Iterable[Sequence[EncodedGroup]]
 
 @torch.no_grad()
 def evaluate(
-    objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
+    objective: Objective,
+    scorer: Scorer,
+    batches: Batches,
+    statistics: Statistics,
+    *,
+    max_tokens_per_pack: int,
+    load_ids: LoadIds | None = None,
 ) -> dict[str, float]:
     """Returns the loss and metrics of all groups (prompts with their completions) in `batches`, as if they were one
     global batch. The names of the metrics begin with `eval/`. `statistics` has the mean of all rewards so far in the
-    run, which is read and not changed. Raises ValueError if there are no groups.
+    run, which is read and not changed. `load_ids` returns groups with their token ids; None means that all have them.
+    Raises ValueError if there are no groups.
 
     The results do not depend on how the groups are cut into batches and packs, or distributed over ranks (processes). A
     pack is the groups that one forward pass computes together, at most `max_tokens_per_pack` tokens. If the loss of an
@@ -39,7 +47,7 @@ def evaluate(
         check_groups(objective, groups)
         check_agreement(groups, "groups to evaluate on", scorer.model.device)
         table = scorer.table(groups)
-        for pack in make_packs(scorer, groups, max_tokens_per_pack=max_tokens_per_pack):
+        for pack in make_packs(scorer, groups, max_tokens_per_pack=max_tokens_per_pack, load_ids=load_ids):
             table[pack.places] = scorer(pack.batch)[: len(pack.places)]
         if isinstance(scorer, FSDPModule):
             scorer.reshard()  # in training the backward pass does this

@@ -21,6 +21,7 @@ from dpo_core.options import Objective
 from dpo_core.policy.batch import Batch
 from dpo_core.policy.measures import Measures
 from dpo_core.policy.scorer import Scorer
+from dpo_core.training.load_ahead import LoadIds, with_ids
 from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memory
 
 
@@ -39,23 +40,47 @@ class Pack:
     seed: int  # of the adapter's dropout in this pack
 
 
+def own_groups(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int) -> list[int]:
+    """Returns which of the groups (prompts with their completions) of an optimizer step this rank (process of the run)
+    computes, as indices into `groups`. For the other groups the rank needs no token ids."""
+    packs = _plan(scorer, groups, max_tokens_per_pack) if groups else []
+    return [i for pack in packs for i in pack or _stand_in(scorer)]
+
+
+def _plan(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> list[list[int]]:
+    return scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
+
+
+def _stand_in(scorer: Scorer) -> list[int]:
+    """Returns the index of the group that the rank runs, and whose result it drops, if a pack has no groups. Returns no
+    index if the rank does not run such a pack."""
+    return [0] if is_sharded(scorer.model) else []
+
+
 def make_packs(
-    scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
+    scorer: Scorer,
+    groups: Sequence[EncodedGroup],
+    *,
+    max_tokens_per_pack: int,
+    seed: int = 0,
+    load_ids: LoadIds | None = None,
 ) -> list[Pack]:
     """Distributes the groups (prompts with their completions) of an optimizer step over ranks (processes) and packs,
     and returns the packs of this rank. A pack is the groups of one forward pass. It has at most `max_tokens_per_pack`
     tokens, unless it has only one group. `seed` decides the dropout of the adapter. If the model is sharded, every rank
-    gets the same number of packs, and some may be empty."""
-    runs_together = is_sharded(scorer.model)
-    indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
+    gets the same number of packs, and some may be empty. `load_ids` returns groups with their token ids; it is called
+    if groups of this rank are outlines."""
+    indices, stand_in = _plan(scorer, groups, max_tokens_per_pack), _stand_in(scorer)
+    if load_ids is not None:
+        groups = with_ids(groups, [i for pack in indices for i in pack or stand_in], load_ids)
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
     packs: list[Pack] = []
     for pack in indices:
-        if pack or runs_together:
-            members = [groups[i] for i in pack]
+        if computed := [groups[i] for i in pack or stand_in]:
+            members = computed if pack else []
             places = [place for i in pack for place in range(starts[i], starts[i + 1])]
             pack_seed = zlib.crc32(repr((seed, rank(), len(packs))).encode())
-            packs.append(Pack(members, places, scorer.collate(members or groups[:1]), pack_seed))
+            packs.append(Pack(members, places, scorer.collate(computed), pack_seed))
     return packs
 
 

@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -27,7 +27,7 @@ from dpo_core.objectives.drift import Drift
 from dpo_core.objectives.losses import Statistics, check_groups
 from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.plan.positions import check_max_length
-from dpo_core.policy.adapter_effect import measure_effect
+from dpo_core.policy.adapter_effect import measure_effect, measured_groups
 from dpo_core.policy.admission import admit, last_position
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.measures import Measures
@@ -36,7 +36,8 @@ from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.checkpoint_writer import Publish, Writer
 from dpo_core.training.evaluation import Batches, evaluate
-from dpo_core.training.gradients import Pack, backward, check_agreement, make_packs, smaller_packs
+from dpo_core.training.gradients import Pack, backward, check_agreement, make_packs, own_groups, smaller_packs
+from dpo_core.training.load_ahead import LoadIds, load_ahead, with_ids
 from dpo_core.training.optim import learning_rate, make_optimizer
 from dpo_core.training.pack_size import checkpoint_activations, plan_memory
 from dpo_core.training.ranks import MemoryRanOut, on_any_rank, rank, together
@@ -71,6 +72,7 @@ def train(
     publish: Publish | None = None,
     validation: Callable[[], Batches | None] | None = None,
     stop: Callable[[], bool] | None = None,
+    load_ids: LoadIds | None = None,
 ) -> Iterator[StepResult]:
     """Trains `policy` in place and yields the result of each step. Trains all weights, or only the adapter if the
     policy has one; dropout outside the adapter is off.
@@ -84,6 +86,10 @@ def train(
     `max_length` is refused. A `max_length` beyond the model's positions is refused, too. The options `n_epochs`,
     `truncation` and `seed` record how the batches were made. Only `seed` has an effect on training: it decides an
     adapter's dropout.
+
+    The groups of the batches and of the held-out data may be outlines, groups without token ids. Then the function
+    `load_ids` returns, for a list of outlines, the groups with their ids. A rank loads only the groups that it
+    computes, in other threads, while it computes earlier steps.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
     while training continues. When the checkpoint is written, `publish` is called with the step and the folder. All
@@ -104,7 +110,7 @@ def train(
         raise ValueError("The config still has undecided options; pass config.resolved(number of groups) to train.")
     _check_batches(config, global_batches, total_steps)
     with ExitStack() as undo:
-        run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, undo)
+        run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, undo, load_ids)
         writer = undo.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
         drift, change = Drift(), run.change
         is_due, metrics = True, dict[str, float]()  # true, because before the first step there is nothing to save
@@ -180,6 +186,7 @@ class _Run:
         total_steps: int,
         resume: Path | None,
         undo: ExitStack,
+        load_ids: LoadIds | None,
     ) -> None:
         check_policy(policy)
         check_model(policy, config.objective)
@@ -193,7 +200,6 @@ class _Run:
             manifest, config = together(check, device)
         batches = _after(manifest.step if manifest else 0, global_batches)
         first = list(islice(batches, 1))  # the groups on which `plan_memory` measures memory
-        self.batches = chain(first, batches)
         agree_on_weights(policy)
         self.scorer = Scorer(policy, balances=True)
         self.matmul_rate = matmul_rate(policy.dtype, device)
@@ -211,6 +217,8 @@ class _Run:
         self.config, self._undo = plan_memory(config, self.scorer, first[0] if first else ()), undo
         assert self.config.max_tokens_per_pack is not None  # `plan_memory` has set it
         self.pack_size = self.config.max_tokens_per_pack
+        self._load_ids = load_ids and self._admitting(load_ids)
+        self.batches = undo.enter_context(closing(self._with_ids(chain(first, batches))))
         if self.recomputes:
             undo.callback(checkpoint_activations(self.scorer))
         self.flops = Flops(policy, recomputed=self.recomputes)
@@ -297,7 +305,9 @@ class _Run:
         """
         statistics, seed = vars(self.statistics).copy(), self.config.seed * 2**32 + self.step
         while True:
-            packs = make_packs(self.scorer, groups, max_tokens_per_pack=self.pack_size, seed=seed)
+            packs = make_packs(
+                self.scorer, groups, max_tokens_per_pack=self.pack_size, seed=seed, load_ids=self._load_ids
+            )
             try:
                 return packs, *backward(self.config.objective, self.scorer, groups, packs, self.statistics)
             except MemoryRanOut:
@@ -340,10 +350,29 @@ class _Run:
     def evaluate(self, batches: Batches) -> dict[str, float]:
         """Returns the policy's metrics on the held-out groups (prompts with their completions) in `batches`. Also
         appends the value of `best_metric` to the run's evaluations."""
-        objective, groups, most = self.config.objective, map(self._admitted, batches), self.pack_size
-        found = evaluate(objective, self.scorer, groups, self.statistics, max_tokens_per_pack=most)
+        groups = map(self._admitted, self._with_ids(batches))
+        found = evaluate(
+            self.config.objective,
+            self.scorer,
+            groups,
+            self.statistics,
+            max_tokens_per_pack=self.pack_size,
+            load_ids=self._load_ids,
+        )
         self.evaluations += evaluations([(self.step, found)], self.config.best_metric)
         return found
+
+    def _with_ids(self, batches: Batches) -> Generator[Sequence[EncodedGroup]]:
+        """Yields the batches, in which this rank's groups (prompts with their completions) have their token ids."""
+
+        def own(groups: Sequence[EncodedGroup]) -> list[int]:
+            return own_groups(self.scorer, groups, max_tokens_per_pack=self.pack_size)
+
+        yield from batches if self._load_ids is None else load_ahead(batches, self._load_ids, own)
+
+    def _admitting(self, load_ids: LoadIds) -> LoadIds:
+        """Returns a function that loads groups as `load_ids` does, and raises ValueError if a group cannot be used."""
+        return lambda outlines: self._admitted(load_ids(outlines))
 
     def _admitted(self, groups: Sequence[EncodedGroup]) -> Sequence[EncodedGroup]:
         admit(groups, self.scorer.model, max_length=self.config.max_length)
@@ -355,7 +384,10 @@ class _Run:
         model, or if this run has not trained on any rows."""
         if not self.learned or not has_adapter(self.scorer.model) or self.scorer.rewards:
             return {}
-        measured = measure_effect(self.scorer, self.learned, max_tokens_per_pack=self.pack_size)
+        groups = self.learned
+        if self._load_ids:
+            groups = with_ids(groups, measured_groups(groups), self._load_ids)
+        measured = measure_effect(self.scorer, groups, max_tokens_per_pack=self.pack_size)
         return {EFFECT: measured.to_json()}
 
     def manifest(self, metrics: dict[str, float]) -> Manifest:

@@ -46,6 +46,7 @@ from services.contract import (
 from services.forkserver.client import preload
 from services.training.data.dataset import Data, Dataset
 from services.training.data.row_order import num_places
+from services.training.data.row_reader import start_reader
 from services.training.data.row_stream import Stream
 from services.training.node import local_actor
 from services.training.preparation import Prepared, prepare
@@ -223,10 +224,12 @@ def train(
 
     from services.training.run.ray_trainer import WAITING, ReportDeaths, Trainer
 
+    reader = start_reader()
+
     def work_here() -> Succeeded | Failed | Paused:
         from services.training.run.worker import work
 
-        return work(spec, data, reporter, validation)
+        return work(spec, data, reader, reporter, validation)
 
     resources = {"CPU": 1.0} | ({"GPU": spec.num_gpus_per_worker} if spec.num_gpus_per_worker else {})
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
@@ -244,6 +247,7 @@ def train(
         )
         ray.get(reporter.report.remote(WAITING))
         trained: Succeeded | Failed | Paused = trainer.fit().return_value
+    ray.kill(reader)
     return trained
 
 

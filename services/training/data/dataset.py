@@ -6,9 +6,9 @@ manifest lists the parts with their sha256.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -34,6 +34,7 @@ SCORES = pa.schema(  # one per completion, in nats; null: not scored
 )
 
 DIGEST = ".sha256"
+Files = tuple[tuple[str, str], ...]  # of a part: each file's URI and sha256
 READ_AT_ONCE = 8  # files; a bucket takes long to answer, but answers many requests at once
 
 
@@ -141,7 +142,7 @@ def find_scores(uri: str, part: Part) -> Part | None:
 
 def check(dataset: Dataset) -> None:
     """Raises DamagedPart if a file of the dataset is missing or was changed. Reads all files, several at a time."""
-    files = [file for part in dataset.parts for file in _files(dataset, part)]
+    files = [file for part in dataset.parts for file in files_of(dataset, part)]
     with ThreadPoolExecutor(READ_AT_ONCE) as threads:
         for _ in threads.map(_check_file, files):  # if one fails, those that wait are not read
             continue
@@ -169,7 +170,7 @@ def read_numbered(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> 
     Raises DamagedPart if a file is missing or was changed.
     """
     with ThreadPoolExecutor(READ_AT_ONCE) as threads:
-        tables = list(threads.map(partial(_read, data), [part for part in parts if part.num_groups]))
+        tables = list(threads.map(read_table, [files_of(data, part) for part in parts if part.num_groups]))
     if tables:
         yield from _Groups(pa.concat_tables(tables)).take(numbers)
 
@@ -183,20 +184,34 @@ def _write(uri: str, table: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
-    """Yields two values for each file of a part: its URI and its sha256. A part has a file with its groups (prompts
+def files_of(data: Data, part: Part) -> Files:
+    """Returns two values for each file of a part: its URI and its sha256. A part has a file with its groups (prompts
     with their completions) and, if the groups have scores, a file with the scores."""
-    yield storage.join(data.uri, part.name), part.sha256
+    files = [(storage.join(data.uri, part.name), part.sha256)]
     if data.scores_uri is not None and part.scores_sha256 is not None:
-        yield storage.join(data.scores_uri, part.name), part.scores_sha256
+        files.append((storage.join(data.scores_uri, part.name), part.scores_sha256))
+    return tuple(files)
 
 
-def _read(data: Data, part: Part) -> Any:
-    table, *score_tables = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in _files(data, part))
+def read_table(files: Files) -> Any:
+    """Returns the groups (prompts with their completions) of a part as a table. `files` are the files of the part.
+    Raises DamagedPart if a file is missing or was changed."""
+    table, *score_tables = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in files)
     for scores in score_tables:
         for name in SCORES.names:
             table = table.append_column(name, scores[name])
     return table
+
+
+def fields_of(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
+    """Returns the fields of an EncodedGroup, except its token ids, from row number `row` of the columns of a table."""
+    fields: dict[str, Any] = {"ref_logps": None} | {name: values[row] for name, values in columns.items()}
+    for name in ("ref_logps", "ref_head_logps", "ratings"):
+        if fields.get(name):
+            fields[name] = tuple(fields[name])
+    if fields.get("others"):
+        fields["others"] = tuple(tuple(map(tuple, spans)) for spans in fields["others"])
+    return fields
 
 
 def _read_bytes(uri: str, sha256: str) -> bytes:
@@ -220,24 +235,18 @@ class _Groups:
     """
 
     def __init__(self, table: Any) -> None:
-        self._prompts, self._completions = _Lists(table["prompt_ids"]), _Lists(table["completion_ids"])
-        self._ids = _Lists(self._completions.values)
+        self._prompts, self._completions = Lists(table["prompt_ids"]), Lists(table["completion_ids"])
+        self._ids = Lists(self._completions.values)
         self._rest = {name: table[name].to_pylist() for name in table.column_names if not name.endswith("_ids")}
 
     def take(self, rows: Iterable[int]) -> Iterator[EncodedGroup]:
         for row in rows:
-            fields: dict[str, Any] = {"ref_logps": None}
-            fields |= {name: values[row] for name, values in self._rest.items()}
-            for name in ("ref_logps", "ref_head_logps", "ratings"):
-                if fields.get(name):
-                    fields[name] = tuple(fields[name])
-            if fields["others"]:
-                fields["others"] = tuple(tuple(map(tuple, spans)) for spans in fields["others"])
-            completion_ids = tuple(map(self._ids.ids, self._completions.places(row)))
-            yield EncodedGroup(prompt_ids=self._prompts.ids(row), completion_ids=completion_ids, **fields)
+            completion_ids = tuple(self._ids.slice(i, i + 1).tolist() for i in range(*self._completions.bounds(row)))
+            prompt_ids = self._prompts.slice(row, row + 1).tolist()
+            yield EncodedGroup(prompt_ids=prompt_ids, completion_ids=completion_ids, **fields_of(self._rest, row))
 
 
-class _Lists:
+class Lists:
     """Reads the lists in a column of an Arrow table as slices of one long array."""
 
     def __init__(self, column: Any) -> None:
@@ -245,13 +254,14 @@ class _Lists:
         self.values = lists.values
         self._offsets = lists.offsets.to_pylist()
 
-    def places(self, row: int) -> range:
-        """Returns the range of positions in the long array at which the list of row number `row` is."""
-        return range(self._offsets[row], self._offsets[row + 1])
+    def bounds(self, row: int) -> tuple[int, int]:
+        """Returns the first position in the long array at which the list of row number `row` is, and the first one
+        after it."""
+        return self._offsets[row], self._offsets[row + 1]
 
-    def ids(self, row: int) -> list[int]:
-        ids: list[int] = self._numbers[self._offsets[row] : self._offsets[row + 1]].tolist()
-        return ids
+    def slice(self, start: int, stop: int) -> Any:
+        """Returns the numbers in the lists of the rows from `start` up to, but not including, `stop`, as one array."""
+        return self._numbers[self._offsets[start] : self._offsets[stop]]
 
     @cached_property
     def _numbers(self) -> Any:

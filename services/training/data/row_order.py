@@ -15,13 +15,14 @@ the file has only one window, the estimate is exact, and every place has one gro
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
-from services.training.data.dataset import Data, read_numbered
+from services.training.data.dataset import Data, Dataset, Part, read_numbered
 
+Read = Callable[[Data, Sequence[Part], Sequence[int]], Iterable[EncodedGroup]]  # as `dataset.read_numbered`
 PIECES_PER_WINDOW = 8  # a window's ids are in memory: with common text, 15 million ids or 60 MB
 
 
@@ -50,9 +51,11 @@ def num_steps(num_places: int, config: TrainConfig) -> int:
     return n_epochs * -(-num_places // batch_size)
 
 
-def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
+def global_batches(
+    data: Data, config: TrainConfig, *, after_step: int, read: Read = read_numbered
+) -> Iterator[list[EncodedGroup]]:
     """Yields one batch of groups (prompts with completions) for each optimizer step, beginning with the step after
-    `after_step` (0 for all steps).
+    `after_step` (0 for all steps). `read` reads the groups, or only their outlines.
 
     If the file has more than eight pieces (ranges of lines), the number of its groups is only estimated. A batch may
     then have a few more groups than `batch_size`, or fewer, or none.
@@ -62,7 +65,7 @@ def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Itera
     steps = num_steps(places, config) // n_epochs
     first_epoch, first_step = divmod(after_step, steps)
     for epoch in range(first_epoch, n_epochs):
-        groups = _epoch(data, config.seed, epoch, places, first_step * batch_size)
+        groups = _epoch(data, config.seed, epoch, places, first_step * batch_size, read)
         yield from _batches(groups, batch_size, range(first_step, steps))
         first_step = 0
 
@@ -71,6 +74,14 @@ def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[En
     """Collects groups into lists of `batch_size` groups, and yields the lists. The last list may be shorter."""
     while batch := list(islice(groups, batch_size)):
         yield batch
+
+
+def read_in_order(dataset: Dataset, read: Read) -> Iterator[EncodedGroup]:
+    """Yields all groups (prompts with their completions) of the dataset in order, or only their outlines. `read` is
+    called for eight parts (files of groups) at a time."""
+    for start in range(0, len(dataset.parts), PIECES_PER_WINDOW):
+        parts = dataset.parts[start : start + PIECES_PER_WINDOW]
+        yield from read(dataset, parts, range(sum(part.num_groups for part in parts)))
 
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
@@ -95,7 +106,9 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
     return config.n_epochs, config.batch_size
 
 
-def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
+def _epoch(
+    data: Data, seed: int, epoch: int, places: int, first: int, read: Read
+) -> Iterator[tuple[int, EncodedGroup | None]]:
     """Yields the groups (prompts with their completions) of an epoch in order, as pairs (place, group). A place is a
     position in the epoch, which has `places` of them. Groups at places before `first` are left out.
 
@@ -114,7 +127,7 @@ def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterat
         random.Random(f"{seed} {epoch} {before}").shuffle(numbers)
         window_places = [(before * count + n * (after - before)) * places // (all_rows * count) for n in range(count)]
         skipped = sum(place < first for place in window_places)
-        yield from zip(window_places[skipped:], read_numbered(data, parts, numbers[skipped:]), strict=True)
+        yield from zip(window_places[skipped:], read(data, parts, numbers[skipped:]), strict=True)
         yield after * places // all_rows, None
 
 

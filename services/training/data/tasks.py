@@ -46,7 +46,7 @@ def in_tasks(
     context.raise_original_map_exception = True  # a caller may have to tell a full disk from other errors
     # Real cores count, not Ray's logical CPUs: each process loads a tokenizer or model, and further ones would wait.
     size = min(len(items), num_processes(ray.nodes(), os.cpu_count() or 1, beside=beside))
-    options = _beside_training() if beside else {"num_gpus": num_gpus or None}
+    options = beside_training() if beside else {"num_gpus": num_gpus or None}
     kind = type(items[0])
 
     def work_on(row: dict[str, str]) -> dict[str, str]:
@@ -79,11 +79,11 @@ def _in_one_core(work: Callable[[Item], Result], item: Item) -> Result:
     return work(item)
 
 
-def _beside_training() -> dict[str, Any]:
-    """Returns the options for Ray tasks that run at the same time as training workers.
+def beside_training() -> dict[str, Any]:
+    """Returns the options for Ray tasks and actors that run at the same time as training workers.
 
-    The tasks reserve none of Ray's CPUs, because workers may hold the last CPU and wait for the tasks. If possible, the
-    tasks avoid nodes that give Ray no CPU; the head node often gives none.
+    They reserve none of Ray's CPUs, because workers may hold the last CPU and wait for them. If possible, they avoid
+    nodes that give Ray no CPU; the head node often gives none.
     """
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if not nodes:

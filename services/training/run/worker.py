@@ -1,12 +1,14 @@
 """Runs one training worker: runs the training loop of `dpo_core`, reports each step, and copies checkpoints to
 storage."""
 
+import logging
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ from services.contract import (
     Succeeded,
 )
 from services.training import policies
-from services.training.data.dataset import Data, Dataset, read_groups
-from services.training.data.row_order import batched, global_batches, num_places, num_steps
+from services.training.data.dataset import Data, Dataset
+from services.training.data.row_order import Read, batched, global_batches, num_places, num_steps, read_in_order
+from services.training.data.row_reader import Rows
 from services.training.data.row_stream import Stream
 from services.training.reports.logs import keep_logs
 from services.training.reports.reporting import JobFailed
@@ -44,36 +47,41 @@ from services.training.run import stored_checkpoints
 from services.training.run.commands import pause_requests
 from services.training.run.unavailable_storage import retry_while_unavailable
 
+logger = logging.getLogger(__name__)
+
 LN2_TOLERANCE = 1e-3
 GROUPS_PER_EVALUATION = 256  # groups that are read at a time, and divided among all workers
 
 
 def work(
-    spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
+    spec: AttemptSpec, data: Data, reader: Any, reporter: Any, validation: Dataset | Stream | None = None
 ) -> Succeeded | Failed | Paused:
     """Runs one training worker until the last step, until a failure that only the user can fix, or until a pause.
     Returns the last report of the attempt (one run of the job).
 
     On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
-    checkpoint. The config of `spec` must have no undecided options. `reporter` is the handle of the attempt's Reporter;
+    checkpoint. The config of `spec` must have no undecided options. `reader` is the handle of the attempt's
+    RowReader, which reads the data for all workers. `reporter` is the handle of the attempt's Reporter;
     only rank 0 (the first worker) sends reports to it. Every checkpoint is evaluated on the groups in `validation`;
     None means no evaluations.
     """
     try:
         with policies.unusable_models_fail_the_job():
-            return _work(spec, data, reporter, validation)
+            return _work(spec, data, reader, reporter, validation)
     except JobFailed as failure:
         return failure.report
 
 
 def _work(
-    spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None
+    spec: AttemptSpec, data: Data, reader: Any, reporter: Any, validation: Dataset | Stream | None
 ) -> Succeeded | Failed | Paused:
     keep_logs(spec.run_uri, spec.attempt, f"worker-{dist.get_rank()}")
     device = ray.train.torch.get_device()
     torch.set_num_threads(_num_threads())
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    report = reporter.report.remote if dist.get_rank() == 0 else logger.info
+    rows = Rows(reader, partial(retry_while_unavailable, what="reading the data", report=report))
     num_groups = num_places(data, spec.config.seed)
     total_steps = num_steps(num_groups, spec.config)
     with _scratch(spec) as scratch, pause_requests(reporter) as should_pause:
@@ -90,13 +98,14 @@ def _work(
             spec.config,
             policies.load_policy(spec, device),
             load_tokenizer(storage.fetch(spec.model_source)),
-            lambda after_step: global_batches(data, spec.config, after_step=after_step),
+            lambda after_step: global_batches(data, spec.config, after_step=after_step, read=rows.outlines),
             total_steps=total_steps,
             checkpoint_dir=scratch / "checkpoints",
             resume=resume,
             publish=lambda step, folder: _publish(step, folder, spec, reporter),
-            validation=held_out(validation),
+            validation=held_out(validation, rows.outlines),
             stop=should_pause,
+            load_ids=rows.load,
         )
         failed = None
         for result in results:
@@ -149,9 +158,12 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
     return found
 
 
-def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
+def held_out(
+    validation: Dataset | Stream | None, read: Read
+) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
     """Returns a function that reads the validation data in batches, for the training loop. Returns None instead of a
-    function if the job has no validation data.
+    function if the job has no validation data. `read` reads the groups (prompts with their completions), or only their
+    outlines.
 
     If the data are a Stream (still being encoded), a call of the function first waits until the groups held out for
     validation are known. The call returns None if no groups are held out.
@@ -159,11 +171,11 @@ def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[
     if validation is None:
         return None
 
-    def read() -> Iterator[list[EncodedGroup]] | None:
+    def read_batches() -> Iterator[list[EncodedGroup]] | None:
         dataset = validation.held_out() if isinstance(validation, Stream) else validation
-        return batched(read_groups(dataset), GROUPS_PER_EVALUATION) if dataset else None
+        return batched(read_in_order(dataset, read), GROUPS_PER_EVALUATION) if dataset else None
 
-    return read
+    return read_batches
 
 
 def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:

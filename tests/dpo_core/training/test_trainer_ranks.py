@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch.multiprocessing import start_processes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from dpo_core.config import Lora, Optim, Quantization, TrainConfig
-from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.encoding.encode import EncodedGroup, Outline
+from dpo_core.models.adapter_folder import EFFECT
 from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.models.parts import is_unread
 from dpo_core.models.quantization import scales_of
 from dpo_core.options import Dpo, Mpo
-from dpo_core.policy.adapter_effect import measure_effect, read_effect
+from dpo_core.policy.adapter_effect import NUM_ROWS, measure_effect, read_effect
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import DamagedCheckpoint, load, read_manifest, verify
 from dpo_core.training.optim import make_optimizer
@@ -80,6 +81,14 @@ CASES = {
     "four shards": Case(4, replace(CONFIG, sharding="full")),
     "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
 }
+OUTLINED = [
+    "copies",
+    "copies, a loss over the whole batch",
+    "copies of an adapter",
+    "shards",
+    "shards of a mixture",
+    "parts with an adapter in bfloat16",
+]
 STOPPED = ["copies", "shards", "parts"]
 IN_HALVES = [name for name, case in CASES.items() if case.dtype == torch.bfloat16]
 SHARDED = [name for name, case in CASES.items() if case.config.sharding != "auto" and case.dtype == torch.float32]
@@ -89,6 +98,14 @@ def read_pairs(folder: Path) -> list[EncodedGroup]:
     return [EncodedGroup(**fields) for fields in json.loads((folder / "pairs.json").read_text())]
 
 
+def outline_of(group: EncodedGroup, place: int) -> Outline:
+    lengths = {
+        "prompt_ids": range(len(group.prompt_ids)),
+        "completion_ids": tuple(map(range, map(len, group.completion_ids))),
+    }
+    return Outline(**vars(group) | lengths, place=place)
+
+
 def train_in(
     home: Path,
     folder: Path,
@@ -96,9 +113,20 @@ def train_in(
     *,
     resume: Path | None = None,
     stop: Callable[[], bool] | None = None,
+    outlined: bool = False,
 ) -> None:
-    """Trains the model in `home`, and writes metrics and weights to `folder`, and sharded checkpoints to its parent."""
+    """Trains the model in `home`, and writes metrics and weights to `folder`, and sharded checkpoints to its parent.
+
+    With `outlined`, the batches have no token ids. The numbers of the pairs whose ids are loaded are also written."""
     pairs = read_pairs(home)
+    with_ids, loaded = list(pairs), list[int]()
+
+    def load(outlines: Sequence[Outline]) -> list[EncodedGroup]:
+        loaded.extend(outline.place for outline in outlines)
+        return [with_ids[outline.place] for outline in outlines]
+
+    if outlined:
+        pairs = [outline_of(pair, place) for place, pair in enumerate(pairs)]
     policy = load_policy(
         home / case.model,
         adapter=case.adapter,
@@ -114,13 +142,14 @@ def train_in(
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
         total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
-        validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]], stop=stop,
+        validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]], stop=stop, load_ids=load if outlined else None,
     )  # fmt: skip
     results = [(r.step, r.num_tokens, r.metrics) for r in steps]
     allowed = {case.dtype} | ({torch.uint8} if case.quantization else set())
     assert {parameter.dtype for parameter in policy.parameters() if not parameter.requires_grad} <= allowed
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / "loaded.json").write_text(json.dumps(loaded))
     whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in policy.named_parameters()}
     save_file({name: tensor.float() for name, tensor in whole.items()}, folder / "weights.safetensors")
 
@@ -191,6 +220,8 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
     else:
         resumed = home / "parts, resumed" / f"rank{rank}"
         train_in(home, resumed, CASES["parts"], resume=home / "shards" / "step-000002")
+        for name in OUTLINED:
+            train_in(home, home / f"{name}, outlined" / f"rank{rank}", CASES[name], outlined=True)
         for name in STOPPED:
             stop_in(home, name, rank)
         for name in IN_HALVES:  # where nothing is left to do
@@ -318,6 +349,27 @@ def test_four_ranks_resume_a_run_of_two(home):
         load_file(home / name / "weights.safetensors") for name in ("resumed by four/rank0", "shards/rank0")
     )
     torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OUTLINED)
+def test_ranks_that_load_only_what_they_compute_train_as_if_they_had_all(name, home):
+    loaded = []
+    for rank in ("rank0", "rank1"):
+        outlined, straight = home / f"{name}, outlined" / rank, home / name / rank
+        assert results(outlined) == results(straight)
+        weights = [load_file(folder / "weights.safetensors") for folder in (outlined, straight)]
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
+        loaded.append(json.loads((outlined / "loaded.json").read_text()))
+    num_pairs = len(read_pairs(home))
+    steps = num_pairs + 1 + 3 + 2 * num_pairs  # three steps, and two evaluations
+    for_empty_packs = 6 if CASES[name].config.sharding == "full" else 0  # at most; a sharded rank runs another's group
+    for_effects = 2 * 2 * NUM_ROWS if CASES[name].adapter else 0  # at most; both ranks measure two checkpoints
+    assert all(loaded)
+    assert steps <= sum(map(len, loaded)) <= steps + for_empty_packs + for_effects
+    effects = [sorted((home / folder).rglob(EFFECT)) for folder in (f"{name}, outlined", name)]
+    assert bool(effects[0]) == bool(CASES[name].adapter)
+    by_step = [{path.parent.parent.name: path.read_bytes() for path in paths} for paths in effects]
+    assert by_step[0] == by_step[1]
 
 
 @pytest.mark.parametrize("name", STOPPED)

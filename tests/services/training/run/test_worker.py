@@ -18,6 +18,7 @@ from dpo_core.training.trainer import StepResult, train
 from dpo_core.training.weights import Weights
 from services import storage
 from services.contract import AttemptSpec, Message, Report
+from services.training.data.dataset import read_numbered
 from services.training.data.encoding import encode, encode_piece, recipe_of
 from services.training.data.row_order import global_batches, num_steps
 from services.training.run.worker import (
@@ -175,7 +176,7 @@ def test_demonstrations_are_trained_as_they_were_encoded_and_evaluated_alike(
         lambda after_step: global_batches(data, config, after_step=after_step),
         total_steps=num_steps(data.num_groups, config),
         checkpoint_dir=tmp_path,
-        validation=held_out(data),
+        validation=held_out(data, read_numbered),
     )
     metrics = [result.metrics for result in results]
     losses = [step["loss"] for step in metrics]
@@ -187,4 +188,4 @@ def test_demonstrations_are_trained_as_they_were_encoded_and_evaluated_alike(
 
 
 def test_without_held_out_groups_nothing_is_evaluated() -> None:
-    assert held_out(None) is None
+    assert held_out(None, read_numbered) is None

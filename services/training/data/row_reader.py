@@ -1,0 +1,176 @@
+"""Lets each worker of a job read the token ids of only those groups that it trains on. A group is a prompt with its
+completions.
+
+An actor, the RowReader, reads each part (a Parquet file of groups) once for all workers. A worker first gets the
+outlines of all groups, which have everything but the token ids. From the outlines all workers plan alike who computes
+which group. Then each worker asks the actor for the ids of its own groups.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain, islice, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.exceptions import ObjectLostError
+
+from dpo_core.encoding.encode import EncodedGroup, Outline
+from services.training.data.dataset import READ_AT_ONCE, Data, Files, Lists, Part, fields_of, files_of, read_table
+from services.training.data.tasks import beside_training
+
+CODEC, ID = "zstd", np.dtype(np.int32)
+MOST_PARTS = 24  # parts in the actor's memory: those of two windows, and some of held-out groups
+
+
+class Place(NamedTuple):
+    """Says where a group (a prompt with its completions) is: the files of its part, and its row in them."""
+
+    files: Files
+    row: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Reads prepared data for one worker, with the help of the job's actor `reader`. `wait_for` calls a function that
+    asks the actor, and may call it again if storage does not answer."""
+
+    reader: Any  # handle of the actor RowReader
+    wait_for: Callable[[Callable[[], Any]], Any] = lambda ask: ask()
+
+    def outlines(self, data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[Outline]:
+        """Yields the outlines (groups without their token ids) that have the given numbers. The groups of all `parts`
+        together are numbered in order, from 0."""
+        files = [files_of(data, part) for part in parts if part.num_groups]
+        tables = list(map(_table_of, self.wait_for(partial(self._ask_outlines, files)) if files else ()))
+        places = [Place(part, row) for part, table in zip(files, tables, strict=True) for row in range(len(table))]
+        if tables:
+            yield from _outlines(pa.concat_tables(tables, promote_options="default"), places, numbers)
+
+    def load(self, outlines: Sequence[Outline]) -> list[EncodedGroup]:
+        """Returns the groups (prompts with their completions) of the outlines, with their token ids."""
+        by_part: dict[Files, list[int]] = {}  # numbers of outlines
+        for number, outline in enumerate(outlines):
+            by_part.setdefault(outline.place.files, []).append(number)
+        rows = [(files, [outlines[number].place.row for number in numbers]) for files, numbers in by_part.items()]
+        in_order = list(chain.from_iterable(by_part.values()))
+        groups = _filled([outlines[number] for number in in_order], self.wait_for(partial(self._ask_ids, rows)))
+        by_number = dict(zip(in_order, groups, strict=True))
+        return [by_number[number] for number in range(len(outlines))]
+
+    def _ask_outlines(self, files: Sequence[Files]) -> list[bytes]:
+        while True:
+            refs: list[Any] = ray.get(self.reader.outlines.remote(files))
+            try:
+                outlines: list[bytes] = ray.get(refs)
+            except ObjectLostError:
+                continue  # the actor died between the two calls, and its objects with it; Ray starts it again
+            return outlines
+
+    def _ask_ids(self, rows: Sequence[tuple[Files, Sequence[int]]]) -> bytes:
+        ids: bytes = ray.get(self.reader.ids.remote(rows))
+        return ids
+
+
+def start_reader() -> Any:
+    """Starts the actor RowReader, and returns its handle. If the actor's process or node dies, Ray starts it again,
+    maybe on another node, and repeats the calls that were not answered. The actor ends with the calling process."""
+    return ray.remote(RowReader).options(**beside_training(), max_restarts=-1, max_task_retries=-1).remote()
+
+
+class RowReader:
+    """A Ray actor that reads parts (files of groups) for all workers of a job. It keeps nothing but the parts that were
+    asked for last, so Ray can start it again anywhere."""
+
+    def __init__(self) -> None:
+        self._parts = OrderedDict[Files, asyncio.Future[_ReadPart]]()
+        self._threads = ThreadPoolExecutor(READ_AT_ONCE)
+
+    async def outlines(self, files: Sequence[Files]) -> list[Any]:
+        """Returns a reference for each part (a file of groups) to a table of its groups without their token ids. The
+        tables are bytes, which are put into Ray's object store once for all workers."""
+        return [part.outlines for part in await asyncio.gather(*map(self._part, files))]
+
+    async def ids(self, rows: Sequence[tuple[Files, Sequence[int]]]) -> bytes:
+        """Returns the token ids of the given row numbers of each part (a file of groups), one row after the other, each
+        with its prompt first. They are 32-bit numbers, compressed."""
+        parts = await asyncio.gather(*(self._part(files) for files, _ in rows))
+        ids = [part.ids(numbers) for part, (_, numbers) in zip(parts, rows, strict=True)]
+        return bytes(pa.compress(np.concatenate([*chain(*ids)]), CODEC, asbytes=True))
+
+    async def _part(self, files: Files) -> "_ReadPart":
+        if files not in self._parts:
+            self._parts[files] = asyncio.get_running_loop().run_in_executor(self._threads, _ReadPart, files)
+        self._parts.move_to_end(files)
+        reading = self._parts[files]
+        while len(self._parts) > MOST_PARTS:
+            self._parts.popitem(last=False)
+        try:
+            return await asyncio.shield(reading)
+        except Exception:
+            if self._parts.get(files) is reading:
+                del self._parts[files]  # the next call reads again
+            raise
+
+
+class _ReadPart:
+    """A part (a file of groups) in the actor's memory."""
+
+    def __init__(self, files: Files) -> None:
+        table = read_table(files)
+        self._prompts, self._completions = Lists(table["prompt_ids"]), Lists(table["completion_ids"])
+        self._ids = Lists(self._completions.values)
+        self.outlines = ray.put(_outline_table(table))
+
+    def ids(self, numbers: Iterable[int]) -> Iterator[Any]:
+        """Yields two arrays of token ids for each row in `numbers`: those of its prompt, and those of its
+        completions."""
+        for number in numbers:
+            yield self._prompts.slice(number, number + 1)
+            yield self._ids.slice(*self._completions.bounds(number))
+
+
+def _outline_table(table: Any) -> bytes:
+    """Returns a table of groups (prompts with their completions) without their token ids, as compressed bytes: the
+    numbers of their tokens, and all other columns that have a value."""
+    completions = table["completion_ids"].combine_chunks()
+    lengths = pa.ListArray.from_arrays(completions.offsets, pc.list_value_length(completions.values))
+    columns = {"prompt_length": pc.list_value_length(table["prompt_ids"]), "completion_lengths": lengths}
+    rest = {name: table[name] for name in table.column_names if not name.endswith("_ids")}
+    outlines = pa.table(columns | {name: column for name, column in rest.items() if column.null_count < len(table)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, outlines.schema, options=pa.ipc.IpcWriteOptions(compression=CODEC)) as stream:
+        stream.write_table(outlines)
+    return bytes(sink.getvalue())
+
+
+def _table_of(outlines: bytes) -> Any:
+    return pa.ipc.open_stream(outlines).read_all()
+
+
+def _outlines(table: Any, places: Sequence[Place], numbers: Iterable[int]) -> Iterator[Outline]:
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    prompts, completions = columns.pop("prompt_length"), columns.pop("completion_lengths")
+    for number in numbers:
+        yield Outline(
+            prompt_ids=range(prompts[number]),
+            completion_ids=tuple(map(range, completions[number])),
+            place=places[number],
+            **fields_of(columns, number),
+        )
+
+
+def _filled(outlines: Sequence[Outline], compressed: bytes) -> Iterator[EncodedGroup]:
+    """Yields the groups of outlines (groups without their token ids). `compressed` has the ids, in the same order."""
+    num_ids = sum(outline.num_tokens for outline in outlines)
+    ids = np.frombuffer(pa.decompress(compressed, num_ids * ID.itemsize, CODEC), ID).tolist()
+    ends = accumulate(map(len, chain.from_iterable((o.prompt_ids, *o.completion_ids) for o in outlines)), initial=0)
+    pieces = (ids[start:stop] for start, stop in pairwise(ends))
+    for outline in outlines:
+        yield outline.with_ids(next(pieces), tuple(islice(pieces, len(outline.completion_ids))))
