@@ -27,6 +27,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Checkpoint, File, Lease, Model, Outbound, Upload
 from services.control_plane.files import files, uploads
 from services.control_plane.http import idempotency
+from services.control_plane.jobs.events import packing
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import usage
@@ -38,6 +39,7 @@ MOST = 100  # rows, or files in storage, that one sweep removes
 OUTBOX_KEPT = timedelta(days=30)
 GRACE_SECONDS = 86_400  # a file in storage that no database row names after this long will get no row
 EXIT_GRACE = timedelta(seconds=60)  # how long the Ray job of an ended attempt gets to exit
+UPGRADE_SECONDS = 600  # an upgrade ends the control planes of the release before within this time
 TRASH_SECONDS = 30 * 86_400  # files stay in the trash for this long, in case an older database is restored
 
 
@@ -53,10 +55,12 @@ class Sweeper:
             (60, self._stop_orphans),
             (600, self._forget),
             (60, self._remove_models),
+            (10, self._pack_steps),
             (3600, self._put_away),
             (3600, self._empty_trash),
             (3600, self._remove_parts),
         ]
+        self._began = time.monotonic()
         self._swept = [float("-inf")] * len(self._sweeps)
         self._troubles = [Trouble(log, "Sweeper") for _ in self._sweeps]
 
@@ -101,6 +105,11 @@ class Sweeper:
             await usage.forget_writers(session)
             side_jobs_left = await side_jobs.forget_old(session, MOST)
         await _remove(side_jobs_left)
+
+    async def _pack_steps(self) -> None:
+        """Packs the metrics of past training steps into blocks, not while a release that cannot read them may run."""
+        if time.monotonic() - self._began > UPGRADE_SECONDS:
+            await packing.pack(self._store, MOST)
 
     async def _put_away(self) -> None:
         """Moves files that no database row names from the storage folder `files` to the folder `trash`.

@@ -9,6 +9,7 @@ from playwright.sync_api import Page, expect
 from tests.page.browsing import look_at, open_job, sign_in, submit, wait_until_ended
 from tests.page.conftest import Service
 from tests.services.control_plane.conftest import API_KEY
+from tests.services.control_plane.steps import counted, insert_steps, pack_all
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +94,24 @@ def test_a_range_of_steps_stands_in_the_address(page: Page, service: Service, ap
     expect(loss).to_have_attribute("aria-label", re.compile("20 points, steps 11 to 30$"))
     page.get_by_role("button", name="All steps").click()
     expect(loss).to_have_attribute("aria-label", re.compile("80 points, steps 1 to 80$"))
+
+
+def test_a_long_job_is_drawn_in_buckets_and_a_part_of_it_step_by_step(
+    page: Page, service: Service, api: httpx.Client, file_id: str, database_url: str
+) -> None:
+    job_id = submit(api, file_id, suffix="long")
+    api.post(f"/fine_tuning/jobs/{job_id}/cancel")
+    wait_until_ended(api, job_id)
+    insert_steps(database_url, job_id, range(1, 60_001))
+    pack_all(database_url)
+    assert counted(database_url, job_id) == (0, 60)
+    sign_in(page)
+    open_job(page, service.url, job_id)
+    loss = page.get_by_role("figure", name="Loss")
+    expect(loss).to_have_attribute("aria-label", re.compile("600 points, steps 100 to 60,000$"))
+    expect(page.get_by_text("Each point is the mean of 100 steps")).to_be_visible()
+    open_job(page, service.url, job_id, "?from=30001&to=30080")
+    expect(loss).to_have_attribute("aria-label", re.compile("80 points, steps 30,001 to 30,080$"))
 
 
 def test_a_job_is_paused_resumed_and_cancelled_by_keyboard(

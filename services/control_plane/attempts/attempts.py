@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, assert_never
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -37,6 +37,7 @@ from services.control_plane.core.errors import ApiError, Fenced, InvalidRequest
 from services.control_plane.core.store import refuses_value
 from services.control_plane.core.tables import Attempt, Checkpoint, Event, Job
 from services.control_plane.jobs import checkpoints, jobs
+from services.control_plane.jobs.events.events import is_packed, step_event_id, step_message
 from services.control_plane.models import models
 from services.control_plane.models.deployments import deployments
 from services.control_plane.models.models import NamedModel
@@ -257,7 +258,8 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await _tell_reported(session, attempt, event, _started(report))
         case StepMetrics():
             await _set_progress(session, attempt, "training", report.step, report.total_steps, event.created_at)
-            await _tell_reported(session, attempt, event, _step(report), data=_step_data(report), step=report.step)
+            data = _step_data(report)
+            await _tell_reported(session, attempt, event, step_message(data), data=data, step=report.step)
         case CheckpointSaved():
             await _add_checkpoint(session, attempt, event, report, settings)
         case Succeeded() | Failed() | Paused():
@@ -280,19 +282,22 @@ async def _tell_reported(
     data: dict[str, Any] | None = None,
     step: int | None = None,
 ) -> None:
-    row = insert(Event).values(
-        public_id=jobs.new_event_id(),
-        job_id=attempt.job_id,
-        attempt=attempt.number,
-        seq=event.seq,
-        created_at=datetime.fromtimestamp(event.created_at, UTC),
-        level=level,
-        type="message" if step is None else "metrics",
-        message=message,
-        data=data,
-        step=step,
-    )
-    await session.execute(row.on_conflict_do_nothing())  # a resumed attempt repeats steps after its checkpoint
+    values = {
+        "public_id": jobs.new_event_id() if step is None else step_event_id(attempt.job_id, step),
+        "job_id": attempt.job_id,
+        "attempt": attempt.number,
+        "seq": event.seq,
+        "created_at": datetime.fromtimestamp(event.created_at, UTC),
+        "level": level,
+        "type": "message" if step is None else "metrics",
+        "message": message,
+        "data": data,
+        "step": step,
+    }
+    row = select(*(literal(value, Event.__table__.c[name].type) for name, value in values.items()))
+    if step is not None:  # a resumed attempt repeats steps after its checkpoint
+        row = row.where(~is_packed(attempt.job_id, step))
+    await session.execute(insert(Event).from_select(list(values), row).on_conflict_do_nothing())
 
 
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
@@ -358,18 +363,6 @@ def _started(report: Started) -> str:
     resumed = f", resuming after step {report.resumed_from}" if report.resumed_from else ""
     what = f"{report.num_groups} examples, {report.total_steps} steps"
     return f"Fine-tuning job started: {what}, learning rate {report.config.optim.learning_rate:g}{resumed}"
-
-
-def _step(report: StepMetrics) -> str:
-    metrics = report.metrics
-    words = [f"training loss={metrics['loss']:.4f}"]
-    if "rewards/margins" in metrics:
-        words.append(f"margin={metrics['rewards/margins']:.4f}")
-    if "rewards/accuracies" in metrics:  # rows of a single answer have a margin, but no pair to be right about
-        words.append(f"accuracy={metrics['rewards/accuracies']:.3f}")
-    if "eval/loss" in metrics:
-        words.append(f"full validation loss={metrics['eval/loss']:.4f}")
-    return f"Step {report.step}/{report.total_steps}: {', '.join(words)}"
 
 
 def _step_data(report: StepMetrics) -> dict[str, Any]:

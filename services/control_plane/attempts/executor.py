@@ -4,7 +4,7 @@ An attempt is one run of a job on the Ray cluster. Carrying out a decision twice
 """
 
 import time
-from io import BytesIO
+from tempfile import TemporaryFile
 
 import anyio.to_thread
 import httpx
@@ -22,7 +22,7 @@ from services.control_plane.core.tables import Attempt, File, Job, reading_of
 from services.control_plane.files import files
 from services.control_plane.jobs import admission, jobs
 from services.control_plane.jobs.plans.plans import DOES_NOT_FIT, MISFIT_AFTER
-from services.control_plane.jobs.results import results_csv
+from services.control_plane.jobs.results import write_results
 from services.control_plane.models import models
 from services.control_plane.models.deployments import deployments
 from services.control_plane.ray_api import RayApi, Refused, Submission, rays_words
@@ -328,9 +328,11 @@ class Executor:
         trained on.
         """
         name = jobs.fine_tuned_name(job, self._settings)
-        async with self._store.begin() as session:
-            csv = results_csv(await jobs.metrics_of(session, job.id))
-        stored = await files.store_file(BytesIO(csv), self._settings)
+        with TemporaryFile() as file:
+            async with self._store.snapshot() as session:
+                await write_results(session, job.id, file)
+            file.seek(0)
+            stored = await files.store_file(file, self._settings)
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
             results = await files.add(

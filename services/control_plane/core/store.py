@@ -19,14 +19,11 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import (
     URL,
-    BigInteger,
     ColumnElement,
     Select,
-    Text,
     TextClause,
     and_,
     bindparam,
-    column,
     delete,
     event,
     func,
@@ -34,9 +31,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
-    true,
     tuple_,
-    values,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.engine import ExceptionContext, make_url
@@ -59,7 +54,6 @@ from services.control_plane.core.tables import (
     Base,
     Checkpoint,
     CheckpointPermission,
-    Event,
     Instance,
     Job,
     Lease,
@@ -222,6 +216,7 @@ class Store:
         event.listen(self._engine.sync_engine, "handle_error", _drop_a_standby)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._snapshots = self._engine.execution_options(isolation_level="REPEATABLE READ")
         # A tenth of the connections is kept for the service itself, so that requests of projects never stop its jobs.
         self._turns = Turns(connections - connections // 10, leaves_free=True)
         self._instance: str | None = None
@@ -264,6 +259,23 @@ class Store:
         async with (
             self._turns.turn(project_id),
             self._sessions(bind=self._looks, info={"project_id": project_id}) as session,
+        ):
+            yield session
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[AsyncSession]:
+        """Opens a session that reads the rows of all projects, and writes nothing. All its statements see the database
+        at the moment of the first one."""
+        async with self._sessions(bind=self._snapshots) as session:
+            yield session
+
+    @asynccontextmanager
+    async def snapshot_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
+        """Opens a session that reads the rows of one project, and writes nothing. All its statements see the database
+        at the moment of the first one."""
+        async with (
+            self._turns.turn(project_id),
+            self._sessions(bind=self._snapshots, info={"project_id": project_id}) as session,
         ):
             yield session
 
@@ -318,6 +330,9 @@ class ProjectStore:
 
     def look(self) -> AbstractAsyncContextManager[AsyncSession]:
         return self.store.look_for(self.project_id)
+
+    def snapshot(self) -> AbstractAsyncContextManager[AsyncSession]:
+        return self.store.snapshot_for(self.project_id)
 
 
 @event.listens_for(Session, "do_orm_execute")
@@ -479,17 +494,20 @@ async def page(
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
         if last is None:
-            raise InvalidRequest(
-                f"after is '{after}', but the list has no item with this id; "
-                "send the id of an item that you have listed.",
-                param="after",
-            )
+            raise unknown_cursor(after)
         bounds = tuple_(*(literal(getattr(last, key.key), key.type) for key in keys))
         beyond: ColumnElement[bool] = tuple_(*keys) < bounds if descending else tuple_(*keys) > bounds
         query = query.where(beyond)
     query = query.order_by(*(key.desc() if descending else key.asc() for key in keys))
     rows = list(await session.scalars(query.limit(limit + 1)))
     return rows[:limit], len(rows) > limit
+
+
+def unknown_cursor(after: str | int) -> InvalidRequest:
+    return InvalidRequest(
+        f"after is '{after}', but the list has no item with this id; send the id of an item that you have listed.",
+        param="after",
+    )
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
@@ -538,9 +556,6 @@ async def history(session: AsyncSession, job_id: str) -> History:
     return History(row[0], row[1], float(row[2] or 0))
 
 
-EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)
-
-
 @dataclass(frozen=True)
 class Census:
     """Numbers over all projects for Prometheus: jobs in each state, webhook messages that wait to be sent, the age of
@@ -563,29 +578,6 @@ async def census(session: AsyncSession) -> Census:
     waiting, oldest = (await session.execute(select(func.count(), age).where(Outbound.due_at.is_not(None)))).one()
     jobs = dict.fromkeys(JOB_STATES, 0) | {row.observed: row.number for row in by_state}
     return Census(jobs, float("nan") if lease is None else float(lease), waiting, float(oldest or 0))
-
-
-async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
-    """Returns the newest `limit` events of each job in `after`, in the order of their ids.
-
-    `after` maps a job's id to the id of an event; only later events are returned.
-    """
-    asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
-    newest = (
-        select(*EVENT)
-        .where(Event.job_id == asked.c.job_id, Event.id > asked.c.after)
-        .order_by(Event.id.desc())
-        .limit(limit)
-        .lateral("newest")
-    )
-    query = select(newest).select_from(asked).join(newest, true()).order_by(newest.c.id)
-    return (await session.execute(query)).all()
-
-
-async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
-    """Returns the first `limit` events of the job after the event with the id `after`, in order."""
-    query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
-    return (await session.execute(query)).all()
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     ForeignKey,
     Identity,
     Index,
+    LargeBinary,
     Text,
     UniqueConstraint,
     cast,
@@ -24,7 +25,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import INT8MULTIRANGE, JSONB, Range
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
 from services.contract import Reading
@@ -248,6 +249,9 @@ class Job(Owned, Base):
     fine_tuned_model: Mapped[str | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     result_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    steps_packed: Mapped[bool] = mapped_column(
+        server_default="false"
+    )  # the job has ended, and all its steps are in blocks
     __table_args__ = (
         CheckConstraint("desired IN ('run', 'pause', 'cancel')"),
         CheckConstraint(f"observed IN {JOB_STATES}"),
@@ -256,6 +260,7 @@ class Job(Owned, Base):
         CheckConstraint("(observed = 'failed') = (error IS NOT NULL)"),
         Index("jobs_by_time", "project_id", "created_at", "id"),
         Index("jobs_live", "created_at", postgresql_where=text(f"observed NOT IN {TERMINAL}")),
+        Index("jobs_to_pack", "finished_at", postgresql_where=text("finished_at IS NOT NULL AND NOT steps_packed")),
     )
 
 
@@ -340,6 +345,25 @@ class Event(Base):
         UniqueConstraint("job_id", "step"),
         Index("events_by_job", "job_id", "id"),
     )
+
+
+class StepBlock(Base):
+    """A block: the metrics of up to 1,000 consecutive training steps of a job in a compact form, with all that their
+    events show. The rows of these events are no longer in the table `events`.
+
+    `jobs.events.blocks` writes and reads the two columns of bytes. Their format is a promise: blocks stay for years.
+    """
+
+    __tablename__ = "step_blocks"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)  # from 0; block 0 has the steps 1 to 1,000
+    first_event: Mapped[int] = mapped_column(BigInteger)  # least id of the events
+    last_event: Mapped[int] = mapped_column(BigInteger)  # greatest id of the events
+    steps: Mapped[list[Range[int]]] = mapped_column(INT8MULTIRANGE)
+    metrics: Mapped[list[str]]  # names of the metrics
+    rows: Mapped[bytes] = mapped_column(LargeBinary)  # a Parquet file: a row for each step
+    sums: Mapped[bytes] = mapped_column(LargeBinary)  # an Arrow stream: sums over each 100 steps
+    __table_args__ = (Index("step_blocks_by_event", "job_id", "last_event"),)
 
 
 class Checkpoint(Base):

@@ -11,8 +11,8 @@ from services import tracing
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.responses import listing
-from services.control_plane.core.store import page
-from services.control_plane.core.tables import Checkpoint, Event, Job
+from services.control_plane.core.store import page, unknown_cursor
+from services.control_plane.core.tables import Checkpoint, Job
 from services.control_plane.http.dependencies import (
     CallerPart,
     IdempotentPart,
@@ -24,6 +24,7 @@ from services.control_plane.http.dependencies import (
 from services.control_plane.http.idempotency import IdempotentRequest
 from services.control_plane.jobs import admission, checkpoints, jobs
 from services.control_plane.jobs.documents import CheckpointDocument, EventDocument, JobDocument, Status
+from services.control_plane.jobs.events import events as job_events
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.requests import CreateJob
@@ -128,10 +129,11 @@ async def events(
     """Lists a job's events, newest first. If `type` is given, lists only events of this type."""
     async with store.look() as session:
         await jobs.find(session, job_id)
-        query = select(Event).where(Event.job_id == job_id)
-        query = query if type is None else query.where(Event.type == type)
-        rows, more = await page(session, query, [Event.id], cursor=Event.public_id, after=after, limit=limit)
-    return listing([event_object(row) for row in rows], more)
+        before = None if after is None else await job_events.place_of(session, job_id, after)
+        if after is not None and before is None:
+            raise unknown_cursor(after)
+        rows = await job_events.page(session, job_id, before=before, type=type, limit=limit + 1)
+    return listing([event_object(row) for row in rows[:limit]], len(rows) > limit)
 
 
 @router.get("/{job_id}/checkpoints", responses=answers(Page[CheckpointDocument]))

@@ -313,22 +313,6 @@ async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
     return list(await session.scalars(query))
 
 
-async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
-    """Returns the number of the job's event with the public id `event_id`. A job's events are in the order of their
-    numbers.
-
-    Raises InvalidRequest if the job has no such event.
-    """
-    place = await session.scalar(select(Event.id).where(Event.public_id == event_id, Event.job_id == job_id))
-    if place is None:
-        raise InvalidRequest(
-            f"Last-Event-ID is '{event_id:.80}', but the job {job_id} has no such event; "
-            "leave the header out to read from the start.",
-            param="Last-Event-ID",
-        )
-    return place
-
-
 def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
@@ -395,11 +379,3 @@ def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """
     named = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
     return named | {key.removeprefix("full_"): value for key, value in named.items() if key.startswith("full_valid_")}
-
-
-async def metrics_of(session: AsyncSession, job_id: str) -> list[dict[str, Any]]:
-    """Returns the metrics that the job's training reported: one dictionary for each training step, in the order of the
-    steps.
-    """
-    query = select(Event.data).where(Event.job_id == job_id, Event.step.is_not(None)).order_by(Event.step)
-    return [data for data in await session.scalars(query) if data is not None]

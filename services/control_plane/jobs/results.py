@@ -1,9 +1,14 @@
 """Writes the result file of a job: a CSV of the metrics of its steps, with the columns of OpenAI's result files."""
 
 import csv
-import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from io import TextIOWrapper
+from typing import BinaryIO
+
+import anyio.to_thread
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.jobs.events.events import metric_names, metrics_of
 
 COLUMNS = {  # column of the CSV: key in the metrics of a step
     "step": "step",
@@ -18,15 +23,18 @@ COLUMNS = {  # column of the CSV: key in the metrics of a step
 }
 
 
-def results_csv(metrics: Sequence[Mapping[str, Any]]) -> bytes:
-    """Returns a CSV with a row for each training step: OpenAI's columns first, then all other metrics.
+async def write_results(session: AsyncSession, job_id: str, file: BinaryIO) -> None:
+    """Writes a CSV with a row for each training step of the job: OpenAI's columns first, then all other metrics.
 
-    `metrics` holds a dictionary for each step. Missing values are empty in the CSV.
+    Missing values are empty in the CSV. Reads a limited number of steps at a time; all statements of the session must
+    see the same moment.
     """
-    others = sorted({key for row in metrics for key in row} - set(COLUMNS.values()) - {"total_steps"})
+    others = sorted(await metric_names(session, job_id) - set(COLUMNS.values()))
     columns = {**COLUMNS, **{key: key for key in others}}
-    text = io.StringIO()
+    text = TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([row.get(key, "") for key in columns.values()] for row in metrics)
-    return text.getvalue().encode()
+    async for steps in metrics_of(session, job_id):
+        rows = ([step.get(key, "") for key in columns.values()] for step in steps)
+        await anyio.to_thread.run_sync(partial(writer.writerows, rows))
+    text.detach()

@@ -10,9 +10,11 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from services.control_plane.core.documents import answers
+from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.http.dependencies import SettingsPart, StorePart
 from services.control_plane.jobs import jobs
 from services.control_plane.jobs.documents import LogDocument, MetricsDocument
+from services.control_plane.jobs.events.events import place_of
 from services.control_plane.progress import logs
 from services.control_plane.progress.metrics import Range, series
 from services.control_plane.progress.streams import KEEPALIVE, Streams
@@ -60,13 +62,19 @@ async def stream(
     """
     async with store.look() as session:
         await jobs.find(session, job_id)
-        place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0
+        place = await place_of(session, job_id, last_event_id) if last_event_id else 0
+    if place is None:
+        raise InvalidRequest(
+            f"Last-Event-ID is '{last_event_id:.80}', but the job {job_id} has no such event; "
+            "leave the header out to read from the start.",
+            param="Last-Event-ID",
+        )
     return EventStream(streams.follow(job_id, place))
 
 
 @router.get("/{job_id}/metrics", responses=answers(MetricsDocument))
 async def metrics(store: StorePart, job_id: str, asked: Annotated[Range, Query()]) -> dict[str, Any]:
-    async with store.look() as session:
+    async with store.snapshot() as session:
         await jobs.find(session, job_id)
         return {"object": "fine_tuning.job.metrics", "job_id": job_id, **await series(session, job_id, asked)}
 

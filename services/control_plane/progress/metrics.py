@@ -1,18 +1,34 @@
 """Returns the metrics of a job's training as lists of values, one value for each bucket (a range of training steps).
-The database summarizes the steps of a bucket.
+
+The database adds up the steps that are rows of the table `events`. Older steps are in blocks, which this module reads.
 """
 
 from typing import Annotated, Any
 
+import anyio.to_thread
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import ARRAY, Double, func, select, true
+from sqlalchemy import ARRAY, ColumnElement, Double, case, func, literal, select, true
+from sqlalchemy.dialects.postgresql import Range as SqlRange
 from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.dialects.postgresql.ranges import MultiRange
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import InvalidRequest
-from services.control_plane.core.tables import Event
+from services.control_plane.core.tables import Event, StepBlock
+from services.control_plane.jobs.events.blocks import (
+    SUM_STEPS,
+    SUMS,
+    added_up,
+    from_bytes,
+    number_of,
+    sums_from_bytes,
+    values_of,
+)
 
 MOST_POINTS = 10_000  # the most buckets of steps that a request may ask for
+MOST_READ = 50_000  # the most steps whose values are read one by one
 STATISTICS = ("mean", "min", "max", "last")
 
 Step = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -36,7 +52,9 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
     `asked` is divided into buckets of equal size.
 
     Each metric has four columns: its mean, least, greatest and last value in each bucket. A value is None if no step of
-    the bucket has the metric. Raises InvalidRequest if the range ends before it begins.
+    the bucket has the metric. Of more than MOST_READ steps, only sums over 100 steps are read, so that buckets begin at
+    step 1, 101, 201 and so on. All statements of the session must see the same moment. Raises InvalidRequest if the
+    range ends before it begins.
     """
     if asked.last is not None and asked.last < asked.first:
         raise InvalidRequest(
@@ -44,42 +62,84 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
             "whose end is not before its start.",
             param="to",
         )
-    within = Event.step.between(asked.first, asked.last if asked.last is not None else 2**31 - 1)
-    known = select(func.min(Event.step), func.max(Event.step)).where(Event.job_id == job_id, within)
-    first, last = (await session.execute(known)).one()
-    if first is None or last is None:
+    known = await _known(session, job_id, asked.first, asked.last or 2**31 - 1)
+    if known is None:
         return {"bucket_steps": 1, "steps": [], "metrics": {}}
-    width = -(-(last - first + 1) // asked.resolution)
-    rows = (await session.execute(_buckets(job_id, first, last, width))).all()
-    places = {bucket: place for place, bucket in enumerate(sorted({row.bucket for row in rows}))}
+    first, last = known
+    adds = last - first >= MOST_READ
+    start = first - (first - 1) % SUM_STEPS if adds else first
+    width = -(-(last - start + 1) // asked.resolution)
+    width = -(-width // SUM_STEPS) * SUM_STEPS if adds else width
+    rows = [row._asdict() for row in await session.execute(_buckets(job_id, first, last, start, width))]
+    packed = await _packed(session, job_id, first, last, adds=adds)
+    found = await anyio.to_thread.run_sync(_added_up, rows, packed, first, last, start, width)
+    places = {bucket: place for place, bucket in enumerate(sorted({(row["step"] - start) // width for row in found}))}
     steps = [0] * len(places)
     metrics: dict[str, dict[str, list[float | None]]] = {}
-    for row in rows:
-        place = places[row.bucket]
-        steps[place] = max(steps[place], row.step)
-        columns = metrics.setdefault(row.key, {name: [None] * len(places) for name in STATISTICS})
+    for row in found:
+        place = places[(row["step"] - start) // width]
+        steps[place] = max(steps[place], row["step"])
+        columns = metrics.setdefault(row["metric"], {name: [None] * len(places) for name in STATISTICS})
         for name in STATISTICS:
-            columns[name][place] = getattr(row, name)
+            columns[name][place] = row["sum"] / row["count"] if name == "mean" else row[name]
     return {"bucket_steps": width, "steps": steps, "metrics": dict(sorted(metrics.items()))}
 
 
-def _buckets(job_id: str, first: int, last: int, width: int) -> Any:
-    """Returns the SQL query for the mean, least, greatest and last value of each metric of a job in each bucket of
-    steps.
+async def _known(session: AsyncSession, job_id: str, first: int, last: int) -> tuple[int, int] | None:
+    """Returns the first and the last step of the job that is known, of those from `first` to `last`. Returns None if no
+    step is."""
+    in_rows = select(func.min(Event.step), func.max(Event.step)).where(Event.job_id == job_id)
+    within = StepBlock.steps * MultiRange([SqlRange(first, last + 1)])
+    in_blocks = select(func.min(func.lower(within)), func.max(func.upper(within)) - 1)
+    in_blocks = in_blocks.where(*_overlapping(job_id, first, last), ~func.isempty(within))
+    found = [
+        *(await session.execute(in_rows.where(Event.step.between(first, last)))).one(),
+        *(await session.execute(in_blocks)).one(),
+    ]
+    steps = [step for step in found if step is not None]
+    return (min(steps), max(steps)) if steps else None
 
-    The steps from `first` to `last` are divided into buckets of `width` steps. The query gives one row for each bucket
-    and metric.
+
+def _overlapping(job_id: str, first: int, last: int) -> tuple[ColumnElement[bool], ...]:
+    return StepBlock.job_id == job_id, StepBlock.number.between(number_of(first), number_of(last))
+
+
+def _buckets(job_id: str, first: int, last: int, start: int, width: int) -> Any:
+    """Returns the SQL query for the sums (see SUMS) of each metric of a job in each bucket of steps that are rows.
+
+    Bucket n has the steps from `start` + n * `width`. The query gives one row for each bucket and metric.
     """
     numbers = func.jsonb_each(Event.data).table_valued("key", "value").lateral("numbers")
     value = numbers.c.value.cast(Double)
-    bucket = ((Event.step - first) // width).label("bucket")
+    bucket = ((Event.step - start) // width).label("bucket")
     newest = func.array_agg(aggregate_order_by(value, Event.step.desc()), type_=ARRAY(Double))
-    statistics = (func.avg(value).label("mean"), func.min(value).label("min"), func.max(value).label("max"))
+    extremes = (func.min(value).label("min"), func.max(value).label("max"))
     return (
-        select(bucket, numbers.c.key, func.max(Event.step).label("step"), *statistics, newest[1].label("last"))
+        select(numbers.c.key.label("metric"), func.max(Event.step).label("step"), func.count().label("count"))
+        .add_columns(func.sum(value).label("sum"), *extremes, newest[1].label("last"))
         .select_from(Event)
         .join(numbers, true())
         .where(Event.job_id == job_id, Event.step.between(first, last))
         .where(func.jsonb_typeof(numbers.c.value) == "number", numbers.c.key.not_in(("step", "total_steps")))
         .group_by(bucket, numbers.c.key)
     )
+
+
+async def _packed(session: AsyncSession, job_id: str, first: int, last: int, *, adds: bool) -> list[tuple[bool, bytes]]:
+    """Returns the bytes of the job's blocks with steps from `first` to `last`. Each comes with whether the bytes are
+    the block's sums, as they are if `adds` and the block is whole in the range, or its rows."""
+    whole = (func.lower(StepBlock.steps) >= first) & (func.upper(StepBlock.steps) <= last + 1) & literal(adds)
+    data = case((whole, StepBlock.sums), else_=StepBlock.rows)
+    query = select(whole.label("whole"), data).where(*_overlapping(job_id, first, last)).order_by(StepBlock.number)
+    return [(are_sums, data) for are_sums, data in await session.execute(query)]
+
+
+def _added_up(
+    rows: list[dict[str, Any]], packed: list[tuple[bool, bytes]], first: int, last: int, start: int, width: int
+) -> list[dict[str, Any]]:
+    """Returns the sums (see SUMS) of each metric in each bucket, of the sums `rows` and of the blocks `packed`."""
+    parts = [pa.Table.from_pylist(rows, schema=SUMS)]
+    within = (pc.field("step") >= first) & (pc.field("step") <= last)
+    for are_sums, data in packed:
+        parts.append(sums_from_bytes(data) if are_sums else values_of(from_bytes(data).filter(within)))
+    return list(added_up(pa.concat_tables(parts), start, width).to_pylist())

@@ -19,9 +19,10 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.core.log_setup import Trouble
-from services.control_plane.core.store import Store, newest_events, next_events
+from services.control_plane.core.store import Store
 from services.control_plane.core.tables import TERMINAL, Job
 from services.control_plane.core.telemetry import OPEN_STREAMS, STREAM_TABLE_READS
+from services.control_plane.jobs.events.events import newest_events, next_events
 from services.control_plane.jobs.responses import event_object, job_object
 from services.control_plane.settings import Settings
 

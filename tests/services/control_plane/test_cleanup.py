@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,6 +22,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import pairs, stored
+from tests.services.control_plane.steps import counted, insert_job, insert_steps
 from tests.services.s3 import S3
 
 
@@ -229,3 +231,16 @@ def test_webhooks_are_forgotten_a_month_after_they_were_brought(settings: Settin
         rows.execute(f"INSERT INTO outbox ({columns}) VALUES ({values})", [name, due_at, days])
     sweep(settings)
     assert rows.execute("SELECT event_id FROM outbox ORDER BY id").fetchall() == [("due",), ("new",)]
+
+
+def test_past_steps_are_packed_only_when_an_upgrade_must_be_over(
+    settings: Settings, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control planes of the release before, which run until then, cannot read what is packed."""
+    job_id = insert_job(settings.database_url, f"ftjob-{secrets.token_hex(12)}")
+    insert_steps(settings.database_url, job_id, range(1, 3001))
+    sweep(settings)
+    assert counted(settings.database_url, job_id) == (3000, 0)
+    monkeypatch.setattr(cleanup, "UPGRADE_SECONDS", -1)
+    sweep(settings)
+    assert counted(settings.database_url, job_id) == (2000, 1)

@@ -3,7 +3,8 @@
 import pytest
 
 from services.contract import StepMetrics
-from services.control_plane.attempts.attempts import _step
+from services.control_plane.attempts.attempts import _step_data
+from services.control_plane.jobs.events.events import step_message
 
 PAIRS = {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 1.0}
 
@@ -21,4 +22,5 @@ PAIRS = {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 1.0}
     ],
 )
 def test_a_step_is_told_by_the_metrics_that_its_objective_has(metrics: dict[str, float], words: str) -> None:
-    assert _step(StepMetrics(step=1, total_steps=3, metrics=metrics)) == f"Step 1/3: {words}"
+    data = _step_data(StepMetrics(step=1, total_steps=3, metrics=metrics))
+    assert step_message(data) == f"Step 1/3: {words}"

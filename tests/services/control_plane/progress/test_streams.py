@@ -13,9 +13,10 @@ import pytest
 
 from services.contract import JobEvent, Message
 from services.control_plane.attempts import attempts
-from services.control_plane.core.store import Store, newest_events
+from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Job
 from services.control_plane.jobs import responses
+from services.control_plane.jobs.events.events import newest_events
 from services.control_plane.progress import streams
 from services.control_plane.progress.streams import Streams
 from services.control_plane.settings import Settings

@@ -1,0 +1,1 @@
+"""The events of jobs: their history as users read it, and the compact blocks that keep the metrics of past steps."""

@@ -1,0 +1,193 @@
+"""Reads the events of jobs, and the metrics of their training steps.
+
+The newest events are rows of the table `events`. A metrics event, which tells the metrics of one training step, moves
+into a block (see `blocks`) some time after it was written; its text and its public id follow from its step and its
+metrics. The functions here read both. They read the rows first: an event that moves meanwhile is then seen twice, and
+left out once, but never missed.
+"""
+
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from sqlalchemy import BigInteger, ColumnElement, Text, cast, column, exists, func, select, true, values
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.tables import Event, StepBlock
+from services.control_plane.jobs.events import blocks
+
+EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)
+LAST = 2**63 - 1  # greater than the id of every event
+
+
+def step_event_id(job_id: str, step: int) -> str:
+    """Returns the public id of the event with the metrics of the job's training step."""
+    return f"{_beginning(job_id)}{step:08x}"
+
+
+def _beginning(job_id: str) -> str:
+    return f"ftevent-{hashlib.sha256(job_id.encode()).hexdigest()[:16]}"
+
+
+def step_message(data: Mapping[str, Any]) -> str:
+    """Returns the text of the event with the metrics `data` of a training step, which have OpenAI's names."""
+    words = [f"training loss={data['train_loss']:.4f}"] if "train_loss" in data else []
+    if "train_reward_margin" in data:
+        words.append(f"margin={data['train_reward_margin']:.4f}")
+    if "train_reward_accuracy" in data:  # rows of a single answer have a margin, but no pair to be right about
+        words.append(f"accuracy={data['train_reward_accuracy']:.3f}")
+    if "full_valid_loss" in data:
+        words.append(f"full validation loss={data['full_valid_loss']:.4f}")
+    return f"Step {data['step']}/{data['total_steps']}: {', '.join(words)}"
+
+
+def is_packed(job_id: str, step: int) -> ColumnElement[bool]:
+    """Returns the SQL condition that a block holds this step of the job."""
+    block = (StepBlock.job_id == job_id) & (StepBlock.number == blocks.number_of(step))
+    return exists().where(block, StepBlock.steps.contains(cast(step, BigInteger)))
+
+
+# --- events ----------------------------------------------------------------------------------
+
+
+async def place_of(session: AsyncSession, job_id: str, public_id: str) -> int | None:
+    """Returns the number of the job's event with this public id. The numbers give the order of a job's events.
+
+    Returns None if the job has no such event.
+    """
+    query = select(Event.id).where(Event.public_id == public_id, Event.job_id == job_id)
+    if (place := await session.scalar(query)) is not None:
+        return place
+    digits = public_id.removeprefix(_beginning(job_id))
+    try:
+        step = int(digits, 16)
+    except ValueError:
+        return None
+    if step_event_id(job_id, step) != public_id:
+        return None
+    of_step = (StepBlock.job_id == job_id) & (StepBlock.number == blocks.number_of(step))
+    data = await session.scalar(select(StepBlock.rows).where(of_step))
+    found = [] if data is None else _rows(data, pc.field("step") == step)["event_id"].to_pylist()
+    return found[0] if found else None
+
+
+def _rows(data: bytes, condition: pc.Expression) -> pa.Table:
+    return blocks.from_bytes(data).filter(condition)
+
+
+async def page(session: AsyncSession, job_id: str, *, before: int | None, type: str | None, limit: int) -> list[Any]:
+    """Returns the newest `limit` events of the job whose numbers are less than `before`, newest first. If `type` is
+    given, returns only events of this type."""
+    query = select(*EVENT).where(Event.job_id == job_id, Event.id < (before or LAST))
+    query = query if type is None else query.where(Event.type == type)
+    rows = (await session.execute(query.order_by(Event.id.desc()).limit(limit))).all()
+    if type == "message":
+        return list(rows)
+    return await _with_packed(session, job_id, rows, before=before or LAST, limit=limit, newest=True)
+
+
+async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
+    """Returns the first `limit` events of the job after the event with the id `after`, in order."""
+    query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
+    rows = (await session.execute(query)).all()
+    return await _with_packed(session, job_id, rows, after=after, limit=limit, newest=False)
+
+
+async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
+    """Returns the newest `limit` events of each job in `after`, in the order of their ids.
+
+    `after` maps a job's id to the id of an event; only later events are returned.
+    """
+    asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
+    newest = (
+        select(*EVENT)
+        .where(Event.job_id == asked.c.job_id, Event.id > asked.c.after)
+        .order_by(Event.id.desc())
+        .limit(limit)
+        .lateral("newest")
+    )
+    rows = (await session.execute(select(newest).select_from(asked).join(newest, true()))).all()
+    later = exists().where(StepBlock.job_id == asked.c.job_id, StepBlock.last_event > asked.c.after)
+    found = {job_id: [row for row in rows if row.job_id == job_id] for job_id in {row.job_id for row in rows}}
+    for job_id in await session.scalars(select(asked.c.job_id).where(later)):
+        known = found.get(job_id, [])
+        found[job_id] = await _with_packed(session, job_id, known, after=after[job_id], limit=limit, newest=True)
+    return sorted((event for events in found.values() for event in events), key=lambda event: event.id)
+
+
+async def _with_packed(
+    session: AsyncSession,
+    job_id: str,
+    rows: Iterable[Any],
+    *,
+    after: int = 0,
+    before: int = LAST,
+    limit: int,
+    newest: bool,
+) -> list[Any]:
+    """Returns the job's first `limit` events between `after` and `before`, of the rows and of the blocks. The order is
+    newest first if `newest`, and oldest first if not."""
+    found = {row.id: row for row in rows}
+    edge = StepBlock.last_event if newest else StepBlock.first_event
+    query = select(edge.label("edge"), StepBlock.rows).where(StepBlock.job_id == job_id)
+    query = query.where(StepBlock.last_event > after, StepBlock.first_event < before)
+    query = query.order_by(edge.desc() if newest else edge).limit(1)
+    block = (await session.execute(query)).first()
+    while block is not None:
+        if len(found) == limit and (block.edge < min(found) if newest else block.edge > max(found)):
+            break
+        place = pc.field("event_id")
+        packed = _rows(block.rows, (place > after) & (place < before))
+        packed = packed.sort_by([("event_id", "descending" if newest else "ascending")]).slice(0, limit)
+        found |= {event.id: event for event in _events(job_id, packed)}
+        found = {number: found[number] for number in sorted(found, reverse=newest)[:limit]}
+        beyond = edge < block.edge if newest else edge > block.edge
+        block = (await session.execute(query.where(beyond))).first()
+    return list(found.values())
+
+
+def _events(job_id: str, block: pa.Table) -> Iterable[Event]:
+    """Yields the metrics events of a block, as rows of the table `events`, which are not in the database any more."""
+    moments, numbers = block["created_at"].to_pylist(), block["event_id"].to_pylist()
+    for number, moment, data in zip(numbers, moments, blocks.steps_of(block), strict=True):
+        yield Event(
+            id=number,
+            job_id=job_id,
+            public_id=step_event_id(job_id, data["step"]),
+            created_at=datetime.fromtimestamp(moment, UTC),
+            level="info",
+            type="metrics",
+            message=step_message(data),
+            data=data,
+        )
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+async def metric_names(session: AsyncSession, job_id: str) -> set[str]:
+    """Returns the names of all metrics that the job's training reported."""
+    of_rows = select(func.jsonb_object_keys(Event.data)).where(Event.job_id == job_id, Event.step.is_not(None))
+    of_blocks = select(func.unnest(StepBlock.metrics)).where(StepBlock.job_id == job_id)
+    return set(await session.scalars(of_rows.union(of_blocks))) - blocks.FIXED.keys()
+
+
+async def metrics_of(session: AsyncSession, job_id: str) -> AsyncIterator[list[dict[str, Any]]]:
+    """Yields the metrics that the job's training reported, of at most BLOCK_STEPS steps at a time: one dictionary for
+    each training step, in the order of the steps.
+
+    All statements of the session must see the same moment.
+    """
+    in_rows, in_blocks = Event.job_id == job_id, StepBlock.job_id == job_id
+    number = (Event.step - 1) // blocks.BLOCK_STEPS
+    some = select(number).where(in_rows, Event.step.is_not(None)).union(select(StepBlock.number).where(in_blocks))
+    for found in sorted(number for (number,) in await session.execute(some) if number is not None):
+        packed = await session.scalar(select(StepBlock.rows).where(in_blocks, StepBlock.number == found))
+        steps = [] if packed is None else blocks.steps_of(blocks.from_bytes(packed))
+        first = found * blocks.BLOCK_STEPS + 1
+        query = select(Event.data).where(in_rows, Event.step.between(first, first + blocks.BLOCK_STEPS - 1))
+        new = [data for data in await session.scalars(query) if data is not None]
+        yield sorted({data["step"]: data for data in (*new, *steps)}.values(), key=lambda data: data["step"])

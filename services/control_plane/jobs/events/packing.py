@@ -1,0 +1,88 @@
+"""Moves metrics events from the rows of the table `events` into blocks, which take a tenth of the space."""
+
+import random
+from functools import partial
+from typing import Any
+
+import anyio.to_thread
+from sqlalchemy import delete, func, select, true, update
+from sqlalchemy.dialects.postgresql import Range, insert
+from sqlalchemy.dialects.postgresql.ranges import MultiRange
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import TERMINAL, Event, Job, StepBlock
+from services.control_plane.jobs.events import blocks
+
+KEPT_BLOCKS = 2  # the newest blocks of a live job stay rows, because they still grow and are read most
+
+
+async def pack(store: Store, most: int) -> int:
+    """Packs at most `most` blocks: full blocks of jobs that have not ended, and all steps of jobs that have. Returns
+    how many blocks were packed."""
+    async with store.begin() as session:
+        due = await _due(session, most)
+    chosen = random.sample(due, min(most, len(due)))  # so that a block that cannot be packed does not stop the others
+    for job_id, number in chosen:
+        async with store.begin() as session:
+            await pack_block(session, job_id, number)
+    return len(chosen)
+
+
+async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
+    """Returns the blocks to pack, as job ids and numbers of blocks. Marks ended jobs that have none as packed."""
+    steps = select(func.min(Event.step).label("first"), func.max(Event.step).label("last"))
+    steps = steps.where(Event.job_id == Job.id, Event.step.is_not(None))
+    ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.steps_packed).order_by(Job.finished_at).limit(most)
+    wanted = Job.observed.not_in(TERMINAL) | Job.id.in_(ended)
+    of_job = steps.lateral("steps")
+    query = select(Job.id, Job.finished_at, of_job.c.first, of_job.c.last).join(of_job, true())
+    due, done = list[tuple[str, int]](), list[str]()
+    for job_id, finished_at, first, last in await session.execute(query.where(wanted)):
+        if first is None:
+            done += [job_id] if finished_at else []
+            continue
+        end = blocks.number_of(last) + (1 if finished_at else 1 - KEPT_BLOCKS)
+        due += [(job_id, number) for number in range(blocks.number_of(first), end)]
+    await session.execute(update(Job).where(Job.id.in_(done)).values(steps_packed=True))
+    return due
+
+
+async def pack_block(session: AsyncSession, job_id: str, number: int) -> None:
+    """Moves the rows of the block's steps into the block. A step that the block has already is dropped, because each
+    step is told once."""
+    await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
+    first = number * blocks.BLOCK_STEPS + 1
+    moving = (Event.job_id == job_id) & Event.step.between(first, first + blocks.BLOCK_STEPS - 1)
+    query = select(Event.id, Event.step, Event.created_at, Event.data).where(moving).order_by(Event.step)
+    events = (await session.execute(query)).all()
+    if not events:
+        return
+    of_block = select(StepBlock.rows).where(StepBlock.job_id == job_id, StepBlock.number == number)
+    packed = await anyio.to_thread.run_sync(partial(_packed, await session.scalar(of_block), events))
+    row = insert(StepBlock).values(job_id=job_id, number=number, **packed)
+    await session.execute(row.on_conflict_do_update(index_elements=[StepBlock.job_id, StepBlock.number], set_=packed))
+    await session.execute(delete(Event).where(moving))
+
+
+def _packed(known: bytes | None, events: Any) -> dict[str, Any]:
+    """Returns the columns of the block with the steps that it has already, and those of the rows `events`."""
+    block = blocks.block_of(events)
+    if known is not None:
+        block = blocks.with_new_steps(blocks.from_bytes(known), block)
+    numbers, steps = block["event_id"].to_pylist(), block["step"].to_pylist()
+    return {
+        "first_event": min(numbers),
+        "last_event": max(numbers),
+        "steps": _ranges(steps),
+        "metrics": blocks.metrics_of(block),
+        "rows": blocks.to_bytes(block),
+        "sums": blocks.sums_of(block),
+    }
+
+
+def _ranges(steps: list[int]) -> MultiRange[int]:
+    """Returns the sorted steps as ranges of consecutive steps."""
+    starts = [step for before, step in zip([None, *steps], steps, strict=False) if before != step - 1]
+    ends = [step for step, after in zip(steps, [*steps[1:], None], strict=True) if after != step + 1]
+    return MultiRange(Range(start, end + 1) for start, end in zip(starts, ends, strict=True))
