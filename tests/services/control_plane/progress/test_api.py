@@ -107,7 +107,12 @@ def test_a_stream_tells_all_that_was_and_all_that_comes_and_ends_with_the_job(
         assert until(events, "two")[-1]["level"] == "warn"
         client.fine_tuning.jobs.cancel(job_id)
         rest = [data for _, data in events]
-    assert [data["message"] for data in rest[:2]] == ["Cancellation requested", "The job was cancelled"]
+    messages = [data["message"] for data in rest if "message" in data]
+    waiting = "Waiting for"  # a regular look may come in between, and tell that Ray does not answer
+    assert [message for message in messages if not message.startswith(waiting)] == [
+        "Cancellation requested",
+        "The job was cancelled",
+    ]
     assert rest[-2] == client.fine_tuning.jobs.retrieve(job_id).model_dump(exclude_unset=True)
     assert rest[-1] == "[DONE]"
 
