@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,27 +101,40 @@ def check_usage(client: openai.OpenAI, policy: str, answers: list[Any]) -> None:
     assert sums["completion_tokens"] == sum(each.completion_tokens for each in answers)
 
 
-# What a user runs elsewhere: transformers and peft, without this project.
+# What a user runs elsewhere: transformers and peft, without this project. Prints the ids of a prompt with those of the
+# answer, for the base, for the adapter on it, and for the merged model.
 ELSEWHERE = """
 import json, sys
+from importlib.util import find_spec
+packages, base, adapter, merged, messages = sys.argv[1:]
+sys.path.append(packages)  # without its .pth files, one of which leads to this project
+assert find_spec("services") is None and find_spec("dpo_core") is None
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-base, adapter, merged, messages = sys.argv[1:]
 load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-for folder, model in {adapter: PeftModel.from_pretrained(load(base), adapter), merged: load(merged)}.items():
+adapted = PeftModel.from_pretrained(load(base), adapter)
+for folder, model in ((base, load(base)), (adapter, adapted), (merged, load(merged))):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     given = json.loads(messages)
     ids = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
-    print(json.dumps(tokenizer.decode(tokens, skip_special_tokens=True)))
-assert not {"services", "dpo_core"} & sys.modules.keys()
+    prompt, tokens = ids["input_ids"][0], model.generate(**ids, max_new_tokens=8, do_sample=False)[0]
+    print(json.dumps([prompt.tolist(), tokens[len(prompt):].tolist()]))
 """
 
 
-def check_downloads(service: Service, policy: str, asked: Any, answer: str) -> None:
-    """Downloads the adapter and the merged model, and asserts that both answer in another process as the service
-    does."""
+def answered_ids(service: Service, model: str, asked: Any) -> list[list[int]]:
+    """Returns the token ids of the prompt and of the model's likeliest answer, of eight tokens at most."""
+    body = {"model": model, "messages": asked, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+    headers = {"Authorization": f"Bearer {service.key}"}
+    answer = httpx.post(f"{service.url}/v1/chat/completions", json=body, headers=headers, timeout=300)
+    told = answer.raise_for_status().json()
+    return [told["prompt_token_ids"], told["choices"][0]["token_ids"]]
+
+
+def check_downloads(service: Service, policy: str, asked: Any) -> None:
+    """Downloads the adapter and the merged model, and asserts that both answer as the service does, token by token, in
+    a process that cannot import this project. Their base model must answer otherwise."""
     folders = {format: service.home.parent / format for format in ("adapter", "merged")}
     environment = os.environ | {"RAYDPO_HOME": str(service.home)}
     for format, folder in folders.items():
@@ -132,21 +146,25 @@ def check_downloads(service: Service, policy: str, asked: Any, answer: str) -> N
     assert about["merge"]["largest_difference"] < 1e-3
     command = [
         sys.executable,
-        "-I",
+        "-IS",  # ignores PYTHONPATH, the current folder and .pth files
         "-c",
         ELSEWHERE,
+        sysconfig.get_path("purelib"),
         str(service.models["tiny"]),
         *map(str, folders.values()),
         json.dumps(asked),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()[-2:]] == [answer, answer]
+    base, adapter, merged = map(json.loads, done.stdout.splitlines()[-3:])
+    assert base == answered_ids(service, "tiny", asked)
+    assert adapter == merged == answered_ids(service, policy, asked)
+    assert base[1] != merged[1], "the policy answers as its base does, so that nothing was compared"
 
 
 def test_openai_fine_tuning_round_with_the_unmodified_client(service: Service, client: openai.OpenAI) -> None:
     data = REAL_PAIRS.read_bytes() if REAL_PAIRS.exists() else shop_pairs(300)
-    job_id = submit(client, data, workers=2, every=4, n_epochs=1, batch_size=32, learning_rate=1e-4)
+    job_id = submit(client, data, workers=2, every=4, n_epochs=1, batch_size=32, learning_rate=1e-2)
     job = finished(client, job_id)
     assert job.status == "succeeded", messages(client, job_id)
     assert (job.error, job.trained_tokens > 0, job.seed) == (None, True, 1)
@@ -187,7 +205,7 @@ def test_openai_fine_tuning_round_with_the_unmodified_client(service: Service, c
     assert all(chunk.choices and chunk.usage is None for chunk in silent)  # its count is for the service alone
     assert "".join(chunk.choices[0].delta.content or "" for chunk in silent) == text
     check_usage(client, policy, [plain.usage, streamed[-1].usage, plain.usage])
-    check_downloads(service, policy, asked, plain.choices[0].message.content or "")
+    check_downloads(service, policy, asked)
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=policy, messages=asked, temperature=-1)
     assert isinstance(refused.value.message, str)
