@@ -7,7 +7,8 @@ under the adapter.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -58,8 +59,11 @@ class Effect:
         the effect is too small compared with the noise to judge.
 
         `policy` and `base` are the log-probabilities of the rows in the other program, with and without the adapter.
-        The noise is the largest difference between the two programs without the adapter.
+        The noise is the largest difference between the two programs without the adapter. A log-probability with the
+        adapter that is not a finite number is always a fault.
         """
+        if not all(map(isfinite, policy)):
+            return "it gives one of its training rows a log-probability that is not a finite number"
         noise = max(abs(row.base - found) for row, found in zip(self.rows, base, strict=True))
         if not self.largest > max(LEAST, NOISE_FACTOR * noise):
             return None
@@ -81,9 +85,16 @@ class Effect:
 
 
 def read_effect(folder: Path) -> Effect | None:
-    """Returns the effect of the adapter saved in `folder`; None if the folder has no measurement of it."""
+    """Returns the effect of the adapter saved in `folder`; None if the folder has no measurement of it. Ignores what
+    a later release may have added to the file. Raises ValueError if the file is damaged."""
     file = folder / EFFECT
-    return Effect([Row(**row) for row in json.loads(file.read_bytes())["rows"]]) if file.is_file() else None
+    if not file.is_file():
+        return None
+    names = [field.name for field in fields(Row)]
+    try:
+        return Effect([Row(*(row[name] for name in names)) for row in json.loads(file.read_bytes())["rows"]])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file.name} is damaged ({error!r})") from None
 
 
 def measured_groups(groups: Sequence[EncodedGroup]) -> list[int]:

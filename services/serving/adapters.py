@@ -30,7 +30,7 @@ from dpo_core.models.adapter import has_learned, saved_base
 from dpo_core.models.adapter_folder import CONFIG, WEIGHTS, is_adapter
 from dpo_core.models.architecture import UnusableModel
 from dpo_core.models.model import fingerprint_of
-from dpo_core.policy.adapter_effect import read_effect
+from dpo_core.policy.adapter_effect import Effect, read_effect
 from services import storage
 from services.contract import Adapter
 from services.serving.reference import Reference
@@ -202,6 +202,7 @@ class Adapters:
     async def _load(self, adapter: Adapter, folder: Path) -> LoRARequest:
         local = await asyncio.to_thread(_fetch, adapter, folder)
         await asyncio.to_thread(self._base.check, adapter, local)
+        effect = await asyncio.to_thread(_effect, adapter, local)
         request = LoadLoRAAdapterRequest(lora_name=adapter.id, lora_path=str(local))
         answer = await self._models.load_lora_adapter(request)
         if isinstance(answer, ErrorResponse):
@@ -209,24 +210,27 @@ class Adapters:
             raise refused(f"The engine cannot attach the adapter '{adapter.id}' ({answer.error.message}); {REMEDY}.")
         attached = self._models.lora_requests[adapter.id]
         try:
-            await self._check_effect(adapter, local, attached)
-        except AdapterRefused:
+            await self._check_effect(adapter, effect, attached)
+        except BaseException:
             if not self._engine.errored:
                 await self._engine.remove_lora(attached.lora_int_id)
             raise
         return attached
 
-    async def _check_effect(self, adapter: Adapter, folder: Path, attached: LoRARequest) -> None:
+    async def _check_effect(self, adapter: Adapter, effect: Effect | None, attached: LoRARequest) -> None:
         """Compares how the attached adapter changes the log-probabilities of some of its training rows with how it
         changed them in training. Raises AdapterUnusable if the two differ, and AdapterRefused if the engine has died.
 
-        The check is needed because vLLM may ignore an adapter, or a part of it, without an error. A folder without a
-        measurement is not checked.
+        The check is needed because vLLM may ignore an adapter, or a part of it, without an error. An adapter is not
+        checked if nothing was measured in training (`effect` is None), or if all measured rows are longer than the
+        engine's max_model_len.
         """
-        effect = await asyncio.to_thread(read_effect, folder)
         most = self._engine.model_config.max_model_len
-        if effect is None or any(len(row.prompt_ids) + len(row.completion_ids) > most for row in effect.rows):
+        rows = [row for row in effect.rows if len(row.prompt_ids) + len(row.completion_ids) <= most] if effect else []
+        if not rows:
+            logger.info("The effect of the adapter '%s' is not checked: it has no measured row that fits.", adapter.id)
             return
+        effect = Effect(rows)
         ids = [row.prompt_ids for row in effect.rows], [row.completion_ids for row in effect.rows]
         try:
             policy = await self._reference.score(*ids, adapter=attached)
@@ -294,6 +298,16 @@ def _fetch(adapter: Adapter, cache: Path) -> Path:
         )
     _check_numbers(adapter, folder)
     return folder
+
+
+def _effect(adapter: Adapter, folder: Path) -> Effect | None:
+    """Returns the effect that training measured of the adapter in `folder`; None if it measured none. Raises
+    AdapterUnusable if the file of the measurement is damaged."""
+    try:
+        return read_effect(folder)
+    except ValueError as error:
+        remedy = "restore the file from a backup, or delete it to go without the check"
+        raise AdapterUnusable(f"The engine cannot check the adapter '{adapter.id}': {error}; {remedy}.") from None
 
 
 def _check_numbers(adapter: Adapter, folder: Path) -> None:

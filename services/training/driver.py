@@ -259,28 +259,30 @@ def export(spec: AttemptSpec, trained: Succeeded, report: Callable[[Report], Non
     """
     if storage.exists(storage.join(trained.model_uri, adapter_folder.CONFIG)):
         with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
-            learned = _has_learned(storage.fetch(trained.model_uri, cache=Path(folder)))
-        if not learned:
-            sentence = (
-                "The adapter has learned nothing: it gives every row the log-probabilities of its base. Check that the "
-                "rows differ in quality, and raise learning_rate."
-            )
-            report(Message(level="warn", message=sentence))
+            useless = _why_useless(storage.fetch(trained.model_uri, cache=Path(folder)))
+        if useless:
+            remedy = "Check that the rows differ in quality, and raise learning_rate."
+            report(Message(level="warn", message=f"The adapter has learned nothing: {useless}. {remedy}"))
     uri = storage.join(spec.run_uri, "export")
     storage.copy_folder(trained.model_uri, uri)
     return Succeeded(model_uri=uri, trained_tokens=trained.trained_tokens)
 
 
-def _has_learned(adapter: Path) -> bool:
+def _why_useless(adapter: Path) -> str | None:
+    """Returns why the adapter in a local folder seems to have learned nothing; None if it has learned something."""
     from dpo_core.models.adapter import has_learned
     from dpo_core.models.architecture import UnusableModel
     from dpo_core.policy.adapter_effect import read_effect
 
     effect = read_effect(adapter)
     try:
-        return has_learned(adapter) and (effect is None or effect.largest != 0)
+        if not has_learned(adapter):
+            return "it gives every row the log-probabilities of its base"
     except UnusableModel as error:
         raise JobFailed(Failed(code="training_diverged", message=str(error))) from None
+    if effect and effect.largest == 0:
+        return f"it changes the log-probability of none of the {len(effect.rows)} training rows that were measured"
+    return None
 
 
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":

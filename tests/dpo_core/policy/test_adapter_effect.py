@@ -1,6 +1,8 @@
 """Tests how the effect of an adapter on its training rows is measured, and when the numbers of another program differ
 from it too much."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -81,3 +83,19 @@ def test_an_effect_below_the_noise_is_not_judged():
     tiny = Effect([Row([1], [2], -40.0005, -40.0)])
     assert tiny.fault([-40.0], [-40.0]) is None
     assert Effect([Row([1], [2], float("nan"), -40.0)]).fault([-40.0], [-40.0]) is None
+
+
+def test_a_log_probability_that_is_not_finite_is_a_fault():
+    policy = [BASE[0] + CHANGES[0], BASE[1] + CHANGES[1], float("nan")]
+    assert "is not a finite number" in EFFECT_OF_THREE.fault(policy, BASE)
+
+
+def test_a_file_of_a_later_release_is_read_and_a_damaged_one_is_refused_by_its_name(tmp_path):
+    told = json.loads(EFFECT_OF_THREE.to_json())
+    later = {"rows": [row | {"weight": 1.0} for row in told["rows"]], "release": 2}
+    (tmp_path / EFFECT).write_text(json.dumps(later))
+    assert read_effect(tmp_path) == EFFECT_OF_THREE
+    for damaged in ("{", "[]", json.dumps({"rows": [{"base": 1.0}]})):
+        (tmp_path / EFFECT).write_text(damaged)
+        with pytest.raises(ValueError, match=f"{EFFECT} is damaged"):
+            read_effect(tmp_path)
