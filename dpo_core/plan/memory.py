@@ -7,7 +7,6 @@ with the memory that real processes use.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, prod
 
@@ -161,8 +160,14 @@ def count_trained(model: Shapes, run: Run) -> int:
     adapter."""
     if run.adapter is None:
         return model.numbers
-    shapes = [model.weights[name] for name in _adapted(model, run)]
-    return run.adapter * sum(prod(stacked) * (rows + columns) for *stacked, rows, columns in shapes)
+    return run.adapter * sum(_factors(name, *model.weights[name]) for name in _adapted(model, run))
+
+
+def _factors(name: str, rows: int, columns: int) -> int:
+    """Returns the number of parameters that an adapter of rank 1 has for a weight. PEFT makes one weight of an expert's
+    first two (gate and up), with twice the rank."""
+    is_fused = ".experts." in name and not name.removesuffix(".weight").endswith(("down_proj", "w2"))
+    return (1 + is_fused) * rows + columns
 
 
 def _folded_of_layer(model: Shapes, run: Run) -> int:
@@ -177,16 +182,10 @@ def _folded_of_layer(model: Shapes, run: Run) -> int:
 
 def _adapted(model: Shapes, run: Run) -> list[str]:
     parts = {name: name.removesuffix(".weight").rpartition(".")[2] for name in model.weights}
-    linear = [name for name, shape in model.weights.items() if _is_linear(name, shape) and in_layer(name)]
+    # Where the files have the experts stacked, as those of gpt-oss and Llama 4, PEFT puts no adapter on them.
+    linear = [name for name, shape in model.weights.items() if len(shape) == 2 and in_layer(name)]
     chosen = [name for name in linear if "router" not in name and parts[name] != "gate"]
     return [name for name in chosen if run.targets is None or parts[name] in run.targets]
-
-
-def _is_linear(name: str, shape: Sequence[int]) -> bool:
-    """Whether a weight belongs to a linear layer. A weight that holds all experts of a layer, stacked in a third
-    dimension, counts as linear, too.
-    """
-    return len(shape) == 2 or (len(shape) == 3 and ".experts." in name)
 
 
 def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -51,7 +52,21 @@ class Case:
     def shapes(self) -> Shapes:
         with torch.device("meta"):
             policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.model))
-        return Shapes(self.model, {name: tuple(weight.shape) for name, weight in policy.named_parameters()})
+        weights = {name: tuple(weight.shape) for name, weight in policy.named_parameters()}
+        return Shapes(self.model, dict(part for weight in weights.items() for part in as_in_files(*weight)))
+
+
+def as_in_files(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the weights, by name, that a model's files have for one of its parameters. Experts are stacked only in the
+    model."""
+    if len(shape) != 3:
+        yield name, shape
+        return
+    prefix, _, part = name.rpartition(".")
+    parts = ["gate_proj", "up_proj"] if part == "gate_up_proj" else [part]
+    for number in range(shape[0]):
+        for each in parts:
+            yield f"{prefix}.{number}.{each}.weight", (shape[1] // len(parts), shape[2])
 
 
 def train_twice(case: Case, folder: Path) -> None:

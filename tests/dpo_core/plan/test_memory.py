@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_core.config import Lora, Optim
 from dpo_core.models.adapter import attach
 from dpo_core.plan.inputs import Rows, Run, Shapes
+from dpo_core.plan.memory import count_trained
 from dpo_core.plan.plan import plan
 from dpo_core.training import weights
 from dpo_core.training.optim import make_optimizer
@@ -115,6 +117,14 @@ def test_each_of_two_workers_holds_what_was_planned(cases):
     assert {name: planned(case) / found[name] for name, case in cases.items()} == pytest.approx(
         dict.fromkeys(cases, 1), rel=0.1
     )
+
+
+@pytest.mark.parametrize("model", [MODEL | EXPERTS, MODEL | BALANCED], ids=["mixtral", "qwen3_moe"])
+def test_the_parameters_of_an_adapter_on_experts_are_counted(model):
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
+    attach(policy, Lora(r=4), task_type="CAUSAL_LM")
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    assert count_trained(Case(FULL, PAIR, model).shapes(), Run(adapter=4)) == trained
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
