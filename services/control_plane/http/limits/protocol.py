@@ -19,6 +19,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     _head_bytes: int | None = 0  # bytes received of the request line and headers; None: both are complete
+    _has_ended = False  # whether a request ended in the bytes parsed last, so that not all of them are the next head
     _head_timer: asyncio.TimerHandle | None = None
     _unread: int | None = None  # bytes that were unsent at the last check; None: all were sent
     _read_timer: asyncio.TimerHandle | None = None
@@ -37,12 +38,17 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._has_ended = True
+        super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
         # One byte more than the head may have, so that a head that is too long does not end within what is parsed.
-        end = len(data) if self._head_bytes is None else HEAD_BYTES + 1 - self._head_bytes
+        end = HEAD_BYTES + 1 - (self._head_bytes or 0)
         first, rest = data[:end], data[end:]
+        self._has_ended = False
         super().data_received(first)
-        if self._head_bytes is not None and not self.transport.is_closing():
+        if self._head_bytes is not None and not self._has_ended and not self.transport.is_closing():
             self._head_bytes += len(first)
             if self._head_bytes > HEAD_BYTES:
                 self.send_400_response(

@@ -1,5 +1,6 @@
 """Tests the limits on a request's headers, and on clients that do not read."""
 
+import re
 import socket
 import time
 from contextlib import ExitStack, suppress
@@ -34,6 +35,23 @@ def test_a_head_that_comes_whole_is_measured_as_well(base_url: str) -> None:
         fields = f"authorization: {KEY['Authorization']}\r\nconnection: close\r\na: {'b' * num_bytes}\r\n\r\n"
         answer = slow(base_url, f"GET /v1/files HTTP/1.1\r\n{fields}".encode(), pause=0)
         assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+def test_the_head_of_a_later_request_is_measured_and_what_came_before_it_is_not(base_url: str) -> None:
+    begin = f"GET /v1/files HTTP/1.1\r\nhost: a\r\nauthorization: {KEY['Authorization']}\r\n".encode()
+    first, long = begin + b"\r\n", begin + b"a: " + b"b" * 70_000 + b"\r\n\r\n"
+    url = httpx.URL(base_url)
+    with socket.create_connection((url.host, url.port or 80), timeout=300) as connection:
+        connection.sendall(first)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        with suppress(ConnectionError):
+            connection.sendall(long)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400")
+    body, last = b"{" + b" " * 100_000, begin + b"connection: close\r\n\r\n"
+    with_body = slow(base_url, head("/v1/fine_tuning/jobs", len(body)) + body + last, pause=0)
+    many = slow(base_url, (begin + b"a: " + b"b" * 1000 + b"\r\n\r\n") * 70 + last, pause=0)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", with_body) == [b"400", b"200"], "the body is no JSON, and no head"
+    assert re.findall(rb"HTTP/1\.1 (\d+)", many) == [b"200"] * 71
 
 
 @pytest.mark.slow
