@@ -11,7 +11,6 @@ from typing import Any
 from pydantic_core import from_json
 
 NO_CHOICES = re.compile(rb'"choices":\s*\[\]')  # only in the event with the count: JSON escapes quotes in texts
-EVENT_END = b"\n\n"
 ASKED = b',"stream_options":{"include_usage":true}}'
 
 Note = Callable[[int, int, float], None]  # takes tokens of the prompt and of the completion, and accelerator seconds
@@ -60,7 +59,7 @@ class Meter:
 
         The event with the count is left out unless the client asked for it.
         """
-        self._num_events += lines.count(EVENT_END)
+        self._num_events += (b"\n" + lines).count(b"\ndata:")
         if not self._has_removed and (self._counted or not NO_CHOICES.search(lines)):
             return lines
         kept = []

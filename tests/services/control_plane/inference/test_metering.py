@@ -34,6 +34,8 @@ def test_spaces_in_the_events_change_nothing() -> None:
 
 def test_of_a_stream_that_was_left_each_event_counts_as_a_token() -> None:
     assert metered(DELTA, DELTA + DELTA) == (DELTA * 3, [(0, 3)])
+    assert metered(DELTA[:-1], b"\n" + DELTA) == (DELTA * 2, [(0, 2)])
+    assert metered(DELTA.replace(b"\n", b"\r\n") * 2)[1] == [(0, 2)]
     assert metered() == (b"", [])
 
 
