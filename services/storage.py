@@ -87,13 +87,14 @@ def check_bucket(uri: str) -> None:
     """
     if urlsplit(uri).scheme not in BUCKETS:
         return
-    filesystem, path = _resolve(uri)
-    name = path.partition("/")[0]
+    name = urlsplit(uri).netloc
     try:
+        filesystem, _ = _resolve(uri)
         (info,) = filesystem.get_file_info([name])
-    except OSError:
-        return
-    if info.type == fs.FileType.NotFound:
+        is_missing = info.type == fs.FileType.NotFound
+    except OSError as error:  # Arrow asks AWS for the region of a bucket if the URI does not tell it
+        is_missing = "not found" in str(error)
+    if is_missing:
         raise MissingBucketError(f"The bucket '{name}' does not exist; create it, or name another one.")
 
 

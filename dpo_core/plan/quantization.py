@@ -48,6 +48,6 @@ def check_quantization(model: Shapes) -> None:
     """Raises InvalidOption if NF4 would leave most weights of the model's layers as they are."""
     if not is_quantizable(model):
         quantized, inside = count_quantized(model), model.numbers - model.outside
-        what = "The option 'quantization' is 'nf4', which compresses linear layers, but not stacked experts"
-        share = f"these have only {quantized} of the {inside} weights in the layers of this model"
-        raise InvalidOption("quantization", f"{what}, and {share}; leave 'quantization' out.")
+        what = "The option 'quantization' is 'nf4', which leaves stacked experts as they are"
+        share = f"it would compress only {quantized} of the {inside} weights in the layers of this model"
+        raise InvalidOption("quantization", f"{what}: {share}; leave 'quantization' out.")

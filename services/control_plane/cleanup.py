@@ -62,7 +62,7 @@ class Sweeper:
         ]
         self._began = time.monotonic()
         self._swept = [float("-inf")] * len(self._sweeps)
-        self._troubles = [Trouble(log, "Sweeper") for _ in self._sweeps]
+        self._troubles = [Trouble(log, f"Sweeper.{sweep.__name__}") for _, sweep in self._sweeps]
 
     async def sweep(self) -> None:
         """Runs the sweeps (passes of the cleanup) that are due. A sweep that fails is logged, and runs again when it is
@@ -76,8 +76,8 @@ class Sweeper:
                 self._troubles[number].passed()
             except Exception as error:  # nobody watches this task, so the other sweeps go on after any error
                 is_away = isinstance(error, SQLAlchemyError | httpx.HTTPError | OSError)
-                message = "The regular cleanup failed and is tried again: %r"
-                self._troubles[number].failed(message, error, exc_info=not is_away)
+                message = "The regular cleanup (%s) failed and is tried again: %r"
+                self._troubles[number].failed(message, sweep.__name__, error, exc_info=not is_away)
 
     async def _expire_files(self) -> None:
         async with self._store.begin() as session:

@@ -1,6 +1,6 @@
 """Compares DPO and its relatives with reinforcement learning: the reward of policies at each KL from their reference.
 
-    python -m benchmarks.training.frontier --seeds 3 --json frontier.json --picture frontier.svg
+    python -m benchmarks.training.frontier --seeds 3 --json frontier.jsonl --picture frontier.svg
 
 It repeats the experiment of figure 2 of the DPO paper, arXiv 2305.18290, with a model of 112,000 weights and a reward
 that is known. The README of the benchmarks describes the task and the results.
@@ -16,13 +16,13 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from benchmarks.training.frontier.results import draw_frontier, print_at_equal_kl, print_policies
+from benchmarks.training.frontier.results import QUANTILES, draw_frontier, print_at_equal_kl, print_policies
 from benchmarks.training.frontier.runs import all_runs, prepare_process
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="Number of seeds, at least 2. Default: 3.")
+    parser.add_argument("--seeds", type=int, choices=sorted(QUANTILES), default=3, help="Number of seeds. Default: 3.")
     parser.add_argument("--processes", type=int, default=2, help="Seeds that run at the same time. Default: 2.")
     parser.add_argument("--json", type=Path, help="File for the measured points, one JSON object per line.")
     parser.add_argument("--picture", type=Path, help="File for the picture; its name ends with .svg, .png or .pdf.")

@@ -134,8 +134,8 @@ def _download(
             reason = str(error) or type(error).__name__
             if isinstance(error, httpx.HTTPStatusError):  # its text has the URL, which may hold a signature
                 reason = f"the server answers {error.response.status_code}"
-            what = f"The download of {name.partition('?')[0]} broke off ({reason}) and goes on where it stopped"
-            report(Message(level="warn", message=f"{what}; after {len(PAUSES_SECONDS)} failures in a row it ends."))
+            what = f"The download of {name.partition('?')[0]} broke off ({reason}) and is tried again"
+            report(Message(level="warn", message=f"{what}; after {len(PAUSES_SECONDS) + 1} failures in a row it ends."))
 
     copies = [_File(file.name, storage.join(folder_uri, f"{number:05d}")) for number, file in enumerate(files)]
     for copy, file in zip(copies, files, strict=True):
