@@ -92,7 +92,7 @@ def test_a_base_whose_experts_cannot_be_quantized_is_refused(path, ask, machines
     machines(GB, 8 * GB)
     refused = ask("mixture", path, adapter={"r": 4}, quantization="nf4")["error"]
     assert (refused["param"], refused["code"]) == ("x_raydpo.quantization", "invalid_value")
-    assert "compresses linear layers, but not stacked experts" in refused["message"]
+    assert "which leaves stacked experts as they are: it would compress only" in refused["message"]
     assert refused["message"].endswith("; leave 'quantization' out.")
 
 
