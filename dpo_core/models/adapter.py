@@ -4,6 +4,7 @@ the model that is under it."""
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +46,7 @@ def attach(
     linears = _linears(model, like or model)
     all_linear = adapter.target_modules == "all-linear"
     default = _names(model, _adaptable(model, linears)) + _experts(model)
-    targets = default if all_linear else list(adapter.target_modules)
+    targets = default if all_linear else _as_asked_for(model, adapter.target_modules)
     if not targets:
         raise InvalidOption(
             "target_modules", f"{type(model).__name__} has no linear layer for an adapter; train all weights instead."
@@ -169,13 +170,14 @@ def options_of(folder: Path) -> Lora:
             "merge the adapter into its base, and train the merged model."
         )
     targets = config.target_modules
+    names = {targets} if isinstance(targets, str) else set(targets or ())
     return Lora(
         r=config.r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets or ())),
+        target_modules=tuple(sorted(names | set(config.target_parameters or ()))),
     )
 
 
@@ -298,12 +300,27 @@ def _experts(model: PreTrainedModel) -> list[str]:
 
     The list is empty unless transformers keeps all experts of a layer in one three-dimensional weight.
     """
+    return sorted(_parameters_of_experts(model).keys() - ROUTERS)
+
+
+def _as_asked_for(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Returns the target modules `targets` with the names that PEFT wants to be asked for. A saved adapter names the
+    experts' weights as the model has them, such as gate_up_proj; PEFT is asked for the names before transformers
+    stacked them, such as w1 and w3."""
+    experts = _parameters_of_experts(model)
+    before = {parameter: [name for name in experts if experts[name] == parameter] for parameter in experts.values()}
+    return sorted({name for target in targets for name in before.get(target, [target])})
+
+
+def _parameters_of_experts(model: PreTrainedModel) -> dict[str, str]:
+    """Returns, by the target module with which PEFT puts an adapter on experts or their router, the parameter that
+    this target means. The dict is empty unless PEFT knows the model's type and transformers stacks its experts."""
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 
     if not any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()):
-        return []
+        return {}
     pattern = _MODEL_TO_CONVERSION_PATTERN.get(model.config.get_text_config().model_type)
-    return sorted(set(_MOE_TARGET_MODULE_MAPPING.get(pattern, ())) - ROUTERS)
+    return dict(_MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
 
 
 def is_router(name: str) -> bool:

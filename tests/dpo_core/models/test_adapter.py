@@ -191,6 +191,19 @@ def test_by_default_routers_are_left_out_and_adapted_layers_learn(config, tokeni
     assert all(weight.any() for name, weight in policy.named_parameters() if "lora_B" in name)
 
 
+def test_a_saved_adapter_on_experts_is_gone_on_from(tokenizer, tmp_path):
+    policy, names = adapted(MIXTRAL, tokenizer, tmp_path / "base")
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    policy.save_pretrained(tmp_path / "adapter")
+    again = load_policy(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert {name.partition(".lora_B")[0] for name, _ in again.named_parameters() if "lora_B" in name} == names
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, policy(input_ids=ids).logits)
+
+
 def test_by_default_the_towers_of_a_multimodal_model_are_left_out(tokenizer, tmp_path):
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
