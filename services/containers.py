@@ -115,9 +115,11 @@ def _as_json(value: object) -> object:
 
 
 def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of an Arrow record batch as dictionaries. Converts a few rows at a time, to save memory.
+    """Yields the rows of an Arrow record batch as dictionaries.
 
-    Rows may share values, so each converted row may be as large as the whole batch.
+    Converts a few rows at a time, to save memory. In Arrow columns with dictionary or run-end encoding, many rows refer
+    to one stored value. Conversion copies this value into each row, so a single converted row may need as much memory
+    as the whole batch.
     """
     _refuse_unwritable(pa.struct(list(batch.schema)))
     step = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME // max(1, batch.get_total_buffer_size())))

@@ -54,8 +54,12 @@ def current() -> str | None:
 
 
 def child(parent: str, key: str) -> str:
-    """Returns the W3C traceparent for a child of the span with the traceparent `parent`. `key` is a text that
-    identifies the child. Equal arguments always give the same result."""
+    """Returns the W3C traceparent of a new span below another span, whose traceparent is `parent`. A traceparent is the
+    text by which tracing programs identify a span.
+
+    `key` is any text that no other span below `parent` has. The new span's id is made from `key` alone, so equal
+    arguments always give the same result.
+    """
     version, trace_id, _, flags = parent.split("-")
     return "-".join([version, trace_id, hashlib.sha256(key.encode()).hexdigest()[:16], flags])
 
@@ -63,8 +67,12 @@ def child(parent: str, key: str) -> str:
 def record(
     name: str, *, parent: str | None, key: str, start: float, end: float, attributes: Mapping[str, str | int | float]
 ) -> None:
-    """Writes a span whose work has ended. `child(parent, key)` gives the span its traceparent, and `start` and `end`
-    are Unix seconds. Does nothing if `parent` is None or tracing is off."""
+    """Writes a span whose work has ended: its name, its times `start` and `end` in Unix seconds, and its attributes.
+    The span stands below the span whose traceparent is `parent`. `key` is any text that no other span below `parent`
+    has; the span's id is made from it.
+
+    Does nothing if `parent` is None or tracing is off.
+    """
     if not is_on() or parent is None:
         return
     from opentelemetry.sdk.trace import ReadableSpan

@@ -96,8 +96,11 @@ class EncodedGroup:
 
 @dataclass(frozen=True)
 class Outline(EncodedGroup):
-    """A group (a prompt with its completions) whose token ids are not loaded: ranges of the same lengths stand in their
-    place. An outline is enough to plan with; the forward pass needs the ids."""
+    """A group (a prompt with its completions) whose token ids are not loaded yet. Ranges of the same lengths stand in
+    place of the ids.
+
+    An outline is enough to plan which process computes which group. The forward pass needs the ids themselves.
+    """
 
     place: Any = None  # for the function that loads the ids: where they are
 

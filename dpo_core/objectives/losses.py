@@ -2,8 +2,8 @@
 
 A function returns one loss per group (a prompt with its completions), [G] for G groups. The loss of a step is the mean
 of the groups' losses over the global batch, each multiplied by the group's weight. The result does not depend on how
-the batch is cut into packs (groups that one forward pass computes together) or distributed over ranks (processes). The
-loss of `supervised` is a mean over tokens.
+the batch is cut into packs, or distributed over ranks (processes). A pack holds the groups that go through one forward
+pass together. The loss of `supervised` is a mean over tokens.
 
 In the equations h is a completion's log-ratio log pi(y|x) - log pi_ref(y|x), `w` the chosen completion, `l` the
 rejected one, and delta is h_w - h_l.

@@ -1,9 +1,9 @@
 """Computes the bytes of memory that a training worker needs, from the shapes of a model's weights alone. Uses only the
 standard library.
 
-The formulas are made for a Llama-like decoder; for other models the bytes of activations are an estimate. A pack is
-several groups (prompts with their completions) that one forward pass computes together. A test compares the results
-with the memory that real processes use.
+The formulas are made for a Llama-like decoder; for other models the bytes of activations are an estimate. A pack holds
+the groups (prompts with their completions) that go through one forward pass together. A test compares the results with
+the memory that real processes use.
 """
 
 import re
@@ -73,9 +73,12 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
-    """Returns how a worker's groups (prompts with their completions) fill packs; a pack is the groups of one forward
-    pass. `limit` is the most tokens that a pack may have. Returns two values: the number of tokens in the worker's
-    largest pack, and whether the worker computes more than one pack in an optimizer step."""
+    """Returns how a worker's groups (prompts with their completions) are divided into packs. A pack holds the groups
+    that go through one forward pass together, with at most `limit` tokens. Returns two values:
+
+    - the number of tokens in the worker's largest pack
+    - whether the worker computes more than one pack in an optimizer step
+    """
     groups = ceil(run.batch_size / run.num_workers)
     if rows.longest > rows.computed:  # groups of different lengths fill packs up to the limit
         return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit
@@ -84,9 +87,12 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
-    """Returns the memory that a training worker needs if each weight is split into `shards` parts. `tokens` is the
-    number of tokens in its largest pack (groups of one forward pass); `several` says whether the worker computes more
-    than one pack in an optimizer step."""
+    """Returns the memory that a training worker needs if each weight is split into `shards` parts.
+
+    A pack holds the groups (prompts with their completions) that go through one forward pass together. `tokens` is the
+    number of tokens in the worker's largest pack. `several` says whether the worker computes more than one pack in an
+    optimizer step.
+    """
     size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
     completions = tokens * rows.completions / rows.computed
     learned = int(completions * (1 if run.rewards else rows.completion))  # tokens for which the head computes logits

@@ -1,5 +1,6 @@
 """Holds rules that training and a plan of training share: into how many shards weights are split, and how many tokens a
-pack has. A pack is the groups that one forward pass computes together. Uses only the standard library."""
+pack has. A pack holds the groups (prompts with their completions) that go through one forward pass together. Uses only
+the standard library."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal

@@ -1,2 +1,5 @@
-"""Computes the log-probabilities of completions with a model. Forms packs (groups of completions that one forward pass
-computes together), and computes attention and logits for each pack."""
+"""Computes the log-probabilities of completions with a model.
+
+A pack holds the groups (prompts with their completions) that go through one forward pass together. The modules here
+form packs, and compute attention and logits for each pack.
+"""

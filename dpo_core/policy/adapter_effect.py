@@ -27,8 +27,11 @@ ALLOWED_SHARE = 0.5  # of the effect, which may be missing or too much
 
 @dataclass(frozen=True)
 class Row:
-    """A training row, perhaps shortened, as token ids of its prompt and its completion, and the log-probability of the
-    completion in nats, summed over its tokens: with the adapter (`policy`) and without it (`base`)."""
+    """A training row, as the token ids of its prompt and of one completion, with two log-probabilities of the
+    completion: with the adapter (`policy`), and without it (`base`). A long row is shortened.
+
+    Both log-probabilities are in nats, summed over the completion's tokens.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -43,20 +46,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of a trained adapter, as the trainer's own forward pass measured it: for some training rows (`rows`),
-    the log-probability of the completion with the adapter and without it."""
+    """The effect of a trained adapter, as the trainer's own forward pass measured it on some training rows (`rows`).
+    Each row has the log-probability of its completion with the adapter and without it."""
 
     rows: list[Row]
 
     @property
     def largest(self) -> float:
-        """The largest change, in nats, that the adapter makes to a row's log-probability. The sign does not count."""
+        """The largest change, in nats, that the adapter makes to the log-probability of a row's completion. The sign of
+        the change does not count."""
         return max(abs(row.change) for row in self.rows)
 
     def fault(self, policy: Sequence[float], base: Sequence[float]) -> str | None:
-        """Checks whether another program, such as vLLM, changes the rows' log-probabilities by the adapter as much as
-        the trainer does. Returns the difference as a part of a sentence. Returns None if the difference is small, or if
-        the effect is too small compared with the noise to judge.
+        """Checks whether another program, such as vLLM, computes with the adapter as the trainer does: whether the
+        adapter changes the log-probabilities of the rows there as much as it did in training. Returns the difference as
+        a part of a sentence. Returns None if the difference is small, or if the effect is too small compared with the
+        noise to judge.
 
         `policy` and `base` are the log-probabilities of the rows in the other program, with and without the adapter.
         The noise is the largest difference between the two programs without the adapter. A log-probability with the
@@ -98,14 +103,14 @@ def read_effect(folder: Path) -> Effect | None:
 
 
 def measured_groups(groups: Sequence[EncodedGroup]) -> list[int]:
-    """Returns which of the groups (prompts with their completions) `measure_effect` measures, as indices into `groups`.
-    It needs no token ids of the others."""
+    """Returns the indices of those groups in `groups` (prompts with their completions) that `measure_effect` measures.
+    `measure_effect` needs the token ids of these groups only."""
     return [i for i, _ in _shortest(groups)]
 
 
 def _shortest(groups: Sequence[EncodedGroup]) -> list[tuple[int, int]]:
-    """Returns the numbers of the groups (prompts with their completions) with the shortest rows, each with the number
-    of the completion."""
+    """Returns the shortest rows, as pairs: the index of a group (a prompt with its completions) in `groups`, and the
+    index of one completion in the group. A row is the prompt with this completion."""
 
     def length(row: tuple[int, int]) -> int:
         group = groups[row[0]]

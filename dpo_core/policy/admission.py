@@ -15,7 +15,7 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
     """Raises ValueError for the first group (a prompt with its completions) that cannot be used, and names its line. A
     group can be used if:
 
-    - all its token ids are in the vocabulary; those of an outline are not known yet
+    - all its token ids are in the vocabulary; this is not checked for an outline (a group whose ids are not loaded yet)
     - its prompt and its longest completion together have at most `max_length` tokens (None: no limit), and at most as
       many as the model has positions
     - its reference scores and its margin, if it has them, are neither NaN nor infinite, and its weight is positive and

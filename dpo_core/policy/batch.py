@@ -1,5 +1,5 @@
-"""Forms packs from groups. A group is a prompt with its completions; a pack is several groups that one forward pass
-computes together, laid end to end in one row of tokens (the stream).
+"""Forms packs from groups. A group is a prompt with its completions. A pack holds the groups that go through one
+forward pass together; they are laid end to end in one row of tokens (the stream).
 
 A pack has a limited number of tokens and no padding. If the model allows it, the completions of a group share one copy
 of their prompt.
@@ -104,8 +104,9 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one pack (groups that one forward pass computes together). T tokens lie in one row, the stream; R
-    of the predicted tokens count in the loss; there are K completions.
+    """The tensors of one pack. A pack holds the groups (prompts with their completions) that go through one forward
+    pass together. Its T tokens lie in one row, the stream. Of the predicted tokens, R count in the loss. There are K
+    completions.
 
     The last token of a completion predicts nothing, so the stream leaves it out. If `collate` makes the batch with
     `with_ends`, the stream includes it, because a reward model's reward is read there.

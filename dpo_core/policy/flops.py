@@ -42,9 +42,10 @@ class Flops:
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:
-    """Returns the number of floating-point operations that a product with `weight` costs for one input row. The sum of:
+    """Returns the number of floating-point operations that a product with `weight` costs for one input row in a
+    training step. The number is the sum of:
 
-    - the operations of the product itself, doubled if `twice`
+    - the operations of the product itself; these count double if `twice`, for a product that the backward pass repeats
     - the operations for the gradient of the input
     - the operations for the gradient of the weight, if the weight is trained
     """

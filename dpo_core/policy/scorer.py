@@ -73,9 +73,12 @@ class Scorer(nn.Module):
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
         """Distributes the groups (prompts with their completions) over `num_ranks` ranks (processes) and packs, such
-        that all ranks compute about the same number of tokens. A pack is the groups of one forward pass, which has at
-        most `max_tokens_per_pack` tokens unless a single group is longer. In the result, `plan[rank][pack]` is the list
-        of the pack's groups, as indices into `groups`."""
+        that all ranks compute about the same number of tokens.
+
+        A pack holds the groups that go through one forward pass together. It has at most `max_tokens_per_pack` tokens,
+        unless it has only one group, which may be longer. In the result, `plan[rank][pack]` is the list of the pack's
+        groups, as indices into `groups`.
+        """
         lengths = [self.count_tokens(group) for group in groups]
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
@@ -118,8 +121,12 @@ class Scorer(nn.Module):
         return packed_rewards(self.model, batch, shared=self.shares_prompts)
 
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Computes the R targets of the batch (tokens that count in the loss). Returns two tensors: the log-probability
-        of each target, [R], and whether the target was the likeliest of all tokens, [R]."""
+        """Computes the log-probabilities of the batch's targets, the R tokens that count in the loss. Returns two
+        tensors:
+
+        - the log-probability of each target, [R]
+        - whether the target was the likeliest of all tokens, [R]
+        """
         logps, correct, _ = self._logps(batch)
         return logps, correct
 

@@ -33,13 +33,15 @@ def evaluate(
     load_ids: LoadIds | None = None,
 ) -> dict[str, float]:
     """Returns the loss and metrics of all groups (prompts with their completions) in `batches`, as if they were one
-    global batch. The names of the metrics begin with `eval/`. `statistics` has the mean of all rewards so far in the
-    run, which is read and not changed. `load_ids` returns groups with their token ids; None means that all have them.
-    Raises ValueError if there are no groups.
+    global batch. The names of the metrics begin with `eval/`. Raises ValueError if there are no groups.
 
-    The results do not depend on how the groups are cut into batches and packs, or distributed over ranks (processes). A
-    pack is the groups that one forward pass computes together, at most `max_tokens_per_pack` tokens. If the loss of an
-    objective compares groups of a global batch, all groups are compared.
+    `statistics` has the mean of all rewards so far in the run, which is read and not changed. Some groups may be
+    outlines (groups without their token ids). `load_ids` returns, for a list of outlines, the groups with their ids;
+    None means that no group is an outline.
+
+    A pack holds the groups that go through one forward pass together, with at most `max_tokens_per_pack` tokens. The
+    results do not depend on how the groups are cut into batches and packs, or distributed over ranks (processes). If
+    the loss of an objective compares groups of a global batch, all groups are compared.
     """
     seen: list[EncodedGroup] = []
     tables: list[Tensor] = []
@@ -72,7 +74,8 @@ class _Frozen(Statistics):
 
 
 def _outline(group: EncodedGroup) -> EncodedGroup:
-    """Returns a copy of the group (a prompt with its completions) in which ranges of the same lengths replace the token
-    ids. The copy takes less memory. Evaluation keeps many groups, and needs only the numbers of their tokens."""
+    """Returns a copy of the group (a prompt with its completions) in which each list of token ids is replaced by a
+    range of the same length. The copy takes less memory. Evaluation keeps many groups, and needs only the numbers of
+    their tokens."""
     completions = tuple(range(len(ids)) for ids in group.completion_ids)
     return replace(group, prompt_ids=range(len(group.prompt_ids)), completion_ids=completions)

@@ -27,8 +27,8 @@ from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memo
 
 @dataclass(frozen=True)
 class Pack:
-    """The groups (prompts with their completions) of an optimizer step that one forward and one backward pass compute
-    together, as a batch of tensors.
+    """A pack: those groups (prompts with their completions) of an optimizer step that go through one forward and one
+    backward pass together, as a batch of tensors.
 
     If the model is sharded, all ranks (processes of the run) must run every forward pass together. If a rank of a
     sharded model has no groups for a pack, it runs a group of another pack and drops the result.
@@ -52,8 +52,12 @@ def _plan(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: i
 
 
 def _stand_in(scorer: Scorer) -> list[int]:
-    """Returns the index of the group that the rank runs, and whose result it drops, if a pack has no groups. Returns no
-    index if the rank does not run such a pack."""
+    """Returns the index of the group (a prompt with its completions) that this rank runs for a pack without groups, and
+    whose result the rank drops. Returns an empty list if the rank need not run such a pack.
+
+    A pack holds the groups that go through one forward pass together. If the model is sharded, all ranks (processes of
+    the run) must run the same number of packs, so a rank may have packs without groups.
+    """
     return [0] if is_sharded(scorer.model) else []
 
 
@@ -66,10 +70,15 @@ def make_packs(
     load_ids: LoadIds | None = None,
 ) -> list[Pack]:
     """Distributes the groups (prompts with their completions) of an optimizer step over ranks (processes) and packs,
-    and returns the packs of this rank. A pack is the groups of one forward pass. It has at most `max_tokens_per_pack`
-    tokens, unless it has only one group. `seed` decides the dropout of the adapter. If the model is sharded, every rank
-    gets the same number of packs, and some may be empty. `load_ids` returns groups with their token ids; it is called
-    if groups of this rank are outlines."""
+    and returns the packs of this rank.
+
+    A pack holds the groups that go through one forward pass together. It has at most `max_tokens_per_pack` tokens,
+    unless it has only one group. `seed` decides the dropout of the adapter. If the model is sharded, every rank gets
+    the same number of packs, and some may be empty.
+
+    Some groups may be outlines (groups without their token ids). `load_ids` returns, for a list of outlines, the groups
+    with their ids, and is called if this rank computes any outlines. None means that no group is an outline.
+    """
     indices, stand_in = _plan(scorer, groups, max_tokens_per_pack), _stand_in(scorer)
     if load_ids is not None:
         groups = with_ids(groups, [i for pack in indices for i in pack or stand_in], load_ids)
@@ -85,9 +94,12 @@ def make_packs(
 
 
 def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> int | None:
-    """Returns a lower limit for the tokens of a pack (the groups of one forward pass): half the tokens of the largest
-    pack that any rank (process of the run) now has. `max_tokens_per_pack` is the limit so far. Returns None if packs
-    cannot be smaller, because each has only one group."""
+    """Returns a lower limit for the tokens of a pack: half the tokens of the largest pack that any rank (process of the
+    run) now has. `max_tokens_per_pack` is the limit so far.
+
+    A pack holds the groups (prompts with their completions) that go through one forward pass together. Returns None if
+    packs cannot be smaller, because each has only one group.
+    """
     ranks = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)
     packs = [pack for packs in ranks for pack in packs]
     if max(map(len, packs)) < 2:
@@ -98,10 +110,11 @@ def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per
 def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
 ) -> tuple[Measures, Tensor]:
-    """Computes the gradient of the loss for the packs (groups of one forward pass) of this rank (process of the run),
-    and adds it to the gradients of the weights. Returns two values: the measures (log-probabilities or rewards) of all
-    completions of all ranks, and the loss of the global batch. If training balances experts, the gradient is also that
-    of their load-balancing loss, but the returned loss does not contain it.
+    """Computes the gradient of the loss for the packs of this rank (process of the run), and adds it to the gradients
+    of the weights. A pack holds the groups (prompts with their completions) that go through one forward pass together.
+    Returns two values: the measures (log-probabilities or rewards) of all completions of all ranks, and the loss of the
+    global batch. If training balances experts, the gradient is also that of their load-balancing loss, but the returned
+    loss does not contain it.
 
     Raises MemoryRanOut on all ranks if memory ran out on one rank; gradients and `statistics` are then incomplete.
     """
@@ -127,9 +140,9 @@ def _dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _measure(scorer: Scorer, pack: Pack) -> Any:
-    """Runs the forward pass of a pack, the groups (prompts with their completions) that it computes together. Returns
-    the log-probabilities or rewards of its completions, a row for each. Every call with the same pack returns the same
-    values, because the pack's seed decides the dropout."""
+    """Runs the forward pass of a pack, which holds the groups (prompts with their completions) that go through it
+    together. Returns the log-probabilities or rewards of the pack's completions, a row for each. Every call with the
+    same pack returns the same values, because the pack's seed decides the dropout."""
     torch.manual_seed(pack.seed)
     return scorer(pack.batch)
 
@@ -142,8 +155,9 @@ def _backward_by_pack(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Computes the gradient of the loss pack by pack: first the forward, then the backward pass of each pack. Works for
-    an objective whose loss of a group depends on this group alone. A pack is the groups of one forward pass.
+    """Computes the gradient of the loss pack by pack: first the forward, then the backward pass of each pack. A pack
+    holds the groups (prompts with their completions) that go through one forward pass together. Works for an objective
+    whose loss of a group depends on this group alone.
 
     Adds the gradient to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of
     all completions, and returns these measures and the loss of the global batch.
@@ -173,8 +187,9 @@ def _backward_of_whole_batch(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Computes the gradient of the loss: first the forward passes of all packs, then the backward passes. A pack is the
-    groups of one forward pass. This way works for every loss, also if the gradient of one pack depends on other packs:
+    """Computes the gradient of the loss: first the forward passes of all packs, then the backward passes. A pack holds
+    the groups (prompts with their completions) that go through one forward pass together. This way works for every
+    loss, also if the gradient of one pack depends on other packs:
 
     - the loss of some objectives compares completions of different packs
     - the loss that balances experts weighs a token's probabilities by how often all tokens of the batch choose each

@@ -1,5 +1,8 @@
-"""Loads the token ids of the groups (prompts with their completions) that this rank computes, while it still computes
-earlier steps. A rank is a process of the run."""
+"""Loads the token ids of the groups (prompts with their completions) that this rank will compute in coming steps, while
+the rank still computes earlier steps. A rank is a process of the run.
+
+Until its ids are loaded, a group is an outline, which has everything of the group but its token ids.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +18,17 @@ LoadIds = Callable[[Sequence[Outline]], Groups]
 
 
 def load_ahead(batches: Iterable[Groups], load_ids: LoadIds, own: Callable[[Groups], list[int]]) -> Iterator[Groups]:
-    """Yields the global batches in `batches`. In each batch, the groups (prompts with their completions) that this rank
-    computes have been replaced by those that `load_ids` returns for them. `own` returns which groups of a batch these
-    are, as indices.
+    """Yields the global batches in `batches`, in order, with the token ids of this rank's groups. A group is a prompt
+    with its completions. A rank is a process of the run.
 
-    One thread reads coming batches and another one loads groups. A call of `load_ids` has the groups of all batches, at
-    most AHEAD, that were read while the previous call ran. So no batch waits for a later one, which `batches` may have
-    to wait for. Errors of `batches`, `own` and `load_ids` are raised for the caller.
+    `batches` may have outlines, which are groups without their token ids. `load_ids` returns, for a list of outlines,
+    the groups with their ids. `own` returns the indices of those groups of a batch that this rank computes; only these
+    groups are loaded. Other outlines stay as they are.
+
+    One thread reads coming batches, and another thread loads groups. While a call of `load_ids` runs, up to AHEAD more
+    batches are read. The next call loads the groups of all batches that have been read by then. It does not wait for
+    further batches, because these may take long to come. Errors of `batches`, `own` and `load_ids` are raised for the
+    caller.
     """
     with_own = ((batch, own(batch)) for batch in batches)
     reader, loader = ThreadPoolExecutor(1, "read-ahead"), ThreadPoolExecutor(1, "load-ahead")
@@ -51,14 +58,23 @@ def load_ahead(batches: Iterable[Groups], load_ids: LoadIds, own: Callable[[Grou
 
 
 def with_ids(groups: Groups, own: Sequence[int], load_ids: LoadIds) -> Groups:
-    """Returns the batch `groups` with the token ids of those groups (prompts with their completions) whose indices are
-    in `own`. Calls `load_ids` only if some of them are not loaded yet."""
+    """Returns the batch `groups`, in which the groups (prompts with their completions) whose indices are in `own` have
+    their token ids.
+
+    Calls `load_ids` for those of them that are outlines (groups without their token ids). If there are none, does not
+    call `load_ids`.
+    """
     return _with_ids([(groups, own)], load_ids)[0]
 
 
 def _load(read: Sequence[Future[tuple[Groups, list[int]] | None]], load_ids: LoadIds) -> list[Groups | None]:
-    """Waits until the batches `read` are there, and returns them with the token ids of this rank's groups. None stands
-    for the end of the batches."""
+    """Waits until the batches in `read` have been read, and returns them. This rank's groups (prompts with their
+    completions) in them have their token ids.
+
+    Each future in `read` gives a pair: a batch, and the indices of this rank's groups. A future that gives None marks
+    the end of the batches; the result has None in its place. `load_ids` returns the groups of outlines (groups without
+    their token ids) with their ids.
+    """
     found = [future.result() for future in read]
     batches = [batch for batch in found if batch is not None]
     ends: list[Groups | None] = [None] * (len(found) - len(batches))

@@ -87,9 +87,9 @@ def train(
     `truncation` and `seed` record how the batches were made. Only `seed` has an effect on training: it decides an
     adapter's dropout.
 
-    The groups of the batches and of the held-out data may be outlines, groups without token ids. Then the function
-    `load_ids` returns, for a list of outlines, the groups with their ids. A rank loads only the groups that it
-    computes, in other threads, while it computes earlier steps.
+    The groups of the batches and of the held-out data may be outlines (groups without their token ids). In this case
+    `load_ids` must be given: a function that returns, for a list of outlines, the groups with their ids. A rank loads
+    only the groups that it computes, in other threads, while it computes earlier steps.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
     while training continues. When the checkpoint is written, `publish` is called with the step and the folder. All
@@ -293,9 +293,10 @@ class _Run:
         return dict(self.metrics)
 
     def _backward(self, groups: Sequence[EncodedGroup]) -> tuple[list[Pack], Measures, Tensor]:
-        """Computes the gradients of the loss for one optimizer step. Returns three values:
+        """Computes the gradients of the loss for one optimizer step. A pack holds the groups (prompts with their
+        completions) that go through one forward pass together. Returns three values:
 
-        - the packs (groups of one forward pass each) of this rank (process of the run)
+        - the packs that this rank (process of the run) computes
         - the measures (log-probabilities or rewards) of all completions of all ranks
         - the loss
 
@@ -318,9 +319,11 @@ class _Run:
                 torch.cuda.empty_cache()  # what is left in pieces would not hold larger tensors
 
     def _take_less(self, groups: Sequence[EncodedGroup]) -> None:
-        """Makes training need less memory. Halves the packs (groups of one forward pass); if each pack has only one
-        group, makes the backward pass recompute activations. Raises MemoryRanOut if activations are recomputed
-        already."""
+        """Makes training need less memory: halves the packs. If each pack has only one group, makes the backward pass
+        recompute activations instead. Raises MemoryRanOut if activations are recomputed already.
+
+        A pack holds the groups (prompts with their completions) that go through one forward pass together.
+        """
         smaller = smaller_packs(self.scorer, groups, self.pack_size)
         if smaller is not None:
             self.pack_size = smaller
@@ -363,7 +366,8 @@ class _Run:
         return found
 
     def _with_ids(self, batches: Batches) -> Generator[Sequence[EncodedGroup]]:
-        """Yields the batches, in which this rank's groups (prompts with their completions) have their token ids."""
+        """Yields the batches. In each batch, the groups (prompts with their completions) that this rank (process of the
+        run) computes have their token ids."""
 
         def own(groups: Sequence[EncodedGroup]) -> list[int]:
             return own_groups(self.scorer, groups, max_tokens_per_pack=self.pack_size)
@@ -371,7 +375,8 @@ class _Run:
         yield from batches if self._load_ids is None else load_ahead(batches, self._load_ids, own)
 
     def _admitting(self, load_ids: LoadIds) -> LoadIds:
-        """Returns a function that loads groups as `load_ids` does, and raises ValueError if a group cannot be used."""
+        """Returns a function that loads the token ids of groups (prompts with their completions) as `load_ids` does,
+        and raises ValueError if one of the loaded groups cannot be used for training."""
         return lambda outlines: self._admitted(load_ids(outlines))
 
     def _admitted(self, groups: Sequence[EncodedGroup]) -> Sequence[EncodedGroup]:
@@ -379,9 +384,12 @@ class _Run:
         return groups
 
     def effect(self) -> dict[str, bytes]:
-        """Returns a dictionary with one file, by its name. The file says by how much the policy's adapter changes the
-        log-probabilities of some training rows. Returns an empty dictionary if the policy has no adapter or is a reward
-        model, or if this run has not trained on any rows."""
+        """Returns a dictionary with one file: its name, and its contents as bytes. The file says by how much the
+        policy's adapter changes the log-probabilities of some training rows.
+
+        Returns an empty dictionary if the policy has no adapter or is a reward model, or if this run has not trained on
+        any rows.
+        """
         if not self.learned or not has_adapter(self.scorer.model) or self.scorer.rewards:
             return {}
         groups = self.learned

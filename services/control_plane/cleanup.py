@@ -107,12 +107,13 @@ class Sweeper:
         await _remove(side_jobs_left)
 
     async def _pack_steps(self) -> None:
-        """Packs the metrics of past training steps into blocks, not while a release that cannot read them may run."""
+        """Moves the metrics of past training steps from the table `events` into blocks (compact tables of many steps).
+        Does nothing while a release of the service that cannot read blocks may be running."""
         if time.monotonic() - self._began > UPGRADE_SECONDS:
             await packing.pack(self._store, MOST)
 
     async def _put_away(self) -> None:
-        """Moves files that no database row names from the storage folder `files` to the folder `trash`.
+        """Moves files in storage from the folder `files` to the folder `trash`, if no row of the database names them.
 
         Files whose rows are marked as deleted, and the remains of interrupted writes, are deleted immediately instead.
         """

@@ -348,10 +348,12 @@ class Event(Base):
 
 
 class StepBlock(Base):
-    """A block: the metrics of up to 1,000 consecutive training steps of a job in a compact form, with all that their
-    events show. The rows of these events are no longer in the table `events`.
+    """A block: the metrics of up to 1,000 consecutive training steps of a job, in a compact form. With the metrics, the
+    block keeps all that the metrics events of these steps showed; these events are no longer rows of the table
+    `events`.
 
-    `jobs.events.blocks` writes and reads the two columns of bytes. Their format is a promise: blocks stay for years.
+    `jobs.events.blocks` writes and reads the two columns of bytes. Later releases must be able to read their format,
+    because blocks stay for years.
     """
 
     __tablename__ = "step_blocks"

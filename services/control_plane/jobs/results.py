@@ -26,8 +26,8 @@ COLUMNS = {  # column of the CSV: key in the metrics of a step
 async def write_results(session: AsyncSession, job_id: str, file: BinaryIO) -> None:
     """Writes a CSV with a row for each training step of the job: OpenAI's columns first, then all other metrics.
 
-    Missing values are empty in the CSV. Reads a limited number of steps at a time; all statements of the session must
-    see the same moment.
+    Missing values are empty in the CSV. Reads a limited number of steps at a time, to save memory. All statements of
+    the session must see the database at the same moment.
     """
     others = sorted(await metric_names(session, job_id) - set(COLUMNS.values()))
     columns = {**COLUMNS, **{key: key for key in others}}

@@ -52,9 +52,9 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
     `asked` is divided into buckets of equal size.
 
     Each metric has four columns: its mean, least, greatest and last value in each bucket. A value is None if no step of
-    the bucket has the metric. Of more than MOST_READ steps, only sums over 100 steps are read, so that buckets begin at
-    step 1, 101, 201 and so on. All statements of the session must see the same moment. Raises InvalidRequest if the
-    range ends before it begins.
+    the bucket has the metric. If the range has more than MOST_READ steps, only sums over 100 steps are read, so buckets
+    begin at step 1, 101, 201 and so on. All statements of the session must see the database at the same moment. Raises
+    InvalidRequest if the range ends before it begins.
     """
     if asked.last is not None and asked.last < asked.first:
         raise InvalidRequest(
@@ -86,8 +86,8 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
 
 
 async def _known(session: AsyncSession, job_id: str, first: int, last: int) -> tuple[int, int] | None:
-    """Returns the first and the last step of the job that is known, of those from `first` to `last`. Returns None if no
-    step is."""
+    """Returns the first and the last step from `first` to `last` for which the job's metrics are stored. Returns None
+    if there is no such step."""
     in_rows = select(func.min(Event.step), func.max(Event.step)).where(Event.job_id == job_id)
     within = StepBlock.steps * MultiRange([SqlRange(first, last + 1)])
     in_blocks = select(func.min(func.lower(within)), func.max(func.upper(within)) - 1)
@@ -105,9 +105,11 @@ def _overlapping(job_id: str, first: int, last: int) -> tuple[ColumnElement[bool
 
 
 def _buckets(job_id: str, first: int, last: int, start: int, width: int) -> Any:
-    """Returns the SQL query for the sums (see SUMS) of each metric of a job in each bucket of steps that are rows.
+    """Returns an SQL query that adds up each metric of a job in each bucket of steps. The query reads only steps whose
+    metrics are still rows of the table `events`; older steps are in blocks.
 
-    Bucket n has the steps from `start` + n * `width`. The query gives one row for each bucket and metric.
+    Bucket n has the steps from `start` + n * `width`. The query gives one row for each bucket and metric, with the
+    columns of SUMS, such as the number of values, their sum and the last one.
     """
     numbers = func.jsonb_each(Event.data).table_valued("key", "value").lateral("numbers")
     value = numbers.c.value.cast(Double)
@@ -126,8 +128,14 @@ def _buckets(job_id: str, first: int, last: int, start: int, width: int) -> Any:
 
 
 async def _packed(session: AsyncSession, job_id: str, first: int, last: int, *, adds: bool) -> list[tuple[bool, bytes]]:
-    """Returns the bytes of the job's blocks with steps from `first` to `last`. Each comes with whether the bytes are
-    the block's sums, as they are if `adds` and the block is whole in the range, or its rows."""
+    """Returns the bytes of the job's blocks that have steps from `first` to `last`. A block is a table with the metrics
+    of up to 1,000 training steps, stored as bytes. The result has a pair for each block:
+
+    - whether the bytes are the block's sums over 100 steps each, or else the rows of its steps
+    - the bytes
+
+    The bytes are the sums if `adds` is true and all steps of the block are from `first` to `last`.
+    """
     whole = (func.lower(StepBlock.steps) >= first) & (func.upper(StepBlock.steps) <= last + 1) & literal(adds)
     data = case((whole, StepBlock.sums), else_=StepBlock.rows)
     query = select(whole.label("whole"), data).where(*_overlapping(job_id, first, last)).order_by(StepBlock.number)
@@ -137,7 +145,13 @@ async def _packed(session: AsyncSession, job_id: str, first: int, last: int, *, 
 def _added_up(
     rows: list[dict[str, Any]], packed: list[tuple[bool, bytes]], first: int, last: int, start: int, width: int
 ) -> list[dict[str, Any]]:
-    """Returns the sums (see SUMS) of each metric in each bucket, of the sums `rows` and of the blocks `packed`."""
+    """Adds up the metrics of a job in each bucket of steps. Returns a dictionary for each bucket and metric, with the
+    columns of SUMS, such as the number of values, their sum and the last one.
+
+    `rows` are such sums of the steps that are not in blocks. `packed` are the pairs that `_packed` returns for the
+    blocks (tables with the metrics of many steps). Bucket n has the steps from `start` + n * `width`; only steps from
+    `first` to `last` count.
+    """
     parts = [pa.Table.from_pylist(rows, schema=SUMS)]
     within = (pc.field("step") >= first) & (pc.field("step") <= last)
     for are_sums, data in packed:

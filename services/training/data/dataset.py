@@ -130,8 +130,8 @@ def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads:
 
 def find_scores(uri: str, part: Part) -> Part | None:
     """Looks in the folder `uri` for the file with the reference model's scores of a part (a file of groups). Returns a
-    copy of the part that has the sha256 of the scores' file, or None if the folder has no such file or a damaged
-    one."""
+    copy of `part` with the sha256 of the scores' file filled in. Returns None if the folder has no such file, or a
+    damaged one."""
     try:
         sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
         _read_bytes(storage.join(uri, part.name), sha256)

@@ -55,7 +55,8 @@ def global_batches(
     data: Data, config: TrainConfig, *, after_step: int, read: Read = read_numbered
 ) -> Iterator[list[EncodedGroup]]:
     """Yields one batch of groups (prompts with completions) for each optimizer step, beginning with the step after
-    `after_step` (0 for all steps). `read` reads the groups, or only their outlines.
+    `after_step` (0 for all steps). `read` reads the groups, or only their outlines (the groups without their token
+    ids).
 
     If the file has more than eight pieces (ranges of lines), the number of its groups is only estimated. A batch may
     then have a few more groups than `batch_size`, or fewer, or none.
@@ -77,8 +78,8 @@ def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[En
 
 
 def read_in_order(dataset: Dataset, read: Read) -> Iterator[EncodedGroup]:
-    """Yields all groups (prompts with their completions) of the dataset in order, or only their outlines. `read` is
-    called for eight parts (files of groups) at a time."""
+    """Yields all groups (prompts with their completions) of the dataset in order. `read` is called for eight parts
+    (files of groups) at a time. It returns their groups, or only the outlines (the groups without their token ids)."""
     for start in range(0, len(dataset.parts), PIECES_PER_WINDOW):
         parts = dataset.parts[start : start + PIECES_PER_WINDOW]
         yield from read(dataset, parts, range(sum(part.num_groups for part in parts)))

@@ -1,9 +1,10 @@
 """Lets each worker of a job read the token ids of only those groups that it trains on. A group is a prompt with its
 completions.
 
-An actor, the RowReader, reads each part (a Parquet file of groups) once for all workers. A worker first gets the
-outlines of all groups, which have everything but the token ids. From the outlines all workers plan alike who computes
-which group. Then each worker asks the actor for the ids of its own groups.
+The groups are stored in parts (Parquet files). A Ray actor, the RowReader, reads each part once for all workers. A
+worker first gets the outlines of all groups; an outline is a group without its token ids. From the outlines, every
+worker plans in the same way which worker computes which group. Then each worker asks the actor for the token ids of its
+own groups.
 """
 
 import asyncio
@@ -30,7 +31,8 @@ MOST_PARTS = 24  # parts in the actor's memory: those of two windows, and some o
 
 
 class Place(NamedTuple):
-    """Says where a group (a prompt with its completions) is: the files of its part, and its row in them."""
+    """Says where a group (a prompt with its completions) is stored: the files of its part (a Parquet file of groups,
+    perhaps with a file of scores), and the number of the group's row in these files."""
 
     files: Files
     row: int
@@ -38,15 +40,19 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Reads prepared data for one worker, with the help of the job's actor `reader`. `wait_for` calls a function that
-    asks the actor, and may call it again if storage does not answer."""
+    """Reads prepared groups (prompts with their completions) for one worker, with the help of the job's actor `reader`.
+
+    `wait_for` calls the function that it is given, which asks the actor, and returns the answer. It may call the
+    function again if storage does not answer.
+    """
 
     reader: Any  # handle of the actor RowReader
     wait_for: Callable[[Callable[[], Any]], Any] = lambda ask: ask()
 
     def outlines(self, data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[Outline]:
-        """Yields the outlines (groups without their token ids) that have the given numbers. The groups of all `parts`
-        together are numbered in order, from 0."""
+        """Yields the outlines of the groups (prompts with their completions) with the given numbers. An outline is a
+        group without its token ids. The groups of all `parts` (Parquet files) together are numbered in order, from 0.
+        """
         files = [files_of(data, part) for part in parts if part.num_groups]
         tables = list(map(_table_of, self.wait_for(partial(self._ask_outlines, files)) if files else ()))
         places = [Place(part, row) for part, table in zip(files, tables, strict=True) for row in range(len(table))]
@@ -54,7 +60,8 @@ class Rows:
             yield from _outlines(pa.concat_tables(tables, promote_options="default"), places, numbers)
 
     def load(self, outlines: Sequence[Outline]) -> list[EncodedGroup]:
-        """Returns the groups (prompts with their completions) of the outlines, with their token ids."""
+        """Returns the groups (prompts with their completions) of `outlines`, with their token ids, in the same order.
+        An outline is a group without its token ids."""
         by_part: dict[Files, list[int]] = {}  # numbers of outlines
         for number, outline in enumerate(outlines):
             by_part.setdefault(outline.place.files, []).append(number)
@@ -93,13 +100,18 @@ class RowReader:
         self._threads = ThreadPoolExecutor(READ_AT_ONCE)
 
     async def outlines(self, files: Sequence[Files]) -> list[Any]:
-        """Returns a reference for each part (a file of groups) to a table of its groups without their token ids. The
-        tables are bytes, which are put into Ray's object store once for all workers."""
+        """Returns one reference for each part (a Parquet file of groups). It refers to the table of the part's
+        outlines, as bytes in Ray's object store; an outline is a group without its token ids. Each table is stored once
+        for all workers."""
         return [part.outlines for part in await asyncio.gather(*map(self._part, files))]
 
     async def ids(self, rows: Sequence[tuple[Files, Sequence[int]]]) -> bytes:
-        """Returns the token ids of the given row numbers of each part (a file of groups), one row after the other, each
-        with its prompt first. They are 32-bit numbers, compressed."""
+        """Returns the token ids of chosen groups, as compressed 32-bit numbers. A group is a prompt with its
+        completions.
+
+        `rows` has a pair for each part (a Parquet file of groups): the files of the part, and the numbers of the rows
+        that are wanted from it. The ids are in this order, row by row; each row's prompt comes before its completions.
+        """
         parts = await asyncio.gather(*(self._part(files) for files, _ in rows))
         ids = [part.ids(numbers) for part, (_, numbers) in zip(parts, rows, strict=True)]
         return bytes(pa.compress(np.concatenate([*chain(*ids)]), CODEC, asbytes=True))
@@ -120,7 +132,8 @@ class RowReader:
 
 
 class _ReadPart:
-    """A part (a file of groups) in the actor's memory."""
+    """A part (a Parquet file of groups) that the actor has read: the token ids of its groups, and a reference to the
+    table of its outlines (the groups without their token ids)."""
 
     def __init__(self, files: Files) -> None:
         table = read_table(files)
@@ -129,16 +142,17 @@ class _ReadPart:
         self.outlines = ray.put(_outline_table(table))
 
     def ids(self, numbers: Iterable[int]) -> Iterator[Any]:
-        """Yields two arrays of token ids for each row in `numbers`: those of its prompt, and those of its
-        completions."""
+        """Yields two arrays of token ids for each row number in `numbers`: the ids of the row's prompt, and the ids of
+        all its completions, one after the other."""
         for number in numbers:
             yield self._prompts.slice(number, number + 1)
             yield self._ids.slice(*self._completions.bounds(number))
 
 
 def _outline_table(table: Any) -> bytes:
-    """Returns a table of groups (prompts with their completions) without their token ids, as compressed bytes: the
-    numbers of their tokens, and all other columns that have a value."""
+    """Returns the outlines of the groups (prompts with their completions) in `table`, as the compressed bytes of a
+    table. An outline is a group without its token ids. It has the numbers of tokens instead, and all other columns that
+    have a value."""
     completions = table["completion_ids"].combine_chunks()
     lengths = pa.ListArray.from_arrays(completions.offsets, pc.list_value_length(completions.values))
     columns = {"prompt_length": pc.list_value_length(table["prompt_ids"]), "completion_lengths": lengths}
@@ -167,7 +181,8 @@ def _outlines(table: Any, places: Sequence[Place], numbers: Iterable[int]) -> It
 
 
 def _filled(outlines: Sequence[Outline], compressed: bytes) -> Iterator[EncodedGroup]:
-    """Yields the groups of outlines (groups without their token ids). `compressed` has the ids, in the same order."""
+    """Yields the groups of `outlines` with their token ids. An outline is a group (a prompt with its completions)
+    without its token ids. `compressed` has the ids of all these groups, in the order of the outlines."""
     num_ids = sum(outline.num_tokens for outline in outlines)
     ids = np.frombuffer(pa.decompress(compressed, num_ids * ID.itemsize, CODEC), ID).tolist()
     ends = accumulate(map(len, chain.from_iterable((o.prompt_ids, *o.completion_ids) for o in outlines)), initial=0)

@@ -21,11 +21,10 @@ LEAST_TOKENS_PER_PACK = 4096
 
 
 def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Part:
-    """Scores the groups (prompts with completions) of one part, a file of the dataset. Returns a copy of the part that
-    has the sha256 of its new file of scores.
+    """Scores the groups (prompts with completions) of one part (a file of groups) of the dataset, and writes the scores
+    to a file in the folder `uri`. A score is the log-probability of a completion under the reference model.
 
-    The file of scores is written to the folder `uri`. A score is the log-probability of a completion under the
-    reference model.
+    Returns a copy of `part` with the sha256 of the new file filled in.
     """
     from dpo_core.policy.scorer import score_reference
 

@@ -60,10 +60,10 @@ def work(
     Returns the last report of the attempt (one run of the job).
 
     On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
-    checkpoint. The config of `spec` must have no undecided options. `reader` is the handle of the attempt's
-    RowReader, which reads the data for all workers. `reporter` is the handle of the attempt's Reporter;
-    only rank 0 (the first worker) sends reports to it. Every checkpoint is evaluated on the groups in `validation`;
-    None means no evaluations.
+    checkpoint. The config of `spec` must have no undecided options. `reader` is the handle of the attempt's RowReader,
+    a Ray actor that reads the training data for all workers. `reporter` is the handle of the attempt's Reporter; only
+    rank 0 (the first worker) sends reports to it. Every checkpoint is evaluated on the groups in `validation`; None
+    means no evaluations.
     """
     try:
         with policies.unusable_models_fail_the_job():
@@ -163,7 +163,7 @@ def held_out(
 ) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
     """Returns a function that reads the validation data in batches, for the training loop. Returns None instead of a
     function if the job has no validation data. `read` reads the groups (prompts with their completions), or only their
-    outlines.
+    outlines (the groups without their token ids).
 
     If the data are a Stream (still being encoded), a call of the function first waits until the groups held out for
     validation are known. The call returns None if no groups are held out.

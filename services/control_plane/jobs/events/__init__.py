@@ -1,1 +1,2 @@
-"""The events of jobs: their history as users read it, and the compact blocks that keep the metrics of past steps."""
+"""The events of jobs: their history as users read it, and the blocks (compact tables) that keep the metrics of past
+training steps."""

@@ -1,9 +1,11 @@
 """Converts the metrics of a job's training steps to compact bytes, and adds them up over ranges of steps.
 
-A block holds up to BLOCK_STEPS steps of a job. It is a table of Arrow with a row for each step, and is stored as
-Parquet, whose BYTE_STREAM_SPLIT keeps float64 exactly and makes float32 in float64 small. Beside it the database stores
-the block's sums: how many values each metric has in each SUM_STEPS steps, their sum, and the least, greatest and last
-of them. A chart of many steps needs the sums only.
+A block is an Arrow table with a row for each of up to BLOCK_STEPS steps of a job. It is stored as Parquet with the
+encoding BYTE_STREAM_SPLIT, which keeps each float64 exactly. This encoding takes little space if the float64 numbers
+were float32 numbers before.
+
+The database also stores the block's sums. For each metric and each SUM_STEPS steps they have the number of values,
+their sum, and the least, greatest and last value. A chart of many steps needs the sums only.
 """
 
 from collections.abc import Sequence
@@ -28,12 +30,14 @@ SUMS = pa.schema(
 
 
 def number_of(step: int) -> int:
-    """Returns the number of the block that holds the training step `step`."""
+    """Returns the number, from 0, of the block (a table of up to BLOCK_STEPS training steps) that holds the step
+    `step`."""
     return (step - 1) // BLOCK_STEPS
 
 
 def block_of(events: Sequence[Any]) -> pa.Table:
-    """Returns the block of the metrics events `events`, which are rows of the table `events`, sorted by step."""
+    """Returns a block (a table with a row for each training step) of the metrics in `events`. `events` are rows of the
+    database table `events`, sorted by step; each tells the metrics of one step."""
     told = [event.data or {} for event in events]
     names = sorted({name for data in told for name in data} - FIXED.keys())
     columns: dict[str, pa.Array] = {
@@ -47,18 +51,21 @@ def block_of(events: Sequence[Any]) -> pa.Table:
 
 
 def with_new_steps(block: pa.Table, other: pa.Table) -> pa.Table:
-    """Returns the block with those steps of the block `other` that it does not have yet."""
+    """Returns the block (a table with a row for each training step) with the rows of `other` added. Leaves out rows of
+    `other` for steps that the block has already."""
     new = other.filter(pc.invert(pc.is_in(other["step"], value_set=block["step"].combine_chunks())))
     return pa.concat_tables([block, new], promote_options="default").sort_by("step")
 
 
 def metrics_of(block: pa.Table) -> list[str]:
-    """Returns the names of the block's metrics."""
+    """Returns the names of the metrics in the block, a table with a row for each training step."""
     return [name.removeprefix(METRIC) for name in block.column_names if name.startswith(METRIC)]
 
 
 def steps_of(block: pa.Table) -> list[dict[str, Any]]:
-    """Returns a dictionary for each step of the block: the step, the number of all steps, and the step's metrics."""
+    """Returns a dictionary for each row of the block, which is a table with a row for each training step. The
+    dictionary has the number of the step (`step`), the number of all steps of the job (`total_steps`), and the step's
+    metrics."""
     renamed = block.drop_columns(["event_id", "created_at"])
     renamed = renamed.rename_columns([name.removeprefix(METRIC) for name in renamed.column_names])
     return [{name: value for name, value in row.items() if value is not None} for row in renamed.to_pylist()]
@@ -84,7 +91,9 @@ def from_bytes(data: bytes) -> pa.Table:
 
 
 def values_of(block: pa.Table) -> pa.Table:
-    """Returns the block's values as sums (see SUMS) of one value each."""
+    """Returns the values of the block's metrics in the form of sums, a table with the columns SUMS. Each row has one
+    value of one metric, so its sum, least, greatest and last value are all this value. A block is a table with a row
+    for each training step."""
     parts = []
     for name in metrics_of(block):
         known = pa.table({"step": block["step"], "value": block[METRIC + name]}).drop_null()
@@ -95,7 +104,12 @@ def values_of(block: pa.Table) -> pa.Table:
 
 
 def added_up(sums: pa.Table, first: int, width: int) -> pa.Table:
-    """Adds up sums (see SUMS) whose steps are in the same bucket. Bucket n has the steps from `first` + n * `width`."""
+    """Adds up sums whose steps are in the same bucket, for each metric. Bucket n has the steps from `first` + n *
+    `width`.
+
+    `sums` is a table with the columns SUMS: for a metric and some steps, the number of values, their sum, and the
+    least, greatest and last value. The result has the same columns, and one row for each bucket and metric.
+    """
     buckets = pc.divide(pc.subtract(sums["step"], first), width)
     kinds = {"step": "max", "count": "sum", "sum": "sum", "min": "min", "max": "max", "last": "last"}
     groups = sums.append_column("bucket", buckets).sort_by("step").group_by(["bucket", "metric"], use_threads=False)
@@ -105,7 +119,8 @@ def added_up(sums: pa.Table, first: int, width: int) -> pa.Table:
 
 
 def sums_of(block: pa.Table) -> bytes:
-    """Returns the sums of each SUM_STEPS steps of the block, as bytes."""
+    """Returns the sums of each metric over each SUM_STEPS steps of the block, as the bytes of an Arrow table with the
+    columns SUMS. A block is a table with a row for each training step."""
     sums = added_up(values_of(block), 1, SUM_STEPS)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, SUMS, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:

@@ -1,9 +1,11 @@
 """Reads the events of jobs, and the metrics of their training steps.
 
-The newest events are rows of the table `events`. A metrics event, which tells the metrics of one training step, moves
-into a block (see `blocks`) some time after it was written; its text and its public id follow from its step and its
-metrics. The functions here read both. They read the rows first: an event that moves meanwhile is then seen twice, and
-left out once, but never missed.
+A metrics event tells the metrics of one training step. New events are rows of the table `events`. Some time later,
+metrics events move from there into blocks (see `blocks`), tables that keep the metrics of many steps. The text and the
+public id of a moved event are computed from its step and its metrics.
+
+The functions here read both, the rows first. So an event that moves meanwhile may be read in both, but is never missed;
+an event that was read in both is returned once.
 """
 
 import hashlib
@@ -24,7 +26,7 @@ LAST = 2**63 - 1  # greater than the id of every event
 
 
 def step_event_id(job_id: str, step: int) -> str:
-    """Returns the public id of the event with the metrics of the job's training step."""
+    """Returns the public id of the event that tells the metrics of the training step `step` of the job."""
     return f"{_beginning(job_id)}{step:08x}"
 
 
@@ -33,7 +35,8 @@ def _beginning(job_id: str) -> str:
 
 
 def step_message(data: Mapping[str, Any]) -> str:
-    """Returns the text of the event with the metrics `data` of a training step, which have OpenAI's names."""
+    """Returns the text of the event that tells the metrics of one training step. `data` has the step (`step`), the
+    number of all steps (`total_steps`), and the metrics under OpenAI's names, such as `train_loss`."""
     words = [f"training loss={data['train_loss']:.4f}"] if "train_loss" in data else []
     if "train_reward_margin" in data:
         words.append(f"margin={data['train_reward_margin']:.4f}")
@@ -45,7 +48,8 @@ def step_message(data: Mapping[str, Any]) -> str:
 
 
 def is_packed(job_id: str, step: int) -> ColumnElement[bool]:
-    """Returns the SQL condition that a block holds this step of the job."""
+    """Returns the SQL condition that the training step `step` of the job is already in a block, a table that keeps the
+    metrics of many past steps."""
     block = (StepBlock.job_id == job_id) & (StepBlock.number == blocks.number_of(step))
     return exists().where(block, StepBlock.steps.contains(cast(step, BigInteger)))
 
@@ -54,10 +58,8 @@ def is_packed(job_id: str, step: int) -> ColumnElement[bool]:
 
 
 async def place_of(session: AsyncSession, job_id: str, public_id: str) -> int | None:
-    """Returns the number of the job's event with this public id. The numbers give the order of a job's events.
-
-    Returns None if the job has no such event.
-    """
+    """Returns the number of the event with the id `public_id`, if the event belongs to the job. The numbers give the
+    order of a job's events. Returns None if the job has no such event."""
     query = select(Event.id).where(Event.public_id == public_id, Event.job_id == job_id)
     if (place := await session.scalar(query)) is not None:
         return place
@@ -90,16 +92,18 @@ async def page(session: AsyncSession, job_id: str, *, before: int | None, type: 
 
 
 async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
-    """Returns the first `limit` events of the job after the event with the id `after`, in order."""
+    """Returns the next `limit` events of the job, in the order of their numbers. `after` is the number of the last
+    event that the caller has already (0 for none)."""
     query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
     rows = (await session.execute(query)).all()
     return await _with_packed(session, job_id, rows, after=after, limit=limit, newest=False)
 
 
 async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
-    """Returns the newest `limit` events of each job in `after`, in the order of their ids.
+    """Returns the newest `limit` events of each job in `after`, in the order of their numbers.
 
-    `after` maps a job's id to the id of an event; only later events are returned.
+    `after` maps the id of a job to the number of the last event that the caller has already; only later events are
+    returned.
     """
     asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
     newest = (
@@ -128,8 +132,12 @@ async def _with_packed(
     limit: int,
     newest: bool,
 ) -> list[Any]:
-    """Returns the job's first `limit` events between `after` and `before`, of the rows and of the blocks. The order is
-    newest first if `newest`, and oldest first if not."""
+    """Returns the job's first `limit` events with numbers between `after` and `before`; neither end is included. The
+    order is newest first if `newest`, and oldest first if not.
+
+    `rows` are those of the events that were found in the table `events`. The function adds the events in blocks (tables
+    that keep the metrics events of past steps).
+    """
     found = {row.id: row for row in rows}
     edge = StepBlock.last_event if newest else StepBlock.first_event
     query = select(edge.label("edge"), StepBlock.rows).where(StepBlock.job_id == job_id)
@@ -150,7 +158,8 @@ async def _with_packed(
 
 
 def _events(job_id: str, block: pa.Table) -> Iterable[Event]:
-    """Yields the metrics events of a block, as rows of the table `events`, which are not in the database any more."""
+    """Yields the metrics events in a block (a table that keeps the metrics of past training steps), as objects of the
+    class Event. These events are no longer rows of the database."""
     moments, numbers = block["created_at"].to_pylist(), block["event_id"].to_pylist()
     for number, moment, data in zip(numbers, moments, blocks.steps_of(block), strict=True):
         yield Event(
@@ -176,10 +185,10 @@ async def metric_names(session: AsyncSession, job_id: str) -> set[str]:
 
 
 async def metrics_of(session: AsyncSession, job_id: str) -> AsyncIterator[list[dict[str, Any]]]:
-    """Yields the metrics that the job's training reported, of at most BLOCK_STEPS steps at a time: one dictionary for
-    each training step, in the order of the steps.
+    """Yields all metrics that the job's training reported, as lists of dictionaries. A list has at most BLOCK_STEPS
+    training steps in order, with one dictionary for each step.
 
-    All statements of the session must see the same moment.
+    All statements of the session must see the database at the same moment.
     """
     in_rows, in_blocks = Event.job_id == job_id, StepBlock.job_id == job_id
     number = (Event.step - 1) // blocks.BLOCK_STEPS

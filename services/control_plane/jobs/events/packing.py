@@ -1,4 +1,5 @@
-"""Moves metrics events from the rows of the table `events` into blocks, which take a tenth of the space."""
+"""Moves metrics events from the rows of the table `events` into blocks. A block is a table with the metrics of up to
+1,000 training steps of a job. It takes a tenth of the space of the rows."""
 
 import random
 from functools import partial
@@ -18,8 +19,12 @@ KEPT_BLOCKS = 2  # the newest blocks of a live job stay rows, because they still
 
 
 async def pack(store: Store, most: int) -> int:
-    """Packs at most `most` blocks: full blocks of jobs that have not ended, and all steps of jobs that have. Returns
-    how many blocks were packed."""
+    """Moves metrics events into blocks (tables with the metrics of up to 1,000 training steps of a job), at most `most`
+    blocks in one call. Returns how many blocks were written.
+
+    While a job runs, moves only the steps of full blocks, and not those of the newest KEPT_BLOCKS blocks. After a job
+    has ended, moves all its steps.
+    """
     async with store.begin() as session:
         due = await _due(session, most)
     chosen = random.sample(due, min(most, len(due)))  # so that a block that cannot be packed does not stop the others
@@ -30,7 +35,8 @@ async def pack(store: Store, most: int) -> int:
 
 
 async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
-    """Returns the blocks to pack, as job ids and numbers of blocks. Marks ended jobs that have none as packed."""
+    """Returns the blocks to write, as pairs: the id of a job, and the number of the block. A block has the metrics of
+    up to 1,000 training steps. If all steps of an ended job are in blocks, marks the job as packed."""
     steps = select(func.min(Event.step).label("first"), func.max(Event.step).label("last"))
     steps = steps.where(Event.job_id == Job.id, Event.step.is_not(None))
     ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.steps_packed).order_by(Job.finished_at).limit(most)
@@ -49,8 +55,9 @@ async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
 
 
 async def pack_block(session: AsyncSession, job_id: str, number: int) -> None:
-    """Moves the rows of the block's steps into the block. A step that the block has already is dropped, because each
-    step is told once."""
+    """Moves the metrics events of a job's training steps from the table `events` into block number `number`, which has
+    the metrics of up to 1,000 steps. If the block has a step already, drops the row of this step, because the job's
+    history tells each step once."""
     await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
     first = number * blocks.BLOCK_STEPS + 1
     moving = (Event.job_id == job_id) & Event.step.between(first, first + blocks.BLOCK_STEPS - 1)
@@ -66,7 +73,9 @@ async def pack_block(session: AsyncSession, job_id: str, number: int) -> None:
 
 
 def _packed(known: bytes | None, events: Any) -> dict[str, Any]:
-    """Returns the columns of the block with the steps that it has already, and those of the rows `events`."""
+    """Returns the values of the columns of a row of StepBlock, in which one block (the metrics of up to 1,000 training
+    steps) is stored. `known` is the block as it is stored now, as bytes; None if there is none yet. The steps of
+    `events`, rows of the table `events`, are added to it."""
     block = blocks.block_of(events)
     if known is not None:
         block = blocks.with_new_steps(blocks.from_bytes(known), block)
@@ -82,7 +91,7 @@ def _packed(known: bytes | None, events: Any) -> dict[str, Any]:
 
 
 def _ranges(steps: list[int]) -> MultiRange[int]:
-    """Returns the sorted steps as ranges of consecutive steps."""
+    """Returns the training steps `steps`, which are sorted, as ranges of consecutive steps."""
     starts = [step for before, step in zip([None, *steps], steps, strict=False) if before != step - 1]
     ends = [step for step, after in zip(steps, [*steps[1:], None], strict=True) if after != step + 1]
     return MultiRange(Range(start, end + 1) for start, end in zip(starts, ends, strict=True))

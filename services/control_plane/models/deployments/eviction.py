@@ -209,7 +209,7 @@ class _Served:
 
     def _ask_to_leave(self, why: str, *, at_once: bool = False) -> bool:
         """Closes one busy model to new requests, so that it can be unloaded: the busy model that has run longest. `why`
-        is the reason that clients are told whose requests for this model wait.
+        is the reason; clients whose requests wait for this model are told `why`.
 
         If `at_once`, considers all running models. If not, considers only models that have run for longer than
         TURN_SECONDS. Never chooses reference models and pinned (always loaded) models. Returns False if no model can be
