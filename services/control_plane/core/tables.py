@@ -628,11 +628,11 @@ class SweepTrial(Base):
 
 
 class Rounds(Owned, Base):
-    """Rounds that improve a policy. In each round the newest policy writes answers, which are scored and become rows of
-    training data; a job trains the next policy on them, and evaluations judge it.
+    """A set of rounds that improve a policy. In each round the newest policy writes answers, which are scored and
+    become rows of training data. A job trains the next policy on these rows, and evaluations judge the new policy.
 
-    `history` is a list of objects: number 0 for the first policy, then one for each round so far. Each names the
-    round's evaluations, file and job. The transaction that creates an evaluation, a file or a job also adds it to
+    `history` is a list of objects: number 0 for the first policy, then one for each round so far. Each object names the
+    round's evaluations, file and job. The transaction that creates an evaluation, a file or a job also adds its id to
     `history`, so that nothing is created twice.
     """
 

@@ -1,6 +1,5 @@
-"""The routes below /v1/x/rounds, which create, list, show, pause, resume, cancel and delete rounds that improve a
-policy.
-"""
+"""The routes below /v1/x/rounds, which create, list, show, pause, resume, cancel and delete sets of rounds. A set of
+rounds improves a policy by repeated training on its own answers."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -41,9 +40,8 @@ async def create(
     ray_api: RayApiPart,
     body: CreateRounds,
 ) -> Response:
-    """Creates rounds, which improve a policy by training on its own scored answers. The service works on them in the
-    background.
-    """
+    """Creates a set of rounds, which improves a policy by repeated training on its own scored answers. The service
+    works on the rounds in the background."""
     body.check()
     sampled, held_out = await checks.prompts_of(store, body)
 
@@ -59,9 +57,8 @@ async def create(
 async def list_rounds(
     store: StorePart, after: str | None = None, limit: Limit = 20, status: Status | None = None
 ) -> dict[str, Any]:
-    """Lists the project's rounds (repeated training of a policy on its own answers), newest first. If `status` is
-    given, lists only rounds with this status.
-    """
+    """Lists the project's sets of rounds, newest first. A set of rounds improves a policy by repeated training on its
+    own answers. If `status` is given, lists only sets with this status."""
     query = select(Rounds)
     if status is not None:
         query = query.where(Rounds.state == status)
@@ -78,23 +75,21 @@ async def retrieve(store: StorePart, rounds_id: str) -> dict[str, Any]:
 
 @router.post("/{rounds_id}/pause", responses=answers(RoundsDocument))
 async def pause(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
-    """Pauses rounds (repeated training of a policy on its own answers) that have not ended, and their job or
-    evaluations that are under way.
-    """
+    """Pauses a set of rounds (repeated training of a policy on its own answers) that has not ended. If a job or
+    evaluations of the set are under way, pauses them, too."""
     return await _wish(rounds.pause, idempotent, caller, rounds_id)
 
 
 @router.post("/{rounds_id}/resume", responses=answers(RoundsDocument))
 async def resume(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
-    """Lets paused rounds (repeated training of a policy on its own answers) go on where they were."""
+    """Resumes a paused set of rounds (repeated training of a policy on its own answers) where it stopped."""
     return await _wish(rounds.resume, idempotent, caller, rounds_id)
 
 
 @router.post("/{rounds_id}/cancel", responses=answers(RoundsDocument))
 async def cancel(idempotent: IdempotentPart, caller: CallerPart, rounds_id: str) -> Response:
-    """Cancels rounds (repeated training of a policy on its own answers) that have not ended, and their job or
-    evaluations that are under way. What they have made so far is kept.
-    """
+    """Cancels a set of rounds (repeated training of a policy on its own answers) that has not ended. If a job or
+    evaluations of the set are under way, cancels them, too. What the set has made so far is kept."""
     return await _wish(rounds.cancel, idempotent, caller, rounds_id)
 
 
@@ -112,9 +107,8 @@ async def _wish(
 
 @router.delete("/{rounds_id}")
 async def delete(idempotent: IdempotentPart, rounds_id: str) -> Response:
-    """Deletes the record of rounds that have ended. The files, jobs, models and evaluations that the rounds have made
-    stay.
-    """
+    """Deletes the record of a set of rounds (repeated training of a policy on its own answers) that has ended. The
+    files, jobs, models and evaluations that the set has made stay."""
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await rounds.remove(session, rounds_id)

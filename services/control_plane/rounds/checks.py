@@ -1,6 +1,5 @@
-"""Checks a request for rounds (repeated training of a policy on its own answers) before anything is created: its
-prompts, its judges, and the job of a round.
-"""
+"""Checks a request for a set of rounds (repeated training of a policy on its own answers) before anything is created:
+the prompts, the judges, and the job of a round."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""The JSON objects of rounds (repeated training of a policy on its own answers), as the OpenAPI document describes
-them.
+"""The JSON objects of sets of rounds (repeated training of a policy on its own answers), as the OpenAPI document
+describes them.
 
-docs/use/rounds.md says what they mean.
+docs/use/rounds.md says what the fields mean.
 """
 
 from typing import Annotated, Any, Literal

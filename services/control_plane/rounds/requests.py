@@ -1,6 +1,5 @@
-"""Defines the JSON body of POST /v1/x/rounds, which creates rounds (repeated training of a policy on its own answers),
-and the description of rounds that is stored.
-"""
+"""Defines the JSON body of POST /v1/x/rounds, which creates a set of rounds (repeated training of a policy on its own
+answers), and the description of the set that is stored."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -30,7 +29,7 @@ MaxItems = Annotated[int, Field(ge=1, le=MOST_ITEMS)]
 
 
 class Selection(BaseModel):
-    """The field `selection` of a request for rounds: which of the answers to a prompt become training data."""
+    """The field `selection` of a request for a set of rounds: which of the answers to a prompt become training data."""
 
     model_config = ConfigDict(extra="forbid")
     type: selection.Type = Field(
@@ -64,8 +63,7 @@ class Selection(BaseModel):
 
 class HeldOut(BaseModel):
     """The description of how the policy of each round is evaluated: the file of prompts, the judge of the answers, and
-    how the answers are sampled. It is stored with the rounds.
-    """
+    how the answers are sampled. It is stored as a part of the description of the set of rounds (RoundsSpec)."""
 
     model_config = ConfigDict(extra="forbid")
     file: Text | None = Field(
@@ -90,9 +88,8 @@ class HeldOut(BaseModel):
 
 
 class CreateHeldOut(HeldOut):
-    """The field `evaluation` of a request for rounds. Unlike the stored description (HeldOut), it may contain the
-    prompts themselves (`rows`).
-    """
+    """The field `evaluation` of a request for a set of rounds. Unlike the stored description (HeldOut), it may contain
+    the prompts themselves (`rows`)."""
 
     rows: Rows | None = Field(
         default=None, description="The prompts to evaluate policies on. Send this, `file` or neither."
@@ -100,9 +97,8 @@ class CreateHeldOut(HeldOut):
 
 
 class RoundsSpec(BaseModel):
-    """The description of rounds that is stored: the first policy, the prompts' file, and how answers are sampled,
-    judged and trained on. If the request contains prompts itself, they are not part of the description.
-    """
+    """The description of a set of rounds that is stored: the first policy, the file of prompts, and how answers are
+    sampled, judged and trained on. If the request itself contains the prompts, they are stored elsewhere."""
 
     model_config = ConfigDict(extra="forbid")
     model: Text = Field(description="Name of the policy that the rounds start from: a base model, or a trained policy.")
@@ -162,13 +158,13 @@ class RoundsSpec(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The names of the models that are needed when the rounds begin: the first policy, and the models of the
-        judges.
-        """
+        """The names of the models that are needed when the first round begins: the first policy, and the models of the
+        judges."""
         return {self.model} | self.judge.models | self.evaluating_judge.models
 
     def num_prompts(self, num_sampled: int) -> int:
-        """Returns how many prompts a round takes, if there are `num_sampled` prompts to sample answers to."""
+        """Returns how many prompts each round takes. `num_sampled` is the number of prompts that the user gave for
+        sampling answers."""
         return min(self.prompts_per_round or num_sampled, num_sampled)
 
     def seeded(self, sampling: Sampling, number: int) -> Sampling:
@@ -213,10 +209,10 @@ class RoundsSpec(BaseModel):
         return Spec(kind="drift", model=model, reference=self.model, sampling=whole)
 
     def job_of(self, rounds_id: str, number: int, newest: str, file: str) -> CreateJob:
-        """Returns the request for the job of the round with this number.
+        """Returns the request for the job of the round `number` in the set of rounds `rounds_id`.
 
-        `newest` is the newest policy, and `file` the id of the file with the round's rows. Raises InvalidRequest for a
-        wrong field of `job`.
+        `newest` is the name of the newest policy, and `file` the id of the file with the round's rows. Raises
+        InvalidRequest for a wrong field of `job`.
         """
         start = newest if self.start == "newest" else self.model
         reference = newest if self.reference == "newest" else self.model
@@ -238,9 +234,8 @@ def _with(value: Any, **more: Any) -> Any:
 
 
 class CreateRounds(RoundsSpec):
-    """The JSON body of POST /v1/x/rounds, which creates rounds. Unlike the stored description (RoundsSpec), it may
-    contain the prompts themselves (`rows`).
-    """
+    """The JSON body of POST /v1/x/rounds, which creates a set of rounds (repeated training of a policy on its own
+    answers). Unlike the stored description (RoundsSpec), it may contain the prompts themselves (`rows`)."""
 
     rows: Rows | None = Field(default=None, description="The prompts to sample answers to. Send this or `file`.")
     evaluation: CreateHeldOut = Field(
@@ -277,5 +272,6 @@ class CreateRounds(RoundsSpec):
             raise InvalidRequest(message, param="job.x_raydpo.reference.model")
 
     def spec(self) -> RoundsSpec:
-        """Returns the description of the rounds to store."""
+        """Returns the description of the set of rounds that is stored, without the prompts that the request contains.
+        """
         return RoundsSpec.model_validate(self.model_dump(exclude={"rows": True, "evaluation": {"rows"}}))

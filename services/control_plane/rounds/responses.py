@@ -1,4 +1,4 @@
-"""Builds the JSON objects of rounds (repeated training of a policy on its own answers)."""
+"""Builds the JSON objects of sets of rounds (repeated training of a policy on its own answers)."""
 
 from typing import Any
 

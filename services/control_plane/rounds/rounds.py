@@ -1,8 +1,8 @@
-"""Creates rounds, and changes their states when users pause, resume or cancel them.
+"""Creates sets of rounds, and changes the state of a set when a user pauses, resumes or cancels it.
 
-Rounds improve a policy by training on its own scored answers. The state of rounds is `running` or `paused`, and at the
-end `succeeded`, `failed` or `cancelled`. Pausing, resuming or cancelling rounds does the same to their job or
-evaluations that are under way.
+A set of rounds improves a policy by repeated training on its own scored answers. The state of a set is `running` or
+`paused`, and at the end `succeeded`, `failed` or `cancelled`. If a job or evaluations of a set are under way when the
+set is paused, resumed or cancelled, the same is done to them.
 """
 
 import secrets
@@ -37,11 +37,12 @@ Row = dict[str, Any]
 async def create(
     session: AsyncSession, spec: RoundsSpec, sampled: Sequence[Row], held_out: Sequence[Row], key_id: str
 ) -> Rounds:
-    """Adds the row of new rounds to the database, and returns the row.
+    """Adds the row of a new set of rounds (repeated training of a policy on its own answers) to the database, and
+    returns the row.
 
     `sampled` are the prompts to which the policies write answers, and `held_out` the prompts on which the policies are
     evaluated. `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the
-    project has too many rounds that have not ended, and Forbidden if the project is archived.
+    project has too many sets that have not ended, and Forbidden if the project is archived.
     """
     project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
     if project.archived_at is not None:
@@ -64,10 +65,10 @@ async def create(
 
 
 async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> Rounds:
-    """Returns the rounds (repeated training of a policy on its own answers) with this id. If `lock`, nobody else can
-    change them until the transaction ends.
+    """Returns the set of rounds (repeated training of a policy on its own answers) with this id. If `lock`, nobody else
+    can change the set until the transaction ends.
 
-    Raises NotFound if the project has no such rounds.
+    Raises NotFound if the project has no such set.
     """
     rounds = await session.get(Rounds, rounds_id, populate_existing=True, with_for_update=True if lock else None)
     if rounds is None:
@@ -77,10 +78,10 @@ async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> 
 
 
 async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Pauses the rounds (repeated training of a policy on its own answers), and their job or evaluations that are under
-    way. Returns the rounds.
+    """Pauses the set of rounds (repeated training of a policy on its own answers) with this id, and returns the set. If
+    a job or evaluations of the set are under way, pauses them, too.
 
-    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds have ended.
+    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the set has ended.
     """
     rounds = await _live(session, rounds_id, "paused")
     async for child in _under_way(session, rounds):
@@ -94,10 +95,10 @@ async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Resumes the paused rounds (repeated training of a policy on its own answers), and their job or evaluations that
-    were under way. Returns the rounds.
+    """Resumes the paused set of rounds (repeated training of a policy on its own answers) with this id, and returns the
+    set. Also resumes the set's job or evaluations that were paused with it.
 
-    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the rounds are not paused, and
+    `actor` is the id of the API key that sent the request. Raises InvalidRequest if the set is not paused, and
     OverQuota if the project may not queue the paused job.
     """
     rounds = await find(session, rounds_id, lock=True)
@@ -114,11 +115,11 @@ async def resume(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def cancel(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
-    """Cancels the rounds (repeated training of a policy on its own answers), and their job or evaluations that are
-    under way. Returns the rounds.
+    """Cancels the set of rounds (repeated training of a policy on its own answers) with this id, and returns the set.
+    If a job or evaluations of the set are under way, cancels them, too.
 
     The files, jobs, models and results so far are kept. `actor` is the id of the API key that sent the request. Raises
-    InvalidRequest if the rounds have ended.
+    InvalidRequest if the set has ended.
     """
     rounds = await _live(session, rounds_id, "cancelled")
     async for child in _under_way(session, rounds):
@@ -132,9 +133,10 @@ async def cancel(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
 
 
 async def remove(session: AsyncSession, rounds_id: str) -> None:
-    """Deletes the row of the rounds. The files, jobs, models and evaluations that the rounds have made stay.
+    """Deletes the row of the set of rounds (repeated training of a policy on its own answers). The files, jobs, models
+    and evaluations that the set has made stay.
 
-    Raises InvalidRequest if the rounds have not ended.
+    Raises InvalidRequest if the set has not ended.
     """
     rounds = await find(session, rounds_id, lock=True)
     if rounds.state not in EVALUATION_ENDS:
@@ -150,7 +152,7 @@ async def _live(session: AsyncSession, rounds_id: str, wish: str) -> Rounds:
 
 
 async def _under_way(session: AsyncSession, rounds: Rounds) -> AsyncIterator[Evaluation | Job]:
-    """Yields the evaluations and the job of the newest round that still exist and have not ended."""
+    """Yields the evaluations and the job of the set's newest round, if they still exist and have not ended."""
     entry = rounds.history[-1]
     for evaluation_id in (entry.get("samples"), *(entry.get("evaluations") or {}).values()):
         evaluation = await session.get(Evaluation, evaluation_id) if evaluation_id else None
@@ -165,9 +167,8 @@ async def _under_way(session: AsyncSession, rounds: Rounds) -> AsyncIterator[Eva
 
 
 async def end(session: AsyncSession, rounds: Rounds, state: str, **values: Any) -> None:
-    """Ends the rounds in the state `state`, such as `succeeded`, and sets the columns in `values`. The caller must hold
-    the lock of the rounds' row.
-    """
+    """Ends the set of rounds in the state `state`, such as `succeeded`, and sets the columns in `values`. The caller
+    must hold the lock of the set's row in the database."""
     finished_at = await session.scalar(select(func.clock_timestamp()))
     ending = {"state": state, "waits_for": None, "finished_at": finished_at}
     for name, value in (ending | values).items():  # all in one UPDATE, as the table's constraints require
@@ -175,14 +176,15 @@ async def end(session: AsyncSession, rounds: Rounds, state: str, **values: Any) 
 
 
 async def fail(session: AsyncSession, rounds: Rounds, error: ApiError) -> None:
-    """Ends the rounds as failed with this error. The caller must hold the lock of the rounds' row."""
+    """Ends the set of rounds as failed with this error. The caller must hold the lock of the set's row in the database.
+    """
     told = {"code": error.code, "message": storable(error.message), "param": error.param}
     await end(session, rounds, "failed", error=told)
 
 
 async def claim(session: AsyncSession, holder: str) -> Rounds | None:
-    """Takes the lease (the right to work on them) of the next running rounds for the control plane `holder`, and
-    returns the rounds. Returns None if there are no running rounds, or other control planes work on all of them.
+    """Takes the lease of the next running set of rounds (the right to work on the set) for the control plane `holder`,
+    and returns the set. Returns None if no set is running, or if other control planes work on all running sets.
 
     Projects take turns.
     """

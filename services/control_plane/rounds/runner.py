@@ -1,7 +1,8 @@
-"""Runs rounds (repeated training of a policy on its own answers) in the background. Every control plane does so.
+"""Runs sets of rounds (repeated training of a policy on its own answers) in the background. Every control plane does
+so.
 
-To work on rounds, a control plane takes their lease, which is the right to work on them. If a control plane dies,
-another one continues with the stage that the rounds have reached.
+To work on a set, a control plane takes its lease, which is the right to work on it. If a control plane dies, another
+one continues with the stage that the set has reached.
 """
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,9 +20,8 @@ LOOK_SECONDS = 2.0  # how often rounds look whether their job or evaluation has 
 
 
 class RoundsRunner:
-    """The background work on rounds, which improve a policy by training on its own scored answers. One piece of this
-    work carries out the stages that one row of the table of rounds still has before it.
-    """
+    """The background work on sets of rounds. A set of rounds improves a policy by repeated training on its own scored
+    answers. The work comes in pieces: in one piece, a control plane does all stages of one set that can be done now."""
 
     at_once = 16  # while rounds wait, others take their place
 
@@ -39,9 +39,8 @@ class RoundsRunner:
         return await changes.is_running(session, rounds)
 
     async def interrupted(self, session: AsyncSession, rounds: Rounds, error: Exception) -> None:
-        """Stores for the user that the rounds wait after an unexpected error. If such errors repeat for a day without
-        progress, the rounds fail.
-        """
+        """Stores the reason, for the user to read, why the set of rounds makes no progress: an unexpected error. If
+        such errors repeat for a day without progress, ends the set as failed."""
         self._rests.forget(rounds.id)
         rounds = await changes.find(session, rounds.id, lock=True)
         if rounds.state == "running" and await lasts_too_long(session, rounds, error):

@@ -28,7 +28,7 @@ WORDS = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of the policy to a prompt, and its score; higher is better."""
+    """An answer of the policy to a prompt, and the answer's score; a higher score is better."""
 
     text: str
     score: float

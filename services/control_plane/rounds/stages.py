@@ -1,7 +1,7 @@
 """Does the stages of a round: samples with scores, a file of rows, a job, and evaluations of the job's policy.
 
-Each stage makes an evaluation, a file or a job. One transaction writes this object, and its id into the row of the
-rounds. So a stage that is interrupted leaves nothing behind, or is done.
+Each stage makes an evaluation, a file or a job. One transaction stores this object, and adds its id to the database row
+of the set of rounds. So a stage that is interrupted has either left nothing behind, or is done.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -45,36 +45,33 @@ Act = Callable[[AsyncSession, Rounds], Awaitable[bool]]
 
 
 class Refused(Exception):
-    """Raised if the project or the service may not do the stage now. The column `waits_for` of the rounds then says
-    why.
-    """
+    """Raised if the project or the service may not do the next stage of a set of rounds now. The set's column
+    `waits_for` then says why."""
 
 
 class Ended(Exception):
-    """Raised if there is no more work to do on the rounds, because they have ended or were paused."""
+    """Raised if there is no more work to do on a set of rounds, because the set has ended or is paused."""
 
 
 def stage_of(entry: Entry) -> str:
-    """Returns the name of the next stage of the round `entry`, such as `samples`. Returns `next` if all its stages are
-    done.
-    """
+    """Returns the name of the next stage of the round whose entry in `history` is `entry`, such as `samples`. Returns
+    `next` if all stages of the round are done."""
     stages = STAGES if entry["number"] else OF_FIRST_POLICY
     return next((name for name in stages if name not in entry), "next")
 
 
 class Stages:
-    """Does the stages of rounds (repeated training of a policy on its own answers), one after the other: sampling
-    answers, making a training file, training, and evaluating. `rounds_id` is the id of the rounds.
-    """
+    """Does the stages of a set of rounds (repeated training of a policy on its own answers), one after the other:
+    sampling answers, making a training file, training, and evaluating. `rounds_id` is the id of the set."""
 
     def __init__(self, store: ProjectStore, rounds_id: str, settings: Settings, ray_api: RayApi) -> None:
         self._store, self._id, self._settings, self._ray_api = store, rounds_id, settings, ray_api
 
     async def step(self) -> bool:
-        """Does the next stage of the rounds, unless the stage must wait, for example for a job to end. Returns whether
-        the stage was done.
+        """Does the next stage of the set of rounds, unless the stage must wait, for example for a job to end. Returns
+        whether the stage was done.
 
-        Raises Refused if the stage may not be done now, and Ended if the rounds are paused or have ended.
+        Raises Refused if the stage may not be done now, and Ended if the set is paused or has ended.
         """
         acts: dict[str, Act] = {
             "samples": self._sample,
@@ -101,11 +98,11 @@ class Stages:
             raise Ended from None
 
     async def _change(self, seen: Rounds, act: Act) -> bool:
-        """Does a stage by calling `act` in a transaction that locks the row of the rounds. Returns whether the stage is
-        done.
+        """Does a stage by calling `act` in a transaction that locks the database row of the set of rounds. Returns
+        whether the stage is done.
 
         `seen` is the row as it was read before. If another control plane has done the stage since then, returns True
-        without calling `act`. Raises Ended if the rounds are paused or have ended.
+        without calling `act`. Raises Ended if the set is paused or has ended.
         """
         async with self._store.begin() as session:
             rounds = await changes.find(session, self._id, lock=True)
@@ -122,10 +119,10 @@ class Stages:
             return done
 
     async def _wait(self, what: str, *, is_misfit: bool) -> bool:
-        """Stores why the rounds wait, as the text `what`. `is_misfit` says whether the reason is that the job does not
-        fit the cluster.
+        """Stores the text `what`, which tells the user why the set of rounds waits. `is_misfit` says whether the reason
+        is that the cluster is too small for the job.
 
-        Returns False, and stores nothing, if the job has not fit for a week, so that the rounds should fail.
+        Returns False, and stores nothing, if the cluster has been too small for a week, so that the set should fail.
         """
         async with self._store.begin() as session:
             rounds = await changes.find(session, self._id, lock=True)
@@ -169,9 +166,10 @@ class Stages:
         return (await evaluations.create(session, whole, rows, kind.num_stages, rounds.key_id)).id
 
     async def _make_file(self, rounds: Rounds) -> bool:
-        """Makes a training file of the round's samples, once these are scored. Returns whether the stage is done.
+        """Makes a training file from the round's scored answers. Returns False, and makes no file, until the answers
+        are scored. Returns True if the stage is done.
 
-        If the samples give too few rows for a job, ends the rounds instead.
+        If the answers give too few rows for a job, ends the set of rounds instead.
         """
         if not await self._change(rounds, self._have_samples_and_room):
             return False
@@ -232,8 +230,8 @@ class Stages:
         return evaluation, samples
 
     async def _waits_for(self, session: AsyncSession, rounds: Rounds, evaluation_ids: Iterable[str]) -> bool:
-        """Whether at least one of the evaluations has not ended. Stores in the rounds' column `waits_for` what such an
-        evaluation waits for.
+        """Returns whether at least one of the evaluations has not ended. Stores what such an evaluation waits for in
+        the column `waits_for` of the set of rounds.
 
         Raises ApiError if one of the evaluations failed, was cancelled or deleted, or lacks the results of too many of
         its prompts.
@@ -312,7 +310,8 @@ class Stages:
         return _add(rounds, results=results)
 
     async def _go_on(self, session: AsyncSession, rounds: Rounds) -> bool:
-        """Begins the next round, or ends the rounds."""
+        """Begins the next round, or ends the set of rounds: after its last round, or if the request asks to stop after
+        a round whose policy is not the best so far."""
         spec, number = _spec(rounds), rounds.history[-1]["number"]
         if number == spec.num_rounds:
             await changes.end(session, rounds, "succeeded", end_reason="num_rounds")
@@ -341,11 +340,11 @@ def best_of(history: Sequence[Entry]) -> Entry:
 
 
 async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Mapping[str, int]) -> bool:
-    """Ends the rounds, because the samples of the newest round make too few rows for a job. `counts` are the counts
-    that `rows_of` returned, such as `num_rows` and `num_ties`.
+    """Ends the set of rounds, because the answers of the newest round make too few rows for a job. `counts` are the
+    counts that `rows_of` returned, such as `num_rows` and `num_ties`.
 
-    In the first round, the rounds end as failed. In a later round, they end as succeeded: too few rows then mean that
-    the judge no longer finds differences between the policy's answers.
+    In the first round, the set ends as failed. In a later round, it ends as succeeded: too few rows then mean that the
+    judge no longer finds differences between the policy's answers.
     """
     number = rounds.history[-1]["number"]
     _add(rounds, rows=counts)
@@ -362,9 +361,8 @@ async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Ma
 
 
 async def _note_bytes(session: AsyncSession, rounds: Rounds, *, num_bytes: int) -> bool:
-    """Stores the size of the round's file, for which the project has too little space left. The file is made again only
-    when the project has this space.
-    """
+    """Stores the size of the round's training file, because the project has too little space left for it. The file is
+    made again only when the project has this space."""
     return _add(rounds, num_bytes=num_bytes)
 
 
@@ -374,7 +372,8 @@ def _add(rounds: Rounds, **more: Any) -> bool:
 
 
 def _newest(rounds: Rounds) -> str:
-    """Returns the name of the newest policy, which is the policy of the last round whose job has trained one."""
+    """Returns the name of the newest policy of the set of rounds: the policy of the last round whose job has trained
+    one."""
     return str(next(entry["model"] for entry in reversed(rounds.history) if "model" in entry))
 
 

@@ -61,7 +61,7 @@ def work(
 
     On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
     checkpoint. The config of `spec` must have no undecided options. `reader` is the handle of the attempt's RowReader,
-    a Ray actor that reads the training data for all workers. `reporter` is the handle of the attempt's Reporter; only
+    a Ray actor that reads the prepared data for all workers. `reporter` is the handle of the attempt's Reporter; only
     rank 0 (the first worker) sends reports to it. Every checkpoint is evaluated on the groups in `validation`; None
     means no evaluations.
     """

@@ -1,7 +1,8 @@
 """Samples several answers of a model to each prompt, and scores each answer.
 
-The results show how good the best answers are, and how much the answers to a prompt differ. Rounds, which improve a
-policy, make training data of these samples.
+The results show how good the best answers are, and how much the answers to a prompt differ. The service uses such
+samples as training data when a user asks it to improve a policy in rounds (repeated training on the policy's own
+answers).
 """
 
 import asyncio
