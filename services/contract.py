@@ -165,8 +165,11 @@ class TextGroup(Contract):
 
 
 class TextsToScore(Contract):
-    """The body of a POST request to the path SCORE_TEXTS: prompts and completions as texts or messages, which the model
-    is to encode and score (`groups`), and the date for chat templates that write a date (`today`)."""
+    """The body of a POST request to the path SCORE_TEXTS, which asks a model to encode and score texts.
+
+    `groups` are the prompts and completions, as texts or messages. `today` is the date for chat templates that write a
+    date.
+    """
 
     groups: list[TextGroup]
     today: date | None = None  # for chat templates that write the date; None: the current date

@@ -14,8 +14,8 @@ from services.contract import EventBatch
 
 
 class DamagedSegment(ValueError):
-    """Raised if a file of a spool (the reports of an attempt, one run of a job) does not match its sha256 or cannot be
-    parsed."""
+    """Raised if a file of a spool does not match its sha256 or cannot be parsed. A spool holds the reports of an
+    attempt (one run of a job) in storage."""
 
 
 def folder(run_uri: str, attempt: int) -> str:
@@ -35,7 +35,8 @@ def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
 
 
 def write(uri: str, body: bytes) -> None:
-    """Writes a file of a spool (the reports of an attempt, one run of a job, in storage), with the file's sha256.
+    """Writes a file of a spool, with the file's sha256. A spool holds the reports of an attempt (one run of a job) in
+    storage.
 
     `body` holds the reports: an EventBatch as JSON without line feeds.
     """
@@ -43,7 +44,8 @@ def write(uri: str, body: bytes) -> None:
 
 
 def read_body(uri: str) -> bytes:
-    """Returns the content of one file of a spool (the reports of an attempt, one run of a job): an EventBatch as JSON.
+    """Returns the content of one file of a spool: an EventBatch as JSON. A spool holds the reports of an attempt (one
+    run of a job) in storage.
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if its content does not match its sha256.
     """

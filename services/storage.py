@@ -382,8 +382,8 @@ def _download(
 ) -> None:
     """Downloads the file or folder at `path` to `target`. The folder of `target` appears when it is complete.
 
-    `only` has patterns of file names, as in `fetch`. If `makes_room` is True, other copies are removed if need be; the
-    caller must hold the copy's lock.
+    `path` is a path of `filesystem`. `only` has patterns of file names, as in `fetch`. If `makes_room` is True, other
+    copies are removed if need be; the caller must hold the copy's lock.
     """
     (info,) = filesystem.get_file_info([path])
     is_folder, wanted = info.type == fs.FileType.Directory, [info]
@@ -415,8 +415,8 @@ def _download(
 
 
 def _download_file(filesystem: fs.FileSystem, path: str, local: Path) -> int:
-    """Downloads the file at `path` to the path `local`, and returns its size in bytes. Several requests run at the same
-    time, each for a part of the file.
+    """Downloads the file at `path` of `filesystem` to the local path `local`, and returns its size in bytes. Several
+    requests run at the same time, each for a part of the file.
 
     Raises ShortReadError if the storage sends fewer bytes than the file has, and ChangedFileError if the file changes
     meanwhile: its parts would be of different contents.
@@ -455,8 +455,11 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 @lru_cache(maxsize=64)
 def _bucket(scheme: str, name: str, options: str, process: int) -> fs.FileSystem:
-    """Returns the filesystem of a bucket, and caches it, because making it takes requests and threads. `process` is the
-    id of this process: a fork does not inherit the threads, so it must make a filesystem of its own."""
+    """Returns the filesystem of the bucket `name`, and caches it, because making it takes requests and threads.
+
+    `scheme` is the URI's scheme, such as s3, and `options` the query of the URI. `process` is the id of this process.
+    It is a part of the cache's key, because a fork does not inherit the threads and must make a filesystem of its own.
+    """
     filesystem, _ = fs.FileSystem.from_uri(f"{scheme}://{name}/?{options}")
     return filesystem
 

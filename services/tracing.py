@@ -29,8 +29,8 @@ def is_on() -> bool:
 def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
     """Runs the `with` block in a new span. The block gets the span, or None while tracing is off.
 
-    The new span is a child of the span whose traceparent is `parent`. If `parent` is None, the new span is a child of
-    the span that is open.
+    The new span is a child of the span whose W3C traceparent (a text that identifies a span) is `parent`. If `parent`
+    is None, the new span is a child of the span that is open.
     """
     if not is_on():
         yield None

@@ -86,8 +86,8 @@ def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
     """Splits two conversations into the prompt with which both begin and the two completions. Returns the prompt, and a
-    tuple of the two completions. `sides` are the conversations, and `columns` their columns in the row, for error
-    messages.
+    tuple of the two completions. `sides` are the conversations. `columns` are the names of the columns that hold them,
+    for error messages.
 
     Raises InvalidRow if the first message in which the conversations differ is not the assistant's. `may_be_empty` says
     for each completion whether it may be empty.

@@ -35,8 +35,8 @@ class InvalidRow(ValueError):
 class Row:
     """One parsed line of a file: its line number (`line`), and the dictionary on the line (`value`).
 
-    If a copy made by `renamed` has other names for some columns, the argument `columns` maps these new names to the
-    names in the file. Errors use it to name columns as the file does.
+    `columns` is needed for a copy that `renamed` makes. It maps the standard names of columns in the copy to the names
+    in the file, so that errors name a column as the file does. None means that no column was renamed.
     """
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
@@ -105,8 +105,8 @@ def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | Inv
 
 @dataclass(frozen=True)
 class _Flaw:
-    """Stands, in a parsed value, for a part of the JSON that must be refused. `_refuse_flaws` raises the error after
-    the parsing, when the JSON pointer of the part is known."""
+    """A mark in a parsed value, in the place of a part of the JSON that must be refused. `_refuse_flaws` raises the
+    error after the parsing, when the JSON pointer of this part is known."""
 
     code: str
     what: str
@@ -146,9 +146,9 @@ def _parse_plain(line: bytes) -> dict[str, object] | None:
     """Parses a line of JSON quickly. Returns the line's dictionary, or None if the line may have one of the errors that
     `read_rows` refuses. The caller must then parse the line thoroughly. Nearly every line has none of these errors.
 
-    The strict decoder finds most errors, and two quick tests the others. A line without an escape such as `\\u0000` or
-    `\\ud800` has no NUL and no half of a surrogate pair. A line with fewer than MAX_DEPTH opening brackets does not
-    nest too deeply.
+    The strict decoder finds most errors, and two quick tests find the other errors. A line without an escape such as
+    `\\u0000` or `\\ud800` has no NUL and no half of a surrogate pair. A line with fewer than MAX_DEPTH opening brackets
+    does not nest too deeply.
     """
     if _ESCAPED.search(line) or line.count(b"[") + line.count(b"{") >= MAX_DEPTH:
         return None

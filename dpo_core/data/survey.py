@@ -72,8 +72,9 @@ class FeedbackReport:
 
 
 def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
-    """Reads all rows of a file, also those after an error, and returns a report on them. `columns` maps standard names
-    of columns to the file's own, such as {"prompt": "question"}; None means that the file has the standard names."""
+    """Reads all rows of a file, also those after an error, and returns a report on them. `lines` are the lines of the
+    file. `columns` maps standard names of columns to the file's own, such as {"prompt": "question"}; None means that
+    the file has the standard names."""
     counts = _Counts()
     duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:

@@ -40,7 +40,7 @@ def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | 
 
 
 def _are_mixed(messages: Sequence[Message]) -> bool:
-    """Whether the results of tools come in another order than the calls that they answer."""
+    """Whether the results of tools in `messages` come in another order than the calls that they answer."""
     calls = [call.get("id") for message in messages for call in message.get("tool_calls", ())]
     results = [message.get("tool_call_id") for message in messages if message["role"] == "tool"]
     return results != calls[: len(results)]

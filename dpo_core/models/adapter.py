@@ -337,8 +337,8 @@ def is_read_only(model: PreTrainedModel, name: str) -> bool:
 
 
 def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """Shortens the names of modules in `chosen` to their last parts, because PEFT finds its target modules by such
-    names. A name stays whole if a module that is not in `chosen` has the same last part."""
+    """Returns the names of the modules in `chosen`, each shortened to its last part, because PEFT finds its target
+    modules by such names. A name stays whole if a module that is not in `chosen` has the same last part."""
     suffixes = {name.rpartition(".")[2] for name in chosen}
     others = [name for name, _ in model.named_modules() if name not in set(chosen)]
     clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}

@@ -42,9 +42,13 @@ def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: 
     """Checks a model folder or hub id without reading a weight, and returns what is needed to load the model. `kind` is
     an auto class of transformers, such as AutoModelForCausalLM; `options` change the model's config.
 
-    A model may be in full precision or in MXFP4. Raises UnusableModel for a model that is quantized in another format,
-    that transformers cannot train on texts, or whose pad_token_id is not in the vocabulary. Also raises UnusableModel
-    for a folder that holds an adapter, or that holds the weights twice.
+    A model may be in full precision or in MXFP4. Raises UnusableModel for:
+
+    - a model that is quantized in another format
+    - a model that transformers cannot train on texts
+    - a model whose pad_token_id is not in the vocabulary
+    - a folder that holds an adapter
+    - a folder that holds the weights twice: in one safetensors file, and in several files with an index
     """
     if find_adapter_config_file(source) is not None:  # transformers would load the adapter's base and freeze it
         raise UnusableModel(
@@ -60,8 +64,8 @@ def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: 
 
 
 def read(found: Found) -> PreTrainedModel:
-    """Loads the model that `find` has checked, on the CPU, and checks its weights. Raises UnusableModel if the names or
-    shapes of the weights do not match the config, or if a weight is NaN or infinite."""
+    """Loads a model on the CPU, and checks its weights. `found` is what `find` returned for the model. Raises
+    UnusableModel if the names or shapes of the weights do not match the config, or if a weight is NaN or infinite."""
     source = found.source
     try:
         model, report = found.kind.from_pretrained(
@@ -120,11 +124,14 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns the config with which to load a model for text only, without its image parts, and patterns that rename
-    the weights in the model's folder. The patterns are None if no weight must be renamed.
+    """Returns two values, with which to load a model for text only, without its image parts:
+
+    - the config
+    - patterns that rename the weights in the model's folder; None if no weight must be renamed
 
     transformers cannot load some multimodal models for text only. For such a model, the config is that of the text
-    model within it, and the patterns give the weights the names that the text model expects.
+    model within it, and the patterns give the weights the names that the text model expects. `kind` is an auto class of
+    transformers, such as AutoModelForCausalLM.
     """
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING

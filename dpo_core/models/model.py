@@ -93,7 +93,7 @@ def load_reward_model(
     `num_outputs` is the number of the head's outputs: 1 for the reward, or 2 for `reward_gaussian`, the mean and the
     logarithm of the variance. The config says regression, so vLLM's `LLM(folder, runner="pooling").classify(prompts)`
     returns the outputs unchanged and not as probabilities. A `source` that is the folder of an adapter is refused;
-    merge the adapter into its base first. The other arguments are those of `load_policy`.
+    merge the adapter into its base first. The other arguments mean the same as in `load_policy`.
     """
     check_dtype(dtype)
     return _load(
@@ -165,8 +165,8 @@ def _structure(
     found: Found, device: str | torch.device, adapter: Lora | Path | None, quantization: Quantization | None, seed: int
 ) -> PreTrainedModel | None:
     """Returns the model that `found` describes, without weights; each rank (process of the run) later reads only its
-    part of the weights. If the model must be loaded whole, logs a warning and returns None. The other arguments are
-    those of `load_policy`."""
+    part of the weights. If the model must be loaded whole, logs a warning and returns None. The other arguments mean
+    the same as in `load_policy`."""
     try:
         if quantization:
             raise NeedsWeights(f"its layers are rounded to {quantization}")
@@ -183,8 +183,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Turns off, in the `with` block, the adapter that is being trained. In the block the policy computes the same as
-    its reference, the model from which training started. An adapter that is frozen stays on."""
+    """Turns off the adapter that is being trained, until the `with` block ends. In the block the policy computes the
+    same as its reference, the model from which training started. An adapter that is frozen stays on."""
     if not has_adapter(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
@@ -231,7 +231,7 @@ def load_merged(
 
 def _merge_in_float32(both: Any) -> None:
     """Merges each layer's adapter into the layer's weights, one layer after the other, so that only one layer at a time
-    takes the memory of float32."""
+    takes the memory of float32. `both` is the base model with the adapter on it, as a PeftModel."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in both.modules():

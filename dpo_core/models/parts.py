@@ -49,9 +49,9 @@ class Unread:
 
 
 def load_structure(found: Found, device: str | torch.device, adapter: Lora | Path | None) -> PreTrainedModel:
-    """Returns a model without weights: its parameters are on the meta device until `read_parts` reads them. The
-    parameters of a new adapter and of a reward model's new head already have values: they are drawn at random on the
-    CPU, as for a model that is loaded whole.
+    """Returns the model that `found` describes, without weights: its parameters are on the meta device until
+    `read_parts` reads them. The parameters of a new adapter and of a reward model's new head already have values: they
+    are drawn at random on the CPU, as for a model that is loaded whole.
 
     `adapter` is either the options of a new adapter or the folder of a trained one. Raises NeedsWeights for a model
     whose structure depends on its weights, or whose weights transformers changes while it loads them.
@@ -208,9 +208,9 @@ def _hollow(model: PreTrainedModel) -> dict[int, nn.Parameter]:
 def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
     """Returns an empty DTensor on the meta device, with the dtype `dtype`, that is sharded like `own`.
 
-    There is one exception: if a weight holds several experts and this rank (process of the run) has no part of it, the
-    result gives the rank a part along the last dimension, which the rank drops later. The reason is that transformers
-    cannot read such a weight on a rank without a part.
+    There is one exception, for a weight that holds several experts. If this rank (process of the run) has no part of
+    this weight, the result gives the rank a part along the last dimension. The rank drops this part later. The reason
+    is that transformers cannot read such a weight on a rank without a part.
     """
     empty = cast(DTensor, torch.empty_like(own, dtype=dtype, device="meta", requires_grad=False))
     if own.ndim < 3 or own.to_local().numel():

@@ -529,9 +529,12 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
 
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
-    """Returns the reason why the objective cannot learn from the group (a prompt with its completions), such as "has 1
-    completions; the method 'dpo' needs at least 2." The caller puts "Line" and the line number of the group in
-    front of this reason. Returns None if the objective can learn from the group."""
+    """Returns the reason why the objective cannot learn from the group (a prompt with its completions). Returns None if
+    it can.
+
+    An example is "has 1 completions; the method 'dpo' needs at least 2." The caller puts "Line" and the line number of
+    the group in front of this text.
+    """
     traits = objective.traits
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()

@@ -40,9 +40,14 @@ class Memory:
 
 
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
-    """Decides, for a memory plan, what training would decide by itself: the number of tokens in a pack (the groups,
-    prompts with their completions, of one forward pass), whether the backward pass recomputes activations, and into how
-    many shards each weight is split. Returns three values:
+    """Makes, for a memory plan, the decisions that training would make by itself:
+
+    - how many tokens a pack has. A pack holds the groups (prompts with their completions) that go through one forward
+      pass together.
+    - whether the backward pass recomputes activations
+    - into how many shards each weight is split
+
+    Returns three values:
 
     - a copy of `run` with the first two decisions, in `max_tokens_per_pack` and `activation_checkpointing`
     - the number of shards
@@ -74,7 +79,8 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
     """Returns how a worker's groups (prompts with their completions) are divided into packs. A pack holds the groups
-    that go through one forward pass together, with at most `limit` tokens. Returns two values:
+    that go through one forward pass together, with at most `limit` tokens. `run` has the options of the job. Returns
+    two values:
 
     - the number of tokens in the worker's largest pack
     - whether the worker computes more than one pack in an optimizer step
@@ -87,7 +93,8 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
-    """Returns the memory that a training worker needs if each weight is split into `shards` parts.
+    """Returns the memory that a training worker needs with the options `run` if each weight is split into `shards`
+    parts.
 
     A pack holds the groups (prompts with their completions) that go through one forward pass together. `tokens` is the
     number of tokens in the worker's largest pack. `several` says whether the worker computes more than one pack in an
@@ -137,7 +144,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
 
 def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
     """Returns the bytes that a training worker keeps from one optimizer step to the next, by purpose: weights,
-    gradients and the optimizer's state.
+    gradients and the optimizer's state. `run` has the options of the job, and `shards` is the number of parts into
+    which each weight is split.
 
     If weights are split into several shards, the worker also holds some whole weights while it computes. These are the
     weights outside the layers, and those of two layers, because the next layer is fetched ahead.

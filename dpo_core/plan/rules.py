@@ -30,20 +30,21 @@ def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: flo
 def choose_pack(
     budget: int | None, kept: int, borders: int, *, given: int | None, wanted: str, least: int, most: int
 ) -> tuple[int, Literal["on", "off"], int]:
-    """Chooses the size of a pack, and whether the backward pass recomputes layers. A pack is the groups (prompts with
-    their completions) that one forward pass computes together. Returns three values:
+    """Chooses the size of a pack, and whether the backward pass recomputes layers. A pack holds the groups (prompts
+    with their completions) that go through one forward pass together. Returns three values:
 
-    - the number of tokens in a pack: `given` if it is not None, else the largest power of two that fits into memory,
-      but at least `least` and at most `most`. With powers of two, a little more or less free memory does not change the
-      result.
+    - the number of tokens in a pack
     - whether the backward pass recomputes layers, as "on" or "off"
     - the number of tokens that fit into memory, at most `most`
 
-    `budget` is the memory in bytes that a pack may take. None means that it is unknown; then `most` tokens are taken to
-    fit, and layers are recomputed only if `wanted` is on. `kept` is the number of bytes
-    that autograd keeps for each token if layers are not recomputed, and `borders` is this number if layers are
-    recomputed. `given` is the number of tokens that the user has set, and `wanted` the user's option to recompute
-    layers: on, off or auto.
+    `given` is the number of tokens in a pack that the user has set, and `wanted` the user's option to recompute layers:
+    on, off or auto. If `given` is None, a pack has the largest power of two that fits into memory, but at least `least`
+    and at most `most` tokens. It is a power of two so that a little more or less free memory does not change the
+    result.
+
+    `budget` is the memory in bytes that a pack may take. `kept` is the number of bytes that autograd keeps for each
+    token if layers are not recomputed, and `borders` is this number if layers are recomputed. If `budget` is None, it
+    is unknown: then `most` tokens are assumed to fit, and layers are recomputed only if `wanted` is on.
     """
     recompute = budget is not None and budget // kept < (given or least)
     choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and recompute) else "off"

@@ -123,7 +123,8 @@ def _shortest(groups: Sequence[EncodedGroup]) -> list[tuple[int, int]]:
 @torch.no_grad()
 def measure_effect(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int) -> Effect:
     """Measures by how much the adapter of the scorer's policy changes the log-probabilities of the shortest completions
-    in `groups` (prompts with their completions). A long row is shortened.
+    in `groups` (prompts with their completions). A long row (a prompt with one completion) is shortened. A forward pass
+    has at most `max_tokens_per_pack` tokens, unless a single row is longer.
 
     If the policy is sharded, all ranks (processes of the run) must call this function together, with the same groups.
     """

@@ -55,8 +55,9 @@ def segment_attention(
     A segment is a range of the T tokens: a prompt with its first completion, or a further completion of this prompt.
     One call computes all segments if flash attention suits the tensors; if it does not, each segment needs a call of
     its own. `scaling` is the factor on the attention scores (None: 1 / sqrt(width)). `sliding_window` is the number of
-    keys that a query sees (None: all earlier keys). Raises ValueError without `segments`, and for arguments that this
-    attention does not support: a mask, dropout, and most arguments of special architectures.
+    keys that a query sees (None: all earlier keys). `module` is the attention layer. Raises ValueError without
+    `segments`, and for arguments that this attention does not support: a mask, dropout, and most arguments of special
+    architectures.
     """
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)

@@ -19,13 +19,13 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
-    """Distributes groups (prompts with their completions) over ranks (processes) and packs. A pack is the groups that
-    one forward pass computes. `lengths` has the number of tokens of each group. In the result, `plan[rank][pack]` is
-    the list of the pack's groups, as indices into `lengths`.
+    """Distributes groups (prompts with their completions) over ranks (processes) and packs. A pack holds the groups
+    that go through one forward pass together. `lengths` has the number of tokens of each group. In the result,
+    `plan[rank][pack]` is the list of the pack's groups, as indices into `lengths`.
 
-    Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A group
-    longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so every rank
-    computes the same result.
+    Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A pack
+    has at most `max_tokens_per_pack` tokens. A group that is longer is alone in its pack. The result depends only on
+    the arguments, so every rank computes the same result.
     """
     costs = [min(length, max_tokens_per_pack) for length in lengths]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -56,9 +56,11 @@ def _first(fits: Callable[[int], bool], least: int) -> int:
 
 
 def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
-    """Distributes groups (prompts with their completions) over `num_packs` packs; a pack is the groups of one forward
-    pass. `costs` has the number of tokens of each group, and `longest_first` the groups' indices into `costs`, the
-    longest group first. In this order, each group goes into the pack that has the fewest tokens so far.
+    """Distributes groups (prompts with their completions) over `num_packs` packs. A pack holds the groups that go
+    through one forward pass together.
+
+    `costs` has the number of tokens of each group. `longest_first` has the groups' indices into `costs`, the longest
+    group first. In this order, each group goes into the pack that has the fewest tokens so far.
 
     Returns the packs as lists of indices into `costs`. Returns None if a pack would have more than `most` tokens.
     """

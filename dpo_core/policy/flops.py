@@ -15,9 +15,10 @@ class Flops:
     """Counts the floating-point operations of the matrix products in a forward and backward pass of a model (arXiv
     2204.02311, appendix B).
 
-    A multiplication and an addition count as two operations. Attention counts as causal. The forward computation of
-    logits and attention scores counts twice, because the backward pass repeats it. Frozen weights need no gradient.
-    With `recomputed` activations, the forward pass of the layers counts twice.
+    A multiplication and an addition are two operations. Attention is taken to be causal. The operations that compute
+    logits and attention scores are counted for the forward pass, and again for the backward pass, which repeats them.
+    For frozen weights no gradient is counted. With `recomputed` activations, the operations of all layers' forward
+    passes are counted again, too.
     """
 
     def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:

@@ -128,7 +128,8 @@ def _states(model: PreTrainedModel, batch: Batch, experts: Experts | None, *, sh
 
 def _states_apart(model: PreTrainedModel, batch: Batch, experts: Experts | None) -> _States:
     """Runs the model's decoder on the T tokens of a batch in which each segment (range of tokens) holds its own prompt.
-    Segments of similar lengths are padded and computed together.
+    Segments of similar lengths are padded and computed together. If `experts` are given, the result also says how
+    routers spread tokens over them.
 
     In a causal model, padding after a segment does not change the segment's hidden states.
     """

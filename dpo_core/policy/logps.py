@@ -13,11 +13,12 @@ PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes of memory that a full tile takes. A tile is the part of the logits, in float32, that is in
-    memory at a time.
+    """Returns the bytes of memory that a full tile takes. The logits are computed tile by tile; a tile is the part of
+    them that is in memory at a time, in float32.
 
-    The result includes the copies of the tile that exist at the same time: three in all if the logits are `capped`
-    (limited by tanh), and one more in the model's dtype if this dtype is half precision.
+    `vocabulary` is the number of tokens in the vocabulary, and `dtype` the dtype of the model. The result includes
+    copies of the tile that exist at the same time. If the logits are `capped` (limited by tanh), there are three copies
+    in float32 in all. If `dtype` is half precision, there is one more copy in this dtype.
     """
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
@@ -163,9 +164,12 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
-    """Overwrites a tile of `logits` with the gradient of the loss with respect to these logits, and returns it.
-    `normalizer` is the log-sum-exp of each row's logits; `grad` is the loss's gradient with respect to the
-    log-probabilities; `soft_cap` is the limit of the logits, None if they have none."""
+    """Overwrites a tile of `logits` with the gradient of the loss with respect to these logits, and returns the tile.
+
+    `targets` has the target token of each row of the tile, and `normalizer` the log-sum-exp of each row's logits.
+    `grad` is the loss's gradient with respect to the log-probabilities of the targets. `soft_cap` is the limit of the
+    logits, None if they have none.
+    """
     cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
     place, here = _place(targets, logits)
     slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])

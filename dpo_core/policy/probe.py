@@ -138,8 +138,8 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 
 def _try_balance(model: PreTrainedModel) -> str:
-    """Computes the load-balancing loss of a small example with our own formula, and compares it with the load-balancing
-    loss that the model's forward returns. Returns how the two differ; empty if they agree."""
+    """Computes the load-balancing loss of a small example with this package's own formula, and compares it with the
+    load-balancing loss that the model's forward returns. Returns how the two differ; empty if they agree."""
     ids, experts = _ids(model), experts_of(model)
     assert experts is not None
     try:
@@ -169,8 +169,8 @@ def _ids(model: PreTrainedModel) -> list[int]:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest absolute difference between two tensors of the same shape; infinite if a difference is
-    nan."""
+    """Returns the largest absolute difference between the tensors `ours` and `theirs`, which have the same shape.
+    Returns infinity if a difference is nan."""
     return (ours.float() - theirs.float()).abs().max().nan_to_num(nan=torch.inf).item()
 
 

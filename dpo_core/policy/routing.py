@@ -32,9 +32,9 @@ class Experts:
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Returns the bytes of memory that `spread` needs for one token in one layer of a model that computes in
-        `dtype`. These are the router's logits, which are held until all layers are computed, and their float32
-        probabilities, which autograd keeps for the backward pass. The number is the same if the backward pass
-        recomputes layers."""
+        `dtype`. These are the bytes of the router's logits and of their float32 probabilities. The logits are held
+        until all layers are computed. Autograd keeps the probabilities for the backward pass. The number is the same if
+        the backward pass recomputes layers."""
         return self.number * (dtype.itemsize + torch.float32.itemsize)
 
     def spread(self, router_logits: Sequence[Tensor]) -> Tensor:

@@ -207,9 +207,9 @@ def load(
     optimizer: torch.optim.AdamW,
     has_weights: bool = False,
 ) -> None:
-    """Loads the state of the optimizer (AdamW) from a checkpoint, and the checkpoint's weights into the policy. With
-    `has_weights`, the policy has been read from this checkpoint already, and only the optimizer's state is loaded.
-    Raises ValueError if the checkpoint does not fit the policy."""
+    """Loads the state of the optimizer (AdamW) from the checkpoint in `folder`, and the checkpoint's weights into the
+    policy. `manifest` is the checkpoint's manifest. With `has_weights`, the policy has been read from this checkpoint
+    already, and only the optimizer's state is loaded. Raises ValueError if the checkpoint does not fit the policy."""
     saved = _Saved(folder)
     saved.check(weights)
     if manifest.dtype is None:

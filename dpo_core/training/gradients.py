@@ -1,5 +1,5 @@
-"""Computes the gradient of the loss for one optimizer step, one pack at a time. A pack is the groups (prompts with
-their completions) that one forward pass computes together."""
+"""Computes the gradient of the loss for one optimizer step, one pack at a time. A pack holds the groups (prompts with
+their completions) that go through one forward pass together."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,8 @@ class Pack:
 
 def own_groups(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int) -> list[int]:
     """Returns which of the groups (prompts with their completions) of an optimizer step this rank (process of the run)
-    computes, as indices into `groups`. For the other groups the rank needs no token ids."""
+    computes, as indices into `groups`. For the other groups the rank needs no token ids. A forward pass has at most
+    `max_tokens_per_pack` tokens, unless a single group is longer."""
     packs = _plan(scorer, groups, max_tokens_per_pack) if groups else []
     return [i for pack in packs for i in pack or _stand_in(scorer)]
 
@@ -160,7 +161,8 @@ def _backward_by_pack(
     whose loss of a group depends on this group alone.
 
     Adds the gradient to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of
-    all completions, and returns these measures and the loss of the global batch.
+    all completions, and returns these measures and the loss of the global batch. `statistics` has the mean of all
+    rewards so far in the run, which some objectives need.
     """
 
     def compute() -> None:
@@ -197,7 +199,8 @@ def _backward_of_whole_batch(
 
     The forward pass of each pack is repeated before its backward pass, unless there is only one pack. Adds the gradient
     to the gradients of the weights, fills `table` with the measures (log-probabilities or rewards) of all completions,
-    and returns these measures and the loss of the global batch.
+    and returns these measures and the loss of the global batch. `statistics` has the mean of all rewards so far in the
+    run, which some objectives need.
     """
     has_one_pack = len(packs) == 1
     first_results = []
@@ -254,7 +257,7 @@ def share_of_loss(
 ) -> Tensor:
     """Returns what the groups in `measures` contribute to the loss of the global batch. This is the sum of their
     weighted losses, divided by the number of groups (or, for `supervised`, of tokens) in the batch. A group is a prompt
-    with its completions."""
+    with its completions. `statistics` has the mean of all rewards so far in the run, which some objectives need."""
     loss_per_group = losses(objective, measures, statistics) * measures.weights
     return loss_per_group.sum() / denominator(objective, global_batch)
 

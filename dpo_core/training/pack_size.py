@@ -85,7 +85,8 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
 
 def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
     """Returns how many bytes of memory the tokens of one forward pass may take. This is a part of the memory that
-    remains after weights, gradients, the optimizer's state and a tile (the logits held at a time).
+    remains after weights, gradients, the optimizer's state and a tile (the logits held at a time). `sharding` is the
+    option that says how the weights, the gradients and this state are split over the ranks.
 
     All ranks (processes of the run) get the same result, the smallest number of any rank. Returns None if the system
     does not report its memory.

@@ -54,8 +54,8 @@ def all_reduce_min(value: int, device: torch.device) -> int:
 
 
 def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Compares a list of flags, `values`, over all ranks (processes of the run). Returns, for each position of the
-    list, whether the flag at this position is true on at least one rank; all ranks get the same result. `group` is the
+    """Compares a list of flags, `values`, over all ranks (processes of the run). The result is a list, too, and the
+    same on all ranks: a flag of it is true if the flag at this position is true on at least one rank. `group` is the
     process group of the exchange; None means PyTorch's default group."""
     if num_ranks() == 1:
         return list(values)

@@ -415,7 +415,8 @@ class _Run:
 
 
 def _not_finite(metrics: dict[str, float]) -> str:
-    """Returns those of the loss, the gradient norm and the evaluation's loss that are NaN or infinite, as a text such
-    as "loss nan, grad_norm inf". The text is empty if all three are finite."""
+    """Returns a text that names those metrics of a step that are NaN or infinite, such as "loss nan, grad_norm inf".
+    Looks only at the loss, the gradient norm and the evaluation's loss in `metrics`. The text is empty if all three are
+    finite."""
     values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
     return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))

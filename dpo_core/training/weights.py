@@ -177,8 +177,8 @@ def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None 
 
 
 def _with_gradients(module: nn.Module) -> int:
-    """Returns the number of a module's parameters, in which a trained parameter counts twice, because its gradient
-    takes as much memory."""
+    """Returns how many numbers the module's parameters and their gradients have together. Only trained parameters have
+    gradients."""
     numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
     return numbers
 

@@ -187,8 +187,8 @@ class Sweeper:
 
 
 def _among(column: InstrumentedAttribute[str], names: list[str]) -> ColumnElement[bool]:
-    """Returns the SQL condition that the column has one of the values. (SQLAlchemy's `in_` takes at most 65,535
-    values.)"""
+    """Returns the SQL condition that the column has one of the values `names`. (SQLAlchemy's own `in_` takes at most
+    65,535 values.)"""
     return column == any_(literal(names, ARRAY(Text)))
 
 

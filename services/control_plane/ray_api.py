@@ -229,7 +229,8 @@ class RayApi:
         return jobs
 
     async def stop(self, submission_id: str) -> None:
-        """Asks Ray to stop a job: first with SIGTERM, and with SIGKILL if the job still runs STOP_SECONDS later."""
+        """Asks Ray to stop the job `submission_id`. Ray sends SIGTERM, and SIGKILL if the job still runs STOP_SECONDS
+        later."""
         (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
 
     async def try_to_stop(self, submission_id: str) -> bool:
@@ -289,8 +290,8 @@ class RayApi:
     ) -> None:
         """Makes Ray Serve run exactly the applications in `deployments`, and no other applications of this service.
 
-        `deleted_adapters` holds, by application name, the ids of deleted adapters. The applications stop answering for
-        these adapters, without a restart.
+        `deleted_adapters` maps the names of applications to the ids of deleted adapters. The applications stop
+        answering for these adapters, without a restart.
 
         A PUT to Ray Serve removes every application that an earlier PUT deployed and this one leaves out. Therefore the
         request repeats the applications of other services as they were submitted. Ray Serve leaves unchanged
@@ -327,7 +328,8 @@ class RayApi:
         return self._view if self._view and time.monotonic() - self._view.seen_at <= seconds else None
 
     async def load(self, app_name: str) -> Load | None:
-        """Returns the load of the application's replicas that answer. Returns None if none answers, or Ray does not."""
+        """Returns the load of those replicas of the application `app_name` that answer. Returns None if no replica
+        answers, or if Ray does not answer."""
         try:
             view = await self.look()
         except httpx.HTTPError:

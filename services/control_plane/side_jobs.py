@@ -165,7 +165,8 @@ async def _read(job: SideJob, attempt: int) -> SideJobResult | None:
 
 
 async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: RayApi, most: int) -> None:
-    """Records in the database that an attempt (run of a side job) is about to start. `folder` is its folder in storage.
+    """Records in the database that an attempt (run of a side job) is about to start. `submission_id` is the attempt's
+    id in Ray, and `folder` its folder in storage.
 
     Raises RateLimited if `most` side jobs of the project run already.
     """

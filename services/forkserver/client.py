@@ -39,9 +39,12 @@ IDLE_SECONDS = 60.0  # between the end of a job's last fork and the end of the j
 
 @dataclass
 class Launch:
-    """Describes a command to run in a fork: its command line, which fork server makes the fork, and whether the client
-    waits for the fork's end. If this server does not run yet, it is started: it imports `modules`, and ends
-    `idle_seconds` after its last fork (None: never)."""
+    """Describes a command to run in a fork: its command line, the fork server that makes the fork, and whether the
+    client waits for the fork's end.
+
+    If this fork server does not run yet, it is started. It then imports `modules`, and ends `idle_seconds` after its
+    last fork has ended (None: never).
+    """
 
     command: list[str]  # a script, -m and a module, or -c and a program, followed by arguments
     server: str | None = None  # name of the server; None: the first server

@@ -254,7 +254,8 @@ class ForkServer:
 
 
 def _put_in_group(pid: int, group: int) -> None:
-    """Puts a fork into the process group of its client or, if that fails, into a group of its own.
+    """Puts the fork `pid` into `group`, the process group of its client. If that fails, puts it into a group of its
+    own.
 
     Ray ends a worker's whole process group with the worker, so the fork must not stay in the server's group. The client
     ends only after the server's answer, so the client's group still exists here.

@@ -133,8 +133,12 @@ class Adapters:
     """
 
     def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, reference: Reference, source: str) -> None:
-        """Takes a vLLM engine, the list of models that its HTTP server keeps, an object that scores texts with the
-        engine (`reference`), and the URI, local folder or hub id of the engine's model (`source`)."""
+        """Takes a vLLM engine, and three things that belong to it:
+
+        - `models` is the list of models that the engine's HTTP server keeps.
+        - `reference` scores texts with the engine.
+        - `source` is the URI, local folder or hub id of the engine's model.
+        """
         self._engine, self._models, self._reference = engine, models, reference
         self._base = Base(source)
         config = engine.vllm_config.lora_config
@@ -190,7 +194,8 @@ class Adapters:
         return attachment
 
     def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
-        """Cleans up when the task `loading`, which loads an adapter, has ended, with or without success.
+        """Cleans up after the task `loading`, which loads an adapter. Called when the task has ended, with or without
+        success.
 
         If the loading failed, forgets the adapter, so that the next request for it loads it again. In either case, if
         more adapters are attached than the engine may hold, detaches the least recently used ones that no request uses.

@@ -128,8 +128,8 @@ def read_spec(written: bytes) -> AttemptSpec:
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Tells the control plane, with the report `report`, why this driver (a job's main program) does not run its
-    attempt (one run of the job) at all. Returns the driver's exit status."""
+    """Tells the control plane why this driver (a job's main program) does not run its attempt (one run of the job) at
+    all. `report` says why, and `address` says where the attempt sends its reports. Returns the driver's exit status."""
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)

@@ -76,7 +76,7 @@ def _says_something(key: str) -> bool:
 
 
 def is_media(key: str) -> bool:
-    """Whether the name of a column suggests that the column holds images, videos or sounds."""
+    """Whether the column's name, `key`, suggests that the column holds images, videos or sounds."""
     return _MEDIA.fullmatch(_plain(key)) is not None
 
 
@@ -94,7 +94,7 @@ def holds_answer(key: str, name: str) -> bool:
 
 def role_of(key: str) -> str | None:
     """Returns the standard name for the contents of a column, such as `prompt`, `chosen` or `label`, guessed from the
-    column's own name. Returns None if no standard name fits."""
+    column's own name, `key`. Returns None if no standard name fits."""
     plain = _plain(key[:LONGEST])
     return next((role for role, names in _ROLES.items() if re.fullmatch(names, plain)), None)
 

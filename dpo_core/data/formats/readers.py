@@ -91,8 +91,8 @@ def read_preference(row: Row) -> Iterator[Group]:
 
 
 def _either(row: Row, key: str, alias: str) -> str:
-    """Returns which of two column names the row has, `key` or `alias`, which mean the same. Raises InvalidRow if the
-    row has both or neither."""
+    """Returns the name that the row has for a column that may have two names, `key` or `alias`. Raises InvalidRow if
+    the row has both names or neither."""
     present = [name for name in (key, alias) if name in row.value]
     if len(present) == 1:
         return present[0]

@@ -178,7 +178,8 @@ def create(
 
 
 def wait_until_ended(client: "OpenAI", rounds_id: str) -> Item:
-    """Waits until the rounds have ended, and returns the rounds. On a terminal, shows the current stage meanwhile."""
+    """Waits until the set of rounds has ended, and returns its JSON object. On a terminal, shows the current stage
+    meanwhile."""
     with Status("", console=err) as status:
         while True:
             found: Any = client.get(f"/x/rounds/{rounds_id}", cast_to=object)
@@ -250,7 +251,7 @@ def delete(client: "OpenAI", rounds_id: RoundsId) -> None:
 
 
 def print_rounds(item: Item) -> None:
-    """Prints the state of rounds and their best policy, and a table with a line for each round."""
+    """Prints the state of a set of rounds and its best policy, and a table with a line for each round."""
     print_rows(["", ""], [("rounds", item["id"]), ("state", _state(item)), ("best", item["model"])])
     headings = ["round", "score", "win rate", "KL", "rows", "file", "job", "policy", "evaluations"]
     print_rows(headings, [list(_cells(entry)) for entry in item["rounds"]])

@@ -26,8 +26,10 @@ async def record(
     credentials: Bearer,
     own_token: Annotated[str | None, Header(alias=OWN_TOKEN_HEADER, min_length=32)] = None,
 ) -> Wish:
-    """Records, each once, the reports that the training process of an attempt (run of a job on Ray) sends. Returns the
-    job's desired state: run, pause or cancel. If `own_token` is given, it becomes the attempt's only token.
+    """Records the reports that the training process of an attempt (run of a job on Ray) sends. A report that was
+    recorded before is not recorded again. Returns the job's desired state: run, pause or cancel.
+
+    `number` is the attempt's number within the job. If `own_token` is given, it becomes the attempt's only token.
 
     Answers 409 if the attempt has ended or a newer one has replaced it; the training process must then stop.
     """

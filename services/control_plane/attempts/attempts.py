@@ -182,8 +182,8 @@ async def record(
     *,
     posted: bool,
 ) -> None:
-    """Records the reports of an attempt (run of a job on Ray) in order, each once, even if the attempt sends one
-    several times. `events` are the reports.
+    """Records the reports `events` of an attempt (run of a job on Ray), in order. A report that was recorded before is
+    not recorded again. `number` is the attempt's number within the job.
 
     `posted` says where the reports come from. If true, the training process sent them, and even repeated reports show
     that the attempt is alive. If false, the service read them from the attempt's files in storage, and only new reports

@@ -108,10 +108,11 @@ class Executor:
     async def _open(self, job: Job, number: int) -> Attempt:
         """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
-        If vLLM must compute the log-probabilities of the reference model, the same transaction requests that the model
-        is loaded. In two cases it does not, and the attempt requests the model itself when it needs it:
+        `number` is the attempt's number within the job. If vLLM must compute the log-probabilities of the reference
+        model, the same transaction also requests that this model is loaded. In two cases it does not request the model:
 
-        - The attempt may choose between vLLM and its own training workers.
+        - The attempt may choose between vLLM and its own training workers. It then requests the model itself if it
+          needs it.
         - The job has begun to train, so the log-probabilities are stored already.
         """
         spec = JobSpec.model_validate(job.spec)

@@ -319,7 +319,7 @@ class Reconciler:
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
         """Whether the attempt (run of a job on Ray) hangs: Ray says that it runs, but it has given no sign of life for
-        HUNG_SECONDS.
+        HUNG_SECONDS. `status` is what Ray says about the attempt.
 
         Silence counts only from the moment at which Ray first told this process that the attempt runs.
         """

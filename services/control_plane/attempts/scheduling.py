@@ -54,7 +54,7 @@ def what_each_waits_for(
     engines: Engines = NO_ENGINES,
     scorers: Mapping[str, Reference] = NO_SCORERS,
 ) -> dict[str, str | None]:
-    """Returns, by job id, the reason why each queued job waits, or None if the job may start now.
+    """Returns the reason why each queued job waits, by job id. The reason is None if the job may start now.
 
     `live` are the jobs that have not ended. `shares` holds the projects' weights and limits, and `capacity` the numbers
     of CPUs and GPUs of the cluster. `back` holds the ids of running jobs whose long wait after a failed attempt (run on

@@ -20,7 +20,7 @@ TRIES = 15  # after this many failed tries (about ten minutes), the job fails
 
 
 class Patience:
-    """Counts, for each job, the failed tries to handle the job, and says when the next try is due.
+    """Counts the failed tries to handle each job, and says when the next try is due.
 
     The counts are in memory only, and are lost when this process ends. A job whose version (the number of its state
     changes) has changed is tried again immediately.

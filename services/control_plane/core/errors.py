@@ -18,8 +18,8 @@ from services.contract import storable
 def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Returns the JSON body of an error response, in OpenAI's form.
 
-    `kind` becomes the error's `type`, such as `invalid_request_error`. `param` is the field of the request that the
-    error is about, and `code` a short name of the error; each may be None.
+    `message` describes the error in words. `kind` becomes the error's `type`, such as `invalid_request_error`. `param`
+    is the field of the request that the error is about, and `code` a short name of the error; each may be None.
     """
     quoted = storable(message)  # a message may quote text that JSON cannot hold, such as half of a surrogate pair
     return {"error": {"message": quoted, "type": kind, "param": param and storable(param), "code": code}}

@@ -43,9 +43,8 @@ class Trouble:
         self._failures = 0  # in a row
 
     def failed(self, message: str, *values: object, exc_info: bool | BaseException = False) -> None:
-        """Records that a pass of the loop failed. `message` says this in the log, with `values` in place of its
-        `%s`.
-        """
+        """Records that a pass of the loop failed. `message` says this in the log, with `values` in place of its `%s`.
+        `exc_info` is the exception whose traceback the log shows, or True for the current one."""
         self._failures += 1
         BACKGROUND_FAILURES.labels(self._part).inc()
         if self._failures.bit_count() == 1:  # a power of two

@@ -308,7 +308,8 @@ class Store:
 
 
 def _drop_a_standby(context: ExceptionContext) -> None:
-    """Makes SQLAlchemy drop all connections of the pool after an error that says that the server is read-only.
+    """Makes SQLAlchemy drop all connections of the pool if an error says that the server is read-only. `context`
+    describes the error.
 
     After a failover, such a server is a standby, and another server has replaced it.
     """
@@ -558,9 +559,12 @@ async def history(session: AsyncSession, job_id: str) -> History:
 
 @dataclass(frozen=True)
 class Census:
-    """Numbers over all projects for Prometheus: jobs in each state, webhook messages that wait to be sent, the age of
-    the oldest of these messages, and the seconds for which the lease (the right of one control plane to handle jobs) is
-    still held.
+    """Numbers over all projects for Prometheus:
+
+    - jobs in each state
+    - webhook messages that wait to be sent
+    - the age of the oldest of these messages
+    - the seconds for which the lease (the right of one control plane to handle jobs) is still held
     """
 
     jobs: Mapping[str, int]  # by state

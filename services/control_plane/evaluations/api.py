@@ -145,7 +145,8 @@ async def items(store: StorePart, evaluation_id: str, after: After = None, limit
 
 @router.get("/{evaluation_id}/content", response_class=StreamingResponse)
 async def content(store: StorePart, evaluation_id: str, format: Literal["jsonl", "csv"] = "jsonl") -> Response:
-    """Downloads all items of an evaluation (its prompts with their results), as JSON Lines or as CSV."""
+    """Downloads all items of an evaluation (its prompts with their results). `format` is the format of the download:
+    JSON Lines or CSV."""
     async with store.look() as session:
         evaluation = await evaluations.find(session, evaluation_id)
     headers = {"content-disposition": f'attachment; filename="{evaluation.id}.{format}"'}

@@ -145,7 +145,8 @@ async def resume(session: AsyncSession, evaluation_id: str) -> Evaluation:
 async def remove(session: AsyncSession, evaluation_id: str) -> None:
     """Deletes the evaluation and its items (prompts with results).
 
-    Raises InvalidRequest if the evaluation has not ended, or if rounds that have not ended need the evaluation.
+    Raises InvalidRequest if the evaluation has not ended, or if a set of rounds (repeated training of a policy) that
+    has not ended needs the evaluation.
     """
     evaluation = await find(session, evaluation_id)
     if evaluation.state not in EVALUATION_ENDS:

@@ -92,7 +92,8 @@ def _read(number: int, row: EvaluationRow) -> Group:
 def read_file(uri: str, reading: Reading, most: int, *, only_labelled: bool) -> list[Group]:
     """Returns the first `most` groups (prompts with their completions) of a file whose rows were checked.
 
-    Leaves out invalid rows. If `only_labelled`, also leaves out groups in which people prefer no completion.
+    `reading` holds the options for reading the rows. Leaves out invalid rows. If `only_labelled`, also leaves out
+    groups in which people prefer no completion.
     """
     groups: list[Group] = []
     with storage.open_input(uri) as source:

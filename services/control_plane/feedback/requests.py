@@ -196,7 +196,8 @@ class _Row:
 
 
 def _refusal(problem: InvalidRow, fields: Mapping[str, str]) -> InvalidRequest:
-    """Turns an error about a row of training data into an InvalidRequest that names the request's field to correct.
+    """Turns `problem`, an error about a row of training data, into an InvalidRequest that names the request's field to
+    correct.
 
     `fields` maps JSON pointers in the row to the fields of the request from which the values came.
     """

@@ -23,7 +23,7 @@ TELL_SECONDS = 1.0
 
 
 def check_rows(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Reads all rows of the file at `uri`, and returns a dictionary with two keys.
+    """Reads all rows of the file at `uri`, with the options `reading`, and returns a dictionary with two keys.
 
     `report` is the FeedbackReport on the rows. `refusal` is the reason to refuse the file, or None. Every second, calls
     `tell` with the number of bytes that were read so far.

@@ -129,9 +129,10 @@ async def add(
 ) -> File:
     """Adds the database row of a file whose bytes are in storage, and returns the row.
 
-    `purpose` says what the file is for, such as `fine-tune`. `report` is the report on the rows of a training file; if
-    it is None, a background task checks the rows later. `reading` holds the options for reading the rows. The file
-    expires after `life_seconds`, or never if `life_seconds` is None.
+    `stored` says where the bytes are, and `filename` is the name that the user sees. `purpose` says what the file is
+    for, such as `fine-tune`. `report` is the report on the rows of a training file; if it is None, a background task
+    checks the rows later. `reading` holds the options for reading the rows. The file expires after `life_seconds`, or
+    never if `life_seconds` is None.
     """
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None

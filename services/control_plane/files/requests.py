@@ -26,7 +26,7 @@ Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=25
 
 
 def reading(extension: Mapping[str, Any]) -> Reading:
-    """Returns the options for reading a file's rows that the field `x_raydpo` of a request holds.
+    """Returns the options for reading a file's rows that `extension`, the field `x_raydpo` of a request, holds.
 
     Raises InvalidRequest, which names the wrong field.
     """

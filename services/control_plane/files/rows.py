@@ -15,7 +15,8 @@ MOST_BYTES = 2**20  # a page ends after this many bytes of JSON, and has at leas
 
 
 def page_of(uri: str, reading: Reading, first: int, limit: int) -> dict[str, Any]:
-    """Returns the API's JSON object of at most `limit` rows of the file at `uri`, from the line `first` on."""
+    """Returns the API's JSON object of at most `limit` rows of the file at `uri`, from the line `first` on. `reading`
+    holds the options for reading the rows."""
     rows: list[dict[str, Any]] = []
     num_bytes, following = 0, None
     with storage.open_input(uri) as source:

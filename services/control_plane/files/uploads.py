@@ -80,7 +80,7 @@ def check_pending(row: Upload, state: str, wish: str) -> None:
 
 
 async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> UploadPart:
-    """Adds the row of a part whose bytes are in storage, and returns the row.
+    """Adds the row of a part of the upload, and returns the row. `stored` says where the part's bytes are in storage.
 
     Raises InvalidRequest if the upload has ended, or would have too many bytes or parts.
     """

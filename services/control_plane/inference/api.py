@@ -67,7 +67,8 @@ async def _forward(
 def note(
     request: Request, model_id: str, prompt_tokens: int, completion_tokens: int, accelerator_seconds: float
 ) -> None:
-    """Adds an answer's tokens and its GPU seconds to the recorded usage of the API key that sent the request.
+    """Adds an answer's tokens and its GPU seconds (`accelerator_seconds`) to the recorded usage of the API key that
+    sent the request.
 
     If the key has a limit of tokens per minute, the tokens count against that limit as well.
     """

@@ -50,9 +50,10 @@ REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidR
 
 @dataclass
 class _Use:
-    """What this control plane remembers about its own requests to one model: how many are in flight, whether the model
-    accepts more, whether the database holds a mark (a record of these requests), and how much of the model's time a
-    request has used. Times are seconds of the monotonic clock.
+    """What this control plane remembers about its own requests to one model. Times are seconds of the monotonic clock.
+
+    It remembers how many requests are in flight, whether the model accepts more, and how much of the model's time a
+    request has used. It also remembers whether the database holds a mark, which is a record of these requests.
     """
 
     in_flight: int = 0
@@ -96,9 +97,8 @@ class Inference:
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
-        """Renews every second or so, by calling `mark`, the records that keep models with requests in flight loaded.
-        Runs until cancelled.
-        """
+        """Calls `mark` about every second, until cancelled. `mark` renews the records that keep models with requests in
+        flight loaded."""
         while True:
             try:
                 await self.mark()
@@ -109,7 +109,7 @@ class Inference:
             await asyncio.sleep(LEAVE_SECONDS)
 
     async def mark(self) -> None:
-        """Renews this control plane's records, in the database, of the models to which it has requests in flight.
+        """Renews the records in the database that say to which models this control plane has requests in flight.
 
         Such a record (a mark) keeps a model loaded. Marks are renewed only every STAY_SECONDS. Removes the marks of
         models that have had no request for LEAVE_SECONDS.
@@ -216,8 +216,8 @@ class Inference:
                 self._end(engine, answer, meter, share)
 
     def _end(self, engine: Engine, answer: Answer | None, meter: Meter, share: float) -> None:
-        """Counts a request as ended and closes the model's answer, if there is one. Tells `meter` how many seconds the
-        request used.
+        """Counts a request to `engine` (a model server) as ended and closes the model's answer, if there is one. Tells
+        `meter` how many seconds the request used.
 
         The meter then records the tokens and the seconds. `share` is the value of the model's `_Use.share` when the
         request began; its increase since then is the number of seconds.

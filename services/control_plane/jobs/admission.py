@@ -102,8 +102,9 @@ async def _within_positions(spec: JobSpec, asked: Asked, model: NamedModel, refe
     """Checks `max_length` against the numbers of tokens that the model and its reference model take, and returns the
     spec.
 
-    Raises InvalidRequest if the user chose a `max_length` that is larger than these numbers. A default that is larger
-    is lowered. If the config of one of the models cannot be read on this machine, the job itself makes this check.
+    `asked` holds the options that the user chose. Raises InvalidRequest if the user chose a `max_length` that is larger
+    than these numbers. A default that is larger is lowered. If the config of one of the models cannot be read on this
+    machine, the job itself makes this check.
     """
     max_length = lowest = spec.config.max_length
     read = {"the model": model} | ({"the reference model": reference} if reference else {})
@@ -120,7 +121,8 @@ async def _within_positions(spec: JobSpec, asked: Asked, model: NamedModel, refe
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
-    """Returns the job's reference model. Returns None if its objective (training method) uses none."""
+    """Returns the job's reference model: the one that the user named, or else `start`, the model that the job starts
+    from. Returns None if the job's objective (training method) uses no reference model."""
     if not spec.config.objective.traits.needs_reference:
         return None
     if spec.reference_model is None:

@@ -98,7 +98,7 @@ async def submit(
 
 async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
     """Returns the end of a sentence for an event: the reason why the adapter that the job trains will have an engine (a
-    model server) of its own.
+    model server) of its own. `start` is the model that the job starts from.
 
     Returns '' if the engine of the base model will answer for the adapter. Also returns '' if the job trains no adapter
     or a reward model.
@@ -265,8 +265,8 @@ NOTE_MISFITS = text(
 
 
 async def note_misfits(session: AsyncSession, waiting: Sequence[str], misfits: Collection[str]) -> list[str]:
-    """Stores since when the cluster is too small for the jobs `misfits`, and that it is large enough for the other jobs
-    in `waiting`. Both hold ids of jobs; `waiting` includes `misfits`.
+    """Stores for each job in `misfits` the time since which the cluster is too small for the job. Clears this time for
+    the other jobs in `waiting`. `misfits` and `waiting` hold ids of jobs; `waiting` includes all of `misfits`.
 
     Returns the ids of those jobs for which the cluster has been too small for MISFIT_AFTER.
     """

@@ -241,7 +241,7 @@ class CreateJob(BaseModel):
 
 
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:
-    """Parses the field `x_raydpo.adapter` of a job, which is `{"type": "lora", …}`, "none" or "auto".
+    """Parses `given`, the field `x_raydpo.adapter` of a job, which is `{"type": "lora", …}`, "none" or "auto".
 
     Raises InvalidRequest for any other value.
     """
@@ -281,8 +281,8 @@ def train_config(
     """Returns the training config that a request describes, with the defaults of options that the request leaves out.
 
     `kind` is the training method, `where` the path of its hyperparameters for error messages, and `extension` the field
-    `x_raydpo`. The value `auto` means the same as leaving an option out. Raises InvalidRequest, which names the wrong
-    field.
+    `x_raydpo`. `seed` is the seed of the job. The value `auto` means the same as leaving an option out. Raises
+    InvalidRequest, which names the wrong field.
     """
     objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
     refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)
@@ -305,7 +305,8 @@ def train_config(
 
 
 def _parts(given: object, where: str) -> list[Objective]:
-    """Parses a list of objectives (training methods) whose weighted sum a job minimizes. Each has its name in `type`.
+    """Parses `given`, a list of objectives (training methods) whose weighted sum a job minimizes. Each objective has
+    its name in `type`.
 
     `where` is the path of the list in the request, for error messages. Raises InvalidRequest for an objective that
     cannot be part of a sum.

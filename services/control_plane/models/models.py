@@ -133,7 +133,7 @@ async def find(
 
 
 async def hold(session: AsyncSession, settings: Settings, model_ids: Iterable[str]) -> None:
-    """Locks the models, so that none of them can be deleted before this transaction ends.
+    """Locks the models with the ids `model_ids`, so that none of them can be deleted before this transaction ends.
 
     Raises NotFound if one of them does not exist.
     """
@@ -247,8 +247,9 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
     """Marks a trained model as deleted, also for the projects with which it is shared. Returns the model.
 
-    Raises InvalidRequest if a job, an evaluation, a sweep or rounds that have not ended, or an adapter, need the model.
-    The caller must delete the model's files after the commit.
+    Raises InvalidRequest if the model is needed by an adapter, or by one of these that has not ended: a job, an
+    evaluation, a sweep, or a set of rounds (repeated training of a policy). The caller must delete the model's files
+    after the commit.
     """
     row = await find_own(session, settings, model_id)
     jobs = Job.__table__.c
@@ -286,9 +287,9 @@ def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
 
 
 def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
-    """Returns SQL queries for the evaluations, sweeps and rounds that have not ended and name the model `model_id` in
-    any of their fields. The keys of the result are `evaluation`, `sweep` and `rounds`. Each row of a query has an `id`
-    and a `project_id`.
+    """Returns SQL queries for the evaluations, sweeps and sets of rounds (repeated training of a policy) that have not
+    ended and name the model `model_id` in any of their fields. The keys of the result are `evaluation`, `sweep` and
+    `rounds`. Each row of a query has an `id` and a `project_id`.
 
     The queries look at all projects, because a model may be shared with other projects.
     """
@@ -358,8 +359,9 @@ def must_note_use(model: NamedModel) -> bool:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Marks models as deleted if they are not shared, not loaded, and not named by any job, or by an evaluation, a
-    sweep or rounds that have not ended. Returns the ids of these models.
+    """Marks models as deleted if they are not used: not shared, not loaded, not named by any job, and not named by an
+    evaluation, a sweep or a set of rounds (repeated training of a policy) that has not ended. Returns the ids of the
+    models that were marked.
 
     First locks all models in `model_ids`. So the function waits for requests that are sharing one of them, or starting
     a job or an evaluation with one of them.

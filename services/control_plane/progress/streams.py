@@ -263,7 +263,7 @@ class Streams:
 
 
 async def _news(watched: Watched) -> bytes:
-    """Waits until the job changes, and returns b"".
+    """Waits until the job `watched` changes, and returns b"".
 
     If the job does not change for KEEPALIVE_SECONDS, returns KEEPALIVE, a comment that keeps the connection open.
     """

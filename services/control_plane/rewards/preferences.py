@@ -56,7 +56,8 @@ def winner(judged: Sequence[Judged]) -> int:
 
 
 def probabilities(judged: Sequence[Judged]) -> list[float]:
-    """Returns, for each completion, the probability that it is preferred to all the others.
+    """Returns the probability of each completion that it is preferred to all other completions. `judged` has the
+    rewards of the completions of one prompt.
 
     If rewards are numbers, the probability is that of the Plackett-Luce model (a softmax), which for two completions is
     the Bradley-Terry model. If a reward model gives a mean and the logarithm of a variance, the probability is that the
@@ -75,7 +76,7 @@ def _gaussian(mean: float, log_variance: float) -> NormalDist:
 
 
 def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
-    """Returns, for each of several independent Gaussian rewards, the probability that it is the highest.
+    """Returns the probability of each of several independent Gaussian rewards that it is the highest of them.
 
     This probability is the integral of the product of the other rewards' cumulative distributions over the reward's own
     distribution. The integral is computed as a sum over points around all means. The points are dense where standard
@@ -93,7 +94,7 @@ def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
 
 
 def _all_but_one(factors: Sequence[float]) -> list[float]:
-    """Returns, for each factor, the product of all other factors."""
+    """Returns one product for each factor: the product of all other factors."""
     before = accumulate(factors[:-1], mul, initial=1.0)
     after = accumulate(reversed(factors[1:]), mul, initial=1.0)
     return [one * other for one, other in zip(before, reversed(list(after)), strict=True)]

@@ -272,6 +272,6 @@ class CreateRounds(RoundsSpec):
             raise InvalidRequest(message, param="job.x_raydpo.reference.model")
 
     def spec(self) -> RoundsSpec:
-        """Returns the description of the set of rounds that is stored, without the prompts that the request contains.
-        """
+        """Returns the description of the set of rounds that is stored. It lacks the prompts that the request
+        contains."""
         return RoundsSpec.model_validate(self.model_dump(exclude={"rows": True, "evaluation": {"rows"}}))

@@ -176,8 +176,7 @@ async def end(session: AsyncSession, rounds: Rounds, state: str, **values: Any) 
 
 
 async def fail(session: AsyncSession, rounds: Rounds, error: ApiError) -> None:
-    """Ends the set of rounds as failed with this error. The caller must hold the lock of the set's row in the database.
-    """
+    """Ends the set of rounds as failed with this error. The caller must hold the lock of the set's database row."""
     told = {"code": error.code, "message": storable(error.message), "param": error.param}
     await end(session, rounds, "failed", error=told)
 

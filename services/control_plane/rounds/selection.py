@@ -94,11 +94,12 @@ class Selection:
 
         `draw` gives the random numbers for rejection sampling (the selection type `rso`). Adds to `counts`:
 
-        - `num_duplicates`, the number of answers, or with `rso` of pairs, left out because their words are the same
-        - `num_ties`: with `rso` the number of pairs of answers with equal scores; with other types 1 if all answers to
-          the prompt have the same score
-        - with `rso`, `num_tried` and `num_accepted`: how often rejection sampling looked at an answer, and how many
-          answers it accepted
+        - `num_duplicates`: the number of answers (with `rso`, of pairs of answers) that were left out because their
+          words are the same
+        - `num_ties`: with `rso`, the number of pairs of answers with equal scores; with other types, 1 if all answers
+          to the prompt have the same score
+        - `num_tried`, only with `rso`: how often rejection sampling looked at an answer
+        - `num_accepted`, only with `rso`: how many answers rejection sampling accepted
         """
         if self.type == "rso":
             accepted = reject(answers, self.beta, self.num_accepted, draw)
@@ -182,9 +183,8 @@ def rows_of(selection: Selection, samples: Sequence[Sample], seed: str) -> tuple
 
 
 def write_rows(file: IO[bytes], selection: Selection, samples: Sequence[Sample], seed: str) -> dict[str, int]:
-    """Writes the rows that `rows_of` returns into the file as JSON Lines, and seeks to the start of the file. Returns
-    the counts that `rows_of` returns.
-    """
+    """Calls `rows_of` with the other arguments, writes the rows that it returns into the file as JSON Lines, and seeks
+    to the start of the file. Returns the counts that `rows_of` returns."""
     rows, counts = rows_of(selection, samples, seed)
     file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     file.seek(0)

@@ -323,7 +323,7 @@ class Stages:
 
 
 def best_of(history: Sequence[Entry]) -> Entry:
-    """Returns the round with the best policy so far. The first policy counts as round 0.
+    """Returns the round in `history` with the best policy so far. The first policy counts as round 0.
 
     If the judge gives scores, this is the first round with the highest mean score. If the judge compares each policy
     with the policy of the round before, a policy is better if it wins more than half of these comparisons. The result

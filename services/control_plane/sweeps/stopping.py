@@ -27,9 +27,10 @@ def is_hopeless(curve: Curve, others: Sequence[Curve], goal: Goal, *, min_trials
     """Whether the job with `curve` should stop: its best value is worse than the median of the best values that other
     jobs had reached after the same share of their steps.
 
-    `curve` and `others` hold the values of the metric that the jobs have measured so far. Jobs are compared by the
-    share of their steps, because they may have different numbers of steps. Returns False if fewer than `min_trials`
-    other jobs had a value by then, or if the job has trained less than the share `min_progress` of its steps.
+    `curve` and `others` hold the values of the metric that the jobs have measured so far. `goal` says whether low or
+    high values of the metric are better. Jobs are compared by the share of their steps, because they may have different
+    numbers of steps. Returns False if fewer than `min_trials` other jobs had a value by then, or if the job has trained
+    less than the share `min_progress` of its steps.
     """
     if not curve or curve[-1].progress < min_progress:
         return False

@@ -126,8 +126,8 @@ async def cancel(session: AsyncSession, sweep_id: str, actor: str) -> Sweep:
 
 async def _stop(session: AsyncSession, sweep: Sweep, actor: str) -> None:
     """Marks the trials of the sweep that have not ended as cancelled, and cancels their jobs and evaluations. A trial
-    is one job of the sweep with its evaluations.
-    """
+    is one job of the sweep with its evaluations. `actor` is the id of the API key that the jobs' histories name as the
+    sender of the cancellations."""
     state = await _state_of(session, sweep)
     for trial in state.trials:
         if trial.state in TRIAL_ENDS:

@@ -150,8 +150,7 @@ async def check_metric(
     session: AsyncSession, settings: Settings, sweep: CreateSweep, bodies: Mapping[str, CreateEvaluation]
 ) -> None:
     """Raises InvalidRequest if the sweep compares its jobs by a score of sampled answers, but the judge of these
-    answers gives no scores and only compares answers.
-    """
+    answers gives no scores and only compares answers. `bodies` are the sweep's evaluations by name."""
     body = bodies.get(sweep.metric.name.partition("/")[0]) if sweep.metric else None
     if body is None or body.kind != "samples" or body.judge is None or body.judge.type != "model":
         return

@@ -105,8 +105,8 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
     """Archives the project: its keys stop working, but its files, jobs and models stay.
 
-    Raises InvalidRequest for the default project, and if a job, an evaluation, a sweep or rounds of the project have
-    not ended.
+    Raises InvalidRequest for the default project. Also raises InvalidRequest if one of these of the project has not
+    ended: a job, an evaluation, a sweep, or a set of rounds (repeated training of a policy).
     """
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(

@@ -70,7 +70,7 @@ class UsageRecorder:
         completion_tokens: int,
         accelerator_seconds: float,
     ) -> None:
-        """Adds the tokens and the accelerator seconds (GPU seconds) of one completion request to the sums in memory."""
+        """Adds one completion request to the sums in memory: its tokens, and its accelerator seconds (GPU seconds)."""
         account = Account(project_id, key_id, model_id, datetime.now(UTC).date())
         used = self._sums.setdefault(account, Used())
         used.num_requests += 1

@@ -280,7 +280,7 @@ def _endpoint_values(end: End) -> dict[str, Any] | None:
 
 
 async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float) -> None:
-    """Stores that no waiting message is sent to the endpoints for the next `seconds`."""
+    """Stores that no waiting message is sent to the endpoints `endpoint_ids` for the next `seconds`."""
     if endpoint_ids:
         closed = update(WebhookEndpoint).where(WebhookEndpoint.id.in_(endpoint_ids))
         await session.execute(closed.values(retry_at=_in_seconds(seconds)))

@@ -185,8 +185,8 @@ def _write(uri: str, table: Any) -> str:
 
 
 def files_of(data: Data, part: Part) -> Files:
-    """Returns two values for each file of a part: its URI and its sha256. A part has a file with its groups (prompts
-    with their completions) and, if the groups have scores, a file with the scores."""
+    """Returns two values for each file of a part of `data`: its URI and its sha256. A part has a file with its groups
+    (prompts with their completions). If the groups have scores, it also has a file with the scores."""
     files = [(storage.join(data.uri, part.name), part.sha256)]
     if data.scores_uri is not None and part.scores_sha256 is not None:
         files.append((storage.join(data.scores_uri, part.name), part.scores_sha256))
@@ -204,7 +204,8 @@ def read_table(files: Files) -> Any:
 
 
 def fields_of(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
-    """Returns the fields of an EncodedGroup, except its token ids, from row number `row` of the columns of a table."""
+    """Returns the fields of the EncodedGroup (a prompt with its completions) in row number `row` of a table, without
+    the token ids. `columns` are the columns of the table by name."""
     fields: dict[str, Any] = {"ref_logps": None} | {name: values[row] for name, values in columns.items()}
     for name in ("ref_logps", "ref_head_logps", "ratings"):
         if fields.get(name):
@@ -247,7 +248,8 @@ class _Groups:
 
 
 class Lists:
-    """Reads the lists in a column of an Arrow table as slices of one long array."""
+    """Reads the lists in a column of an Arrow table. Arrow stores all lists of the column end to end, as one long
+    array; a list is a slice of this array."""
 
     def __init__(self, column: Any) -> None:
         lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -255,12 +257,13 @@ class Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def bounds(self, row: int) -> tuple[int, int]:
-        """Returns the first position in the long array at which the list of row number `row` is, and the first one
-        after it."""
+        """Returns where the list of row number `row` lies in the long array of all lists: its start, and its end, which
+        is not included."""
         return self._offsets[row], self._offsets[row + 1]
 
     def slice(self, start: int, stop: int) -> Any:
-        """Returns the numbers in the lists of the rows from `start` up to, but not including, `stop`, as one array."""
+        """Returns the numbers in the lists of several rows, as one array. The rows are those from number `start` up to,
+        but not including, number `stop`."""
         return self._numbers[self._offsets[start] : self._offsets[stop]]
 
     @cached_property

@@ -70,8 +70,9 @@ class Piece(Contract):
 
 
 class Encoded(Contract):
-    """Holds the result of encoding one piece, a range of lines of a file: the files that were written, counts of rows
-    and tokens for the user (`report`), and why the piece cannot be used (`refused`, None if it can)."""
+    """Holds the result of encoding one piece, a range of lines of a file: the files that were written, and counts of
+    rows and tokens for the user (`report`). `refused` is the reason why the piece cannot be used, None if it can be
+    used."""
 
     piece: int
     report: EncodingReport
@@ -171,8 +172,8 @@ def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
 
 def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
     """Tells the user what an encoded file contains, and how many of its rows were left out, cut to the maximum length,
-    or held out for validation. `purpose` is the word for the file in these messages: "Training" makes "Training file
-    has 100 pairs"."""
+    or held out for validation. `encoding` is the result of encoding the file. `purpose` is the word for the file in
+    these messages: "Training" makes "Training file has 100 pairs"."""
     contents, config = encoding.report, spec.config
     report(Message(message=f"{purpose} file has {contents.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(contents, encoding.limit, config.truncation)))
@@ -279,7 +280,7 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
 @without_full_collections()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
     """Encodes the rows of one piece (a range of lines of the file). Returns counts of rows and tokens, and the files
-    that were written.
+    that were written. `recipe` names the file, the model and the options.
 
     The groups of token ids are written to the folder `folder_uri`; if `folder_uri` is None, they are not written. If
     the model or a line cannot be used, the result names the reason, and no files are written.

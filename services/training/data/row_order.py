@@ -27,8 +27,8 @@ PIECES_PER_WINDOW = 8  # a window's ids are in memory: with common text, 15 mill
 
 
 def num_places(data: Data, seed: int) -> int:
-    """Returns the number of places in an epoch. A place is a position for about one group (a prompt with its
-    completions).
+    """Returns the number of places in an epoch over `data`. A place is a position for about one group (a prompt with
+    its completions).
 
     The number is estimated from the groups per row in the first window (eight ranges of lines of the file) in the order
     that `seed` decides. If this window has no groups, further windows are added until one has groups. If the file has
@@ -87,7 +87,7 @@ def read_in_order(dataset: Dataset, read: Read) -> Iterator[EncodedGroup]:
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
     """Shuffles the pieces (ranges of lines) of a file for an epoch, and yields them in windows of eight. `num_rows` has
-    the number of rows of each piece.
+    the number of rows of each piece. The order depends only on `seed` and on `epoch`, the number of the epoch.
 
     Yields two values for each window: the number of rows in all earlier windows, and the list of the window's pieces,
     by number.
@@ -111,7 +111,8 @@ def _epoch(
     data: Data, seed: int, epoch: int, places: int, first: int, read: Read
 ) -> Iterator[tuple[int, EncodedGroup | None]]:
     """Yields the groups (prompts with their completions) of an epoch in order, as pairs (place, group). A place is a
-    position in the epoch, which has `places` of them. Groups at places before `first` are left out.
+    position in the epoch, which has `places` of them. Groups at places before `first` are left out. `seed` and `epoch`,
+    the number of the epoch, decide the order. `read` reads the groups.
 
     After the groups of each window (eight ranges of lines of the file), also yields (place, None), with the first place
     of the next window. This tells the caller that no later group is at an earlier place.

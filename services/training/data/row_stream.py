@@ -72,9 +72,9 @@ def stream_encoder(
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
     """Returns a function that encodes a file's pieces (ranges of lines) in training order and yields the results.
 
-    When the first window (eight pieces) is encoded and more windows follow, the function calls `begin` with a Stream,
-    so that training can begin: workers read from this Stream while the other pieces are being encoded. From then on, a
-    line that cannot be used raises JobFailed immediately.
+    The first eight pieces are the first window. When they are encoded and more pieces follow, the function calls
+    `begin` with a Stream, so that training can begin. Workers read from this Stream while the other pieces are being
+    encoded. From then on, a line that cannot be used raises JobFailed immediately.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:

@@ -49,8 +49,9 @@ class Ask(Protocol):
     def __call__(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> Answer:
-        """Sends rows (a prompt and a completion each) to the reference model's deployment. `others` has, for each
-        completion, the ranges of its tokens that do not count in the loss."""
+        """Sends rows (a prompt and a completion each) to the reference model's deployment. Entry i of `prompt_ids`,
+        `completion_ids` and `others` belongs to row i. An entry of `others` holds the ranges of the completion's tokens
+        that do not count in the loss."""
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ class Commands:
         threading.Thread(target=self._pause_within, args=(128 + signum,), daemon=True).start()
 
     def _pause_within(self, status: int) -> None:
-        """Handles SIGTERM from Ray: asks the training workers to pause, and ends the attempt (one run of a job) with
-        the exit status `status` shortly before Ray sends SIGKILL, even if the workers have not paused by that time."""
+        """Handles SIGTERM from Ray: asks the training workers to pause. Shortly before Ray would send SIGKILL, ends the
+        attempt (one run of a job) with the exit status `status`, even if the workers have not paused by that time."""
         grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
         logger.warning("Ray sent SIGTERM, so this process saves a checkpoint and ends within %.0f s.", grace)
         self._reporter.pause.remote()

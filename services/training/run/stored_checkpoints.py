@@ -38,9 +38,10 @@ def drop_optimizers(run_uri: str, *, published: int) -> None:
     """Removes the optimizer's state from older checkpoints of a job. The two newest checkpoints keep this state,
     because a job resumes only from a checkpoint with it.
 
-    `published` is the step of the newest checkpoint. First the manifest of a checkpoint is written again without the
-    state's files, then these files are deleted, so the checkpoint is valid at any time. The oldest checkpoint loses its
-    state first. If this process dies before the end, the call after the next checkpoint does the rest.
+    `run_uri` is the job's folder in storage, and `published` the step of the newest checkpoint. First the manifest of a
+    checkpoint is written again without the state's files, then these files are deleted, so the checkpoint is valid at
+    any time. The oldest checkpoint loses its state first. If this process dies before the end, the call after the next
+    checkpoint does the rest.
     """
     older = (uri for step, uri in complete(run_uri) if step < published)
     having = takewhile(_optimizer_files, islice(older, RESUMABLE - 1, None))

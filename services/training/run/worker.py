@@ -139,6 +139,7 @@ def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSp
 
 def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> list[Message]:
     """Returns messages for the user about the end of training after the step `last`, of `total_steps` planned steps.
+    `evaluations` are the run's evaluations.
 
     If the user asked for an early stop or the best checkpoint, the messages name the reason for the end and the chosen
     checkpoint. If not, there are no messages.
@@ -204,8 +205,8 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
 
 
 def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
-    """Whether the loss of this step must be ln 2. This is so at the first step of DPO if the policy still computes the
-    same as the reference.
+    """Whether the loss of the step in `result` must be ln 2. This is so at the first step of DPO if the policy still
+    computes the same as the reference.
 
     Policy and reference differ at the first step if the reference is another model, if an adapter's dropout is on, or
     if bfloat16 rounds their numbers differently.
@@ -240,8 +241,8 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
-    """Chooses the checkpoint from which all workers resume, and returns its local folder. Returns None if there is no
-    checkpoint.
+    """Chooses the checkpoint from which all workers resume, downloads it to the folder `cache`, and returns its local
+    folder. Returns None if there is no checkpoint.
 
     Rank 0 (the first worker) chooses the newest checkpoint that can be used, and tells the other workers.
     """

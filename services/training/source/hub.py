@@ -72,7 +72,7 @@ def _info(name: str, revision: str | None, token: bool | None) -> DatasetInfo:
 
 def _with_retries(uri: str, ask: Callable[[], Answer], report: Callable[[Report], None]) -> Answer:
     """Calls `ask`, a function that asks the hub, and returns its result. After a temporary error of the hub, tells the
-    user so, and calls `ask` again, a few times.
+    user about the error, and calls `ask` again, up to a few times.
 
     Raises InvalidUri for errors that are not temporary.
     """

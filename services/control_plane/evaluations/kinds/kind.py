@@ -31,7 +31,7 @@ class Kind(Protocol):
         """Does one stage (such as answering or judging) of an item (a prompt of the evaluation). Returns the results.
 
         `number` is the number of the item, `group` its prompt and completions, and `found` the results of its earlier
-        stages.
+        stages. `models` sends requests to models.
         """
 
     def summarize(self, items: Sequence[Found]) -> dict[str, Any]:

@@ -55,13 +55,15 @@ class Preferences:
 def ranked(rewards: Sequence[float], lengths: Sequence[int], ratings: Sequence[float] | None) -> Found:
     """Compares the rewards of a prompt's completions with people's ratings of these completions.
 
-    `lengths` are the completions' numbers of tokens. The completions are in order, the best one first. If `ratings` is
-    None, the first completion is better than all others. Returns a dictionary:
+    `lengths` are the completions' numbers of tokens. The completions are in order, the best one first.  Returns a
+    dictionary:
 
     - `rewards` and `num_tokens` repeat the rewards and the lengths as lists.
-    - `is_right` says whether each of the best completions has a higher reward than each of the others.
-    - `margin` is the mean reward of the best completions minus the mean reward of the others.
-    - `better_is` says whether the best completions are `longer` than the others, `shorter`, or of `similar` length.
+    - `is_right` says whether each of the best completions has a higher reward than each completion that is not among
+      the best.
+    - `margin` is the mean reward of the best completions minus the mean reward of all other completions.
+    - `better_is` says whether the best completions are `longer` than the other completions, `shorter`, or of `similar`
+      length.
     """
     ratings = ratings or [1.0] + [0.0] * (len(rewards) - 1)
     best = [rating == max(ratings) for rating in ratings]

@@ -21,10 +21,11 @@ async def reward(
 ) -> tuple[Found, list[Judged] | None]:
     """Does one stage of computing the rewards of the completions of `group` (a prompt with completions).
 
-    `stage` counts from 0, and `found` holds the results of earlier stages for this group. Returns a pair:
+    `judge` names the models that compute the rewards, and `models` sends requests to them. `stage` counts from 0, and
+    `found` holds the results of earlier stages for this group. Returns a pair:
 
-    - the results to store for the next stage, as a JSON object;
-    - after the last stage, the reward of each completion; before, None.
+    - the results to store for the next stage, as a JSON object
+    - the reward of each completion; None before the last stage
     """
     if stage == 0:
         scored = await models.scoring.score_texts(judge.model, [group], models.meter_of, today=judge.today)

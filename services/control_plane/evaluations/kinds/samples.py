@@ -64,8 +64,9 @@ class Samples:
         return kept if rewards is None else kept | {"scores": [each.reward for each in rewards]}
 
     async def _compare(self, models: Models, group: Group, texts: Sequence[str]) -> list[float]:
-        """Returns the score of each text: the share of comparisons with the other texts that the text wins. A tie
-        counts as half a win.
+        """Returns the score of each text in `texts`, which are answers to the prompt of `group` (a prompt with
+        completions). The score is the share of comparisons with the other texts that the text wins. A tie counts as
+        half a win.
 
         The judge compares every pair of different texts, in both orders. Equal texts count as a tie.
         """

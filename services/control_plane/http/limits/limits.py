@@ -92,7 +92,8 @@ class Place:
     """
 
     def __init__(self, bounds: Bounds, holder: str | None) -> None:
-        """Counts one more request of `holder`, such as a project, as being answered now.
+        """Counts one more request of `holder`, such as a project, as being answered now. `bounds` are the limited
+        amounts that requests share.
 
         Raises Unavailable if the limit on requests that are answered at the same time is reached for this holder.
         """

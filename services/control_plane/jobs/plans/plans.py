@@ -133,6 +133,7 @@ def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None, workers: float
     """Returns the plan of the job: its need for memory compared with `room`, and changes of options that make the job
     fit.
 
+    `shapes` are the shapes of the model's weights, and `run` and `rows` describe the job's options and training rows.
     `room` is the number of bytes that a worker has, None if unknown. `workers` is the number of workers for which there
     are GPUs. With CPUs, a larger number of workers is not among the changes, because workers share a machine's memory.
     """
@@ -213,8 +214,8 @@ def plan_object(
 ) -> dict[str, Any]:
     """Returns the API's JSON object of a job's plan: whether the job fits, its memory in parts, and changes that help.
 
-    `file` is the uploaded training file, and `counted` the result of a check that counted its tokens; each may be None.
-    `nodes` are the machines of the Ray cluster.
+    `shapes` are the shapes of the model's weights. `file` is the uploaded training file, and `counted` the result of a
+    check that counted its tokens; each may be None. `nodes` are the machines of the Ray cluster.
     """
     rows, how = rows_of(file, counted, spec)
     room = room_of(nodes, settings, spec.num_workers)

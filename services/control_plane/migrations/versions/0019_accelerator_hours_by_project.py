@@ -1,4 +1,4 @@
-"""Adds, to each project, the sum of the accelerator hours of its ended attempts (runs of jobs on Ray).
+"""Adds a column to each project: the sum of the accelerator hours of its ended attempts (runs of jobs on Ray).
 
 Before, this sum was computed anew every second.
 

@@ -1,4 +1,4 @@
-"""Adds the table of rounds, which improve a policy by training on its own scored answers
+"""Adds the table of sets of rounds (repeated training of a policy on its own scored answers)
 
 Revision ID: 0022 Revises: 0021
 """

@@ -1,4 +1,4 @@
-"""Adds which models only jobs have requested, so that they are unloaded when the jobs no longer need them
+"""Adds a column that marks models that only jobs have requested, so that they are unloaded when no job needs them
 
 Revision ID: 0023 Revises: 0022
 """

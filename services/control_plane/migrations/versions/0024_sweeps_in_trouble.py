@@ -1,4 +1,4 @@
-"""Adds since when a sweep cannot go on because of unexpected errors, so that it is not tried forever
+"""Adds the time since which a sweep cannot go on because of unexpected errors, so that it is not tried forever
 
 Revision ID: 0024 Revises: 0023
 """

@@ -1,4 +1,4 @@
-"""Adds since when the cluster is too small for a job, or for the next job of a sweep or of rounds
+"""Adds the time since which the cluster is too small for a job, or for the next job of a sweep or of a set of rounds
 
 Revision ID: 0025 Revises: 0024
 """

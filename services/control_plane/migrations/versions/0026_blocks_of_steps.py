@@ -1,4 +1,4 @@
-"""Adds blocks, which hold the metrics of many training steps in little space
+"""Adds the table of blocks, which hold the metrics of many training steps in little space
 
 Revision ID: 0026 Revises: 0025
 """
@@ -36,7 +36,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Removes the blocks. The metrics and events in them are lost."""
+    """Removes the table of blocks. The metrics and events of training steps in the blocks are lost."""
     op.drop_index("jobs_to_pack", "jobs")
     op.drop_column("jobs", "steps_packed")
     op.drop_table("step_blocks")

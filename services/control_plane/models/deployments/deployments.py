@@ -69,11 +69,11 @@ class Reference:
 async def references(
     session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]
 ) -> dict[str, Reference]:
-    """Returns, for each model in `wanted`, the Ray Serve application that computes log-probabilities with the model.
+    """Returns the Ray Serve application that computes log-probabilities with each model in `wanted`.
 
-    `wanted` maps keys, such as job ids, to models; the result has the same keys. If a model's own engine (the server of
-    the model) cannot compute log-probabilities, because of its precision or its maximum length, the model has a second
-    engine, which does nothing else.
+    `wanted` maps keys, such as job ids, to models; the result maps the same keys to the applications. If a model's own
+    engine (the server of the model) cannot compute log-probabilities, because of its precision or its maximum length,
+    the model has a second engine, which does nothing else.
     """
     engines = await engines_of(session, settings, {model.id: model for model in wanted.values()})
     chosen = await deployment_settings.of(session, settings, {engine.loaded.id for engine in engines.values()})
@@ -121,8 +121,9 @@ async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
     """Records in the model's row that this control plane has requests to the model in flight, so that the model stays
     loaded.
 
-    `replica` is the name of this control plane. Returns True if this was recorded. Returns False, and records nothing,
-    if the model is not loaded or is about to be unloaded.
+    `app_name` is the name of the model's Ray Serve application, and `replica` the name of this control plane. Returns
+    True if this was recorded. Returns False, and records nothing, if the model is not loaded or is about to be
+    unloaded.
     """
     # The release before this one leaves `placed_at` empty, so an older row counts as placed without it. A new row does
     # not, because Ray Serve may still be removing an earlier application of the same name.
@@ -151,8 +152,8 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
 
 
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
-    """Removes the marks (records of requests in flight) of this control plane, called `replica`, from the rows of these
-    models.
+    """Removes the marks (records of requests in flight) of this control plane, called `replica`, from the rows of the
+    models whose Ray Serve applications are `app_names`.
 
     The caller must know that it has no request to these models in flight.
     """
@@ -162,8 +163,8 @@ async def leave(session: AsyncSession, app_names: Collection[str], replica: str)
 
 
 async def waits_for(session: AsyncSession, app_name: str) -> str | None:
-    """Returns a phrase that says what requests for the model wait for, such as "has been loading for 20 seconds".
-    Returns None if the model runs."""
+    """Returns a phrase that says what requests for a model wait for, such as "has been loading for 20 seconds". Returns
+    None if the model runs. `app_name` is the name of the model's Ray Serve application."""
     row = await session.get(Deployment, app_name, populate_existing=True)
     if row is None or row.waits_for or row.placed_at is None:
         return f"waits for {(row and row.waits_for) or 'its turn to be loaded'}"
@@ -173,8 +174,8 @@ async def waits_for(session: AsyncSession, app_name: str) -> str | None:
 
 
 async def forget(session: AsyncSession, app_name: str) -> None:
-    """Deletes the model's row in `deployments`, so that Ray Serve unloads the model. The next request for the model
-    loads it again.
+    """Deletes a model's row in `deployments`, so that Ray Serve unloads the model. The next request for the model loads
+    it again. `app_name` is the name of the model's Ray Serve application.
 
     The row stays while the model is the reference of an attempt (one run of a job) that has not ended.
     """
@@ -379,8 +380,8 @@ async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
 
 
 async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_for: str | None) -> None:
-    """Records the decision about a requested model in the model's row: whether Ray Serve runs the model (`serves`), and
-    what the model waits for.
+    """Records the decision about the requested model `wish` in the model's row: whether Ray Serve runs the model
+    (`serves`), and what the model waits for.
 
     Updates only the columns that changed, because requests update other columns at the same time.
     """
@@ -428,8 +429,7 @@ def _application(
 async def deleted_adapters(
     session: AsyncSession, deployments: Collection[contract.Deployment]
 ) -> dict[str, frozenset[str]]:
-    """Returns, for each application in `deployments`, the ids of deleted adapters that it may still hold, by
-    application name.
+    """Returns the ids of deleted adapters that each application in `deployments` may still hold, by application name.
 
     Only adapters that were deleted within the last DELETED_SECONDS are included.
     """

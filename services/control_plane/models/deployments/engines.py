@@ -64,8 +64,8 @@ async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel
 
 
 async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]) -> dict[str, Engine]:
-    """Returns, by model id, the engines (model servers) that compute the log-probabilities of the reference models of
-    jobs.
+    """Returns the engines (model servers) that compute the log-probabilities of the reference models of jobs, by model
+    id.
 
     `wanted` holds the reference models by id, with only the values that a job stores about them: the id and the source.
     The other values are read from the table of models.

@@ -60,8 +60,10 @@ class Model:
         return self.is_idle and idle_seconds is not None and self.used > idle_seconds
 
     def is_awaited(self, wait_seconds: float) -> bool:
-        """Whether the model, which is not loaded yet, must still be loaded: because it must stay loaded (it is pinned,
-        or the reference model of a job), or because a client requested it at most `wait_seconds` ago.
+        """Whether this model, which is not loaded yet, must still be loaded. There are two possible reasons:
+
+        - The model must stay loaded, because it is pinned or the reference model of a job.
+        - A client requested the model at most `wait_seconds` ago.
         """
         return self.stays or (not self.for_jobs and self.used <= wait_seconds)
 

@@ -66,7 +66,8 @@ def _readable(values: Mapping[str, Any]) -> DeploymentSettings:
 
 @lru_cache(maxsize=1000)
 def _warn_once(message: str) -> None:
-    """Logs the warning only the first time, because the stored settings that cause it are read every second."""
+    """Logs the warning `message`, but only the first time that it is given. The stored settings that cause such a
+    warning are read every second."""
     log.warning(message)
 
 

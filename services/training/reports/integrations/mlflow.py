@@ -63,7 +63,7 @@ class MlflowSink:
 
     def _find(self, options: Mlflow, spec: AttemptSpec) -> str:
         """Returns the id of the job's MLflow run. If no earlier attempt (run of the job) has created the MLflow run,
-        creates it."""
+        creates it, in the experiment and with the name that `options` say."""
         experiment = self._experiment(options.experiment)
         runs = self._client.search_runs(
             [experiment], f"tags.`{JOB_TAG}` = '{spec.job_id}'", order_by=["attributes.start_time ASC"], max_results=1
