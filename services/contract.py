@@ -281,7 +281,7 @@ ReadIntegrations = Annotated[Integrations, _tolerant(Integrations)]
 
 class Reading(Contract):
     """Holds the settings for reading the rows of a data file: `columns` maps standard names of columns, such as prompt,
-    to the file's own, and `invalid_rows` says what happens to rows that cannot be used."""
+    to the names in the file. `invalid_rows` says what happens to rows that cannot be used."""
 
     invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the file's column
@@ -335,7 +335,8 @@ class JobSpec(Contract):
         """Whether vLLM may compute the reference model's log-probabilities of the job's rows.
 
         The result is False if the objective needs no reference model, or if the user chose that the trainer computes
-        the log-probabilities. It is also False if the base model is quantized to NF4, which no engine here serves.
+        the log-probabilities. The result is also False if the base model is quantized to NF4, which this service's vLLM
+        engines cannot serve.
         """
         by_trainer = self.reference_source == "trainer" or self.weights.quantization is not None
         return self.config.objective.traits.needs_reference and not by_trainer

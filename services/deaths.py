@@ -26,8 +26,8 @@ MEANINGS: Sequence[tuple[str, str]] = (  # Ray 2.60's messages without figures: 
 
 
 def cause_in(text: str) -> str | None:
-    """Returns why processes ended, according to `text` (logs or messages of errors). This is the reason that Ray gives;
-    if Ray gives none, it is the last Python error in `text`. Returns None if `text` has neither.
+    """Returns why processes ended, according to `text` (logs or messages of errors). The result is the reason that Ray
+    gives in `text` or, without such a reason, the last Python error in `text`. Returns None if `text` has neither.
 
     The result begins in lower case and has no full stop, because it becomes a part of a sentence.
     """

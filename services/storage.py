@@ -273,11 +273,12 @@ def copy_folder(uri: str, target: str) -> None:
 def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> Path:
     """Returns a local path with the content of the file or folder at `uri`.
 
-    Remote content is downloaded once, to the folder `cache`. `only` has patterns of file names, such as `*.json`: of a
-    folder, only files whose names match one of the patterns are downloaded; without patterns, all files are. A local
-    `uri` is returned as a path and not copied. The id of a model on the Hugging Face hub is returned unchanged. The
-    content at a remote `uri` must not change after the first download, because the copy in the cache is named by the
-    URI and the patterns alone.
+    Remote content is downloaded once, to the folder `cache`. A local `uri` is returned as a path and not copied. The id
+    of a model on the Hugging Face hub is returned unchanged. The content at a remote `uri` must not change after the
+    first download, because the name of the copy in the cache depends only on the URI and the patterns in `only`.
+
+    `only` has patterns of file names, such as `*.json`. If `uri` is a folder and there are patterns, only the files
+    whose names match one of them are downloaded. Without patterns, all files are downloaded.
 
     If `cache` is None, the copy goes to a folder of this user on this node, which all of the user's processes share. A
     copy in this folder stays for at least an hour after it was last asked for. Later downloads remove copies to make
@@ -305,8 +306,9 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
 
 @contextmanager
 def _alone(copy: Path, *, wait: bool = True) -> Iterator[None]:
-    """Runs the `with` block while no other process of this node downloads or removes the copy `copy`. First waits until
-    no other process does so; if `wait` is False, raises BlockingIOError instead of waiting.
+    """Runs the `with` block while no other process of this node downloads or removes the copy `copy`. If another
+    process is downloading or removing the copy now, first waits for its end. If `wait` is False, raises BlockingIOError
+    instead of waiting.
 
     Other processes that want to download or remove the copy meanwhile wait for the end of the block, or until this
     process dies. `copy` may also be an unfinished download: it has the lock of the copy that it is to become.

@@ -63,9 +63,9 @@ def _read_each(
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether a line and the line after it (`following`) belong to one group (a prompt with its completions). This is
-    so if each line rates one answer, and both answers are to the same prompt. A file must not be cut between such
-    lines. `columns` maps standard names of columns to the file's own, such as {"prompt": "question"}."""
+    """Whether a line and the line after it (`following`) belong to one group (a prompt with its completions). They do
+    if each of the two lines rates one answer, and both answers are to the same prompt. A file must not be cut between
+    such lines. `columns` maps standard names of columns to the file's own, such as {"prompt": "question"}."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 

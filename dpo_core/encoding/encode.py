@@ -105,7 +105,8 @@ class Outline(EncodedGroup):
     place: Any = None  # for the function that loads the ids: where they are
 
     def with_ids(self, prompt_ids: Sequence[int], completion_ids: tuple[Sequence[int], ...]) -> EncodedGroup:
-        """Returns the group (a prompt with its completions) of this outline, with its token ids."""
+        """Returns the group (a prompt with its completions) that this outline stands for, with the token ids
+        `prompt_ids` and `completion_ids` in place of the ranges."""
         known = {name: value for name, value in vars(self).items() if name != "place"}
         return EncodedGroup(**known | {"prompt_ids": prompt_ids, "completion_ids": completion_ids})
 

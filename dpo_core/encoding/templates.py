@@ -111,8 +111,8 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
 
 def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dialogue: str) -> Spans:
     """Returns the ranges of characters in `dialogue` that do not come from the assistant: messages of a tool or a user
-    between the assistant's answers. `dialogue` is the text of the group's prompt followed by `completion`. `apply` is a
-    function that returns the chat template's texts for lists of messages.
+    between the assistant's answers. `dialogue` is the text of the prompt of `group` (a prompt with its completions),
+    followed by `completion`. `apply` is a function that returns the chat template's texts for lists of messages.
 
     The generation prompt before a later answer (the words with which the template asks for it) counts as a part of
     these ranges, because a served policy is given these words and does not write them. Raises InvalidRow for a template
@@ -259,8 +259,8 @@ def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[l
 
 
 def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerBase") -> WrittenGroup | InvalidRow:
-    """Returns the texts of the group's prompt and completions, made from `rendered`, the texts that the chat template
-    wrote. Returns an error if the template left out a part of the group.
+    """Returns the texts of a group (a prompt with its completions) as the model reads them. They are made from
+    `rendered`, the texts that the chat template wrote. Returns an error if the template left out a part of the group.
 
     If the group has texts and not messages, each completion gets one EOS token at its end. The prompt gets a BOS token
     at its start if the tokenizer adds one. In a group with messages the template writes both tokens.

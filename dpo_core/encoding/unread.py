@@ -47,9 +47,9 @@ def _are_mixed(messages: Sequence[Message]) -> bool:
 
 
 def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBase", today: date | None) -> bool:
-    """Whether the chat template reads the key `key` of messages by `role`. This is so if the text that the template
-    writes for the group (a prompt with its completions) changes when the key is removed from these messages. `today` is
-    the date that some templates write."""
+    """Whether the chat template reads the key `key` of messages by `role`. The template reads the key if the text that
+    it writes for the group (a prompt with its completions) changes when the key is removed from these messages. `today`
+    is the date that some templates write."""
 
     def bare(text: Text) -> Text:
         messages = cast(list[Message], text)

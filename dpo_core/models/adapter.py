@@ -328,8 +328,8 @@ def is_router(name: str) -> bool:
 
 
 def is_read_only(model: PreTrainedModel, name: str) -> bool:
-    """Whether an adapter on the layer called `name` would have no effect. This is so in a Mamba block whose kernels
-    read the layer's weights directly and do not call the layer."""
+    """Whether an adapter on the layer called `name` would have no effect. It would have none if the layer is in a Mamba
+    block whose kernels read the layer's weights directly and do not call the layer."""
     parent, _, part_name = name.rpartition(".")
     block = model.get_submodule(parent)
     is_mamba = all(hasattr(block, part) for part in ("A_log", "D", "conv1d"))

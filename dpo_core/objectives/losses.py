@@ -417,8 +417,8 @@ def kto(objective: o.Kto, measures: Measures) -> Tensor:
 
 def kl_estimate(measures: Measures) -> Tensor:
     """Returns z0 of KTO, an estimate of KL(policy || reference) without a gradient. The estimate needs completions in
-    the global batch that were added to a group although they answer the prompt of another group. z0 is the mean
-    log-ratio of these completions, or 0 if this mean is negative."""
+    the global batch that were added to a group (a prompt with its completions) although they answer the prompt of
+    another group. z0 is the mean log-ratio of these completions, or 0 if this mean is negative."""
     is_of_other_prompt = measures.ratings.isnan()
     h = measures.all.logratios.detach()
     return ((h * is_of_other_prompt).sum() / is_of_other_prompt.sum().clamp(min=1)).clamp(min=0)

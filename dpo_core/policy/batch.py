@@ -77,8 +77,8 @@ def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int,
 
 def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[list[int]]:
     """Sorts sequences into batches of similar lengths, and returns each batch as a list of indices into `lengths`. The
-    caller pads a batch to its longest sequence. Then at least the share `least_fill` of the batch is real tokens, and
-    the rest is padding."""
+    caller pads a batch to its longest sequence. At least the share `least_fill` (from 0 to 1) of the tokens of a padded
+    batch are real tokens, and not padding."""
     batches: list[list[int]] = []
     longest = total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

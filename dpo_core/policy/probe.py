@@ -156,9 +156,9 @@ def _try_balance(model: PreTrainedModel) -> str:
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
-    """Returns a batch with two groups. The first is a prompt with two completions, and is longer than the attention
-    windows of a miniature. The second is a prompt with one completion. With `share_prompts`, the two completions share
-    one copy of their prompt."""
+    """Returns a batch with two groups (prompts with their completions). The first is a prompt with two completions, and
+    is longer than the attention windows of a miniature. The second is a prompt with one completion. With
+    `share_prompts`, the two completions share one copy of their prompt."""
     ids = _ids(model)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)

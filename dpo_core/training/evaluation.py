@@ -67,7 +67,7 @@ def evaluate(
 
 class _Frozen(Statistics):
     """Statistics (the mean of all rewards so far in a run) for an evaluation. `add` leaves the mean unchanged, because
-    held-out groups must not affect training."""
+    held-out groups (prompts with their completions) must not affect training."""
 
     def add(self, rewards: Tensor) -> float:
         return self.mean

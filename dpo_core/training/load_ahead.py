@@ -68,8 +68,8 @@ def with_ids(groups: Groups, own: Sequence[int], load_ids: LoadIds) -> Groups:
 
 
 def _load(read: Sequence[Future[tuple[Groups, list[int]] | None]], load_ids: LoadIds) -> list[Groups | None]:
-    """Waits until the batches in `read` have been read, and returns them. This rank's groups (prompts with their
-    completions) in them have their token ids.
+    """Waits until the batches in `read` have been read, and returns them. In the returned batches, the groups (prompts
+    with their completions) that this rank (process of the run) computes have their token ids.
 
     Each future in `read` gives a pair: a batch, and the indices of this rank's groups. A future that gives None marks
     the end of the batches; the result has None in its place. `load_ids` returns the groups of outlines (groups without

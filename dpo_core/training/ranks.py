@@ -89,8 +89,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None) -> T:
     """Calls `work` on every rank (process of the run) and returns the result of this rank. If `work` fails on one rank,
-    every rank raises an error, so that no rank waits for another. `group` is the process group in which ranks tell each
-    other; None means PyTorch's default group."""
+    every rank raises an error, so that no rank waits for another. `group` is the process group in which the ranks tell
+    each other whether `work` failed; None means PyTorch's default group."""
     try:
         result = work()
     except Exception:

@@ -184,7 +184,8 @@ def _adoptable(head: RayHead, token_file: Path) -> bool:
 
 
 def _answers(head: RayHead, token_file: Path) -> bool:
-    """Whether jobs can be submitted to the Ray head node. They can if its dashboard and its agent both answer."""
+    """Whether jobs can be submitted to the Ray head node: its dashboard and its agent must both answer. `token_file`
+    has the token that Ray's clients need."""
     headers = {"Authorization": f"Bearer {token_file.read_text()}"}
     probes = [f"{head.url}/api/jobs/", f"http://127.0.0.1:{head.agent_port}/api/local_raylet_healthz"]
     try:

@@ -48,9 +48,8 @@ def _cpus() -> dict[str, Any]:
 
 
 def _gpus(deployment: Deployment) -> dict[str, Any]:
-    """Returns those arguments of the vLLM engine that say how it uses GPUs: with one worker for each GPU, or with one
-    worker on a share of a GPU.
-    """
+    """Returns those arguments of the vLLM engine that say how it uses the GPUs of `deployment`: with one worker for
+    each GPU, or with one worker on a share of a GPU."""
     memory = deployment.engine.gpu_memory_utilization or MEMORY_SHARE
     return {
         "tensor_parallel_size": max(1, int(deployment.num_gpus)),

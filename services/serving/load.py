@@ -47,8 +47,8 @@ class Load(AggregateStatLoggerBase):  # type: ignore[misc]
         """Returns the counts of requests and tokens by name. The key `seconds` holds the length of the period that they
         cover.
 
-        The key `first_token_seconds` holds the sum of the times that requests waited for their first token. It is a sum
-        and no mean, so that the values of several replicas can be added.
+        The key `first_token_seconds` holds the sum of the times that requests waited for their first token. This value
+        is a sum and not a mean, so that the values of several replicas can be added.
         """
         self._forget()
         first = [seconds for _, _, step in self._steps for seconds in step]

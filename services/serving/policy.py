@@ -164,6 +164,6 @@ def _cpus() -> dict[str, Any]:
 
 
 def _gpus(num_gpus: float) -> dict[str, Any]:
-    """Returns the settings for GPUs in LLMConfig, Ray's configuration of an engine: one worker per GPU, or one worker
-    on a share of a GPU."""
+    """Returns the settings for GPUs in LLMConfig, Ray's configuration of an engine. The engine gets one worker for each
+    of `num_gpus` GPUs or, if `num_gpus` is below 1, one worker on this share of a GPU."""
     return {"placement_group_config": {"bundle_per_worker": {"GPU": min(num_gpus, 1)}}}

@@ -25,7 +25,8 @@ MAX_TOKENS_PER_PACK = 4096  # of one forward pass, unless one completion and its
 
 
 def start(deployment: Deployment, folder: str) -> FastAPI:
-    """Loads the reward model from a local folder, and returns its HTTP server."""
+    """Loads the reward model from the local folder `folder`, and returns its HTTP server. `deployment` says how the
+    model is served."""
     torch.set_num_threads(num_threads())
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     own = config.dtype or torch.float32

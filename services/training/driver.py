@@ -8,8 +8,8 @@ Usage: `python -m services.training.driver <spec uri>`. The exit status says how
 - 4: it sent the report Paused
 - 5: the user cancelled the job
 
-If an attempt ends in another way, it logs a traceback and tries to send the report Died; the next attempt resumes from
-the last checkpoint.
+If an attempt ends in another way, the driver logs a traceback and tries to send the report Died. The next attempt then
+resumes from the last checkpoint.
 """
 
 import importlib
@@ -216,9 +216,9 @@ def train(
     """Runs the training workers with Ray Train until training ends. Returns the last report of the attempt (one run of
     a job): that it succeeded, failed or paused.
 
-    Every checkpoint is evaluated on the groups in `validation`; None means no evaluations. On success, the report has
-    the URI of the trained model. Workers store checkpoints themselves, so the folder in which Ray Train stores its
-    files is only temporary.
+    `data` is the data to train on. Every checkpoint is evaluated on the groups (prompts with their completions) in
+    `validation`; None means no evaluations. On success, the report has the URI of the trained model. Workers store
+    checkpoints themselves, so the folder in which Ray Train stores its files is only temporary.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 

@@ -109,8 +109,8 @@ def unusable_models_fail_the_job(
     """Turns errors about a model, raised in the `with` block, into JobFailed. The message for the user is `what`,
     followed by the error's message: "The model cannot be trained: …".
 
-    The errors are UnusableModel, InvalidOption, and the types in `also`. They may occur while a model is loaded, in its
-    first forward pass, and while its weights are divided among workers.
+    The errors are UnusableModel, InvalidOption, and the types in `also`. Such errors may occur while a model is loaded,
+    in its first forward pass, and while its weights are divided among workers.
     """
     from dpo_core.models.architecture import UnusableModel
 

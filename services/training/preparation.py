@@ -205,7 +205,7 @@ class _Slower(Exception):
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """Scores the encoded data with the reference model, and returns the data with the scores.
+    """Scores the encoded data in `encoding` with the reference model, and returns the data with the scores.
 
     If the user leaves the choice to the service, the model's deployment in vLLM scores if it can be used and finishes
     sooner than the trainer's own forward pass. Otherwise the trainer scores. A deployment cannot be used if its
@@ -266,7 +266,8 @@ def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, rep
     """Whether the reference model's deployment in vLLM should score the rows, and not the trainer. If the result is
     false, tells the user the reason.
 
-    `engine` is the deployment's measured speed, or None if it was never measured.
+    `encoding` has the rows and their numbers of tokens. `engine` is the deployment's measured speed, or None if it was
+    never measured.
     """
     if spec.reference_source == "serve":
         return True
@@ -317,8 +318,8 @@ def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
     """Waits for the reference model's deployment in vLLM, compares it with the trainer, and returns a function that
-    scores data with the deployment. `app_name` is the deployment's name, and `rate_uri` the URI at which the measured
-    speed of the deployment is stored.
+    scores data with the deployment. `encoding` has the data. `app_name` is the deployment's name, and `rate_uri` the
+    URI at which the measured speed of the deployment is stored.
 
     Raises _Disagrees if deployment and trainer compute different log-probabilities for a sample of the data. Raises
     _Slower if the deployment would finish scoring later than the trainer.

@@ -120,9 +120,9 @@ class Format:
         return self.keys >= SYSTEM_KEYS
 
     def _refuse_unread(self, row: Row, unread: Sequence[str], groups: Sequence[Group]) -> None:
-        """Raises InvalidRow for the first column in `unread` (columns that this format does not read) with contents
-        that the groups do not contain. Accepts empty columns. Also accepts the value false, except in a column that
-        seems to be a label."""
+        """Raises InvalidRow for the first column in `unread` whose contents do not occur in the groups (prompts with
+        their completions) of the row. `unread` are the columns that this format does not read. Accepts empty columns.
+        Also accepts the value false, except in a column that seems to be a label."""
         for key in unread:
             value = row.value[key]
             if says_nothing(value) or (value is False and role_of(key) != "label") or is_said(value, groups):

@@ -140,8 +140,8 @@ def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
 
 
 def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
-    """Whether `value`, the contents of the row's column `prompt`, adds nothing to `prompt`, a list of messages. This is
-    so if `value` is null, equals the whole prompt, or is the text of one of its messages."""
+    """Whether `value`, the contents of the row's column `prompt`, adds nothing to `prompt`, a list of messages. It adds
+    nothing if it is null, equals the whole prompt, or is the text of one of the messages."""
     if isinstance(value, list):
         return messages_of(row, "/prompt", value) == prompt
     if isinstance(value, str) and value.startswith("\n\nHuman:"):

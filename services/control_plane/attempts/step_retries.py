@@ -36,7 +36,7 @@ class Patience:
 
     def fail(self, job_id: str, version: int) -> int:
         """Counts a failed try to handle the job, and sets the time of the next try. `version` is the number of the
-        job's state changes so far; a new version starts the count anew.
+        job's state changes so far. If the version has changed since the last failed try, the count begins again at 1.
 
         Returns the number of failed tries of this version in a row, including this one.
         """

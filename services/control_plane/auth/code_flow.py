@@ -31,7 +31,7 @@ class SignedIn:
     """Holds the tokens of a person who signed in. `id_token` serves in place of an API key until `expires_at`, in Unix
     seconds.
 
-    `refresh_token` gets the next ID token. It is None if the issuer gave none.
+    `refresh_token` is the token with which to get the next ID token; None if the issuer gave none.
     """
 
     id_token: str

@@ -59,8 +59,8 @@ class LeasedWork(Protocol[Piece]):
         """
 
     async def work(self, piece: Piece) -> None:
-        """Does the work on the piece, such as checking a file. If an earlier try was interrupted, does only the rest.
-        The call may be cancelled at any time.
+        """Does the work on the piece, such as checking a file. If an earlier try was interrupted, does only what that
+        try left undone. The call may be cancelled at any time.
 
         Raises Later if the work has to wait, so that meanwhile other pieces can be worked on.
         """

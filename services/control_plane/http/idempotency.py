@@ -72,8 +72,8 @@ class IdempotentRequest:
         response.
 
         - `work` must not commit. If `work` raises an error, nothing is stored.
-        - `changes` is the id of the object that `work` changes, None if `work` creates an object. A retry without an
-          Idempotency-Key runs `work` again if another request has changed the object since the first send.
+        - `changes` is the id of the object that `work` changes, None if `work` creates an object. If another request
+          has changed the object since the first send, a retry without an Idempotency-Key runs `work` again.
         - `content` is a text that identifies a body that is not JSON.
         - `secret` is the name of a field of the response that is not stored. A retry gets null in this field.
         """

@@ -69,8 +69,7 @@ class Refusals:
             await self.end_minute()
 
     async def end_minute(self) -> None:
-        """Writes the audit entries for the refusals of the last minute that were only counted, and starts counting
-        anew.
+        """Writes the audit entries for the refusals of the last minute that were only counted, and resets the counts.
 
         Refusals with the same key, action, status and code share one entry, which holds their number.
         """

@@ -33,7 +33,8 @@ class Admitted(NamedTuple):
 
 
 async def check_uri(spec: JobSpec, settings: Settings) -> None:
-    """Raises InvalidRequest if the job's training data are at a URI that jobs may not read. This may take seconds."""
+    """Raises InvalidRequest if the job's training data are at a URI that jobs may not read. The check may take
+    seconds."""
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
 

@@ -166,9 +166,8 @@ RULES = (
 
 
 def check(given: Combination) -> None:
-    """Raises InvalidRequest if the job request has a combination of options that one of `RULES` forbids. The error
-    describes the first such rule.
-    """
+    """Raises InvalidRequest if the job request `given` has a combination of options that one of `RULES` forbids. The
+    error describes the first such rule."""
     for rule in RULES:
         if rule.is_broken(given):
             names = f"the model is '{given.start.id}', the method '{given.objective}'"

@@ -90,8 +90,8 @@ def _request(
 ) -> dict[str, Any]:
     """Returns the request body that would create this job again, with the seed that was drawn for this job.
 
-    `spec` is the job's stored spec. The other arguments are fields that the job's JSON object has as well: `wandb` its
-    integrations, `asked` its options in `x_raydpo`, and `how` its options for reading rows.
+    `spec` is the job's stored spec. `wandb` are the job's integrations, `asked` its options in `x_raydpo`, and `how`
+    its options for reading rows, in the form that the job's JSON object has them.
     """
     config = {**spec["config"], **spec["config"]["optim"]}
     kind = config["objective"]["type"]

@@ -117,7 +117,7 @@ async def merged(
     settings: Settings,
     is_disconnected: Callable[[], Awaitable[bool]],
 ) -> MergeReport:
-    """Merges the model's adapter into its base model with a side job (a short Ray job), unless that is done already.
+    """Merges the model's adapter into its base model with a side job (a short Ray job), unless it is merged already.
 
     Returns the report of the merge. Raises Unavailable while the merge runs, and InvalidRequest if adapter and base
     cannot be merged. Stops waiting when the client has disconnected, which `is_disconnected` finds out.

@@ -31,7 +31,7 @@ StreamsPart = Annotated[Streams, Depends(_streams)]
 
 class EventStream(StreamingResponse):
     """A response that sends server-sent events. Whenever no event has come for a while, checks whether the client has
-    disconnected, and ends if so.
+    disconnected. Ends if it has.
 
     The response runs in the task of the request itself. Starlette's own class would use two more tasks, and
     sse-starlette's four.

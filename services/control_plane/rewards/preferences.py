@@ -50,8 +50,8 @@ def explicit(outputs: Sequence[float], num_tokens: int) -> Judged:
 
 
 def winner(judged: Sequence[Judged]) -> int:
-    """Returns the index of the completion with the highest reward; the smallest index if several have the same
-    reward."""
+    """Returns the index in `judged` of the completion with the highest reward. If several completions have this reward,
+    returns the smallest of their indices."""
     return max(range(len(judged)), key=lambda i: (judged[i].reward, -i))
 
 

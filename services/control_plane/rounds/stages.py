@@ -159,7 +159,8 @@ class Stages:
         return found
 
     async def _create(self, session: AsyncSession, rounds: Rounds, spec: Spec, rows: list[Entry]) -> str:
-        """Creates the evaluation that `spec` describes, on the prompts `rows`, and returns the evaluation's id."""
+        """Creates the evaluation that `spec` describes, on the prompts `rows`, for the set of rounds. Returns the
+        evaluation's id."""
         kind = await kind_of(session, self._settings, spec)
         whole = Spec.model_validate(spec.model_dump() | kind.resolved)
         await models.hold(session, self._settings, whole.models)

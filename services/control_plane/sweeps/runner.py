@@ -1,4 +1,4 @@
-"""Advances sweeps in the background. Every control plane does so.
+"""Advances sweeps (sets of jobs that differ in chosen options) in the background, in every control plane.
 
 To work on a sweep, a control plane takes its lease, which is the right to work on it. The control plane does everything
 that can be done for the sweep now, such as submitting jobs, and gives up the lease. It works on the sweep again a

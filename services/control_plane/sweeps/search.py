@@ -31,9 +31,8 @@ def suggest(sweep: CreateSweep, number: int, tried: Sequence[Tried]) -> Values:
 
 
 def grid(sweep: CreateSweep) -> list[Values]:
-    """Returns the values of every trial (job) of a grid search: all combinations of the parameters' values. The values
-    of the last parameter change fastest.
-    """
+    """Returns the values of every trial (job) of the grid search `sweep`: all combinations of the parameters' values.
+    The values of the last parameter change fastest."""
     lists = [parameter.extremes() for parameter in sweep.parameters.values()]
     return [dict(zip(sweep.parameters, values, strict=True)) for values in itertools.product(*lists)]
 

@@ -1,7 +1,7 @@
 """Encodes a training file as groups of token ids, in parallel. A group is a prompt with its completions.
 
 The file is divided into pieces, each a range of lines. Ray tasks encode the pieces. The tasks read the pieces
-themselves, so the job's driver never holds the text of the file.
+themselves, so the job's driver (its main program) never holds the text of the file.
 """
 
 import functools
@@ -218,8 +218,8 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
 
 
 def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
-    """Raises JobFailed if the objective cannot learn from the encoded file, or if no group (a prompt with its
-    completions) is left to train on."""
+    """Raises JobFailed if the objective of the job cannot learn from the encoded file, or if no group (a prompt with
+    its completions) is left to train on. `encoding` is the result of encoding the file."""
     contents, kind, limit = encoding.report, encoding.kind, encoding.limit
     _check_kind(spec, kind, encoding.format)
     _refuse_margins(spec, contents, kind)
@@ -282,8 +282,9 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
     """Encodes the rows of one piece (a range of lines of the file). Returns counts of rows and tokens, and the files
     that were written. `recipe` names the file, the model and the options.
 
-    The groups of token ids are written to the folder `folder_uri`; if `folder_uri` is None, they are not written. If
-    the model or a line cannot be used, the result names the reason, and no files are written.
+    The groups (prompts with their completions) of token ids are written to the folder `folder_uri`; if `folder_uri` is
+    None, they are not written. If the model or a line cannot be used, the result names the reason, and no files are
+    written.
     """
     tally = Tally(piece.num_rows)
     try:

@@ -190,9 +190,9 @@ class Tally:
                 self._truncated.setdefault(side, []).append(before.line)
 
     def drop(self, code: str, line: int, sentence: str = "", *, tokens: int | None = None) -> None:
-        """Counts a group (a prompt with its completions) that is left out. `code` is the name of the reason, such as
-        too_long, and `sentence` describes it for the user. `tokens` is the length of a group that is too long, and None
-        for other reasons."""
+        """Counts a group (a prompt with its completions) that is left out. `line` is the number of its line in the
+        file. `code` is the name of the reason, such as too_long, and `sentence` describes it for the user. `tokens` is
+        the length of a group that is too long, and None for other reasons."""
         self._sentences.setdefault(code, sentence)
         self._counts["num_groups"] += 1
         self._dropped.setdefault(code, []).append(line)

@@ -66,8 +66,8 @@ def preview(recipe: Recipe, row: Piece) -> Preview:
     """Returns the first group (a prompt with its completions) of a row as text, or the reason why the group is left
     out.
 
-    The group is encoded and cut as in training, and then decoded. Raises UnusableTemplate if the chat template cannot
-    be used.
+    `recipe` names the file, the model and the options of the encoding. The group is encoded and cut as in training, and
+    then decoded. Raises UnusableTemplate if the chat template cannot be used.
     """
     model = load(recipe.model_source)
     tokenizer = model.tokenizer

@@ -72,7 +72,8 @@ def global_batches(
 
 
 def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[EncodedGroup]]:
-    """Collects groups into lists of `batch_size` groups, and yields the lists. The last list may be shorter."""
+    """Collects groups (prompts with their completions) into lists of `batch_size` groups, and yields the lists. The
+    last list may be shorter."""
     while batch := list(islice(groups, batch_size)):
         yield batch
 

@@ -1,9 +1,9 @@
 """Lets workers train on the first rows of a file while the other rows are still being encoded.
 
-The file is encoded in pieces (ranges of lines). A part is the file of groups that comes from one piece. The job's
-driver (its main program) tells an actor on its node about each finished part; the actor ends with the driver. Workers
-read eight pieces, a window, at a time. They ask the actor for the parts of their next window, and wait until all of
-these are encoded.
+The file is encoded in pieces (ranges of lines). A part is the file of groups (prompts with their completions) that
+comes from one piece. The job's driver (its main program) tells an actor on its node about each finished part; the actor
+ends with the driver. Workers read eight pieces, a window, at a time. They ask the actor for the parts of their next
+window, and wait until all of these are encoded.
 """
 
 import asyncio

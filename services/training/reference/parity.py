@@ -81,8 +81,8 @@ def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False)
     """Compares log-probabilities of tokens from two sources, and returns the differences: `served` comes from the
     reference model's deployment, and `trainer` from the trainer.
 
-    Both must be for the same groups (prompts with their completions) in the same order. `beta` turns a log-ratio into a
-    reward, and `rounds` says whether one of the two sources computes in bfloat16.
+    `served` and `trainer` must be for the same groups (prompts with their completions) in the same order. `beta` turns
+    a log-ratio into a reward, and `rounds` says whether one of the two sources computes in bfloat16.
     """
     both = [list(zip(*sides, strict=True)) for sides in zip(served, trainer, strict=True)]
     tokens = [abs(a - b) for group in both for completion in group for a, b in zip(*completion, strict=True)]

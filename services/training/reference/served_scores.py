@@ -70,8 +70,8 @@ when this part is scored, and calls its last argument with the number of groups 
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
-    """Scores the groups (prompts with their completions) of a dataset with the function `score_parts`, and returns the
-    dataset with the files of the scores.
+    """Scores the groups (prompts with their completions) of the dataset `encoded` with the function `score_parts`.
+    Returns the dataset with the files of the scores.
 
     The files are written to the folder `uri`. Parts (files of groups) whose scores are there already are not scored
     again. The progress is reported with `report`.

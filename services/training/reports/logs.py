@@ -44,7 +44,7 @@ LEFT_OUT = (b":job_id:", b":actor_name:", b":task_name:", b"(ServeReplica:")
 
 def keep_logs(run_uri: str, attempt: int, source: str) -> None:
     """Starts a process that copies all output of this process to the folder `<run_uri>/logs/<attempt>/<source>` in
-    storage. `source` is the name of the log, such as `driver`."""
+    storage. `attempt` is the number of this run of the job. `source` is the name of the log, such as `driver`."""
     links = [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)]
     files = [link for link in dict.fromkeys(links) if Path(link).is_file()]
     if not files:
@@ -186,8 +186,8 @@ class Log:
 
 
 def _end_of(folder_uri: str) -> int:
-    """Returns the length in bytes of the log that is stored in the folder, including bytes that were not kept. Returns
-    0 if there is no log.
+    """Returns the length in bytes of the log that is stored in the folder `folder_uri`, including bytes that were not
+    kept. Returns 0 if there is no log.
 
     There is a log already if Ray has restarted the worker whose log this is.
     """

@@ -57,7 +57,8 @@ attempt has taken the job over, so that this one must stop."""
 
 
 class JobFailed(Exception):
-    """Raised if a job fails for a reason that only the user can fix. Another attempt would fail in the same way."""
+    """Raised if a job fails for a reason that only the user can fix. Another attempt (run of the job) would fail in the
+    same way."""
 
     def __init__(self, report: Failed) -> None:
         super().__init__(report)  # pickle calls this method with it in another process

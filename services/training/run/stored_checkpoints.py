@@ -41,7 +41,7 @@ def drop_optimizers(run_uri: str, *, published: int) -> None:
     `run_uri` is the job's folder in storage, and `published` the step of the newest checkpoint. First the manifest of a
     checkpoint is written again without the state's files, then these files are deleted, so the checkpoint is valid at
     any time. The oldest checkpoint loses its state first. If this process dies before the end, the call after the next
-    checkpoint does the rest.
+    checkpoint removes what is left.
     """
     older = (uri for step, uri in complete(run_uri) if step < published)
     having = takewhile(_optimizer_files, islice(older, RESUMABLE - 1, None))

@@ -25,7 +25,7 @@ def retry_while_unavailable(write: Callable[[], Result], what: str, report: Call
 
     - Storage is full: without limit, until a call succeeds.
     - Storage does not answer: for ten minutes at most; then raises the error. The ten minutes begin with the first such
-      error. They begin anew when a call shows that storage has answered in between: the call found storage full, or ran
+      error. They begin again if a call shows that storage has answered meanwhile: the call found storage full, or ran
       for more than ten minutes.
 
     The user is told once that the work waits. `what` names the work in this message, such as "exporting the policy".

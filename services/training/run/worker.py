@@ -62,8 +62,8 @@ def work(
     On success, the report names the checkpoint that becomes the policy (the trained model). A pause leaves a
     checkpoint. The config of `spec` must have no undecided options. `reader` is the handle of the attempt's RowReader,
     a Ray actor that reads the prepared data for all workers. `reporter` is the handle of the attempt's Reporter; only
-    rank 0 (the first worker) sends reports to it. Every checkpoint is evaluated on the groups in `validation`; None
-    means no evaluations.
+    rank 0 (the first worker) sends reports to it. Every checkpoint is evaluated on the groups (prompts with their
+    completions) in `validation`; None means no evaluations.
     """
     try:
         with policies.unusable_models_fail_the_job():
@@ -205,8 +205,8 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
 
 
 def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
-    """Whether the loss of the step in `result` must be ln 2. This is so at the first step of DPO if the policy still
-    computes the same as the reference.
+    """Whether the loss of the step in `result` must be ln 2. It must be ln 2 at the first step of DPO if the policy
+    still computes the same as the reference.
 
     Policy and reference differ at the first step if the reference is another model, if an adapter's dropout is on, or
     if bfloat16 rounds their numbers differently.
@@ -254,7 +254,7 @@ def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: 
 
 
 def _warn_of_slow_precision(spec: AttemptSpec, device: torch.device, reporter: Any) -> None:
-    """Warns the user if training computes in bfloat16 on a CPU without AMX instructions.
+    """Warns the user, through `reporter`, if training computes in bfloat16 on a CPU without AMX instructions.
 
     On such a CPU, products in bfloat16 are up to 60 times slower than in float32.
     """
@@ -318,7 +318,8 @@ def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
     """Removes the optimizer's state from older checkpoints, from which no job resumes. `published` is the step of the
     newest checkpoint.
 
-    A failure does not stop training: the user is warned, and the removal is tried again after the next checkpoint.
+    A failure does not stop training: the user is warned through `reporter`, and the removal is tried again after the
+    next checkpoint.
     """
     try:
         stored_checkpoints.drop_optimizers(spec.run_uri, published=published)

@@ -32,8 +32,7 @@ def download(
 
     For each yielded value, calls `arrived` with two numbers: how many bytes the value has, and the length of the whole
     file in bytes (0 if unknown). Calls `broke_off` with the error whenever the download is about to be tried again.
-    Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors that may be gone at another
-    attempt.
+    Raises InvalidUri for errors that the user can fix, and httpx.HTTPError for errors that may be gone at a later try.
     """
     digest, offset, length, tag = hashlib.sha256(), 0, 0, ""
     failures = before = 0
@@ -101,7 +100,7 @@ def _changed(response: httpx.Response) -> OSError:
 
 @contextmanager
 def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
-    """Requests `url`, follows redirects, and yields the last response.
+    """Requests `url` with the HTTP headers `headers`, follows redirects, and yields the last response.
 
     The content of a redirect is not read, because it may be endless. Raises InvalidUri for too many redirects, and if
     the server refuses the request.

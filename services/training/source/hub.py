@@ -3,7 +3,7 @@
 The environment variable HF_ENDPOINT sets the address of the hub. The token in the environment variable HF_TOKEN is sent
 only for organizations that a prefix in the setting `dataset_uris` names. If it were sent for all, every user could read
 all data that the token's owner may read. All files come from one commit, even if a revision such as a branch moves
-during the download. This is why pyarrow's own `hf://` is not used: it resolves the revision with each request.
+during the download. pyarrow's own `hf://` is not used, because it resolves the revision again with each request.
 """
 
 import time

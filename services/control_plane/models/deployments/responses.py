@@ -7,8 +7,8 @@ from services.control_plane.ray_api import Load
 
 
 def deployment_object(status: Status, load: Load | None) -> dict[str, Any]:
-    """Returns the API's JSON object of a deployment: the settings that a client chose, all settings, the state and the
-    load.
+    """Returns the API's JSON object of a deployment (how a model is served), from its `status`: the settings that a
+    client chose, all settings, the state and the load.
 
     The load (requests in flight, tokens per second) is null if `load` is None, which means unknown.
     """

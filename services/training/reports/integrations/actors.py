@@ -49,6 +49,7 @@ def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
 
 def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
     """Starts a follower (an actor that sends metrics) for each service to which the job's metrics go, such as MLflow.
+    `reporter` is the actor through which a follower tells the user about errors.
 
     Returns the actors' handles immediately, before they have started.
     """
