@@ -85,7 +85,7 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
 def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
-    """Splits two conversations into the prompt with which both begin and the two completions. Returns the prompt, and a
+    """Splits two conversations into the prompt with which both begin, and two completions. Returns the prompt, and a
     tuple of the two completions. `sides` are the conversations. `columns` are the names of the columns that hold them,
     for error messages.
 

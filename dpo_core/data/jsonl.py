@@ -163,9 +163,9 @@ _ESCAPED = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 def parse_within(row: Row, pointer: str, text: str) -> object:
-    """Parses a text in the row that is written as JSON, and returns its value. The rules are the same as for whole
-    rows. Raises InvalidRow for JSON that cannot be used. `pointer` is the text's JSON pointer, in which no key may have
-    a `/` or a `~`."""
+    """Parses `text`, a value in the row that is itself written as JSON, and returns the parsed value. The rules are the
+    same as for whole rows. Raises InvalidRow for JSON that cannot be used. `pointer` is the text's JSON pointer, in
+    which no key may have a `/` or a `~`."""
     try:
         value = _loads(text)
     except RecursionError:

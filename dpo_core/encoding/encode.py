@@ -267,7 +267,7 @@ def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[in
 @lru_cache(maxsize=8)
 def _calls_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether this tokenizer only calls the library `tokenizers`, and does nothing else with a text. For such a
-    tokenizer the library can be called directly, which is faster because it need not report offsets."""
+    tokenizer the library can be called directly, which is faster because the library then need not report offsets."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     kind = type(tokenizer)

@@ -324,7 +324,7 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def check_policy(model: nn.Module) -> None:
     """Raises UnusableModel for a model that this package cannot train: a model within a wrapper (such as a PeftModel),
-    with several adapters, or with an adapter on its head."""
+    a model with several adapters, or a model with an adapter on its head."""
     if not isinstance(model, PreTrainedModel):
         remedy = (
             "pass the transformers model itself, or load one with an adapter by load_policy(folder, adapter=Lora())"

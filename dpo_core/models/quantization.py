@@ -33,8 +33,9 @@ def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMo
 
 @torch.no_grad()
 def round_to_nf4(model: PreTrainedModel) -> None:
-    """Rounds the weights that `quantize` would convert to the values that NF4 has; the weights keep their dtype. An
-    adapter that was trained on NF4 can then be merged into exactly the values on which it was trained."""
+    """Rounds those weights that `quantize` would convert: each becomes the nearest value that NF4 can represent, but
+    keeps its dtype. An adapter that was trained on NF4 can then be merged into exactly the values on which it was
+    trained."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for name in _linears(model):

@@ -85,7 +85,8 @@ class Effect:
         )
 
     def to_json(self) -> bytes:
-        """Returns the contents of the file that is saved beside the adapter."""
+        """Returns the rows with their log-probabilities as JSON, for the file effect.json that is saved beside the
+        adapter."""
         return json.dumps(asdict(self)).encode()
 
 

@@ -198,7 +198,8 @@ class ForkServer:
         return Request(**fields, files=files, client=client)
 
     def _import_one(self) -> None:
-        """Imports the next module of the oldest request for imports. Answers the request after its last module."""
+        """Imports the next module of the oldest request for imports. If this was the last module of the request,
+        answers the request."""
         request = self._imports[0]
         first, *request.modules = request.modules
         try:

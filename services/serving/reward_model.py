@@ -46,7 +46,7 @@ def start(deployment: Deployment, folder: str) -> FastAPI:
 class Rewards:
     """Computes the outputs of a reward model for completions.
 
-    Several requests may call it at the same time, but only one forward pass runs at a time.
+    Several requests may call the method `score` at the same time, but only one forward pass runs at a time.
     """
 
     def __init__(self, scorer: Scorer, num_outputs: int) -> None:

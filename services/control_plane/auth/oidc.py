@@ -119,9 +119,8 @@ class Issuer:
         raise jwt.InvalidKeyError("it is signed with a key that the issuer has not published")
 
     def unavailable(self) -> Unavailable:
-        """Returns the error for a request that needs the issuer, if the issuer does not answer or refuses this
-        service.
-        """
+        """Returns the error to raise if a request needs the issuer, but the issuer does not answer or refuses this
+        service."""
         message = "The issuer of the tokens does not answer, or not as it should."
         message = f"{message} Try again in {PAUSE_SECONDS} seconds, or use an API key."
         return Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")

@@ -12,8 +12,7 @@ Item = TypeVar("Item")
 
 class Page(TypedDict, Generic[Item]):
     """The JSON object of one page of a list that the API returns: the items (`data`), the ids of the first and the last
-    one, and whether more items follow (`has_more`).
-    """
+    item, and whether more items follow (`has_more`)."""
 
     object: str
     data: list[Item]

@@ -80,9 +80,8 @@ class LeasedWork(Protocol[Piece]):
 
 
 class Troubled(Protocol):
-    """A row of the database for which work is done in the background. Its columns say since when the work fails with
-    unexpected errors (`troubled_at`), and why it waits (`waits_for`).
-    """
+    """A row of the database for which work is done in the background. `troubled_at` is the time since which the work
+    fails with unexpected errors. `waits_for` is the reason why the work waits."""
 
     troubled_at: Any  # when the first unexpected error since the last progress was, None if there was none
     waits_for: Any  # why the work waits, as text for the user

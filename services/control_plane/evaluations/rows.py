@@ -35,8 +35,8 @@ async def read(
     *,
     only_labelled: bool = False,
 ) -> list[Group]:
-    """Returns the rows of a request or, if `rows` is None, the first `most` rows of the project's file, as groups
-    (prompts with their completions).
+    """Returns groups (prompts with their completions): the rows `rows` of a request or, if `rows` is None, the first
+    `most` rows of the project's file with the id `file_id`.
 
     If `only_labelled`, leaves out rows of the file in which people prefer no completion. Raises InvalidRequest if there
     is no row that can be used.

@@ -129,8 +129,8 @@ class Work:
             self._num_pauses = 0
 
     async def _wait(self, item: EvaluationItem, error: Unavailable | RateLimited) -> None:
-        """Makes the evaluation wait, because a model is not available, or because the API key may use no more tokens in
-        this minute. `item` is the item (prompt) whose work failed with `error`.
+        """Makes the evaluation wait, because a model is not available, or because the evaluation's API key may use no
+        more tokens in this minute. `item` is the item (prompt) whose work failed with `error`.
 
         If no item has made progress for STALLED_SECONDS, all unfinished items fail.
         """

@@ -99,7 +99,7 @@ CallerPart = Annotated[Caller, Depends(admit)]
 def _names(param: Any) -> Collection[str]:
     """Returns the names of the query parameters that one parameter of a route function reads.
 
-    A parameter whose type is a pydantic model reads several.
+    If the type of the parameter is a pydantic model, it reads several query parameters.
     """
     kind = param.field_info.annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -164,7 +164,8 @@ class IdempotentRequest:
         """Takes a lock for requests with the same content, whose digest is `sent`, until the transaction ends.
 
         The lock is shared for a first send and exclusive for a retry, so that first sends do not wait for each other.
-        The same statement also reads the project and the time into `session.info`.
+        The SQL statement that takes the lock also reads the project and the current time, which are stored in
+        `session.info`.
         """
         values = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
         turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, values)).one()

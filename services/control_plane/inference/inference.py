@@ -84,8 +84,8 @@ class _Use:
 
 
 class Inference:
-    """Forwards requests for completions to the Ray Serve applications of models, and keeps models with requests
-    loaded."""
+    """Forwards requests for completions to the Ray Serve applications of models. Keeps a model loaded while it has
+    unanswered requests."""
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings, recent: RecentModels) -> None:
         self._store, self._ray_api, self._settings, self._recent = store, ray_api, settings, recent
@@ -97,8 +97,8 @@ class Inference:
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
-        """Calls `mark` about every second, until cancelled. `mark` renews the records that keep models with requests in
-        flight loaded."""
+        """Calls `mark` about every second, until cancelled. `mark` renews the records in the database by which a model
+        stays loaded while it has requests in flight."""
         while True:
             try:
                 await self.mark()

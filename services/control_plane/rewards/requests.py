@@ -1,4 +1,5 @@
-"""Defines the JSON body of POST /v1/x/rewards, and reads its rows."""
+"""Defines the JSON body of POST /v1/x/rewards, and turns the rows in this body into groups (prompts with their
+completions)."""
 
 from typing import Annotated, Any
 

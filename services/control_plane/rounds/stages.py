@@ -215,9 +215,8 @@ class Stages:
         return True
 
     async def _samples(self, evaluation_id: str) -> tuple[Evaluation, list[Sample]]:
-        """Returns the evaluation, and those of its prompts whose answers are scored, each with its answers and
-        scores.
-        """
+        """Returns two values: the evaluation with the id `evaluation_id`, and its samples. A sample is a prompt whose
+        answers are scored, with the answers and their scores."""
         samples = list[Sample]()
         async with self._store.look() as session:
             evaluation = await evaluations.find(session, evaluation_id)

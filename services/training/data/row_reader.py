@@ -132,8 +132,8 @@ class RowReader:
 
 
 class _ReadPart:
-    """A part (a Parquet file of groups) that the actor has read: the token ids of its groups, and a reference to the
-    table of its outlines (the groups without their token ids)."""
+    """A part (a Parquet file of groups) that the actor RowReader has read: the token ids of its groups, and a reference
+    to the table of its outlines (the groups without their token ids)."""
 
     def __init__(self, files: Files) -> None:
         table = read_table(files)

@@ -349,9 +349,9 @@ def _num_threads() -> int:
     """Returns the number of CPU threads for this worker: its share of the node's cores. Ray itself would set one
     thread, for the one CPU that a worker reserves.
 
-    The smaller of two numbers counts as the number of the node's cores. The CPUs that Ray counts may be fewer, because
-    a container may have fewer CPUs than its machine. The cores of the machine may be fewer, because Ray may be
-    configured with more CPUs than exist.
+    The number of the node's cores is the smaller of two numbers: the CPUs that Ray counts, and the cores of the
+    machine. Ray may count fewer CPUs, because a container may have fewer CPUs than its machine. The machine may have
+    fewer cores, because Ray may be configured with more CPUs than exist.
     """
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)

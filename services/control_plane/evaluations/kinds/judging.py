@@ -53,8 +53,9 @@ Reply with one letter: A if answer A is better, B if answer B is better, C if ne
 class Grader:
     """A judge of answers, which is one of three kinds.
 
-    If `asked` is set, it is a model that is asked which of two answers is better. If `rewarding` is set, it is a reward
-    model, or the implicit reward of a policy. If both are None, it is a rule.
+    If `asked` is set, the judge is a model that is asked which of two answers is better. If `rewarding` is set, the
+    judge is a reward model, or the implicit reward of a policy. If `asked` and `rewarding` are None, the judge is a
+    rule.
     """
 
     judge: Judge

@@ -134,10 +134,10 @@ async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
 
 
 async def stay(session: AsyncSession, app_names: Collection[str], replica: str) -> set[str]:
-    """Renews the marks (records of requests in flight) of this control plane, called `replica`, in the rows of these
-    models.
+    """Renews the marks (records of requests in flight) of this control plane, called `replica`, in the rows of the
+    models whose Ray Serve applications are `app_names`.
 
-    Returns the application names of those models that still accept new requests.
+    Returns the names of those applications whose models still accept new requests.
     """
     marked = _mark(Deployment.app_name.in_(app_names), replica)
     rows = await session.execute(marked.returning(Deployment.app_name, Deployment.waits_for))
