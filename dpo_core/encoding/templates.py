@@ -141,8 +141,8 @@ def _first_day() -> date:
 
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
-    """Returns what groups (prompts with their completions) must have in common, so that one call of the chat template
-    can write all of them. Returns three values:
+    """Returns those properties of the group (a prompt with its completions) that all groups must have in common if one
+    call of the chat template writes them. Returns three values:
 
     - whether the group holds messages, and not plain texts
     - its tools; None without tools
@@ -361,9 +361,9 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
 
 
 def _required_text(message: Message) -> str:
-    """Returns the text that the chat template must write for a message of the prompt. For a message of the assistant
-    this is its content without thoughts (the reasoning before the answer). For any other message it is all its
-    content."""
+    """Returns the text that the chat template must write for a message of the prompt. For a message of the assistant,
+    the text is the message's content without thoughts (the reasoning before the answer). For any other message, the
+    text is the whole content."""
     content = message["content"]
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
 

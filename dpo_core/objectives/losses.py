@@ -36,7 +36,7 @@ def loss(function: Loss) -> Loss:
 
 
 class Statistics:
-    """The mean of all rewards so far in a run, which some objectives need. It is saved in checkpoints."""
+    """The mean of all rewards so far in a run, which some objectives need. Checkpoints contain this mean."""
 
     def __init__(self, mean: float = 0.0, count: float = 0.0) -> None:
         self.mean = mean

@@ -248,9 +248,9 @@ class _Saved:
         return tensor
 
     def like(self, parameter: Tensor, name: str, kind: str) -> Tensor:
-        """Returns a tensor that the checkpoint holds for the parameter called `name`. It is on the device of
-        `parameter` and sharded in the same way. `kind` says which of the parameter's tensors it is, such as
-        `exp_avg`."""
+        """Returns a tensor that the checkpoint holds for the parameter called `name`. The result is on the device of
+        `parameter` and sharded in the same way. `kind` says which of the parameter's tensors it is, such as `exp_avg`.
+        """
         whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in self._parts]).to(parameter.device)
         if not isinstance(parameter, DTensor):
             return whole

@@ -61,8 +61,8 @@ def with_ids(groups: Groups, own: Sequence[int], load_ids: LoadIds) -> Groups:
     """Returns the batch `groups`, in which the groups (prompts with their completions) whose indices are in `own` have
     their token ids.
 
-    Calls `load_ids` for those of them that are outlines (groups without their token ids). If there are none, does not
-    call `load_ids`.
+    Calls `load_ids` for the outlines (groups without their token ids) among these groups. If there are no outlines,
+    does not call `load_ids`.
     """
     return _with_ids([(groups, own)], load_ids)[0]
 

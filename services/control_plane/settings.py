@@ -73,10 +73,9 @@ Scope = Literal["read", "write", "inference", "admin"]  # a kind of permission
 
 
 class Role(pydantic.BaseModel):
-    """A role of people and programs that sign in with an OpenID Connect token. A token has the role if its claim that
-    the setting `oidc_roles_claim` names contains `value`. The role gives access to the project `project` with the
-    scopes (permissions) `scopes`.
-    """
+    """A role of people and programs that sign in with an OpenID Connect token. The setting `oidc_roles_claim` names a
+    claim of tokens; a token has the role if this claim contains `value`. The role gives access to the project `project`
+    with the scopes (permissions) `scopes`."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     value: str

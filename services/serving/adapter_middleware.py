@@ -23,8 +23,8 @@ of_request: ContextVar[LoRARequest | None] = ContextVar("of_request", default=No
 
 
 class AttachAdapter:
-    """ASGI middleware that attaches the LoRA adapter that a request's headers name to the vLLM engine, before vLLM
-    reads the request's body.
+    """ASGI middleware that attaches a LoRA adapter to the vLLM engine before vLLM reads the body of a request. The
+    headers of the request name the adapter.
 
     The field `model` of the body names the same adapter. A request whose headers name no adapter passes unchanged. If
     the engine refuses the adapter, the client gets an error in OpenAI's format. If the adapter is deleted while the

@@ -1,5 +1,5 @@
-"""Prepares a job's data: encodes the training file as token ids and, if the job's objective needs it, scores the rows
-with the reference model.
+"""Prepares a job's data: encodes the training file as token ids. If the job's objective needs a reference model, also
+scores the rows with this model.
 
 A score is the log-probability of a completion under the reference model. Either the model's deployment in vLLM or the
 trainer's own forward pass computes it. A cache stores the results, so that jobs with the same file and settings share

@@ -1,7 +1,8 @@
-"""Decides when a job is handled again after an error in handling it: after 0, 1, 3, 7 and more seconds, at most 60.
+"""Decides when a job is handled again after an error in handling it. The pauses after errors in a row are 0, 1, 3, 7
+and so on seconds long, but at most 60.
 
-The reconciler, the background task that handles all jobs, uses this. While the database, storage or Ray are down, the
-reconciler tries again without end. After other errors, it tries a limited number of times.
+The reconciler, the background task that handles all jobs, uses this module. While the database, storage or Ray are
+down, the reconciler tries again without end. After other errors, it tries a limited number of times.
 """
 
 from collections.abc import Callable

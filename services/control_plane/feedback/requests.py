@@ -177,9 +177,8 @@ class _Row:
         return [{"role": "assistant", "content": value}]
 
     def check(self, format_name: str) -> None:
-        """Raises InvalidRequest unless the code that reads training files reads the row as one of the format
-        `format_name`.
-        """
+        """Raises InvalidRequest unless the code that reads training files recognizes the row as a row of the format
+        `format_name`."""
         line = json.dumps(self.value, ensure_ascii=False).encode(errors="surrogatepass")
         if len(line) > MOST_BYTES:
             message = (

@@ -229,7 +229,7 @@ async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str
 async def _check_in_words(session: AsyncSession, row: File) -> str:
     """Returns the end of a sentence that says how far the background check of the file is.
 
-    If the check has not begun, the text counts the older unchecked files of the same project.
+    If the check has not begun, the text says how many older files of the same project are not checked yet.
     """
     if row.num_checked is not None:
         return f"is still being checked, {row.num_checked} of {row.num_bytes} bytes so far"

@@ -15,7 +15,8 @@ from services.control_plane.models.models import NamedModel
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of a job request whose value `auto` lets the service choose, as the user sent them.
+    """Those options of a job request for which the value `auto` lets the service choose, with the values that the user
+    sent.
 
     Also holds, as `comparing`, the names of those fields in the request that compare checkpoints on validation data,
     such as `best_metric`.

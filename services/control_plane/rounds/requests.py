@@ -98,7 +98,7 @@ class CreateHeldOut(HeldOut):
 
 class RoundsSpec(BaseModel):
     """The description of a set of rounds that is stored: the first policy, the file of prompts, and how answers are
-    sampled, judged and trained on. If the request itself contains the prompts, they are stored elsewhere."""
+    sampled, judged and trained on. If the request itself contains the prompts, they are stored separately."""
 
     model_config = ConfigDict(extra="forbid")
     model: Text = Field(description="Name of the policy that the rounds start from: a base model, or a trained policy.")

@@ -1,7 +1,7 @@
 """Finds the reward-KL frontier of a sweep, which compares the policies' rewards with their KL divergences from the
 reference model.
 
-This is figure 2 of the DPO paper (arXiv 2305.18290).
+Figure 2 of the DPO paper (arXiv 2305.18290) shows such frontiers.
 """
 
 from collections.abc import Mapping, Sequence

@@ -108,8 +108,8 @@ class Sender:
         await self._client.aclose()
 
     async def run(self) -> None:
-        """Sends messages whose time has come, until cancelled. After LEASE_SECONDS, another sender repeats interrupted
-        sends."""
+        """Sends messages whose time has come, until cancelled. If a send is interrupted, another sender repeats it
+        after LEASE_SECONDS."""
         async with asyncio.TaskGroup() as sends:
             while True:
                 self._send_ended.clear()

@@ -118,8 +118,8 @@ def _new_secret() -> str:
 
 
 async def announce(session: AsyncSession, job: Job, to: str) -> None:
-    """If `to` is a state that ends a job, writes a message that the job has ended for each of the project's endpoints
-    (users' URLs) that wants such messages.
+    """If `to` is a state that ends a job, writes messages which say that the job has ended. Each of the project's
+    endpoints (users' URLs) that wants such messages gets one.
 
     The messages go into the outbox, the table of messages to send.
     """

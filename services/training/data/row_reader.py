@@ -100,9 +100,9 @@ class RowReader:
         self._threads = ThreadPoolExecutor(READ_AT_ONCE)
 
     async def outlines(self, files: Sequence[Files]) -> list[Any]:
-        """Returns one reference for each part (a Parquet file of groups). It refers to the table of the part's
-        outlines, as bytes in Ray's object store; an outline is a group without its token ids. Each table is stored once
-        for all workers."""
+        """Returns one Ray object reference for each part (a Parquet file of groups). The reference leads to the table
+        of the part's outlines, as bytes in Ray's object store. An outline is a group without its token ids. Each table
+        is stored once for all workers."""
         return [part.outlines for part in await asyncio.gather(*map(self._part, files))]
 
     async def ids(self, rows: Sequence[tuple[Files, Sequence[int]]]) -> bytes:

@@ -160,7 +160,7 @@ class Log:
     def store(self) -> None:
         """Writes the last segment (the newest file of the log) to storage, if it has changed.
 
-        If writing fails, the method only logs the error, after the 1st, 2nd, 4th, 8th and so on failure in a row. The
+        If writing fails, the method raises no error, but logs the 1st, 2nd, 4th, 8th and so on failure in a row. The
         next call tries again, unless a newer segment has begun.
         """
         if self._size == self._stored:

@@ -219,8 +219,8 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
-    """Downloads the newest checkpoint from which training can resume to the folder `cache`, and returns the
-    checkpoint's URI. Returns None if there is no such checkpoint. `run_uri` is the job's folder in storage.
+    """Finds the newest checkpoint from which training can resume, downloads it to the folder `cache`, and returns its
+    URI. Returns None if there is no such checkpoint. `run_uri` is the job's folder in storage.
 
     Training can resume from a checkpoint that is complete and undamaged and has the optimizer's state. A damaged
     checkpoint is reported to the user.

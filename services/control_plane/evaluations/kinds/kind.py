@@ -1,6 +1,5 @@
-"""Defines the methods of every kind of evaluation. They do the stages of an item (such as answering and judging a
-prompt), and summarize the results of all items.
-"""
+"""Defines the methods of every kind of evaluation. These methods do the stages of an item (such as answering and
+judging a prompt), and summarize the results of all items."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
