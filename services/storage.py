@@ -1,7 +1,7 @@
 """Reads and writes files at URIs (`file://`, `s3://`, `gs://`) or local paths.
 
-A file is written as a whole or not at all. A folder that must be complete as well, such as a checkpoint, has a file
-`manifest.json`, which `publish` writes last. A folder of this kind without a manifest is incomplete.
+A file is written as a whole or not at all. Some folders, such as checkpoints, are only of use as a whole. Such a folder
+has a file `manifest.json`, which `publish` writes last. Without this file, the folder is incomplete.
 """
 
 import ctypes

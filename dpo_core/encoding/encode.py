@@ -191,7 +191,7 @@ def _encoded(
 @dataclass(frozen=True)
 class _Tail:
     """The end of a prompt, as text and as token ids. The tokenizer gives a completion the same ids after this end as
-    after the whole prompt. Therefore it need not read the whole prompt again for each completion."""
+    after the whole prompt. Therefore the tokenizer need not read the whole prompt again for each completion."""
 
     text: str
     ids: Sequence[int]

@@ -124,7 +124,7 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns two values, with which to load a model for text only, without its image parts:
+    """Returns two values for loading a model for text only, without its image parts:
 
     - the config
     - patterns that rename the weights in the model's folder; None if no weight must be renamed

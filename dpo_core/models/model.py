@@ -57,8 +57,8 @@ def load_policy(
     converted to full precision.
 
     With `in_parts`, the model has no weights at first. `train` later divides the model over ranks (the processes of the
-    run), and each rank then reads only its part. All ranks must be able to read `source`. A model that does not allow
-    this is loaded whole, with a warning.
+    run), and each rank then reads only its part. All ranks must be able to read `source`. A model that cannot be loaded
+    in this way is loaded whole, with a warning.
 
     Raises InvalidOption for:
 

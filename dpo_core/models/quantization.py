@@ -17,8 +17,8 @@ def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMo
     """Moves the model to the device, and converts the linear layers of its decoder to NF4. Only one layer at a time is
     on the device in full precision.
 
-    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption if this would leave most weights of
-    the decoder's layers unquantized.
+    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption if most weights of the decoder's
+    layers would stay unquantized.
     """
     names = _linears(model)
     _check_share(model, names)

@@ -133,8 +133,8 @@ class Measures:
     @property
     def spread(self) -> Tensor:
         """How routers spread the tokens of each completion and its prompt over N experts, [K, 2N] for K completions:
-        for each expert, how often the routers chose it, then for each expert, the sum of its probabilities. All are 0
-        for a completion that was added from another group, as KTO needs it."""
+        for each expert, how often the routers chose it, then for each expert, the sum of its probabilities. All these
+        numbers are 0 for a completion that answers the prompt of another group; KTO needs such completions."""
         return self.table[:, NUM_MEASURES:] * ~self.ratings.isnan()[:, None]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:

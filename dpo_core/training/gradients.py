@@ -235,7 +235,7 @@ def _guard(scorer: Scorer, compute: Callable[[], None]) -> None:
     ranks.
 
     There is one exception: if the model is sharded, the ranks exchange weights within `compute`, so a rank whose memory
-    runs out cannot tell the others. Its own error then ends the run.
+    runs out cannot tell the others. The error of this rank then ends the run.
     """
     if is_sharded(scorer.model):
         compute()

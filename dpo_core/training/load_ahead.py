@@ -26,9 +26,9 @@ def load_ahead(batches: Iterable[Groups], load_ids: LoadIds, own: Callable[[Grou
     groups are loaded. Other outlines stay as they are.
 
     One thread reads coming batches, and another thread loads groups. While a call of `load_ids` runs, up to AHEAD more
-    batches are read. The next call loads the groups of all batches that have been read by then. It does not wait for
-    further batches, because these may take long to come. Errors of `batches`, `own` and `load_ids` are raised for the
-    caller.
+    batches are read. The next call of `load_ids` loads the groups of all batches that have been read by then. This call
+    does not wait for further batches, because these may take long to come. Errors of `batches`, `own` and `load_ids`
+    are raised for the caller.
     """
     with_own = ((batch, own(batch)) for batch in batches)
     reader, loader = ThreadPoolExecutor(1, "read-ahead"), ThreadPoolExecutor(1, "load-ahead")

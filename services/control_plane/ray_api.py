@@ -234,7 +234,8 @@ class RayApi:
         (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
 
     async def try_to_stop(self, submission_id: str) -> bool:
-        """Asks Ray to stop a job. Returns False if Ray does not accept the request, which a later cleanup repeats."""
+        """Asks Ray to stop the job `submission_id`. Returns False if Ray does not accept the request; a later cleanup
+        then repeats the request."""
         try:
             await self.stop(submission_id)
         except httpx.HTTPError as error:

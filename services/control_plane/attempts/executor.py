@@ -360,8 +360,8 @@ class Executor:
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 
     async def fail_misfit(self, job: Job, waits_for: str) -> None:
-        """Marks the job as failed, because the cluster has been too small for it for a week. `waits_for` says what the
-        job waits for."""
+        """Marks the job as failed, because for a week the cluster has been too small for the job. `waits_for` says what
+        the job waits for."""
         message = (
             f"The job waited {MISFIT_AFTER.days} days for {waits_for}. Submit it with fewer workers (num_workers), or "
             "ask the operator for a larger cluster."

@@ -147,9 +147,8 @@ class EvaluationRow(BaseModel):
 
 
 class Spec(BaseModel):
-    """The description of an evaluation: its kind, models and options. If the request contains the prompts itself, they
-    are not part of the description.
-    """
+    """The description of an evaluation: its kind, models and options. If the request itself contains the prompts, they
+    are not part of the description."""
 
     model_config = ConfigDict(extra="forbid")
     kind: Kind = Field(

@@ -205,6 +205,7 @@ def _next(most: int) -> Select[File]:
 def pause_seconds(age_seconds: float) -> float:
     """Returns how many seconds to wait after a failed check of a file of this age.
 
-    The pause is half the age within two limits, so the pauses grow and a file is checked about 30 times in a day.
+    The pause is half the age, but not less than a lower and not more than an upper limit. So the pauses grow, and a
+    file is checked about 30 times in a day.
     """
     return min(max(age_seconds / 2, LEAST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)

@@ -205,9 +205,8 @@ class Stages:
                 raise
 
     async def _have_samples_and_room(self, session: AsyncSession, rounds: Rounds) -> bool:
-        """Whether the round's sampled answers are all scored. Raises OverQuota if they are, but the project has too
-        little space left for a file of their rows.
-        """
+        """Whether the round's sampled answers are all scored. Raises OverQuota if they are all scored, but the project
+        has too little space left for the training file that is made from them."""
         entry = rounds.history[-1]
         if await self._waits_for(session, rounds, [entry["samples"]]):
             return False

@@ -1,4 +1,4 @@
-"""Decides whether a trial (one job of a sweep) is hopeless: the median stopping rule.
+"""Decides, by the median stopping rule, whether a trial (one job of a sweep) is hopeless.
 
 The rule is that of Google Vizier (Golovin et al. 2017), except that it compares the best values so far, not their
 means.

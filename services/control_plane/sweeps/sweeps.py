@@ -228,8 +228,8 @@ async def advance(session: AsyncSession, sweep_id: str, settings: Settings, ray_
 
 async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, settings: Settings) -> None:
     """Does what follows when the trial's job has ended; a trial is one job of the sweep with its evaluations. If the
-    job succeeded, creates the evaluations of its policy; without evaluations, the trial ends as succeeded. If the job
-    failed or was cancelled, the trial ends in the same state.
+    job succeeded, creates the evaluations of its policy; if the sweep has no evaluations, the trial ends as succeeded.
+    If the job failed or was cancelled, the trial ends in the same state.
 
     Also stores the trial's value of the sweep's metric, if the metric is one that jobs measure on validation data.
     """

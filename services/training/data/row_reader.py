@@ -42,8 +42,8 @@ class Place(NamedTuple):
 class Rows:
     """Reads prepared groups (prompts with their completions) for one worker, with the help of the job's actor `reader`.
 
-    `wait_for` calls the function that it is given, which asks the actor, and returns the answer. It may call the
-    function again if storage does not answer.
+    `wait_for` is a function that calls another function, which asks the actor, and returns the actor's answer. If
+    storage does not answer, `wait_for` may call that function again.
     """
 
     reader: Any  # handle of the actor RowReader
@@ -110,7 +110,8 @@ class RowReader:
         completions.
 
         `rows` has a pair for each part (a Parquet file of groups): the files of the part, and the numbers of the rows
-        that are wanted from it. The ids are in this order, row by row; each row's prompt comes before its completions.
+        that are wanted from it. The ids are in the order of `rows`, row by row; the ids of a row's prompt come before
+        those of its completions.
         """
         parts = await asyncio.gather(*(self._part(files) for files, _ in rows))
         ids = [part.ids(numbers) for part, (_, numbers) in zip(parts, rows, strict=True)]

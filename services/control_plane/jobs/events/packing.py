@@ -36,7 +36,8 @@ async def pack(store: Store, most: int) -> int:
 
 async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
     """Returns the blocks to write, as pairs: the id of a job, and the number of the block. A block has the metrics of
-    up to 1,000 training steps. If all steps of an ended job are in blocks, marks the job as packed."""
+    up to 1,000 training steps. If all steps of an ended job are in blocks, marks the job as packed. `most` is the
+    largest number of ended jobs to look at."""
     steps = select(func.min(Event.step).label("first"), func.max(Event.step).label("last"))
     steps = steps.where(Event.job_id == Job.id, Event.step.is_not(None))
     ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.steps_packed).order_by(Job.finished_at).limit(most)

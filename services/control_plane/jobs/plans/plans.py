@@ -174,9 +174,8 @@ class Misfit(Protocol):
 
 
 async def misfits_for_too_long(session: AsyncSession, row: Misfit) -> bool:
-    """Notes in `row` that the cluster is too small for its work now. Returns True if it was so for MISFIT_AFTER without
-    a break, so that the work should fail.
-    """
+    """Notes in `row` that the cluster is too small now for the work that the row describes. Returns True if the cluster
+    has been too small for MISFIT_AFTER without a break, so that the work should fail."""
     at = await now(session)
     row.misfit_since = row.misfit_since or at
     return bool(at - row.misfit_since > MISFIT_AFTER)

@@ -52,8 +52,8 @@ def _of(
 
 
 def _readable(values: Mapping[str, Any]) -> DeploymentSettings:
-    """Returns stored settings of how a model is served as DeploymentSettings. Leaves out fields and values that another
-    release stored and this release does not know."""
+    """Returns `values`, the stored settings of how a model is served, as an object of the class DeploymentSettings.
+    Leaves out fields and values that another release stored and this release does not know."""
     try:
         return DeploymentSettings.model_validate(values, extra="ignore")
     except ValidationError as error:
