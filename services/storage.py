@@ -382,10 +382,11 @@ def _beside(copy: Path) -> Path:
 def _download(
     filesystem: fs.FileSystem, path: str, target: Path, only: Sequence[str], *, makes_room: bool = False
 ) -> None:
-    """Downloads the file or folder at `path` to `target`. The folder of `target` appears when it is complete.
+    """Downloads the file or folder at `path` of `filesystem` to the local path `target`.
 
-    `path` is a path of `filesystem`. `only` has patterns of file names, as in `fetch`. If `makes_room` is True, other
-    copies are removed if need be; the caller must hold the copy's lock.
+    The files lie in a hidden folder at first. When all are complete, it becomes the parent folder of `target`. `only`
+    has patterns of file names, as in `fetch`. If `makes_room` is True and the disk has no room, local copies of other
+    files are removed; the caller must then hold the lock of the copy that it makes.
     """
     (info,) = filesystem.get_file_info([path])
     is_folder, wanted = info.type == fs.FileType.Directory, [info]

@@ -18,8 +18,9 @@ class Drift:
         self._has_warned = False
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """Takes the metrics of the latest training step. Returns a warning for the user, or None if there is no reason
-        to warn. Means over the last WINDOW steps decide, because single batches differ."""
+        """Takes the metrics of the latest training step. Returns a warning for the user if the chosen completions have
+        become much less likely than under the reference model, and None otherwise. Means over the last WINDOW steps
+        decide, because single batches differ."""
         if self._has_warned or not {"logratios/chosen", "rewards/margins"} <= metrics.keys():
             return None
         self._chosen.append(metrics["logratios/chosen"])

@@ -274,7 +274,8 @@ class _Saved:
                 raise ValueError(f"{what}; {remedy}.")
 
     def check_precision(self, weights: Weights) -> None:
-        """Raises ValueError if the checkpoint's run trained other weights in half precision than this run."""
+        """Raises ValueError if the weights that this run trains in half precision are not the same ones that the
+        checkpoint's run trained in half precision."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
         if halves != weights.in_float32.keys():
             what = f"The checkpoint {self._folder} has {len(halves)} weights in half precision"

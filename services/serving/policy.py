@@ -156,8 +156,8 @@ async def start(deployment: Deployment, local: str) -> PolicyServer:
 
 
 def _cpus() -> dict[str, Any]:
-    """Returns the settings for CPUs in LLMConfig, Ray's configuration of an engine. Sets the environment variables that
-    the engine's process inherits."""
+    """Returns the settings that make an engine run on CPUs, for LLMConfig, Ray's configuration of an engine. Sets the
+    environment variables of OpenMP, such as the number of threads, which the engine's process inherits."""
     os.environ["OMP_NUM_THREADS"] = str(num_threads())
     os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads must not spin while other processes train
     return {"accelerator_config": {"kind": "cpu"}}

@@ -98,7 +98,7 @@ class EvaluationItemDocument(TypedDict):
     ]
     status: Annotated[
         Literal["waiting", "completed", "failed"],
-        Field(description="The state of the item. `waiting`: the service has not finished it yet."),
+        Field(description="The state of the item. `waiting` means that the service has not finished the item yet."),
     ]
     prompt: Annotated[Any, Field(description="The prompt of the item: a text, or a list of chat messages.")]
     found: Annotated[

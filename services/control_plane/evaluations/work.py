@@ -41,7 +41,8 @@ OF_KIND: dict[str, Callable[[AsyncSession, Settings, Spec], Awaitable[Kind]]] = 
 
 
 async def kind_of(session: AsyncSession, settings: Settings, spec: Spec) -> Kind:
-    """Returns the evaluation that `spec` describes, as an object of its kind that holds the evaluation's models.
+    """Returns the object of the class for `spec.kind` that runs the evaluation `spec`. The object holds the
+    evaluation's models.
 
     Raises NotFound if a model does not exist, and InvalidRequest if a model cannot be used.
     """

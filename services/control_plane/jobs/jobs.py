@@ -276,10 +276,8 @@ async def note_misfits(session: AsyncSession, waiting: Sequence[str], misfits: C
 
 
 async def hold_back(session: AsyncSession, job: Job, what: str) -> None:
-    """Stores in the column `waits_for` of a running job what the job's next attempt waits for, as the text `what`. Adds
-    no event.
-
-    An attempt is one run of the job on Ray; the job has none at the moment.
+    """Stores the text `what` in a job's column `waits_for`: the reason why the job's next attempt (run on Ray) has not
+    begun. The job's last attempt has ended, but its state is still running. Adds no event.
     """
     await session.execute(update(Job).where(Job.id == job.id).values(waits_for=what))
 

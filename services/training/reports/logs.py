@@ -186,8 +186,8 @@ class Log:
 
 
 def _end_of(folder_uri: str) -> int:
-    """Returns the length in bytes of the log that is stored in the folder `folder_uri`, including bytes that were not
-    kept. Returns 0 if there is no log.
+    """Returns how many bytes the worker has logged so far, as the files in the folder `folder_uri` tell. The number
+    counts also the bytes that a long log left out. Returns 0 if there is no log.
 
     There is a log already if Ray has restarted the worker whose log this is.
     """

@@ -155,7 +155,8 @@ async def leave(session: AsyncSession, app_names: Collection[str], replica: str)
     """Removes the marks (records of requests in flight) of this control plane, called `replica`, from the rows of the
     models whose Ray Serve applications are `app_names`.
 
-    The caller must know that it has no request to these models in flight.
+    A mark outlives the last request, so that not every request writes to the database. The caller must know that the
+    last of this control plane's requests to these models has ended.
     """
     rest = Deployment.answering.op("-")(cast(replica, Text))
     values = {"answering": rest, "last_used_at": func.clock_timestamp()}
