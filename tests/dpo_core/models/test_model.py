@@ -253,9 +253,9 @@ def test_gpt_oss_in_mxfp4_is_expanded(tokenizer, tmp_path):
 def test_float16_is_refused(policy, tokenizer, tmp_path):
     save(policy, tokenizer, tmp_path)
     for load in (load_policy, load_reward_model):
-        with pytest.raises(ValueError, match="use bfloat16 or float32"):
+        with pytest.raises(ValueError, match="use 'bfloat16' or 'float32'"):
             load(tmp_path, dtype=torch.float16)
-    with pytest.raises(ValueError, match="use bfloat16 or float32"):
+    with pytest.raises(ValueError, match="use 'bfloat16' or 'float32'"):
         check_model(policy.half(), Dpo())
 
 

@@ -91,7 +91,7 @@ def test_resuming_in_another_precision_is_refused(saved_in, model, tokenizer, pa
 
 
 def test_a_policy_in_float16_is_refused(model, tokenizer, pairs, tmp_path):
-    with pytest.raises(ValueError, match="float16, in which small gradients become 0"):
+    with pytest.raises(ValueError, match="'float16', in which small gradients become 0"):
         run(model, tokenizer, [pairs] * 4, tmp_path, dtype=torch.float16)
 
 

@@ -128,14 +128,14 @@ def test_rows_that_cannot_be_scored_are_refused(driver: Driver, rows: Rows, mess
 
 
 def test_a_cancelled_call_leaves_the_engine_free(driver: Driver) -> None:
-    rows = many_rows(400)
+    rows = many_rows(2000)
     started = time.monotonic()
     driver.score(*rows)
     whole = time.monotonic() - started
     driver.cancel(*rows, after_seconds=whole / 10)
     started = time.monotonic()
     driver.score([[5]], [[6]])
-    assert time.monotonic() - started < whole / 3
+    assert time.monotonic() - started < whole / 2
 
 
 def test_an_adapter_that_vllm_would_ignore_in_part_is_an_error_of_its_own(
@@ -148,5 +148,5 @@ def test_an_adapter_that_vllm_would_ignore_in_part_is_an_error_of_its_own(
     assert abs(plain.logp - adapted.logp) > 0.01
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": ["experts.down_proj"]}))
-    with pytest.raises(ValueError, match=r"^CannotAttach: .* its config sets target_parameters, .* to merged\.$"):
+    with pytest.raises(ValueError, match=r"^CannotAttach: .* its config sets target_parameters, .* to 'merged'\.$"):
         driver.score([[5, 9]], [[200, 31]], adapter=adapter)
