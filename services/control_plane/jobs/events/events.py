@@ -37,7 +37,7 @@ def _beginning(job_id: str) -> str:
 def step_message(data: Mapping[str, Any]) -> str:
     """Returns the text of the event that tells the metrics of one training step. `data` has the step (`step`), the
     number of all steps (`total_steps`), and the metrics under OpenAI's names, such as `train_loss`."""
-    words = [f"training loss={data['train_loss']:.4f}"] if "train_loss" in data else []
+    words = [f"training loss={data['train_loss']:.4f}"]
     if "train_reward_margin" in data:
         words.append(f"margin={data['train_reward_margin']:.4f}")
     if "train_reward_accuracy" in data:  # rows of a single answer have a margin, but no pair to be right about
