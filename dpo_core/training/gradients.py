@@ -21,7 +21,7 @@ from dpo_core.options import Objective
 from dpo_core.policy.batch import Batch
 from dpo_core.policy.measures import Measures
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.load_ahead import LoadIds, with_ids
+from dpo_core.training.load_ahead import LoadIds, load_groups
 from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank, within_memory
 
 
@@ -48,7 +48,7 @@ def own_groups(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per
     return [i for pack in packs for i in pack or _stand_in(scorer)]
 
 
-def _plan(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> list[list[int]]:
+def _plan(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> Sequence[Sequence[int]]:
     return scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
 
 
@@ -82,7 +82,7 @@ def make_packs(
     """
     indices, stand_in = _plan(scorer, groups, max_tokens_per_pack), _stand_in(scorer)
     if load_ids is not None:
-        groups = with_ids(groups, [i for pack in indices for i in pack or stand_in], load_ids)
+        groups = load_groups(groups, [i for pack in indices for i in pack or stand_in], load_ids)
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
     packs: list[Pack] = []
     for pack in indices:

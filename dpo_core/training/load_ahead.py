@@ -6,15 +6,20 @@ Until its ids are loaded, a group is an outline, which has everything of the gro
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from itertools import chain
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
 
 from dpo_core.encoding.encode import EncodedGroup, Outline
 
-AHEAD = 8  # batches that are read, or loaded in one call, before they are needed
+AHEAD = 8  # most batches that wait to be loaded, and most in one call; no call begins while so many are loaded
 
 Groups = Sequence[EncodedGroup]
 LoadIds = Callable[[Sequence[Outline]], Groups]
+Result = TypeVar("Result")
 
 
 def load_ahead(batches: Iterable[Groups], load_ids: LoadIds, own: Callable[[Groups], list[int]]) -> Iterator[Groups]:
@@ -27,64 +32,81 @@ def load_ahead(batches: Iterable[Groups], load_ids: LoadIds, own: Callable[[Grou
 
     One thread reads coming batches, and another thread loads groups. While a call of `load_ids` runs, up to AHEAD more
     batches are read. The next call of `load_ids` loads the groups of all batches that have been read by then. This call
-    does not wait for further batches, because these may take long to come. Errors of `batches`, `own` and `load_ids`
-    are raised for the caller.
+    does not wait for further batches, because these may take long to come. Fewer than 3 · AHEAD batches are read before
+    they are yielded. An error of `batches` or `own` is raised after all batches before it were yielded. An error of
+    `load_ids` is raised before the first batch of its call is yielded.
     """
     with_own = ((batch, own(batch)) for batch in batches)
-    reader, loader = ThreadPoolExecutor(1, "read-ahead"), ThreadPoolExecutor(1, "load-ahead")
+    reader, loader = _Calls("read-ahead"), _Calls("load-ahead")
     read = deque[Future[tuple[Groups, list[int]] | None]]()
-    loading: Future[list[Groups | None]] | None = None
-    loaded = deque[Groups | None]()
+    loading: Future[list[Groups | BaseException | None]] | None = None
+    loaded = deque[Groups | BaseException | None]()
     try:
         while True:
             while len(read) < AHEAD:
-                read.append(reader.submit(next, with_own, None))
-            if loading is None or loading.done() or not loaded:
+                read.append(reader.submit(lambda: next(with_own, None)))
+            if loading is None or not loaded or (len(loaded) < AHEAD and loading.done()):
                 if loading is not None:
                     loaded.extend(loading.result())
                 ready = [read.popleft()]
                 while read and read[0].done():
                     ready.append(read.popleft())
-                loading = loader.submit(_load, ready, load_ids)
+                loading = loader.submit(partial(_load, ready, load_ids))
             if not loaded:
                 continue
             batch = loaded.popleft()
             if batch is None:
                 return
+            if isinstance(batch, BaseException):
+                raise batch
             yield batch
     finally:
-        for threads in (reader, loader):
-            threads.shutdown(wait=False, cancel_futures=True)
+        reader.end()
+        loader.end()
 
 
-def with_ids(groups: Groups, own: Sequence[int], load_ids: LoadIds) -> Groups:
+def load_groups(groups: Groups, own: Sequence[int], load_ids: LoadIds) -> Groups:
     """Returns the batch `groups`, in which the groups (prompts with their completions) whose indices are in `own` have
     their token ids.
 
     Calls `load_ids` for the outlines (groups without their token ids) among these groups. If there are no outlines,
-    does not call `load_ids`.
+    does not call `load_ids`. Raises ValueError if `load_ids` returns other groups than it was asked for.
     """
-    return _with_ids([(groups, own)], load_ids)[0]
+    return _load_together([(groups, own)], load_ids)[0]
 
 
-def _load(read: Sequence[Future[tuple[Groups, list[int]] | None]], load_ids: LoadIds) -> list[Groups | None]:
+def _load(
+    read: Sequence[Future[tuple[Groups, list[int]] | None]], load_ids: LoadIds
+) -> list[Groups | BaseException | None]:
     """Waits until the batches in `read` have been read, and returns them. In the returned batches, the groups (prompts
     with their completions) that this rank (process of the run) computes have their token ids.
 
     Each future in `read` gives a pair: a batch, and the indices of this rank's groups. A future that gives None marks
-    the end of the batches; the result has None in its place. `load_ids` returns the groups of outlines (groups without
-    their token ids) with their ids.
+    the end of the batches; the result has None in its place. The result ends with the error of the first batch that
+    could not be read. If `load_ids` fails, the result is only its error. `load_ids` returns the groups of outlines
+    (groups without their token ids) with their ids.
     """
-    found = [future.result() for future in read]
-    batches = [batch for batch in found if batch is not None]
-    ends: list[Groups | None] = [None] * (len(found) - len(batches))
-    return [*_with_ids(batches, load_ids), *ends]
+    batches: list[tuple[Groups, list[int]]] = []
+    rest: list[BaseException | None] = []
+    for future in read:
+        error = future.exception()
+        batch = None if error else future.result()
+        if batch is None:
+            rest = [error]
+            break
+        batches.append(batch)
+    try:
+        return [*_load_together(batches, load_ids), *rest]
+    except BaseException as error:
+        return [error]
 
 
-def _with_ids(batches: Sequence[tuple[Groups, Sequence[int]]], load_ids: LoadIds) -> list[Groups]:
+def _load_together(batches: Sequence[tuple[Groups, Sequence[int]]], load_ids: LoadIds) -> list[Groups]:
     missing = [[(i, group) for i in own if isinstance(group := groups[i], Outline)] for groups, own in batches]
     outlines = [group for _, group in chain(*missing)]
-    loaded = iter(load_ids(outlines) if outlines else ())
+    found = load_ids(outlines) if outlines else ()
+    _check(found, outlines)
+    loaded = iter(found)
     result: list[Groups] = []
     for (groups, _), places in zip(batches, missing, strict=True):
         whole = list(groups)
@@ -92,3 +114,51 @@ def _with_ids(batches: Sequence[tuple[Groups, Sequence[int]]], load_ids: LoadIds
             whole[i] = next(loaded)
         result.append(whole)
     return result
+
+
+def _check(found: Groups, outlines: Sequence[Outline]) -> None:
+    """Raises ValueError if `found`, which `load_ids` returned, are not the groups of the outlines in their order."""
+    if len(found) != len(outlines):
+        raise ValueError(
+            f"'load_ids' returned {len(found)} groups for {len(outlines)} outlines; return one for each, in order."
+        )
+    for group, outline in zip(found, outlines, strict=True):
+        if (group.line, _lengths(group)) != (outline.line, _lengths(outline)):
+            what = f"'load_ids' returned line {group.line} with {_lengths(group)} tokens"
+            asked = f"the outline of line {outline.line} with {_lengths(outline)} tokens"
+            raise ValueError(f"{what} for {asked}; return the group of each outline, in order.")
+
+
+def _lengths(group: EncodedGroup) -> list[int]:
+    return [len(ids) for ids in (group.prompt_ids, *group.completion_ids)]
+
+
+class _Calls:
+    """Calls functions one after another in a thread of its own. The thread is a daemon: a call that never returns does
+    not keep the process from ending, unlike one of a ThreadPoolExecutor."""
+
+    def __init__(self, name: str) -> None:
+        self._calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]()
+        self._has_ended = False
+        Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, work: Callable[[], Result]) -> Future[Result]:
+        future = Future[Result]()
+        self._calls.put((future, work))
+        return future
+
+    def end(self) -> None:
+        """Ends the thread once the call that runs returns. Calls that have not begun are cancelled."""
+        self._has_ended = True
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while call := self._calls.get():
+            future, work = call
+            if self._has_ended:
+                future.cancel()
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)

@@ -37,7 +37,7 @@ from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.checkpoint_writer import Publish, Writer
 from dpo_core.training.evaluation import Batches, evaluate
 from dpo_core.training.gradients import Pack, backward, check_agreement, make_packs, own_groups, smaller_packs
-from dpo_core.training.load_ahead import LoadIds, load_ahead, with_ids
+from dpo_core.training.load_ahead import LoadIds, load_ahead, load_groups
 from dpo_core.training.optim import learning_rate, make_optimizer
 from dpo_core.training.pack_size import checkpoint_activations, plan_memory
 from dpo_core.training.ranks import MemoryRanOut, on_any_rank, rank, together
@@ -394,7 +394,7 @@ class _Run:
             return {}
         groups = self.learned
         if self._load_ids:
-            groups = with_ids(groups, measured_groups(groups), self._load_ids)
+            groups = load_groups(groups, measured_groups(groups), self._load_ids)
         measured = measure_effect(self.scorer, groups, max_tokens_per_pack=self.pack_size)
         return {EFFECT: measured.to_json()}
 
