@@ -104,6 +104,13 @@ class Outline(EncodedGroup):
 
     place: Any = None  # for the function that loads the ids: where they are
 
+    @classmethod
+    def of(cls, group: EncodedGroup, place: Any = None) -> "Outline":
+        """Returns the outline of a group (a prompt with its completions). It takes less memory than the group."""
+        completions = tuple(range(len(ids)) for ids in group.completion_ids)
+        lengths = {"prompt_ids": range(len(group.prompt_ids)), "completion_ids": completions, "place": place}
+        return cls(**vars(group) | lengths)
+
     def with_ids(self, prompt_ids: Sequence[int], completion_ids: tuple[Sequence[int], ...]) -> EncodedGroup:
         """Returns the group (a prompt with its completions) that this outline stands for, with the token ids
         `prompt_ids` and `completion_ids` in place of the ranges."""

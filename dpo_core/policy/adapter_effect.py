@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter_folder import EFFECT
 from dpo_core.models.model import adapter_off
+from dpo_core.policy.admission import check_ids
 from dpo_core.policy.scorer import Scorer
 
 NUM_ROWS, SIDE_TOKENS = 4, 64  # rows that are measured, and most tokens of a row's prompt and of its completion
@@ -129,11 +130,13 @@ def measure_effect(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens
 
     If the policy is sharded, all ranks (processes of the run) must call this function together, with the same groups.
     """
+    shortest = _shortest(groups)
+    check_ids([groups[i] for i, _ in shortest])
     rows = [
         EncodedGroup(
             groups[i].prompt_ids[-SIDE_TOKENS:], (groups[i].completion_ids[j][:SIDE_TOKENS],), None, groups[i].line
         )
-        for i, j in _shortest(groups)
+        for i, j in shortest
     ]
     policy = _logps(scorer, rows, max_tokens_per_pack)
     with adapter_off(scorer.model):

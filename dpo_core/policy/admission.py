@@ -35,6 +35,14 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
             raise ValueError(f"Line {group.line} {problem}")
 
 
+def check_ids(groups: Sequence[EncodedGroup]) -> None:
+    """Raises ValueError for the first group (a prompt with its completions) that is an outline: the model would compute
+    with the ranges that stand in the place of its token ids."""
+    for group in groups:
+        if isinstance(group, Outline):
+            raise ValueError(f"Line {group.line} has no token ids; pass 'load_ids', or groups that have their ids.")
+
+
 def last_position(model: PreTrainedModel) -> int | None:
     """Returns the most tokens that one text may have, because the model has positions only for these; None if the
     model's config states no limit."""

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.architecture import is_reward_model, is_sharded
 from dpo_core.models.model import adapter_off, check_policy
-from dpo_core.policy.admission import admit
+from dpo_core.policy.admission import admit, check_ids
 from dpo_core.policy.batch import Batch, collate, plan
 from dpo_core.policy.forward import Logps, packed_logps, packed_rewards, plain_logps, plain_rewards
 from dpo_core.policy.measures import NUM_MEASURES
 from dpo_core.policy.probe import probe
 
 logger = logging.getLogger(__name__)
+
+Plan = tuple[tuple[tuple[int, ...], ...], ...]  # by rank and pack: groups, as indices
 
 
 class Scorer(nn.Module):
@@ -69,15 +71,13 @@ class Scorer(nn.Module):
         because the completions share one copy of the prompt."""
         return (len(group.completion_ids) - 1) * len(group.prompt_ids) if self.shares_prompts else 0
 
-    def plan(
-        self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
-    ) -> list[list[list[int]]]:
+    def plan(self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int) -> Plan:
         """Distributes the groups (prompts with their completions) over `num_ranks` ranks (processes) and packs, such
         that all ranks compute about the same number of tokens.
 
         A pack holds the groups that go through one forward pass together. It has at most `max_tokens_per_pack` tokens,
-        unless it has only one group, which may be longer. In the result, `plan[rank][pack]` is the list of the pack's
-        groups, as indices into `groups`.
+        unless it has only one group, which may be longer. In the result, `plan[rank][pack]` has the pack's groups, as
+        indices into `groups`.
         """
         lengths = [self.count_tokens(group) for group in groups]
         if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
@@ -86,7 +86,9 @@ class Scorer(nn.Module):
         return _planned(tuple(lengths), num_ranks, max_tokens_per_pack)
 
     def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
-        """Returns the groups (prompts with their completions) as one batch on the model's device."""
+        """Returns the groups (prompts with their completions) as one batch on the model's device. Raises ValueError if
+        a group has no token ids, because it is an outline."""
+        check_ids(groups)
         with_ends = self.rewards or self.experts is not None
         return collate(groups, share_prompts=self.shares_prompts, with_ends=with_ends).to(self.model.device)
 
@@ -138,8 +140,9 @@ class Scorer(nn.Module):
 
 
 @lru_cache(maxsize=64)  # a step asks again for what was planned while its groups were loaded
-def _planned(lengths: tuple[int, ...], num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
-    return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
+def _planned(lengths: tuple[int, ...], num_ranks: int, max_tokens_per_pack: int) -> Plan:
+    ranks = plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
+    return tuple(tuple(map(tuple, packs)) for packs in ranks)
 
 
 @torch.no_grad()

@@ -2,13 +2,12 @@
 not trained on held-out groups."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.encoding.encode import EncodedGroup, Outline
 from dpo_core.objectives.losses import Statistics, check_groups
 from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.options import Objective
@@ -53,7 +52,7 @@ def evaluate(
             table[pack.places] = scorer(pack.batch)[: len(pack.places)]
         if isinstance(scorer, FSDPModule):
             scorer.reshard()  # in training the backward pass does this
-        seen += map(_outline, groups)
+        seen += map(Outline.of, groups)  # of many groups, only the numbers of their tokens are needed
         tables.append(table)
     if not seen:
         raise ValueError("The validation data have no rows to evaluate on; add some, or leave the validation data out.")
@@ -71,11 +70,3 @@ class _Frozen(Statistics):
 
     def add(self, rewards: Tensor) -> float:
         return self.mean
-
-
-def _outline(group: EncodedGroup) -> EncodedGroup:
-    """Returns a copy of the group (a prompt with its completions) in which each list of token ids is replaced by a
-    range of the same length. The copy takes less memory. Evaluation keeps many groups, and needs only the numbers of
-    their tokens."""
-    completions = tuple(range(len(ids)) for ids in group.completion_ids)
-    return replace(group, prompt_ids=range(len(group.prompt_ids)), completion_ids=completions)

@@ -48,18 +48,18 @@ def own_groups(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per
     return [i for pack in packs for i in pack or _stand_in(scorer)]
 
 
-def _plan(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> Sequence[Sequence[int]]:
+def _plan(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> Sequence[tuple[int, ...]]:
     return scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
 
 
-def _stand_in(scorer: Scorer) -> list[int]:
+def _stand_in(scorer: Scorer) -> tuple[int, ...]:
     """Returns the index of the group (a prompt with its completions) that this rank runs for a pack without groups, and
-    whose result the rank drops. Returns an empty list if the rank need not run such a pack.
+    whose result the rank drops. Returns an empty tuple if the rank need not run such a pack.
 
     A pack holds the groups that go through one forward pass together. If the model is sharded, all ranks (processes of
     the run) must run the same number of packs, so a rank may have packs without groups.
     """
-    return [0] if is_sharded(scorer.model) else []
+    return (0,) if is_sharded(scorer.model) else ()
 
 
 def make_packs(

@@ -19,7 +19,7 @@ from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import check_base, fingerprint
 from dpo_core.models.adapter_folder import EFFECT
-from dpo_core.models.architecture import device_of
+from dpo_core.models.architecture import device_of, is_sharded
 from dpo_core.models.model import check_model, check_policy, has_adapter
 from dpo_core.models.parts import is_unread, read_parts
 from dpo_core.models.quantization import precision_of
@@ -218,7 +218,7 @@ class _Run:
         assert self.config.max_tokens_per_pack is not None  # `plan_memory` has set it
         self.pack_size = self.config.max_tokens_per_pack
         self._load_ids = load_ids and self._admitting(load_ids)
-        self.batches = undo.enter_context(closing(self._with_ids(chain(first, batches))))
+        self.batches = undo.enter_context(closing(self._ahead(chain(first, batches))))
         if self.recomputes:
             undo.callback(checkpoint_activations(self.scorer))
         self.flops = Flops(policy, recomputed=self.recomputes)
@@ -353,19 +353,19 @@ class _Run:
     def evaluate(self, batches: Batches) -> dict[str, float]:
         """Returns the policy's metrics on the held-out groups (prompts with their completions) in `batches`. Also
         appends the value of `best_metric` to the run's evaluations."""
-        groups = map(self._admitted, self._with_ids(batches))
-        found = evaluate(
-            self.config.objective,
-            self.scorer,
-            groups,
-            self.statistics,
-            max_tokens_per_pack=self.pack_size,
-            load_ids=self._load_ids,
-        )
+        with closing(self._ahead(batches)) as loaded:
+            found = evaluate(
+                self.config.objective,
+                self.scorer,
+                map(self._admitted, loaded),
+                self.statistics,
+                max_tokens_per_pack=self.pack_size,
+                load_ids=self._load_ids,
+            )
         self.evaluations += evaluations([(self.step, found)], self.config.best_metric)
         return found
 
-    def _with_ids(self, batches: Batches) -> Generator[Sequence[EncodedGroup]]:
+    def _ahead(self, batches: Batches) -> Generator[Sequence[EncodedGroup]]:
         """Yields the batches. In each batch, the groups (prompts with their completions) that this rank (process of the
         run) computes have their token ids."""
 
@@ -388,9 +388,11 @@ class _Run:
         policy's adapter changes the log-probabilities of some training rows.
 
         Returns an empty dictionary if the policy has no adapter or is a reward model, or if this run has not trained on
-        any rows.
+        any rows. Also returns one if the policy is not sharded and another rank (process of the run) measures it.
         """
         if not self.learned or not has_adapter(self.scorer.model) or self.scorer.rewards:
+            return {}
+        if rank() > 0 and not is_sharded(self.scorer.model):
             return {}
         groups = self.learned
         if self._load_ids:

@@ -7,7 +7,7 @@ import pytest
 from dpo_core.data.feedback import read_groups
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow
-from dpo_core.encoding.encode import encode_group, encode_groups
+from dpo_core.encoding.encode import EncodedGroup, Outline, encode_group, encode_groups
 
 SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -235,3 +235,12 @@ def test_real_pairs_survive_encoding(tokenizer):
         for ids, completion in zip(encoded.completion_ids, group.completions, strict=True):
             rendered = tokenizer.apply_chat_template([*group.prompt, *completion], tokenize=False)
             assert tokenizer.decode([*encoded.prompt_ids, *ids]) == rendered
+
+
+def test_an_outline_has_all_but_the_ids_of_its_group_and_makes_the_group_again():
+    group = EncodedGroup([7, 8], ([5], [6, 5, 4]), (-1.0, -2.5), 3, weight=0.5, others=((), ((0, 1),)))
+    outline = Outline.of(group, place="here")
+    assert (outline.prompt_ids, outline.completion_ids, outline.place) == (range(2), (range(1), range(3)), "here")
+    assert (outline.num_tokens, outline.num_learned, outline.head_length) == (6, [1, 2], 1)
+    assert outline.with_ids(group.prompt_ids, group.completion_ids) == group
+    assert Outline.of(outline) == Outline.of(group)

@@ -7,9 +7,10 @@ import pytest
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from dpo_core.config import Optim, TrainConfig
-from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.encoding.encode import EncodedGroup, Outline
+from dpo_core.policy.adapter_effect import measure_effect
 from dpo_core.policy.admission import admit
-from dpo_core.policy.scorer import reference_token_logps, score_reference
+from dpo_core.policy.scorer import Scorer, reference_token_logps, score_reference
 from dpo_core.training.trainer import train
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
@@ -71,3 +72,22 @@ def test_a_group_beyond_the_last_position_is_refused():
 
 def test_a_group_that_just_fits_is_admitted(small):
     admit([replace(PAIR, prompt_ids=[0, 319] * 31, weight=2.0, margin=0.5)], small, max_length=64)
+
+
+def effect_of(policy, groups, **options):
+    return measure_effect(Scorer(policy), groups, **options)
+
+
+@pytest.mark.parametrize("compute", [score_reference, reference_token_logps, effect_of])
+def test_nothing_is_computed_with_the_ranges_of_an_outline(compute, policy):
+    with pytest.raises(ValueError, match="Line 7 has no token ids; pass 'load_ids'"):
+        compute(policy, [Outline.of(PAIR)], max_tokens_per_pack=64)
+
+
+@pytest.mark.parametrize("place", ["batches", "validation"])
+def test_outlines_are_refused_in_training_without_a_function_that_loads_them(place, policy, tokenizer, tmp_path):
+    outlines = [Outline.of(PAIR)]
+    batches, held_out = ([outlines], None) if place == "batches" else ([[PAIR]], lambda: [outlines])
+    steps = train(CONFIG, policy, tokenizer, batches, total_steps=1, checkpoint_dir=tmp_path, validation=held_out)
+    with pytest.raises(ValueError, match="Line 7 has no token ids; pass 'load_ids'"):
+        list(steps)

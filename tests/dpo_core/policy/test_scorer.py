@@ -35,3 +35,10 @@ def test_the_reference_gives_sums_and_those_of_heads_in_the_order_of_the_groups(
         assert scored.ref_logps == pytest.approx([logps.sum().item() for logps in plain], rel=1e-5, abs=1e-4)
         heads = [logps[: group.head_length].sum().item() for logps in plain]
         assert scored.ref_head_logps == pytest.approx(heads, rel=1e-5, abs=1e-4)
+
+
+def test_no_caller_can_change_the_plan_that_another_one_gets(policy, pairs):
+    scorer = Scorer(policy)
+    plans = [scorer.plan(pairs, num_ranks=2, max_tokens_per_pack=60) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert hash(plans[0])  # of a list, there is none

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dpo_core.encoding.encode import EncodedGroup, Outline
-from dpo_core.training.load_ahead import AHEAD, LoadIds, load_ahead, load_groups
+from dpo_core.training.load_ahead import AHEAD, Groups, LoadIds, load_ahead, load_groups
 
 NUM_BATCHES = 5 * AHEAD
 
@@ -97,11 +97,10 @@ def test_a_call_that_fails_is_raised_before_its_own_first_batch_and_after_all_ea
     def load_most(outlines: Sequence[Outline]) -> list[EncodedGroup]:
         return fail() if bad in (outline.line for outline in outlines) else load(outlines)  # type: ignore[return-value]
 
-    found, done = load_ahead(batches(), load_most, own), 0
+    done: list[Groups] = []
     with pytest.raises(OSError, match="away"):
-        for _ in found:
-            done += 1
-    assert NUM_BATCHES - AHEAD <= done < NUM_BATCHES
+        done.extend(load_ahead(batches(), load_most, own))
+    assert NUM_BATCHES - AHEAD <= len(done) < NUM_BATCHES
 
 
 def wrong_line(outlines: Sequence[Outline]) -> list[EncodedGroup]:
