@@ -1,6 +1,7 @@
 """Tests how `train` evaluates held-out groups."""
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from dpo_core.checkpoint_selection import stalls
 from dpo_core.config import EarlyStop, Optim, TrainConfig
-from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.encoding.encode import EncodedGroup, Outline
 from dpo_core.models.model import load_policy
 from dpo_core.options import Aot, Bco, Dpo, Kto, Lipo, Mpo, Supervised
 from dpo_core.training.checkpoint import read_manifest
@@ -199,3 +200,22 @@ def test_resuming_with_another_early_stop_is_refused(policy, tokenizer, pairs, t
     run(CONFIG, policy, tokenizer, [pairs[:4]] * 2, tmp_path)
     with pytest.raises(ValueError, match="was trained with early_stop None, but this run has"):
         run(EARLY, policy, tokenizer, [pairs[:4]] * 2, tmp_path, resume=tmp_path / "step-000002")
+
+
+def test_no_thread_reads_on_after_an_evaluation_has_failed(policy, tokenizer, pairs, tmp_path):
+    held_out = [[Outline.of(pairs[0])], [Outline.of(replace(pairs[1], ref_logps=None))]]
+
+    def load(outlines):
+        groups = [pairs[outline.line - 1] for outline in outlines]
+        return [
+            outline.with_ids(each.prompt_ids, each.completion_ids)
+            for outline, each in zip(outlines, groups, strict=True)
+        ]
+
+    with pytest.raises(ValueError, match="reference") as failed:
+        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: held_out, load_ids=load)
+    assert failed  # its traceback holds whatever was not closed
+    for thread in threading.enumerate():
+        if thread.name in ("read-ahead", "load-ahead"):
+            thread.join(60)
+            assert not thread.is_alive()
