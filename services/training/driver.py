@@ -246,8 +246,10 @@ def train(
             ),
         )
         ray.get(reporter.report.remote(WAITING))
-        trained: Succeeded | Failed | Paused = trainer.fit().return_value
-    ray.kill(reader)
+        try:
+            trained: Succeeded | Failed | Paused = trainer.fit().return_value
+        finally:
+            ray.kill(reader)
     return trained
 
 

@@ -9,7 +9,7 @@ own groups.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +20,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from dpo_core.encoding.encode import EncodedGroup, Outline
 from services.training.data.dataset import READ_AT_ONCE, Data, Files, Lists, Part, fields_of, files_of, read_table
 from services.training.data.tasks import beside_training
 
 CODEC, ID = "zstd", np.dtype(np.int32)
-MOST_PARTS = 24  # parts in the actor's memory: those of two windows, and some of held-out groups
+MOST_BYTES = 2**30  # of parts in the actor's memory: 100 parts of a common file, or four windows of the largest one
+MOST_TRIES = 4  # of a call whose answer is lost because the actor dies, or a node with its objects
 
 
 class Place(NamedTuple):
@@ -72,23 +73,37 @@ class Rows:
         return [by_number[number] for number in range(len(outlines))]
 
     def _ask_outlines(self, files: Sequence[Files]) -> list[bytes]:
-        while True:
-            refs: list[Any] = ray.get(self.reader.outlines.remote(files))
+        lost: list[str] = []
+        for _ in range(MOST_TRIES):
+            refs = _answer(self.reader.outlines.remote(files, lost))
             try:
                 outlines: list[bytes] = ray.get(refs)
-            except ObjectLostError:
-                continue  # the actor died between the two calls, and its objects with it; Ray starts it again
-            return outlines
+            except ObjectLostError as error:  # the actor died between the two calls, or a node lost the objects
+                lost, last = [ref.hex() for ref in refs], error
+            else:
+                return outlines
+        raise last
 
     def _ask_ids(self, rows: Sequence[tuple[Files, Sequence[int]]]) -> bytes:
-        ids: bytes = ray.get(self.reader.ids.remote(rows))
+        ids: bytes = _answer(self.reader.ids.remote(rows))
         return ids
+
+
+def _answer(call: Any) -> Any:
+    """Returns the actor's answer to a call. Raises RuntimeError if the actor dies each time that it tries to answer."""
+    try:
+        return ray.get(call)
+    except RayActorError as error:
+        what = f"The process that reads the job's prepared data died {MOST_TRIES} times while it read the same files"
+        raise RuntimeError(f"{what}; if memory ran out, give its node more.") from error
 
 
 def start_reader() -> Any:
     """Starts the actor RowReader, and returns its handle. If the actor's process or node dies, Ray starts it again,
-    maybe on another node, and repeats the calls that were not answered. The actor ends with the calling process."""
-    return ray.remote(RowReader).options(**beside_training(), max_restarts=-1, max_task_retries=-1).remote()
+    maybe on another node, and repeats the calls that were not answered; but not a call during which the actor died
+    MOST_TRIES times, because it may be what kills the actor. The actor ends with the calling process."""
+    restarts = {"max_restarts": -1, "max_task_retries": MOST_TRIES - 1}
+    return ray.remote(RowReader).options(**beside_training(), **restarts).remote()
 
 
 class RowReader:
@@ -99,10 +114,14 @@ class RowReader:
         self._parts = OrderedDict[Files, asyncio.Future[_ReadPart]]()
         self._threads = ThreadPoolExecutor(READ_AT_ONCE)
 
-    async def outlines(self, files: Sequence[Files]) -> list[Any]:
+    async def outlines(self, files: Sequence[Files], lost: Collection[str] = ()) -> list[Any]:
         """Returns one Ray object reference for each part (a Parquet file of groups). The reference leads to the table
         of the part's outlines, as bytes in Ray's object store. An outline is a group without its token ids. Each table
-        is stored once for all workers."""
+        is stored once for all workers. `lost` has references, as hex, whose tables Ray no longer has; their parts are
+        read again."""
+        for each in files:
+            if (part := self._read_parts().get(each)) and part.outlines.hex() in lost:
+                del self._parts[each]
         return [part.outlines for part in await asyncio.gather(*map(self._part, files))]
 
     async def ids(self, rows: Sequence[tuple[Files, Sequence[int]]]) -> bytes:
@@ -120,16 +139,29 @@ class RowReader:
     async def _part(self, files: Files) -> "_ReadPart":
         if files not in self._parts:
             self._parts[files] = asyncio.get_running_loop().run_in_executor(self._threads, _ReadPart, files)
+            self._parts[files].add_done_callback(self._forget_oldest)
         self._parts.move_to_end(files)
         reading = self._parts[files]
-        while len(self._parts) > MOST_PARTS:
-            self._parts.popitem(last=False)
         try:
             return await asyncio.shield(reading)
         except Exception:
             if self._parts.get(files) is reading:
                 del self._parts[files]  # the next call reads again
             raise
+
+    def _forget_oldest(self, _: object) -> None:
+        """Forgets the parts that were not asked for longest, until the others fit into MOST_BYTES."""
+        parts = self._read_parts()
+        surplus = sum(part.num_bytes for part in parts.values()) - MOST_BYTES
+        for files, part in parts.items():
+            if surplus <= 0:
+                return
+            del self._parts[files]
+            surplus -= part.num_bytes
+
+    def _read_parts(self) -> "dict[Files, _ReadPart]":
+        done = {files: reading for files, reading in self._parts.items() if reading.done()}
+        return {files: reading.result() for files, reading in done.items() if not reading.exception()}
 
 
 class _ReadPart:
@@ -140,6 +172,7 @@ class _ReadPart:
         table = read_table(files)
         self._prompts, self._completions = Lists(table["prompt_ids"]), Lists(table["completion_ids"])
         self._ids = Lists(self._completions.values)
+        self.num_bytes = table.select(["prompt_ids", "completion_ids"]).nbytes
         self.outlines = ray.put(_outline_table(table))
 
     def ids(self, numbers: Iterable[int]) -> Iterator[Any]:

@@ -1,26 +1,40 @@
 """Reads prepared data as the ranks (workers) of a job do, and asserts that all of them together get exactly the groups
 of the file's own reader, `read_numbered`: `reading_ranks.py <folder>`, with the address of a Ray cluster."""
 
+import asyncio
 import math
+import os
 import random
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
+from ray.exceptions import ObjectLostError
 
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup, Outline
 from dpo_core.policy.batch import plan
 from dpo_core.training.load_ahead import load_ahead
-from services.training.data.dataset import DamagedPart, Dataset, read_groups, write_part, write_scores
+from services.training.data import row_reader
+from services.training.data.dataset import (
+    DamagedPart,
+    Dataset,
+    Files,
+    files_of,
+    read_groups,
+    read_table,
+    write_part,
+    write_scores,
+)
 from services.training.data.row_order import global_batches, num_places, read_in_order
-from services.training.data.row_reader import Rows, start_reader
+from services.training.data.row_reader import MOST_TRIES, RowReader, Rows, start_reader
 
 BATCH_SIZE, NUM_EPOCHS = 7, 3
 
@@ -103,11 +117,97 @@ def check_death(folder: Path, reader: Any, rows: Rows) -> None:
     config = TrainConfig(batch_size=BATCH_SIZE, n_epochs=NUM_EPOCHS).resolved(num_places(data, 0))
     expected = list(global_batches(data, config, after_step=0))
     found = together(partial(global_batches, data, config, after_step=0, read=rows.outlines), rows, 2)
-    begun = list(islice(found, 2))
-    for process in psutil.process_iter(["name"]):
-        if process.info["name"].startswith("ray::RowReader"):
-            process.kill()
+    begun, pid = list(islice(found, 2)), pid_of(reader)
+    os.kill(pid, signal.SIGKILL)
     assert_same(begun + list(found), expected)
+    assert pid_of(reader) != pid
+
+
+def pid_of(reader: Any) -> int:
+    pid: int = ray.get(reader.__ray_call__.remote(lambda _: os.getpid()))
+    return pid
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    def put(self, count: int) -> list[Any]:
+        return [ray.put(b"") for _ in range(count)]
+
+
+def check_loss(folder: Path, reader: Any, rows: Rows) -> None:
+    """Ray loses some outlines while the actor lives. The actor reads their files again, but not for the next rank."""
+    data = write(folder, "margins")
+    files = [files_of(data, part) for part in data.parts if part.num_groups]
+    expected = list(read_in_order(data, rows.outlines))
+    owner = Owner.remote()
+    lost = ray.get(owner.put.remote(2))
+
+    def lose(actor: RowReader, lost: Sequence[Any]) -> None:
+        for each, ref in zip(files, lost, strict=False):
+            actor._read_parts()[each].outlines = ref
+
+    ray.get(reader.__ray_call__.remote(lose, lost))
+    ray.kill(owner)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            ray.get(lost)
+        except ObjectLostError:
+            break
+    assert_same(list(read_in_order(data, rows.outlines)), expected)
+    found = ray.get(reader.outlines.remote(files))
+    assert ray.get(reader.outlines.remote(files, [ref.hex() for ref in lost])) == found
+
+
+class Dying(RowReader):
+    """A reader that dies each time it is asked for ids. It has written a byte to the file `deaths` before."""
+
+    deaths: Path
+
+    async def ids(self, rows: object) -> bytes:
+        with self.deaths.open("ab") as file:
+            file.write(b".")
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def check_deaths(folder: Path) -> None:
+    """An actor that dies at every try of a call is not started for ever: the call fails, and says why."""
+    data, Dying.deaths = write(folder, "margins"), folder / "deaths"
+    row_reader.RowReader = Dying  # type: ignore[misc]
+    rows = Rows(start_reader())
+    row_reader.RowReader = RowReader  # type: ignore[misc]
+    outlines = list(rows.outlines(data, data.parts[:1], [0]))
+    with pytest.raises(RuntimeError, match=f"prepared data died {MOST_TRIES} times"):
+        rows.load(outlines)
+    assert len(Dying.deaths.read_bytes()) == MOST_TRIES
+    assert len(list(rows.outlines(data, data.parts[:1], [0]))) == 1  # it was started again, for other calls
+
+
+def check_memory(folder: Path) -> None:
+    """A call that needs many parts leaves all of them to the next call, if their bytes fit into the actor's memory."""
+    groups = [group("margins", number) for number in range(1, 41)]
+    parts = [write_part(str(folder), f"{each.line}.parquet", [each]) for each in groups]
+    data, num_read = Dataset(uri=str(folder), parts=tuple(parts)), 0
+
+    def read(files: Files) -> Any:
+        nonlocal num_read
+        num_read += 1
+        return read_table(files)
+
+    async def ask(times: int) -> list[int]:
+        reader, held = RowReader(), []
+        for _ in range(times):
+            await reader.ids([(files_of(data, part), [0]) for part in parts])
+            held.append(sum(part.num_bytes for part in reader._read_parts().values()))
+        return held
+
+    row_reader.read_table = read
+    (needed,) = asyncio.run(ask(1))
+    assert asyncio.run(ask(3)) == [needed] * 3
+    assert num_read == 2 * len(parts)
+    row_reader.MOST_BYTES = needed // 2
+    assert all(needed // 4 < held <= needed // 2 for held in asyncio.run(ask(2)))
 
 
 def check_damage(folder: Path, rows: Rows) -> None:
@@ -128,3 +228,6 @@ if __name__ == "__main__":
     for each in ("pairs", "rankings", "unpaired", "margins"):
         check_kind(home, each, Rows(actor))
     check_death(home / "death", actor, Rows(actor))
+    check_loss(home / "loss", actor, Rows(actor))
+    check_deaths(home / "deaths")
+    check_memory(home / "memory")
