@@ -127,7 +127,7 @@ async def events(
     type: Literal["message", "metrics"] | None = None,
 ) -> dict[str, Any]:
     """Lists a job's events, newest first. If `type` is given, lists only events of this type."""
-    async with store.look() as session:
+    async with store.snapshot() as session:
         await jobs.find(session, job_id)
         before = None if after is None else await job_events.place_of(session, job_id, after)
         if after is not None and before is None:

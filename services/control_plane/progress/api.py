@@ -60,7 +60,7 @@ async def stream(
     """Streams the job's events until the job ends. With the header `Last-Event-ID`, sends only the events after the
     event that the header names.
     """
-    async with store.look() as session:
+    async with store.snapshot() as session:
         await jobs.find(session, job_id)
         place = await place_of(session, job_id, last_event_id) if last_event_id else 0
     if place is None:

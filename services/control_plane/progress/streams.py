@@ -177,8 +177,7 @@ class Streams:
         # stream join. The other stream has a new Watched object, which is read next.
         looked = {job_id: self._watched[job_id] for job_id in job_ids if job_id in self._watched}
         places = {job_id: watched.last for job_id, watched in looked.items()}
-        async with self._store.begin() as session:
-            # Jobs are read before their events, because no event follows a job's end.
+        async with self._store.snapshot() as session:  # one moment: no event comes or moves between the statements
             rows = list(await session.scalars(select(Job).where(Job.id.in_(places))))
             events: dict[str, list[tuple[int, bytes]]] = {job_id: [] for job_id in places}
             for event in await newest_events(session, places, limit=KEPT + 1):
@@ -242,7 +241,7 @@ class Streams:
 
         Returns the id of the last event that was read, and the events as bytes for the stream.
         """
-        async with self._reading, self._store.begin() as session:
+        async with self._reading, self._store.snapshot() as session:
             events = await next_events(session, job_id, place, limit=PAGE)
         STREAM_TABLE_READS.inc()
         return events[-1].id, b"".join(_frame(event)[1] for event in events)

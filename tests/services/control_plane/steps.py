@@ -31,7 +31,7 @@ def insert_job(database_url: str, job_id: str) -> str:
 
 def end_job(database_url: str, job_id: str) -> None:
     with psycopg.connect(database_url) as connection:
-        ended = "UPDATE jobs SET observed = 'cancelled', finished_at = now() WHERE id = %s"
+        ended = "UPDATE jobs SET observed = 'cancelled', finished_at = now(), version = version + 1 WHERE id = %s"
         connection.execute(ended, [job_id])
 
 

@@ -46,8 +46,13 @@ def block_of(events: Sequence[Any]) -> pa.Table:
         "step": pa.array([event.step for event in events], FIXED["step"]),
         "total_steps": pa.array([data.get("total_steps") for data in told], FIXED["total_steps"]),
     }
-    metrics = {METRIC + name: pa.array([data.get(name) for data in told], pa.float64()) for name in names}
+    metrics = {METRIC + name: pa.array([_number(data.get(name)) for data in told], pa.float64()) for name in names}
     return pa.table({**columns, **metrics})
+
+
+def _number(value: float | None) -> float | None:
+    """Returns the value as Arrow takes it. JSONB gives 1e16 back as an int, and Arrow makes no float64 of large ints."""
+    return None if value is None else float(value)
 
 
 def with_new_steps(block: pa.Table, other: pa.Table) -> pa.Table:

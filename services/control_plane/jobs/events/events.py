@@ -1,11 +1,8 @@
 """Reads the events of jobs, and the metrics of their training steps.
 
-A metrics event tells the metrics of one training step. New events are rows of the table `events`. Some time later,
-metrics events move from there into blocks (see `blocks`), tables that keep the metrics of many steps. The text and the
-public id of a moved event are computed from its step and its metrics.
-
-The functions here read both, the rows first. So an event that moves meanwhile may be read in both, but is never missed;
-an event that was read in both is returned once.
+The newest events are rows of the table `events`. A metrics event, which tells the metrics of one training step, moves
+into a block (see `blocks`) some time after it was written; its text and its public id follow from its step and its
+metrics. The functions here read both, so all statements of their sessions must see the same moment.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """Moves metrics events from the rows of the table `events` into blocks. A block is a table with the metrics of up to
 1,000 training steps of a job. It takes a tenth of the space of the rows."""
 
+import logging
 import random
 from functools import partial
 from typing import Any
@@ -9,38 +10,45 @@ import anyio.to_thread
 from sqlalchemy import delete, func, select, true, update
 from sqlalchemy.dialects.postgresql import Range, insert
 from sqlalchemy.dialects.postgresql.ranges import MultiRange
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import TERMINAL, Event, Job, StepBlock
 from services.control_plane.jobs.events import blocks
 
+log = logging.getLogger(__name__)
+
 KEPT_BLOCKS = 2  # the newest blocks of a live job stay rows, because they still grow and are read most
 
 
 async def pack(store: Store, most: int) -> int:
-    """Moves metrics events into blocks (tables with the metrics of up to 1,000 training steps of a job), at most `most`
-    blocks in one call. Returns how many blocks were written.
-
-    While a job runs, moves only the steps of full blocks, and not those of the newest KEPT_BLOCKS blocks. After a job
-    has ended, moves all its steps.
-    """
+    """Packs at most `most` blocks: full blocks of jobs that have not ended, and all steps of jobs that have. Returns
+    how many blocks were packed. A block that cannot be packed is logged, and stops no other."""
     async with store.begin() as session:
         due = await _due(session, most)
-    chosen = random.sample(due, min(most, len(due)))  # so that a block that cannot be packed does not stop the others
-    for job_id, number in chosen:
-        async with store.begin() as session:
-            await pack_block(session, job_id, number)
-    return len(chosen)
+    num_packed = 0
+    for job_id, number in random.sample(due, min(most, len(due))):
+        try:
+            async with store.begin() as session:
+                await pack_block(session, job_id, number)
+            num_packed += 1
+        except (SQLAlchemyError, OSError):  # the database is away
+            raise
+        except Exception:
+            log.exception("The steps of block %d of job %s could not be packed, and stay rows", number, job_id)
+    return num_packed
 
 
 async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
-    """Returns the blocks to write, as pairs: the id of a job, and the number of the block. A block has the metrics of
-    up to 1,000 training steps. If all steps of an ended job are in blocks, marks the job as packed. `most` is the
-    largest number of ended jobs to look at."""
+    """Returns the blocks to pack, as job ids and numbers of blocks. Marks ended jobs that have none as packed.
+
+    At most `most` ended jobs are looked at. Their order is random, so that jobs whose blocks cannot be packed do not
+    stop the others.
+    """
     steps = select(func.min(Event.step).label("first"), func.max(Event.step).label("last"))
     steps = steps.where(Event.job_id == Job.id, Event.step.is_not(None))
-    ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.steps_packed).order_by(Job.finished_at).limit(most)
+    ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.steps_packed).order_by(func.random()).limit(most)
     wanted = Job.observed.not_in(TERMINAL) | Job.id.in_(ended)
     of_job = steps.lateral("steps")
     query = select(Job.id, Job.finished_at, of_job.c.first, of_job.c.last).join(of_job, true())

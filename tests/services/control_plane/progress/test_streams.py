@@ -2,11 +2,13 @@
 waits."""
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import httpx
 import openai
 import psycopg
 import pytest
@@ -16,11 +18,13 @@ from services.control_plane.attempts import attempts
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Job
 from services.control_plane.jobs import responses
+from services.control_plane.jobs.events import events
 from services.control_plane.jobs.events.events import newest_events
 from services.control_plane.progress import streams
 from services.control_plane.progress.streams import Streams
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pairs
+from tests.services.control_plane.steps import end_job, insert_message, insert_steps, pack_all
 
 NUM_STREAMS = 300
 NUMBER = re.compile(rb'"message":"(\d+) ')
@@ -214,3 +218,74 @@ def test_a_stream_that_joins_while_the_last_one_leaves_misses_nothing(
         task.cancel()
 
     run(settings, work)
+
+
+@pytest.fixture
+def ends_meanwhile(settings: Settings, job_id: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Adds 2,900 steps to the job, the first 1,000 of them in a block. Returns a function that lets the job end while
+    its events are read, newest first or oldest first: between the read of the rows and that of the blocks come a
+    message and ten steps, the job ends, and all its steps are packed."""
+    insert_steps(settings.database_url, job_id, range(1, 2901))
+    pack_all(settings.database_url)
+
+    def end(newest: bool) -> None:
+        with_packed, waits = events._with_packed, [True]
+
+        async def late(session: Any, of_job: str, rows: Any, **bounds: Any) -> Any:
+            is_last = newest or len(rows) < bounds["limit"]  # the statement had room for later rows
+            if of_job == job_id and bounds["newest"] == newest and is_last and waits:
+                waits.clear()
+                await asyncio.to_thread(go_on)
+            return await with_packed(session, of_job, rows, **bounds)
+
+        monkeypatch.setattr(events, "_with_packed", late)
+
+    def go_on() -> None:
+        insert_message(settings.database_url, job_id, "between")
+        insert_steps(settings.database_url, job_id, range(2901, 2911))
+        end_job(settings.database_url, job_id)
+        pack_all(settings.database_url)
+
+    return end
+
+
+ALL = [*range(1, 2901), "between", *range(2901, 2911)]
+
+
+def told(objects: list[dict[str, Any]]) -> list[int | str]:
+    """Returns the steps and the messages of the events, without those about the job's begin."""
+    found = [each["data"]["step"] if each["type"] == "metrics" else each["message"] for each in objects]
+    return [each for each in found if each == "between" or isinstance(each, int)]
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_a_stream_misses_no_message_before_steps_that_are_packed_while_it_reads(
+    settings: Settings, job_id: str, ends_meanwhile: Callable[[bool], None], newest: bool
+) -> None:
+    async def work(store: Store) -> None:
+        sent_before = 2850 if newest else 0  # only a stream that is near the end is sent the newest events in memory
+        async with store.snapshot() as session:
+            after = events.step_event_id(job_id, sent_before)
+            place = await events.place_of(session, job_id, after) if sent_before else 0
+        assert place is not None
+        hub = Streams(store, settings)
+        task = asyncio.create_task(hub.run())
+        ends_meanwhile(newest)
+        async with asyncio.timeout(300):
+            frames = b"".join([frame async for frame in hub.follow(job_id, place)])
+        task.cancel()
+        assert b"[DONE]" in frames
+        sent = [json.loads(line) for line in re.findall(rb"^data: ({.*)$", frames, re.MULTILINE)]
+        assert told([each for each in sent if each["object"] == "fine_tuning.job.event"]) == ALL[sent_before:]
+
+    run(settings, work)
+
+
+def test_a_list_misses_no_message_before_steps_that_are_packed_while_it_is_read(
+    api: httpx.Client, job_id: str, ends_meanwhile: Callable[[bool], None]
+) -> None:
+    ends_meanwhile(True)
+    for expected in (ALL[2899::-1], ALL[::-1]):  # the list as it was before the job went on, and after that
+        found = told(api.get(f"/fine_tuning/jobs/{job_id}/events", params={"limit": 100}).json()["data"])
+        assert len(found) > 90  # what the job waits for is told as well
+        assert found == expected[: len(found)]

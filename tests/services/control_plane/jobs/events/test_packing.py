@@ -12,7 +12,7 @@ from services.contract import JobEvent, StepMetrics
 from services.control_plane.attempts import attempts
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import StepBlock
-from services.control_plane.jobs.events import blocks
+from services.control_plane.jobs.events import blocks, packing
 from services.control_plane.jobs.events.events import metrics_of
 from services.control_plane.settings import Settings
 from tests.services.control_plane.steps import counted, end_job, insert_job, insert_steps, pack_all, read
@@ -101,6 +101,42 @@ def test_a_block_tells_which_steps_and_events_it_has(database_url: str) -> None:
         "train_reward_margin",
         "valid_loss",
     ]
+
+
+def test_numbers_that_the_database_gives_back_as_integers_are_packed(database_url: str) -> None:
+    """A number of 9.007e15 or more has no fraction, and JSONB writes it without a point."""
+    job_id = insert_job(database_url, "ftjob-diverges")
+    told = {1: 1e16, 2: 0.5, 3: 1e20, 4: -1e300, 5: 2.0}
+    insert_steps(database_url, job_id, told, lambda step: {"train_loss": told[step]})
+    end_job(database_url, job_id)
+    pack_all(database_url)
+    assert counted(database_url, job_id) == (0, 1)
+    steps = read(database_url, lambda session: _steps(session, job_id))
+    assert [step["train_loss"] for step in steps] == list(told.values())
+
+
+def test_blocks_that_cannot_be_packed_stop_no_others_and_are_logged(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = [insert_job(database_url, f"ftjob-broken-{number}") for number in range(3)]
+    for job_id in broken:
+        insert_steps(database_url, job_id, range(1, 9), lambda _: {"strange": "no number"})  # type: ignore[dict-item]
+        end_job(database_url, job_id)
+    whole = insert_job(database_url, "ftjob-whole")
+    insert_steps(database_url, whole, range(1, 9))
+    end_job(database_url, whole)
+
+    async def pack() -> None:
+        store = Store(database_url)
+        while counted(database_url, whole) != (0, 1):  # it is chosen at random
+            await packing.pack(store, 1)
+        assert await packing.pack(store, 10) == 0
+        await store.close()
+
+    asyncio.run(pack())
+    assert all(f"block 0 of job {job_id} could not be packed" in caplog.text for job_id in broken)
+    with psycopg.connect(database_url) as connection:
+        connection.execute("DELETE FROM events WHERE job_id = ANY(%s)", [broken])
 
 
 async def _steps(session: AsyncSession, job_id: str) -> list[dict[str, float]]:
