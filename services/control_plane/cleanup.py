@@ -39,7 +39,7 @@ MOST = 100  # rows, or files in storage, that one sweep removes
 OUTBOX_KEPT = timedelta(days=30)
 GRACE_SECONDS = 86_400  # a file in storage that no database row names after this long will get no row
 EXIT_GRACE = timedelta(seconds=60)  # how long the Ray job of an ended attempt gets to exit
-UPGRADE_SECONDS = 600  # an upgrade ends the control planes of the release before within this time
+UPGRADE_SECONDS = 3600  # an upgrade, or its rollback, is over within this time
 TRASH_SECONDS = 30 * 86_400  # files stay in the trash for this long, in case an older database is restored
 
 
@@ -107,8 +107,10 @@ class Sweeper:
         await _remove(side_jobs_left)
 
     async def _pack_steps(self) -> None:
-        """Moves the metrics of past training steps from the table `events` into blocks (compact tables of many steps).
-        Does nothing while a release of the service that cannot read blocks may be running."""
+        """Packs the metrics of past training steps into blocks, not while a release that cannot read them may run.
+
+        Such a release would show, and write into result files, the steps that are not packed.
+        """
         if time.monotonic() - self._began > UPGRADE_SECONDS:
             await packing.pack(self._store, MOST)
 

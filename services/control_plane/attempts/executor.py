@@ -14,7 +14,7 @@ from services import spool, storage, tracing
 from services.contract import WIRE, Adapter, AttemptSpec, JobEvent, JobSpec, Message, Reading, Weights
 from services.control_plane.attempts import attempts
 from services.control_plane.attempts.decision import Decision, rest_seconds
-from services.control_plane.attempts.scheduling import reference_model
+from services.control_plane.attempts.scheduling import Misfit, reference_model
 from services.control_plane.core import telemetry
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.store import History, Store, history
@@ -359,13 +359,10 @@ class Executor:
         )
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 
-    async def fail_misfit(self, job: Job, waits_for: str) -> None:
-        """Marks the job as failed, because for a week the cluster has been too small for the job. `waits_for` says what
-        the job waits for."""
-        message = (
-            f"The job waited {MISFIT_AFTER.days} days for {waits_for}. Submit it with fewer workers (num_workers), or "
-            "ask the operator for a larger cluster."
-        )
+    async def fail_misfit(self, job: Job, misfit: Misfit) -> None:
+        """Marks the job as failed, because the cluster has been too small for it for a week. `misfit` says what the job
+        waits for."""
+        message = f"The job waited {MISFIT_AFTER.days} days for {misfit}. {misfit.remedy}"
         await self._fail(job, {"code": DOES_NOT_FIT, "message": message, "param": None}, None)
 
     async def _give_up(self, job: Job) -> None:

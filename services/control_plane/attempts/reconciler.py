@@ -11,8 +11,9 @@ renewed, handles jobs.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
@@ -182,15 +183,27 @@ class Reconciler:
         """Decides on the job's next action and carries it out.
 
         `attempt` is the job's current attempt (run on Ray), and `told` what Ray says about attempts, by submission id.
-        `waits_for` is the reason why the job may not start, None if it may. If the action fails, it is tried again a
-        second or more later, and the other jobs are not affected.
+        `waits_for` is the reason why the job may not start, None if it may.
         """
-        if (waits_for and job.observed == "queued") or not self._patience.is_due(job.id, job.version):
+        if waits_for and job.observed == "queued":
+            return
+
+        async def reconcile() -> None:
+            await self._reconcile(job, attempt, told[attempt.submission_id] if attempt else UNKNOWN, waits_for)
+
+        await self._try(job, attempt, reconcile)
+
+    async def _try(self, job: Job, attempt: Attempt | None, act: Callable[[], Awaitable[None]]) -> None:
+        """Calls `act`, which carries out an action for the job, unless such an action failed a short time ago.
+
+        `attempt` is the job's current attempt (run on Ray). If the action fails, it is tried again a second or more
+        later, and the other jobs are not affected.
+        """
+        if not self._patience.is_due(job.id, job.version):
             return
         try:
-            submission = told[attempt.submission_id] if attempt else UNKNOWN
             with log_setup.about(job_id=job.id, attempt=attempt.number if attempt else None):
-                await self._reconcile(job, attempt, submission, waits_for)
+                await act()
             self._patience.forget(job.id)
         except jobs.Stale as error:
             log.warning(
@@ -272,15 +285,14 @@ class Reconciler:
         `waiting` are all jobs that wait, and `waits` holds their reasons by job id. A reason of the type Misfit says
         that the cluster is too small.
         """
-        misfits = {job.id for job in waiting if isinstance(waits[job.id], Misfit)}
+        misfits = {job.id: what for job in waiting if isinstance(what := waits[job.id], Misfit)}
         if not misfits and all(job.misfit_since is None for job in waiting):
             return
         async with self._store.begin() as session:
             overdue = await jobs.note_misfits(session, [job.id for job in waiting], misfits)
         for job in waiting:
             if job.id in overdue:
-                with suppress(jobs.Stale):  # the user has just changed the job
-                    await self._executor.fail_misfit(job, str(waits[job.id]))
+                await self._try(job, None, partial(self._executor.fail_misfit, job, misfits[job.id]))
 
     async def _reconcile(
         self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None

@@ -42,7 +42,14 @@ FOR_MODELS_TURN = "its turn on the GPUs, because a model that has waited longer 
 
 class Misfit(str):
     """A reason to wait that does not go away by itself: the cluster, or what its settings leave of it, is too small for
-    the job."""
+    the job. `remedy` says in a sentence what the user can do."""
+
+    remedy: str
+
+    def __new__(cls, what: str, remedy: str) -> "Misfit":
+        misfit = super().__new__(cls, what)
+        misfit.remedy = remedy
+        return misfit
 
 
 def what_each_waits_for(
@@ -69,6 +76,12 @@ def what_each_waits_for(
     waits: dict[str, str | None] = {}
     waiting = [job for job in live if job.desired == "run" and (job.observed == "queued" or job.id in back)]
     turns = _Turns(running, waiting, shares)
+
+    def fewer_workers(job: Job, room: Resources) -> str:
+        """Returns the begin of a remedy for a job that does not fit into `room`: fewer workers, if one would fit."""
+        one = needs(job, settings, scorers, num_workers=1)
+        return "A" if _beyond(one, room) else "Submit it with fewer workers (num_workers), or a"
+
     for job in turns:
         needed, limit = needs(job, settings, scorers), shares.get(job.project_id, Share()).max_running_jobs
         reference = {name} if (name := _reference(job, scorers)) else set[str]()
@@ -78,15 +91,18 @@ def what_each_waits_for(
                 f"because at most {limit} may run at once (max_running_jobs of the project)"
             )
         elif short := _beyond(needed, capacity):
-            waits[job.id] = Misfit(f"a larger cluster, because the job needs {short}")
-        elif beside_pinned := _beyond(needed, _without_pinned(capacity, engines)):
+            remedy = f"{fewer_workers(job, capacity)}sk the operator for a larger cluster."
+            waits[job.id] = Misfit(f"a larger cluster, because the job needs {short}", remedy)
+        elif beside_pinned := _beyond(needed, unpinned := _without_pinned(capacity, engines)):
             pinned = f"models that always stay loaded use {engines.pinned_gpus:g} GPUs"
-            waits[job.id] = Misfit(f"GPUs, because {pinned}, and the job needs {beside_pinned}")
+            remedy = f"{fewer_workers(job, unpinned)}sk the operator to pin fewer models, or for a larger cluster."
+            waits[job.id] = Misfit(f"GPUs, because {pinned}, and the job needs {beside_pinned}", remedy)
         elif reference and len(reference | engines.pinned) > places:
             pinned = f"{len(engines.pinned)} models always stay loaded (pinned)"
             waits[job.id] = Misfit(
                 "a place for its reference model, "
-                f"because {pinned}, and at most {places} may be loaded (setting max_loaded_models)"
+                f"because {pinned}, and at most {places} may be loaded (setting max_loaded_models)",
+                "Ask the operator to pin fewer models, or to raise max_loaded_models.",
             )
         elif num_running >= settings.max_running_jobs:
             waits[job.id] = (
@@ -160,14 +176,18 @@ class _Turns:
         return (*used, job.created_at, project_id, number)
 
 
-def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SCORERS) -> dict[str, float]:
-    """Returns the numbers of CPUs and GPUs that the job needs.
+def needs(
+    job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SCORERS, *, num_workers: int | None = None
+) -> dict[str, float]:
+    """Returns the numbers of CPUs and GPUs that the job needs, or would need with `num_workers` workers.
 
     The job needs what its workers need. If its reference model needs more GPUs than the workers, the GPUs of the
     reference model count, because the reference model is loaded before the workers start. `scorers` maps a job's id to
     the Ray Serve application of the job's reference model.
     """
-    num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
+    num_workers = num_workers or job.spec.get(
+        "num_workers", 1
+    )  # a job whose spec is unreadable fails when its attempt is opened
     of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model
     gpus = max(num_workers * settings.num_gpus_per_worker, of_reference if _reference(job, scorers) else 0)
     return {"CPU": float(num_workers)} | ({"GPU": gpus} if gpus else {})

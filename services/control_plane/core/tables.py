@@ -242,6 +242,7 @@ class Job(Owned, Base):
     traceparent: Mapped[str | None]  # of the request that submitted the job, if it was traced
     waits_for: Mapped[str | None]  # why the job, or its next attempt, does not start yet, as text for the user
     misfit_since: Mapped[datetime | None]  # since when the cluster is too small for the job that waits, None if not
+    misfit_seen_at: Mapped[datetime | None]  # when it was last found too small; noted once a minute
     training: Mapped[dict[str, Any] | None]  # an attempt's Started report: the resolved config, and the number of steps
     progress: Mapped[dict[str, Any] | None]  # stage and progress of the running attempt
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
@@ -582,6 +583,7 @@ class Sweep(Owned, Base):
     waits_for: Mapped[str | None]  # why it does not go on at the moment, as text for the user
     troubled_at: Mapped[datetime | None]  # of the first of the unexpected errors since it last went on
     misfit_since: Mapped[datetime | None]  # since when the cluster is too small for the next job, None if it is not
+    misfit_seen_at: Mapped[datetime | None]  # when it was last found too small
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]
     __table_args__ = (
@@ -647,6 +649,7 @@ class Rounds(Owned, Base):
     waits_for: Mapped[str | None]  # why the rounds make no progress at the moment, as text for the user
     troubled_at: Mapped[datetime | None]  # of the first unexpected error since the last progress
     misfit_since: Mapped[datetime | None]  # since when the cluster is too small for the next job, None if it is not
+    misfit_seen_at: Mapped[datetime | None]  # when it was last found too small
     end_reason: Mapped[str | None]  # why the rounds succeeded: num_rounds, not_better or too_few_rows
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]

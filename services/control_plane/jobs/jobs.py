@@ -29,7 +29,7 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.store import append, now
 from services.control_plane.core.tables import TERMINAL, Event, Job, Transition
 from services.control_plane.jobs import weights
-from services.control_plane.jobs.plans.plans import MISFIT_AFTER
+from services.control_plane.jobs.plans.plans import MISFIT_AFTER, MISFIT_GAP
 from services.control_plane.models.deployments import engines
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
@@ -259,8 +259,13 @@ async def wait_for(session: AsyncSession, reasons: Sequence[tuple[Job, str]]) ->
 
 
 NOTE_MISFITS = text(
-    "UPDATE jobs SET misfit_since = CASE WHEN id = ANY(:misfits) THEN now() END"
-    " WHERE id = ANY(:waiting) AND (misfit_since IS NULL) = (id = ANY(:misfits))"
+    "WITH noted AS (SELECT id, id = ANY(:misfits) AS is_misfit FROM jobs WHERE id = ANY(:waiting) AND"
+    " CASE WHEN id = ANY(:misfits)"
+    " THEN misfit_since IS NULL OR (misfit_seen_at > now() - interval '1 minute') IS NOT TRUE"
+    " ELSE misfit_since IS NOT NULL END FOR NO KEY UPDATE SKIP LOCKED)"
+    " UPDATE jobs SET misfit_seen_at = now(), misfit_since = CASE"
+    " WHEN is_misfit THEN coalesce(CASE WHEN misfit_seen_at > now() - :gap THEN misfit_since END, now()) END"
+    " FROM noted WHERE jobs.id = noted.id"
 )
 
 
@@ -268,10 +273,15 @@ async def note_misfits(session: AsyncSession, waiting: Sequence[str], misfits: C
     """Stores for each job in `misfits` the time since which the cluster is too small for the job. Clears this time for
     the other jobs in `waiting`. `misfits` and `waiting` hold ids of jobs; `waiting` includes all of `misfits`.
 
+    If nobody has looked at a job for MISFIT_GAP, the time until now does not count. Leaves out jobs that another
+    transaction is changing at the moment.
+
     Returns the ids of those jobs for which the cluster has been too small for MISFIT_AFTER.
     """
-    await session.execute(NOTE_MISFITS, {"waiting": list(waiting), "misfits": list(misfits)})
-    overdue = select(Job.id).where(Job.id.in_(misfits), Job.misfit_since < func.now() - MISFIT_AFTER)
+    given = {"waiting": list(waiting), "misfits": list(misfits), "gap": MISFIT_GAP}
+    await session.execute(NOTE_MISFITS, given)
+    seen = Job.misfit_seen_at > func.now() - MISFIT_GAP
+    overdue = select(Job.id).where(Job.id.in_(misfits), seen, Job.misfit_since < func.now() - MISFIT_AFTER)
     return list(await session.scalars(overdue))
 
 

@@ -90,7 +90,7 @@ async def pause(session: AsyncSession, rounds_id: str, actor: str) -> Rounds:
                 await evaluations.pause(session, child.id)
             elif child.desired == "run":
                 await jobs.pause(session, child.id, actor)
-    rounds.state, rounds.waits_for = "paused", None
+    rounds.state, rounds.waits_for, rounds.misfit_since = "paused", None, None
     return rounds
 
 

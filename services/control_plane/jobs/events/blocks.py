@@ -51,7 +51,7 @@ def block_of(events: Sequence[Any]) -> pa.Table:
 
 
 def _number(value: float | None) -> float | None:
-    """Returns the value as Arrow takes it. JSONB gives 1e16 back as an int, and Arrow makes no float64 of large ints."""
+    """Returns the value as Arrow takes it. JSONB gives 1e16 back as an int, and Arrow makes no float64 of it."""
     return None if value is None else float(value)
 
 

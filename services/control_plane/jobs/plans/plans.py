@@ -22,6 +22,7 @@ from services.control_plane.settings import Settings
 
 DOES_NOT_FIT = "does_not_fit"  # the code of the error of a job that is too large for the cluster
 MISFIT_AFTER = timedelta(days=7)  # how long the cluster may be too small for a job that waits; then the job fails
+MISFIT_GAP = timedelta(hours=1)  # if nobody looked for so long, the time until then does not count
 BYTES_OF_TOKEN = 4  # bytes of text per token, assumed if no check has counted the file's tokens
 SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
 # Families of models whose memory for activations was measured. For these, plans are right within a tenth.
@@ -167,17 +168,21 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
     raise InvalidRequest(f"{what} {_remedy(found)}", param=_param(found), code=DOES_NOT_FIT)
 
 
-class Misfit(Protocol):
+class MisfitTimes(Protocol):
     """A row of the database, such as a sweep, whose work may be too large for the cluster."""
 
     misfit_since: Any  # when the cluster was first found too small; None if it was large enough since
+    misfit_seen_at: Any  # when the cluster was last found too small
 
 
-async def misfits_for_too_long(session: AsyncSession, row: Misfit) -> bool:
-    """Notes in `row` that the cluster is too small now for the work that the row describes. Returns True if the cluster
-    has been too small for MISFIT_AFTER without a break, so that the work should fail."""
+async def misfits_for_too_long(session: AsyncSession, row: MisfitTimes) -> bool:
+    """Notes in `row` that the cluster is too small for its work now. Returns True if it was so for MISFIT_AFTER without
+    a break, so that the work should fail. It is a break as well if nobody has looked for MISFIT_GAP.
+    """
     at = await now(session)
-    row.misfit_since = row.misfit_since or at
+    is_unbroken = row.misfit_seen_at is not None and at - row.misfit_seen_at < MISFIT_GAP
+    row.misfit_since = (row.misfit_since if is_unbroken else None) or at
+    row.misfit_seen_at = at
     return bool(at - row.misfit_since > MISFIT_AFTER)
 
 

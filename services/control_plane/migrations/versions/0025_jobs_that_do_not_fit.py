@@ -1,4 +1,4 @@
-"""Adds the time since which the cluster is too small for a job, or for the next job of a sweep or of a set of rounds
+"""Adds since when, and at which last look, the cluster was too small for a job, or the next job of a sweep or of rounds
 
 Revision ID: 0025 Revises: 0024
 """
@@ -14,13 +14,16 @@ branch_labels: Sequence[str] | None = None
 depends_on: Sequence[str] | None = None
 
 TABLES = ("jobs", "sweeps", "rounds")
+COLUMNS = ("misfit_since", "misfit_seen_at")
 
 
 def upgrade() -> None:
     for table in TABLES:
-        op.add_column(table, sa.Column("misfit_since", sa.DateTime(timezone=True)))
+        for column in COLUMNS:
+            op.add_column(table, sa.Column(column, sa.DateTime(timezone=True)))
 
 
 def downgrade() -> None:
     for table in TABLES:
-        op.drop_column(table, "misfit_since")
+        for column in COLUMNS:
+            op.drop_column(table, column)

@@ -827,6 +827,65 @@ def test_a_job_that_has_not_fit_for_a_week_fails_and_a_week_with_a_break_is_none
     ray.resources = {"CPU": 8.0}
 
 
+def test_a_week_in_which_nobody_looked_does_not_count(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ray.resources = {"CPU": 0.0}
+    ticks(settings, 2)
+    for seen_at in ("misfit_seen_at - interval '8 days'", "NULL"):
+        with psycopg.connect(settings.database_url) as connection:
+            times = f"misfit_since = misfit_since - interval '8 days', misfit_seen_at = {seen_at}"
+            connection.execute(f"UPDATE jobs SET {times}")
+        ticks(settings, 2)
+        assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+        with psycopg.connect(settings.database_url) as connection:
+            query = "SELECT misfit_since > now() - interval '1 hour' FROM jobs WHERE id = %s"
+            assert connection.execute(query, [job_id]).fetchone() == (True,)
+    client.fine_tuning.jobs.cancel(job_id)
+    ray.resources = {"CPU": 8.0}
+
+
+def test_a_job_that_another_transaction_changes_does_not_fail_before_its_times_are_known(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    """A locked row keeps the times of the last look, which may be long ago. No tick waits for it."""
+    ray.resources = {"CPU": 0.0}
+    ticks(settings, 2)
+    with psycopg.connect(settings.database_url) as connection:
+        times = "misfit_since = misfit_since - interval '8 days', misfit_seen_at = misfit_seen_at - interval '8 days'"
+        connection.execute(f"UPDATE jobs SET {times}")
+        connection.commit()
+        connection.execute("SELECT 1 FROM jobs WHERE id = %s FOR NO KEY UPDATE", [job_id])
+        ticks(settings, 1)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+    client.fine_tuning.jobs.cancel(job_id)
+    ray.resources = {"CPU": 8.0}
+
+
+def test_a_job_that_cannot_be_failed_delays_no_other(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_misfit = Executor.fail_misfit
+
+    async def refuse(self: Executor, job: Job, *rest: Any) -> None:
+        if job.id == job_id:
+            raise ValueError("cannot be failed")
+        await fail_misfit(self, job, *rest)
+
+    ray.resources = {"CPU": 0.0}
+    other = submit(client, settings)
+    ticks(settings, 2)
+    monkeypatch.setattr(Executor, "fail_misfit", refuse)
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE jobs SET misfit_since = misfit_since - interval '8 days'")
+    ticks(settings, 1)
+    assert [client.fine_tuning.jobs.retrieve(each).status for each in (job_id, other)] == ["queued", "failed"]
+    monkeypatch.undo()
+    ticks(settings, 1)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "failed"
+    ray.resources = {"CPU": 8.0}
+
+
 def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_left(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from dpo_core.config import Lora, TrainConfig
 from services.contract import JobSpec, Weights
-from services.control_plane.attempts.scheduling import needs, reference_model, what_each_waits_for
+from services.control_plane.attempts.scheduling import Misfit, Resources, needs, reference_model, what_each_waits_for
 from services.control_plane.core.tables import Job
+from services.control_plane.models.deployments.eviction import NO_ENGINES, Engines
 from services.control_plane.settings import Settings
 from services.control_plane.tenants.quotas import Share
 
+FEWER = "Submit it with fewer workers (num_workers)"
+FOUR_GPUS = {"CPU": 64, "GPU": 4}
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -48,6 +51,34 @@ def test_a_large_job_keeps_its_place_and_one_that_never_fits_keeps_nobody(severa
         "job-3": "running jobs to end, because together with them the job needs 5 GPU but the cluster has 4",
         "job-4": "its turn, because job-3 goes first",
     }
+
+
+@pytest.mark.parametrize(
+    ("workers", "cluster", "engines", "remedy"),
+    [
+        (
+            9,
+            FOUR_GPUS,
+            NO_ENGINES,
+            "Submit it with fewer workers (num_workers), or ask the operator for a larger cluster.",
+        ),
+        (9, {"CPU": 64, "GPU": 0}, NO_ENGINES, "Ask the operator for a larger cluster."),
+        (1, {"CPU": 0, "GPU": 4}, NO_ENGINES, "Ask the operator for a larger cluster."),
+        (1, FOUR_GPUS, Engines(pinned_gpus=4.0), "Ask the operator to pin fewer models, or for a larger cluster."),
+        (
+            2,
+            FOUR_GPUS,
+            Engines(pinned_gpus=3.0),
+            f"{FEWER}, or ask the operator to pin fewer models, or for a larger cluster.",
+        ),
+    ],
+)
+def test_a_job_is_advised_what_would_make_it_fit(
+    several: Settings, workers: int, cluster: Resources, engines: Engines, remedy: str
+) -> None:
+    waits = what_each_waits_for([job(1, workers=workers)], {}, cluster, several, engines=engines)["job-1"]
+    assert isinstance(waits, Misfit)
+    assert waits.remedy == remedy
 
 
 def test_a_job_on_an_nf4_base_waits_for_no_engine() -> None:

@@ -13,6 +13,7 @@ from services.control_plane.attempts.reconciler import Reconciler
 from services.control_plane.attempts.scheduling import (
     FOR_MODELS,
     FOR_MODELS_TURN,
+    Misfit,
     needs,
     reference_model,
     what_each_waits_for,
@@ -233,6 +234,9 @@ def test_a_pinned_model_leaves_one_place_less_to_references_unless_it_is_one_its
     assert waits(of_first) is waits(of_second) is None
     assert waits("other", jobs=jobs[1:]) is None
     pinned = "2 models always stay loaded (pinned), and at most 2 may be loaded (setting max_loaded_models)"
-    assert waits("other", "another") == f"a place for its reference model, because {pinned}"
+    found = waits("other", "another")
+    assert isinstance(found, Misfit)
+    assert found == f"a place for its reference model, because {pinned}"
+    assert found.remedy == "Ask the operator to pin fewer models, or to raise max_loaded_models."
     no_reference = a_job(2, spec={"reference_source": "trainer"})
     assert waits("other", "another", jobs=[jobs[0], no_reference]) is None

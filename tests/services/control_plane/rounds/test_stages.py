@@ -167,7 +167,7 @@ def test_rounds_wait_while_the_project_may_have_no_more_jobs_or_evaluations(
 
 
 def test_rounds_wait_while_no_machine_that_the_job_fits_is_there(
-    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    api: httpx.Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*_: object) -> None:
         raise InvalidRequest("The job cannot fit.", code=DOES_NOT_FIT)
@@ -177,6 +177,16 @@ def test_rounds_wait_while_no_machine_that_the_job_fits_is_there(
         patch.setattr(stages.plans, "refuse_hopeless", refuse)
         told = "The job cannot fit. After 7 days of this, the rounds fail."
         assert until(lambda: look(api, made["id"])["waits_for"] == told)
+        with psycopg.connect(settings.database_url, autocommit=True) as connection:
+            since = "SELECT misfit_since, misfit_seen_at IS NULL FROM rounds WHERE id = %s"
+            api.post(f"/x/rounds/{made['id']}/pause")
+            assert connection.execute(since, [made["id"]]).fetchone() == (None, False)  # a pause is a break
+            api.post(f"/x/rounds/{made['id']}/resume")
+            assert until(lambda: look(api, made["id"])["waits_for"] == told)
+            not_looked_at = "misfit_since = now() - interval '8 days', misfit_seen_at = now() - interval '8 days'"
+            connection.execute(f"UPDATE rounds SET {not_looked_at} WHERE id = %s", [made["id"]])
+            recent = "SELECT misfit_since > now() - interval '1 hour' FROM rounds WHERE id = %s"
+            assert until(lambda: connection.execute(recent, [made["id"]]).fetchone() == (True,))
     reached(api, made["id"], 1, "job")
     api.post(f"/x/rounds/{made['id']}/cancel")
 

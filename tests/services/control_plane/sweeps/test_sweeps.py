@@ -6,7 +6,7 @@ import httpx
 import psycopg
 import pytest
 
-from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.errors import InvalidRequest, OverQuota
 from services.control_plane.jobs.plans import plans
 from services.control_plane.jobs.plans.plans import DOES_NOT_FIT
 from services.control_plane.settings import Settings
@@ -176,8 +176,11 @@ def test_few_failed_items_are_counted_and_many_fail_the_trial(
 
 
 def test_a_sweep_waits_while_no_machine_that_its_job_fits_is_there(
-    api: httpx.Client, file_id: str, monkeypatch: pytest.MonkeyPatch
+    api: httpx.Client, settings: Settings, file_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def refuse_by_quota(*_: object) -> None:
+        raise OverQuota("No more jobs now.")
+
     async def refuse(*_: object) -> None:
         raise InvalidRequest("The job cannot fit.", code=DOES_NOT_FIT)
 
@@ -188,6 +191,11 @@ def test_a_sweep_waits_while_no_machine_that_its_job_fits_is_there(
         api.post(f"/fine_tuning/jobs/{first}/cancel")
         told = "The job cannot fit. After 7 days of this, the trial fails."
         until(lambda: look(api, made["id"])["waits_for"] == told)
+        patch.setattr(plans, "refuse_hopeless", refuse_by_quota)
+        until(lambda: look(api, made["id"])["waits_for"] == "No more jobs now.")
+        with psycopg.connect(settings.database_url) as connection:
+            since = "SELECT misfit_since FROM sweeps WHERE id = %s"
+            assert connection.execute(since, [made["id"]]).fetchone() == (None,)
     assert begun(api, made["id"], 1)["status"] == "training"
 
 
