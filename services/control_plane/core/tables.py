@@ -250,9 +250,7 @@ class Job(Owned, Base):
     fine_tuned_model: Mapped[str | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     result_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
-    steps_packed: Mapped[bool] = mapped_column(
-        server_default="false"
-    )  # the job has ended, and all its steps are in blocks
+    steps_packed: Mapped[bool] = mapped_column(server_default="false")  # it has ended, and all its steps are in blocks
     __table_args__ = (
         CheckConstraint("desired IN ('run', 'pause', 'cancel')"),
         CheckConstraint(f"observed IN {JOB_STATES}"),
@@ -364,7 +362,7 @@ class StepBlock(Base):
     last_event: Mapped[int] = mapped_column(BigInteger)  # greatest id of the events
     steps: Mapped[list[Range[int]]] = mapped_column(INT8MULTIRANGE)
     metrics: Mapped[list[str]]  # names of the metrics
-    rows: Mapped[bytes] = mapped_column(LargeBinary)  # a Parquet file: a row for each step
+    parquet: Mapped[bytes] = mapped_column(LargeBinary)  # a Parquet file: a row for each step
     sums: Mapped[bytes] = mapped_column(LargeBinary)  # an Arrow stream: sums over each 100 steps
     __table_args__ = (Index("step_blocks_by_event", "job_id", "last_event"),)
 

@@ -72,7 +72,7 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
     width = -(-width // SUM_STEPS) * SUM_STEPS if adds else width
     rows = [row._asdict() for row in await session.execute(_buckets(job_id, first, last, start, width))]
     packed = await _packed(session, job_id, first, last, adds=adds)
-    found = await anyio.to_thread.run_sync(_added_up, rows, packed, first, last, start, width)
+    found = await anyio.to_thread.run_sync(_merged, rows, packed, first, last, start, width)
     places = {bucket: place for place, bucket in enumerate(sorted({(row["step"] - start) // width for row in found}))}
     steps = [0] * len(places)
     metrics: dict[str, dict[str, list[float | None]]] = {}
@@ -137,12 +137,12 @@ async def _packed(session: AsyncSession, job_id: str, first: int, last: int, *, 
     The bytes are the sums if `adds` is true and all steps of the block are from `first` to `last`.
     """
     whole = (func.lower(StepBlock.steps) >= first) & (func.upper(StepBlock.steps) <= last + 1) & literal(adds)
-    data = case((whole, StepBlock.sums), else_=StepBlock.rows)
+    data = case((whole, StepBlock.sums), else_=StepBlock.parquet)
     query = select(whole.label("whole"), data).where(*_overlapping(job_id, first, last)).order_by(StepBlock.number)
     return [(are_sums, data) for are_sums, data in await session.execute(query)]
 
 
-def _added_up(
+def _merged(
     rows: list[dict[str, Any]], packed: list[tuple[bool, bytes]], first: int, last: int, start: int, width: int
 ) -> list[dict[str, Any]]:
     """Adds up the metrics of a job in each bucket of steps. Returns a dictionary for each bucket and metric, with the

@@ -62,8 +62,8 @@ def with_new_steps(block: pa.Table, other: pa.Table) -> pa.Table:
     return pa.concat_tables([block, new], promote_options="default").sort_by("step")
 
 
-def metrics_of(block: pa.Table) -> list[str]:
-    """Returns the names of the metrics in the block, a table with a row for each training step."""
+def names_of(block: pa.Table) -> list[str]:
+    """Returns the names of the block's metrics."""
     return [name.removeprefix(METRIC) for name in block.column_names if name.startswith(METRIC)]
 
 
@@ -100,7 +100,7 @@ def values_of(block: pa.Table) -> pa.Table:
     value of one metric, so its sum, least, greatest and last value are all this value. A block is a table with a row
     for each training step."""
     parts = []
-    for name in metrics_of(block):
+    for name in names_of(block):
         known = pa.table({"step": block["step"], "value": block[METRIC + name]}).drop_null()
         ones = {"metric": pa.repeat(name, len(known)), "count": pa.repeat(1, len(known))}
         same = dict.fromkeys(("sum", "min", "max", "last"), known["value"])

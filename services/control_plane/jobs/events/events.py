@@ -8,9 +8,10 @@ metrics. The functions here read both, so all statements of their sessions must 
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
+import anyio.to_thread
 import pyarrow.compute as pc
 from sqlalchemy import BigInteger, ColumnElement, Text, cast, column, exists, func, select, true, values
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -41,7 +42,8 @@ def step_message(data: Mapping[str, Any]) -> str:
         words.append(f"accuracy={data['train_reward_accuracy']:.3f}")
     if "full_valid_loss" in data:
         words.append(f"full validation loss={data['full_valid_loss']:.4f}")
-    return f"Step {data['step']}/{data['total_steps']}: {', '.join(words)}"
+    of_all = f"/{data['total_steps']}" if "total_steps" in data else ""
+    return f"Step {data['step']}{of_all}: {', '.join(words)}"
 
 
 def is_packed(job_id: str, step: int) -> ColumnElement[bool]:
@@ -68,13 +70,13 @@ async def place_of(session: AsyncSession, job_id: str, public_id: str) -> int | 
     if step_event_id(job_id, step) != public_id:
         return None
     of_step = (StepBlock.job_id == job_id) & (StepBlock.number == blocks.number_of(step))
-    data = await session.scalar(select(StepBlock.rows).where(of_step))
-    found = [] if data is None else _rows(data, pc.field("step") == step)["event_id"].to_pylist()
+    data = await session.scalar(select(StepBlock.parquet).where(of_step))
+    return None if data is None else await anyio.to_thread.run_sync(_place_of_step, data, step)
+
+
+def _place_of_step(data: bytes, step: int) -> int | None:
+    found = blocks.from_bytes(data).filter(pc.field("step") == step)["event_id"].to_pylist()
     return found[0] if found else None
-
-
-def _rows(data: bytes, condition: pc.Expression) -> pa.Table:
-    return blocks.from_bytes(data).filter(condition)
 
 
 async def page(session: AsyncSession, job_id: str, *, before: int | None, type: str | None, limit: int) -> list[Any]:
@@ -137,29 +139,30 @@ async def _with_packed(
     """
     found = {row.id: row for row in rows}
     edge = StepBlock.last_event if newest else StepBlock.first_event
-    query = select(edge.label("edge"), StepBlock.rows).where(StepBlock.job_id == job_id)
+    query = select(edge.label("edge"), StepBlock.parquet).where(StepBlock.job_id == job_id)
     query = query.where(StepBlock.last_event > after, StepBlock.first_event < before)
     query = query.order_by(edge.desc() if newest else edge).limit(1)
-    block = (await session.execute(query)).first()
-    while block is not None:
-        if len(found) == limit and (block.edge < min(found) if newest else block.edge > max(found)):
-            break
-        place = pc.field("event_id")
-        packed = _rows(block.rows, (place > after) & (place < before))
-        packed = packed.sort_by([("event_id", "descending" if newest else "ascending")]).slice(0, limit)
-        found |= {event.id: event for event in _events(job_id, packed)}
+    while True:
+        if len(found) == limit:  # only blocks with events between those found are read
+            query = query.where(edge > min(found) if newest else edge < max(found))
+        block = (await session.execute(query)).first()
+        if block is None:
+            return list(found.values())
+        packed = partial(_events, job_id, block.parquet, after=after, before=before, limit=limit, newest=newest)
+        found |= {event.id: event for event in await anyio.to_thread.run_sync(packed)}
         found = {number: found[number] for number in sorted(found, reverse=newest)[:limit]}
-        beyond = edge < block.edge if newest else edge > block.edge
-        block = (await session.execute(query.where(beyond))).first()
-    return list(found.values())
+        query = query.where(edge < block.edge if newest else edge > block.edge)
 
 
-def _events(job_id: str, block: pa.Table) -> Iterable[Event]:
-    """Yields the metrics events in a block (a table that keeps the metrics of past training steps), as objects of the
-    class Event. These events are no longer rows of the database."""
+def _events(job_id: str, data: bytes, *, after: int, before: int, limit: int, newest: bool) -> list[Event]:
+    """Returns the first `limit` metrics events of a block between `after` and `before`, as rows of the table `events`,
+    which are not in the database any more. `data` are the block's bytes."""
+    place = pc.field("event_id")
+    block = blocks.from_bytes(data).filter((place > after) & (place < before))
+    block = block.sort_by([("event_id", "descending" if newest else "ascending")]).slice(0, limit)
     moments, numbers = block["created_at"].to_pylist(), block["event_id"].to_pylist()
-    for number, moment, data in zip(numbers, moments, blocks.steps_of(block), strict=True):
-        yield Event(
+    return [
+        Event(
             id=number,
             job_id=job_id,
             public_id=step_event_id(job_id, data["step"]),
@@ -169,6 +172,8 @@ def _events(job_id: str, block: pa.Table) -> Iterable[Event]:
             message=step_message(data),
             data=data,
         )
+        for number, moment, data in zip(numbers, moments, blocks.steps_of(block), strict=True)
+    ]
 
 
 # --- metrics ---------------------------------------------------------------------------------
@@ -191,9 +196,14 @@ async def metrics_of(session: AsyncSession, job_id: str) -> AsyncIterator[list[d
     number = (Event.step - 1) // blocks.BLOCK_STEPS
     some = select(number).where(in_rows, Event.step.is_not(None)).union(select(StepBlock.number).where(in_blocks))
     for found in sorted(number for (number,) in await session.execute(some) if number is not None):
-        packed = await session.scalar(select(StepBlock.rows).where(in_blocks, StepBlock.number == found))
-        steps = [] if packed is None else blocks.steps_of(blocks.from_bytes(packed))
+        packed = await session.scalar(select(StepBlock.parquet).where(in_blocks, StepBlock.number == found))
         first = found * blocks.BLOCK_STEPS + 1
         query = select(Event.data).where(in_rows, Event.step.between(first, first + blocks.BLOCK_STEPS - 1))
         new = [data for data in await session.scalars(query) if data is not None]
-        yield sorted({data["step"]: data for data in (*new, *steps)}.values(), key=lambda data: data["step"])
+        yield await anyio.to_thread.run_sync(_in_order, new, packed)
+
+
+def _in_order(new: list[dict[str, Any]], packed: bytes | None) -> list[dict[str, Any]]:
+    """Returns the metrics of the rows `new` and of the block with the bytes `packed`, each step once, in order."""
+    steps = [] if packed is None else blocks.steps_of(blocks.from_bytes(packed))
+    return sorted({data["step"]: data for data in (*new, *steps)}.values(), key=lambda data: data["step"])

@@ -6,6 +6,7 @@ import random
 from functools import partial
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from sqlalchemy import delete, func, select, true, update
 from sqlalchemy.dialects.postgresql import Range, insert
@@ -47,13 +48,13 @@ async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
     stop the others.
     """
     steps = select(func.min(Event.step).label("first"), func.max(Event.step).label("last"))
-    steps = steps.where(Event.job_id == Job.id, Event.step.is_not(None))
+    of_job = steps.where(Event.job_id == Job.id, Event.step.is_not(None)).lateral("steps")
+    alive = select(Job.id).where(Job.observed.not_in(TERMINAL))
     ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.steps_packed).order_by(func.random()).limit(most)
-    wanted = Job.observed.not_in(TERMINAL) | Job.id.in_(ended)
-    of_job = steps.lateral("steps")
-    query = select(Job.id, Job.finished_at, of_job.c.first, of_job.c.last).join(of_job, true())
+    wanted = alive.union_all(ended).subquery("wanted")  # each of the two has an index; an OR would read all jobs
+    query = select(Job.id, Job.finished_at, of_job.c.first, of_job.c.last).join(wanted, Job.id == wanted.c.id)
     due, done = list[tuple[str, int]](), list[str]()
-    for job_id, finished_at, first, last in await session.execute(query.where(wanted)):
+    for job_id, finished_at, first, last in await session.execute(query.join(of_job, true())):
         if first is None:
             done += [job_id] if finished_at else []
             continue
@@ -74,8 +75,10 @@ async def pack_block(session: AsyncSession, job_id: str, number: int) -> None:
     events = (await session.execute(query)).all()
     if not events:
         return
-    of_block = select(StepBlock.rows).where(StepBlock.job_id == job_id, StepBlock.number == number)
-    packed = await anyio.to_thread.run_sync(partial(_packed, await session.scalar(of_block), events))
+    of_block = select(StepBlock.parquet).where(StepBlock.job_id == job_id, StepBlock.number == number)
+    work = partial(_packed, await session.scalar(of_block), events)
+    # The job's row is locked meanwhile. With a limiter of its own, the work waits for no other work in threads.
+    packed = await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
     row = insert(StepBlock).values(job_id=job_id, number=number, **packed)
     await session.execute(row.on_conflict_do_update(index_elements=[StepBlock.job_id, StepBlock.number], set_=packed))
     await session.execute(delete(Event).where(moving))
@@ -93,8 +96,8 @@ def _packed(known: bytes | None, events: Any) -> dict[str, Any]:
         "first_event": min(numbers),
         "last_event": max(numbers),
         "steps": _ranges(steps),
-        "metrics": blocks.metrics_of(block),
-        "rows": blocks.to_bytes(block),
+        "metrics": blocks.names_of(block),
+        "parquet": blocks.to_bytes(block),
         "sums": blocks.sums_of(block),
     }
 

@@ -24,10 +24,10 @@ def upgrade() -> None:
         sa.Column("last_event", sa.BigInteger(), nullable=False),
         sa.Column("steps", postgresql.INT8MULTIRANGE(), nullable=False),
         sa.Column("metrics", postgresql.ARRAY(sa.Text()), nullable=False),
-        sa.Column("rows", sa.LargeBinary(), nullable=False),
+        sa.Column("parquet", sa.LargeBinary(), nullable=False),
         sa.Column("sums", sa.LargeBinary(), nullable=False),
     )
-    for column in ("rows", "sums"):  # they are compressed already
+    for column in ("parquet", "sums"):  # they are compressed already
         op.execute(f"ALTER TABLE step_blocks ALTER COLUMN {column} SET STORAGE EXTERNAL")
     op.create_index("step_blocks_by_event", "step_blocks", ["job_id", "last_event"])
     op.add_column("jobs", sa.Column("steps_packed", sa.Boolean(), server_default="false", nullable=False))

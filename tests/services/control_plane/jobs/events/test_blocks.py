@@ -12,7 +12,7 @@ from services.control_plane.jobs.events.blocks import (
     added_up,
     block_of,
     from_bytes,
-    metrics_of,
+    names_of,
     number_of,
     steps_of,
     sums_from_bytes,
@@ -44,7 +44,7 @@ def test_bytes_keep_every_value_exactly_and_what_is_missing() -> None:
     assert steps_of(block) == [each.data for each in events]
     assert block["event_id"].to_pylist() == list(range(8, 1008))
     assert block["created_at"].to_pylist() == list(range(1, 1001))
-    assert metrics_of(block) == ["eval", "loss"]
+    assert names_of(block) == ["eval", "loss"]
 
 
 def test_values_of_float32_take_half_the_space() -> None:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
+from sqlalchemy.event import listen, remove
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.store import migrate
@@ -11,10 +13,14 @@ from services.control_plane.jobs.responses import event_object
 from tests.services.control_plane.steps import end_job, insert_job, insert_message, insert_steps, pack_all, read
 
 
-@pytest.fixture(scope="module")
-def job_id(database_url: str) -> str:
-    """Writes a job of 2,500 steps with messages between them. Steps 701 to 709 came after all others."""
+@pytest.fixture(autouse=True, scope="module")
+def _migrated(database_url: str) -> None:
     migrate(database_url)
+
+
+@pytest.fixture(scope="module")
+def job_id(database_url: str, _migrated: None) -> str:
+    """Writes a job of 2,500 steps with messages between them. Steps 701 to 709 came after all others."""
     job_id = insert_job(database_url, "ftjob-long")
     insert_message(database_url, job_id, "begins")
     for first in range(1, 2500, 500):
@@ -81,3 +87,38 @@ def test_an_unknown_id_has_no_place(database_url: str, job_id: str) -> None:
             return await events.place_of(session, job_id, public_id)
 
         assert read(database_url, place) is None
+
+
+def test_blocks_that_add_nothing_to_a_list_are_not_read(database_url: str) -> None:
+    job_id = insert_job(database_url, "ftjob-listed")
+    insert_steps(database_url, job_id, range(1, 4001))
+    pack_all(database_url)
+    read_blocks = 0
+
+    def count(_: Any, cursor: Any, statement: str, *__: Any) -> None:
+        nonlocal read_blocks
+        read_blocks += cursor.rowcount if "step_blocks.parquet" in statement else 0
+
+    async def look(session: AsyncSession) -> list[int]:
+        found = []
+        for before, type in ((None, None), (None, "metrics"), (events.step_event_id(job_id, 1500), None)):
+            place = None if before is None else await events.place_of(session, job_id, before)
+            nonlocal read_blocks
+            read_blocks = 0
+            steps = [
+                event.data["step"] for event in await events.page(session, job_id, before=place, type=type, limit=9)
+            ]
+            found += [steps[0], read_blocks]
+        read_blocks = 0
+        steps = [event.data["step"] for event in await events.newest_events(session, {job_id: 0}, limit=9)]
+        return [*found, steps[-1], read_blocks]
+
+    listen(Engine, "after_cursor_execute", count)
+    try:
+        assert read(database_url, look) == [4000, 0, 4000, 0, 1499, 1, 4000, 0]
+    finally:
+        remove(Engine, "after_cursor_execute", count)
+
+
+def test_a_step_of_an_unknown_number_of_steps_has_a_text() -> None:
+    assert events.step_message({"step": 3, "train_loss": 0.5}) == "Step 3: training loss=0.5000"

@@ -3,9 +3,11 @@
 import asyncio
 import time
 
+import anyio.to_thread
 import psycopg
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Engine, select
+from sqlalchemy.event import listen, remove
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.contract import JobEvent, StepMetrics
@@ -92,7 +94,7 @@ def test_a_block_tells_which_steps_and_events_it_has(database_url: str) -> None:
 
     block = read(database_url, first_block)
     assert [(each.lower, each.upper) for each in block.steps] == [(5, 8), (100, 101), (999, 1000)]
-    numbers = blocks.from_bytes(block.rows)["event_id"].to_pylist()
+    numbers = blocks.from_bytes(block.parquet)["event_id"].to_pylist()
     assert (block.first_event, block.last_event) == (numbers[0], numbers[-1])
     assert block.metrics == [
         "full_valid_loss",
@@ -113,6 +115,43 @@ def test_numbers_that_the_database_gives_back_as_integers_are_packed(database_ur
     assert counted(database_url, job_id) == (0, 1)
     steps = read(database_url, lambda session: _steps(session, job_id))
     assert [step["train_loss"] for step in steps] == list(told.values())
+
+
+def test_jobs_to_pack_are_found_by_indexes(database_url: str) -> None:
+    """Most jobs have ended long ago, and are looked at no more."""
+    plans = []
+
+    def explain(_: object, __: object, statement: str, parameters: dict[str, object], *___: object) -> None:
+        if "LATERAL" in statement:
+            with psycopg.connect(database_url) as connection:
+                connection.execute("SET enable_seqscan = off")  # which is quick for the few jobs of a test
+                plan = connection.execute(f"EXPLAIN {statement}", parameters).fetchall()
+                plans.append("\n".join(line for (line,) in plan))
+
+    listen(Engine, "before_cursor_execute", explain)
+    try:
+        pack_all(database_url)
+    finally:
+        remove(Engine, "before_cursor_execute", explain)
+    assert plans
+    assert all("jobs_live" in plan and "jobs_to_pack" in plan for plan in plans), plans[0]
+
+
+def test_a_locked_job_does_not_wait_for_threads_of_others(database_url: str) -> None:
+    job_id = insert_job(database_url, "ftjob-locked")
+    insert_steps(database_url, job_id, range(1, 9))
+    end_job(database_url, job_id)
+
+    async def pack() -> None:
+        store, threads = Store(database_url), anyio.to_thread.current_default_thread_limiter()
+        threads.total_tokens = 1
+        await threads.acquire_on_behalf_of(store)  # no thread is free
+        async with asyncio.timeout(300):
+            await packing.pack(store, 1)
+        await store.close()
+
+    asyncio.run(pack())
+    assert counted(database_url, job_id) == (0, 1)
 
 
 def test_blocks_that_cannot_be_packed_stop_no_others_and_are_logged(
