@@ -165,14 +165,14 @@ def _events(job_id: str, data: bytes, *, after: int, before: int, limit: int, ne
         Event(
             id=number,
             job_id=job_id,
-            public_id=step_event_id(job_id, data["step"]),
+            public_id=step_event_id(job_id, told["step"]),
             created_at=datetime.fromtimestamp(moment, UTC),
             level="info",
             type="metrics",
-            message=step_message(data),
-            data=data,
+            message=step_message(told),
+            data=told,
         )
-        for number, moment, data in zip(numbers, moments, blocks.steps_of(block), strict=True)
+        for number, moment, told in zip(numbers, moments, blocks.steps_of(block), strict=True)
     ]
 
 

@@ -1,5 +1,6 @@
 """Tests that a job's history reads the same, whether its steps are rows or in blocks."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from sqlalchemy.event import listen, remove
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.store import migrate
-from services.control_plane.jobs.events import events
+from services.control_plane.jobs.events import blocks, events
 from services.control_plane.jobs.responses import event_object
 from tests.services.control_plane.steps import end_job, insert_job, insert_message, insert_steps, pack_all, read
 
@@ -77,6 +78,30 @@ def test_a_history_reads_the_same_while_the_job_runs_and_when_it_has_ended(datab
         end_job(database_url, job)
     pack_all(database_url)
     assert read(database_url, look) == as_rows
+
+
+def test_blocks_are_decoded_off_the_event_loop(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = insert_job(database_url, "ftjob-decoded")
+    insert_steps(database_url, job_id, range(1, 2101))
+    pack_all(database_url)
+    num_decoded, from_bytes = 0, blocks.from_bytes
+
+    def decode(data: bytes) -> Any:
+        nonlocal num_decoded
+        num_decoded += 1
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return from_bytes(data)
+
+    async def look(session: AsyncSession) -> None:
+        place = await events.place_of(session, job_id, events.step_event_id(job_id, 3))
+        assert len(await pages(session, job_id, 1000, None)) == 2100
+        assert len(await events.next_events(session, job_id, place or 0, limit=5)) == 5
+        assert [len(steps) async for steps in events.metrics_of(session, job_id)] == [1000, 1000, 100]
+
+    monkeypatch.setattr(blocks, "from_bytes", decode)
+    read(database_url, look)
+    assert num_decoded >= 4
 
 
 def test_an_unknown_id_has_no_place(database_url: str, job_id: str) -> None:
