@@ -31,7 +31,7 @@ from dpo_core.options import Dpo, Ipo, Kto, RewardBradleyTerry, Simpo, Supervise
 
 OBJECTIVES = [Dpo(beta=0.2), Dpo(beta=0.5), Dpo(beta=1.0), Ipo(beta=0.2), Ipo(beta=1.0)]
 OBJECTIVES += [Kto(beta=0.2), Kto(beta=1.0), Simpo(beta=1.0), Simpo(beta=5.0)]
-PPO_BETAS = (0.2, 0.3, 0.5, 1.0)
+PPO_BETAS = (0.2, 0.5, 1.0)
 OPTIMUM_BETAS = (0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0)
 PPO_TRUE, PPO_LEARNED = "PPO, true reward", "PPO, learned reward"
 OPTIMUM, OPTIMUM_LEARNED = "optimum", "optimum of the learned reward"
