@@ -159,7 +159,7 @@ def test_blocks_that_cannot_be_packed_stop_no_others_and_are_logged(
 ) -> None:
     broken = [insert_job(database_url, f"ftjob-broken-{number}") for number in range(3)]
     for job_id in broken:
-        insert_steps(database_url, job_id, range(1, 9), lambda _: {"strange": "no number"})  # type: ignore[dict-item]
+        insert_steps(database_url, job_id, range(1, 9), lambda _: {"train_loss": 1.0, "strange": "no number"})  # type: ignore[dict-item]
         end_job(database_url, job_id)
     whole = insert_job(database_url, "ftjob-whole")
     insert_steps(database_url, whole, range(1, 9))
