@@ -82,7 +82,7 @@ def make_packs(
     """
     indices, stand_in = _plan(scorer, groups, max_tokens_per_pack), _stand_in(scorer)
     if load_ids is not None:
-        groups = load_groups(groups, [i for pack in indices for i in pack or stand_in], load_ids)
+        groups = load_groups(groups, own_groups(scorer, groups, max_tokens_per_pack=max_tokens_per_pack), load_ids)
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
     packs: list[Pack] = []
     for pack in indices:
