@@ -342,7 +342,8 @@ async def _submit_next(session: AsyncSession, state: State, settings: Settings, 
             job = await trials.submit(session, settings, ray_api, state.request, trial.parameters, sweep.key_id)
         except ApiError as error:
             is_misfit = error.code == DOES_NOT_FIT
-            sweep.misfit_since = sweep.misfit_since if is_misfit else None
+            if not is_misfit:
+                sweep.misfit_since = None
             if isinstance(error, OverQuota) or (is_misfit and not await misfits_for_too_long(session, sweep)):
                 limit = f" After {MISFIT_AFTER.days} days of this, the trial fails." if is_misfit else ""
                 sweep.waits_for = error.message + limit
