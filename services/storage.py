@@ -92,8 +92,8 @@ def check_bucket(uri: str) -> None:
         filesystem, _ = _resolve(uri)
         (info,) = filesystem.get_file_info([name])
         is_missing = info.type == fs.FileType.NotFound
-    except OSError as error:  # Arrow asks AWS for the region of a bucket if the URI does not tell it
-        is_missing = "not found" in str(error)
+    except OSError as error:  # Arrow asks AWS for the region of a bucket if the URI does not name the region
+        is_missing = f"Bucket '{name}' not found" in str(error)
     if is_missing:
         raise MissingBucketError(f"The bucket '{name}' does not exist; create it, or name another one.")
 
