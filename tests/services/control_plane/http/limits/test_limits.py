@@ -6,9 +6,9 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import openai
@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.http.limits.limits import Limits, Room
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_project, pairs, wait_for
+from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_project, pairs
 
+T = TypeVar("T")
 MIB = 2**20
 KEY = {"Authorization": f"Bearer {API_KEY}"}
 
@@ -178,46 +179,61 @@ def other(api: httpx.Client, base_url: str) -> Iterator[httpx.Client]:
         yield other
 
 
-def open_requests(base_url: str, senders: ExitStack, count: int, key: bytes) -> None:
-    """Opens `count` requests whose bodies never arrive."""
+def open_request(base_url: str, senders: ExitStack, head: bytes) -> None:
+    """Opens a request whose body never arrives, and returns when the service waits for the body or has refused it."""
     url = httpx.URL(base_url)
-    for _ in range(count):
-        sender = senders.enter_context(socket.create_connection((url.host, url.port or 80)))
-        sender.sendall(head("/v1/fine_tuning/jobs", 100).replace(API_KEY.encode(), key))
+    sender = senders.enter_context(socket.create_connection((url.host, url.port or 80), timeout=300))
+    sender.sendall(head.replace(b"host: a", b"host: a\r\nexpect: 100-continue"))
+    sender.recv(1)
 
 
-def until(done: Callable[[], bool]) -> None:
+def beside_open_requests(base_url: str, heads: Sequence[bytes], refused: Callable[[], T | None]) -> T:
+    """Returns what `refused` returns while requests with these heads are open.
+
+    The service ends a request whose body does not arrive. While `refused` returns None, each try opens new ones.
+    """
     deadline = time.monotonic() + 300
-    while not done():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
+    while time.monotonic() < deadline:
+        with ExitStack() as senders:
+            for head in heads:
+                open_request(base_url, senders, head)
+            if (found := refused()) is not None:
+                return found
+    raise AssertionError("nothing was refused")
+
+
+def jobs_head(key: str) -> bytes:
+    return head("/v1/fine_tuning/jobs", 100).replace(API_KEY.encode(), key.encode())
 
 
 @pytest.mark.slow
 def test_one_project_takes_half_of_the_places_and_the_others_and_attempts_have_theirs(
     base_url: str, client: openai.OpenAI, other: httpx.Client, settings: Settings
 ) -> None:
-    with ExitStack() as senders:
-        open_requests(base_url, senders, settings.max_requests, API_KEY.encode())
-        until(lambda: httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 503)
+    def full() -> httpx.Response | None:
         refused = httpx.get(f"{base_url}/v1/files", headers=KEY)
-        assert refused.headers["retry-after"] == "1"
-        assert "Requests of this project use 4 of 8 requests at once" in refusal(refused)
         assert other.get("/files").status_code == 200
         for path, status in (("/healthz", 200), ("/metrics", 200)):
             assert httpx.get(base_url + path).status_code == status
         report = httpx.post(f"{base_url}/internal/attempts/ftjob-1/1/events", json={"events": []}, headers=KEY)
         assert report.status_code == 409
-        assert client.with_options(max_retries=5).files.list().object == "list"
+        return refused if refused.status_code == 503 else None
+
+    refused = beside_open_requests(base_url, [jobs_head(API_KEY)] * settings.max_requests, full)
+    assert refused.headers["retry-after"] == "1"
+    assert "Requests of this project use 4 of 8 requests at once" in refusal(refused)
+    assert client.with_options(max_retries=5).files.list().object == "list"
 
 
 @pytest.mark.slow
 def test_unknown_keys_take_half_of_the_places_at_most(base_url: str, settings: Settings) -> None:
-    with ExitStack() as senders:
-        for number in range(settings.max_requests):
-            open_requests(base_url, senders, 1, f"rd-nobodys-{number}".encode())
-        until(lambda: "Requests of unknown keys use 4 of 8 requests at once" in httpx.get(f"{base_url}/v1/files").text)
+    def full() -> str | None:
+        refused = httpx.get(f"{base_url}/v1/files")
         assert httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 200
+        return refusal(refused) if refused.status_code == 503 else None
+
+    heads = [jobs_head(f"rd-nobodys-{number}") for number in range(settings.max_requests)]
+    assert "Requests of unknown keys use 4 of 8 requests at once" in beside_open_requests(base_url, heads, full)
 
 
 async def _event_stream(scope: Any, receive: Any, send: Any) -> None:
@@ -308,24 +324,19 @@ def test_of_however_many_holders_the_next_one_finds_room(moves: list[tuple[str, 
 
 
 def test_uploads_share_a_bounded_spool(base_url: str, client: openai.OpenAI) -> None:
-    url = httpx.URL(base_url)
-    with socket.create_connection((url.host, url.port or 80)) as sender:
-        kind = b"multipart/form-data; boundary=b"
-        sender.sendall(head("/v1/files", 3 * MIB).replace(b"application/json", kind))
-        refusals: list[openai.InternalServerError] = []
+    def full() -> openai.InternalServerError | None:
+        try:
+            client.files.create(file=("a.jsonl", b" " * 2 * MIB), purpose="fine-tune")
+        except openai.BadRequestError:  # it had room: the open upload has been ended
+            return None
+        except openai.InternalServerError as error:
+            return error
+        raise AssertionError("a file without rows was accepted")
 
-        def is_full() -> bool:
-            try:
-                client.files.create(file=("a.jsonl", b" " * 2 * MIB), purpose="fine-tune")
-            except openai.BadRequestError:  # the other request's head has not been read yet
-                return False
-            except openai.InternalServerError as error:
-                refusals.append(error)
-            return True
-
-        wait_for(is_full)
-        assert re.search(r"use \d+ of at most 4194304 bytes of disk", refusals[0].message)
-        assert (refusals[0].status_code, refusals[0].response.headers["retry-after"]) == (503, "1")
+    upload = head("/v1/files", 3 * MIB).replace(b"application/json", b"multipart/form-data; boundary=b")
+    refused = beside_open_requests(base_url, [upload], full)
+    assert re.search(r"use \d+ of at most 4194304 bytes of disk", refused.message)
+    assert (refused.status_code, refused.response.headers["retry-after"]) == (503, "1")
     file = client.with_options(max_retries=5).files.create(file=("a.jsonl", pairs() * 500), purpose="fine-tune")
     assert file.bytes > MIB
 
