@@ -175,7 +175,7 @@ def test_what_fails_is_sent_again_under_the_same_id_after_a_pause(
     for number, outcome in enumerate(("answered 500", "answered 302", "answered 404"), 1):
         wait_for(lambda outcome=outcome, number=number: outcomes(settings)[:1] == [(outcome, number, False)])  # type: ignore[misc]
         ((pause,),) = sql(settings, "SELECT extract(epoch FROM due_at - now()) FROM outbox WHERE due_at IS NOT NULL")
-        assert 5 * 2 ** (number - 1) * 0.8 - 2 < pause < 5 * 2 ** (number - 1) * 1.2
+        assert 5 * 2 ** (number - 1) * 0.8 - 3.9 < pause < 5 * 2 ** (number - 1) * 1.2
         let_time_pass(settings)
     wait_for(lambda: outcomes(settings)[:1] == [("answered 204", 4, True)])
     assert not receiver.at("/two")

@@ -93,7 +93,7 @@ def test_a_control_plane_that_is_away_delays_nothing_and_the_spool_keeps_all(
     for number in range(100):
         reporter.report(Message(message=str(number)))
     assert not reporter.close(timeout_seconds=0.5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30  # a report that waited for an answer would take half a second, each
     assert spooled(reporter) == list(range(100))
 
 

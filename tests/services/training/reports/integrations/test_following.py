@@ -1,7 +1,6 @@
 """Tests the follower, which copies metrics to a sink, with sinks that work, raise, hang, or cannot be imported."""
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,9 +159,7 @@ def test_a_sink_that_hangs_is_told_of_once_and_left_behind(
             level="warn", message=("Place: the integration has not answered for 0 s. The training itself continues.")
         )
     ]
-    began = time.monotonic()
-    follower.close("succeeded", 0.3)
-    assert time.monotonic() - began < 2
+    follower.close("succeeded", 0.3)  # returns although the integration still hangs
     assert len(told) == 1
     place.hang.set()
 
@@ -183,9 +180,7 @@ def test_a_sink_that_still_fails_at_the_end_is_given_up(follow: Any, place: Plac
     spool.add_steps(1, 3)
     follower, told = follow()
     until(lambda: told)
-    began = time.monotonic()
-    follower.close("succeeded", 10)
-    assert time.monotonic() - began < 5
+    follower.close("succeeded", 10**6)  # returns long before that
     assert len(told) == 1
 
 
