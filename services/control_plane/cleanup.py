@@ -107,9 +107,11 @@ class Sweeper:
         await _remove(side_jobs_left)
 
     async def _pack_steps(self) -> None:
-        """Packs the metrics of past training steps into blocks, not while a release that cannot read them may run.
+        """Packs the metrics of past training steps into blocks (compact tables). Does nothing in the first
+        UPGRADE_SECONDS of this process, because a control plane of an older release, which cannot read blocks, may
+        still run then.
 
-        Such a release would show, and write into result files, the steps that are not packed.
+        Such a control plane would show only the steps that are not in blocks, and write only these into result files.
         """
         if time.monotonic() - self._began > UPGRADE_SECONDS:
             await packing.pack(self._store, MOST)

@@ -132,7 +132,8 @@ class Refused(Exception):
 
 
 class RayApi:
-    """A client of Ray's HTTP APIs. Its methods may raise httpx.HTTPError; the caller must then change nothing.
+    """A client of Ray's HTTP APIs. Its methods may raise httpx.HTTPError. After this error the caller does not know
+    what Ray does, and must leave its own records as they are.
 
     Several services may share a cluster. `instance` returns the id of this service, which is part of the names of its
     applications in Ray. Callers of this class see neither that id nor the applications of other services.
@@ -357,8 +358,8 @@ class RayApi:
         return status
 
     def _http_options(self) -> dict[str, Any]:
-        """Returns the host and the port at which Ray Serve is to listen. They matter only if this service's request
-        starts Ray Serve.
+        """Returns the host and the port at which Ray Serve is to listen. Ray uses them only if Ray Serve does not run
+        yet, so that this service's request starts it.
 
         If Ray's own address is on loopback, Ray Serve listens only there.
         """
@@ -474,6 +475,8 @@ def _deployed(app: dict[str, Any], prefix: str) -> Deployment | None:
 
 
 def rays_words(message: str) -> str:
-    """Returns the part of a message from Ray that helps a user: the last error in its tracebacks, or else its end."""
+    """Returns the part of a message from Ray that helps a user: the line of the last error, such as "ValueError: …".
+    Returns the last 300 characters if no line of the message is an error.
+    """
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
     return storable(errors[-1] if errors else message.strip()[-300:])

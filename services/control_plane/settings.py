@@ -415,7 +415,9 @@ class Settings(BaseSettings):
 
     @property
     def most_pinned(self) -> int:
-        """Returns how many models may be pinned (always loaded). At least one other model can always be loaded."""
+        """Returns how many models may be pinned (always loaded): one fewer than may be loaded, so that other models can
+        be loaded in turn.
+        """
         return self.max_loaded_models - 1
 
     @classmethod

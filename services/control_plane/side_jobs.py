@@ -2,8 +2,8 @@
 
 A side job has a folder in storage. The folder's name is a digest of everything that the result depends on, so the same
 work is done only once. The folder has a subfolder for each attempt (run of the program), numbered from 1, with
-`request.json` and, when the attempt is done, `report.json`. A row of the table `checks` names the project of each
-attempt. A project may run only a few side jobs at the same time.
+`request.json` and, when the attempt is done, `report.json`. For each attempt, a row of the table `checks` says to which
+project the attempt belongs. A project may run only a few side jobs at the same time.
 """
 
 import asyncio
@@ -68,9 +68,9 @@ async def result_of(
 ) -> SideJobResult | None:
     """Runs the side job (a short Ray job beside training), unless it runs already or is done, and returns its result.
 
-    Returns None if the side job still runs after WAIT_SECONDS, or if the client has disconnected, which
-    `is_disconnected` finds out. Raises Unavailable if Ray refuses the side job or does not answer, and RateLimited if
-    `most` side jobs of the project are running.
+    Returns None if the side job still runs after WAIT_SECONDS. Also returns None if `is_disconnected` says that the
+    client, which waits for the result, has disconnected. Raises Unavailable if Ray refuses the side job or does not
+    answer. Raises RateLimited if the project already runs `most` side jobs, the largest number that it may run.
     """
     attempt, result = await _newest(job)
     if result is None:
@@ -91,7 +91,9 @@ async def result_of(
 
 
 async def seconds_running(job: SideJob, store: ProjectStore) -> float:
-    """Returns how many seconds ago the newest attempt of the side job (run of its program) began."""
+    """Returns how many seconds ago the newest attempt of the side job (run of its program) began. Returns 0 if there is
+    no attempt.
+    """
     mine = SideJobAttempt.submission_id.startswith(f"{job.id}-", autoescape=True)
     begun = select(func.extract("epoch", func.clock_timestamp() - func.max(SideJobAttempt.created_at))).where(mine)
     async with store.look() as session:
@@ -109,8 +111,8 @@ async def _newest(job: SideJob) -> tuple[int, SideJobResult | None]:
     """Returns the number of the newest attempt of the side job (a run of its program) and the result of this attempt.
     The number is 0 if there is no attempt; the result is None if the attempt has none yet.
 
-    If the newest attempt failed more than FAILURE_SECONDS ago, returns the next number and no result, so that the side
-    job is tried again.
+    If the newest attempt failed more than FAILURE_SECONDS ago, returns the number after it, of an attempt that does not
+    exist yet, and None. The caller then tries the side job again.
     """
     folders: list[str] = await anyio.to_thread.run_sync(storage.list_folders, job.uri)
     attempt = max(map(int, folders), default=0)
@@ -219,7 +221,7 @@ async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
     """Stops side jobs (short Ray jobs beside training) that have run for more than LONGEST_SECONDS. Returns their
     submission ids.
 
-    Also stores the ends of the side jobs that have ended.
+    Also records in the database which side jobs have ended.
     """
     async with store.begin() as session:
         running = await _running(session)

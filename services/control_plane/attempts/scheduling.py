@@ -78,7 +78,10 @@ def what_each_waits_for(
     turns = _Turns(running, waiting, shares)
 
     def fewer_workers(job: Job, room: Resources) -> str:
-        """Returns the begin of a remedy for a job that does not fit into `room`: fewer workers, if one would fit."""
+        """Returns how a remedy begins, for a job that does not fit into `room`. If the job would fit with one worker,
+        the text advises fewer workers. The caller adds "sk the operator …" to the text, which therefore ends with "A"
+        or "a".
+        """
         one = needs(job, settings, scorers, num_workers=1)
         return "A" if _beyond(one, room) else "Submit it with fewer workers (num_workers), or a"
 

@@ -105,7 +105,9 @@ class Rests:
         return self._seconds[name]
 
     def forget(self, name: str) -> None:
-        """Forgets the refusals of the piece of work `name`, so that its next rest is a first one."""
+        """Forgets the refusals of the piece of work `name`. After its next refusal, the piece rests for `first` seconds
+        again.
+        """
         self._seconds.pop(name, None)
 
 
@@ -128,11 +130,12 @@ async def lasts_too_long(session: AsyncSession, row: Troubled, error: Exception)
 
 
 def next_in_turn(table: Any, is_live: ColumnElement[bool], lease: str, *, most: int | None = None) -> Select[Any]:
-    """Returns the query for the next row of `table` to work on. Projects take turns, and old rows come before new ones.
+    """Returns the query for the next row of `table` to work on. Projects take turns; of one project's rows, the oldest
+    comes first.
 
     The row meets the condition `is_live`, and nobody holds its lease (the right to work on it). The lease's name is the
-    text `lease` followed by the row's id. If `most` is given, only the `most` oldest rows of each project that meet the
-    condition are worked on.
+    text `lease` followed by the row's id. `most` is the number of a project's rows that may be worked on at the same
+    time: the query considers only this many of each project's oldest rows that meet the condition. None means no limit.
     """
     place = func.row_number().over(partition_by=table.project_id, order_by=(table.created_at, table.id))
     live = select(table.id, place.label("place")).where(is_live).subquery()

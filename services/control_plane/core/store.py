@@ -97,8 +97,8 @@ def _url(database_url: str, *, limits: bool = False) -> URL:
     """Returns the database's URL for SQLAlchemy. Adds default options for connecting (CONNECTING), unless the URL sets
     them itself.
 
-    If `limits`, also adds limits that the server enforces, such as the longest time of a statement (SERVER_LIMITS).
-    Connection poolers refuse such limits. Raises NoDatabase if the URL is not one of PostgreSQL.
+    If `limits` is true, also adds limits that the server enforces, such as the longest time of a statement
+    (SERVER_LIMITS). Connection poolers refuse such limits. Raises NoDatabase if the URL is not one of PostgreSQL.
     """
     example = "set DATABASE_URL to the database, such as postgresql://user:password@host/name."
     try:
@@ -348,7 +348,7 @@ def _see_own_rows_only(state: ORMExecuteState) -> None:
 def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
     """Returns the ORM options that limit a statement to the rows of one project.
 
-    If `reading`, the statement also sees the models that other projects share with the project.
+    If `reading` is true, the statement also sees the models that other projects share with the project.
     """
     criteria: dict[type[Owned], ColumnElement[bool]] = {
         kind: kind.project_id == project_id for kind in Owned.__subclasses__()
@@ -561,10 +561,11 @@ async def history(session: AsyncSession, job_id: str) -> History:
 class Census:
     """Numbers over all projects for Prometheus:
 
-    - jobs in each state
-    - webhook messages that wait to be sent
-    - the age of the oldest of these messages
-    - the seconds for which the lease (the right of one control plane to handle jobs) is still held
+    - the number of jobs in each state
+    - the number of webhook messages that wait to be sent
+    - the age of the oldest of these messages in seconds
+    - the seconds until the lease expires that gives one control plane the right to handle jobs; NaN if no control plane
+      ever had it
     """
 
     jobs: Mapping[str, int]  # by state

@@ -347,9 +347,10 @@ class Event(Base):
 
 
 class StepBlock(Base):
-    """A block: the metrics of up to 1,000 consecutive training steps of a job, in a compact form. With the metrics, the
-    block keeps all that the metrics events of these steps showed; these events are no longer rows of the table
-    `events`.
+    """A block: the metrics of up to 1,000 consecutive training steps of a job, in a compact form.
+
+    At first, each training step is a row of the table `events`: an event that shows the step's metrics to the user. A
+    block replaces the rows of its steps. It keeps everything that is needed to show the same events again.
 
     `jobs.events.blocks` writes and reads the two columns of bytes. Later releases must be able to read their format,
     because blocks stay for years.
@@ -677,7 +678,9 @@ class UsageRow(Base):
 
 
 class UsageWriter(Base):
-    """The number of the last batch of usage that a control plane has written, so that no batch is counted twice."""
+    """The number of the last batch of usage counts that a control plane has added to the table `usage`, so that no
+    batch is added twice.
+    """
 
     __tablename__ = "usage_writers"
     id: Mapped[str] = mapped_column(primary_key=True)

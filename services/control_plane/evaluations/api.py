@@ -53,12 +53,14 @@ async def create(
 
 
 async def groups_of(store: ProjectStore, body: CreateEvaluation) -> list[Group]:
-    """Returns the rows of the request, or of the file that it names: prompts with their completions."""
+    """Returns the rows of the request, or of the file that the request names, as groups: prompts with their
+    completions.
+    """
     return await rows.read(store, body.rows, body.file, body.max_items, only_labelled=body.kind == "preferences")
 
 
 def check(body: CreateEvaluation, groups: list[Group]) -> None:
-    """Raises InvalidRequest if a row lacks the completions that the evaluation needs.
+    """Raises InvalidRequest if a row lacks the completions that this kind of evaluation needs.
 
     `groups` are the rows: prompts with their completions.
     """

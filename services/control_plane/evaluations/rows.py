@@ -55,7 +55,8 @@ async def read(
 
 
 def check_expected(groups: Sequence[Group], judge: Judge, param: str) -> None:
-    """Raises InvalidRequest if the judge compares answers with the best completion of their row, and a row has none.
+    """Raises InvalidRequest if the judge is the rule `exact`, which compares answers with the best completion of their
+    row, and a row in `groups` has no completion.
 
     `param` is the request's field that holds the rows.
     """

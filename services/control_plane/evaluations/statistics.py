@@ -102,8 +102,8 @@ def length_controlled_rate(outcomes: Sequence[float], length_differences: Sequen
 
 
 def _inverse_information(rates: Sequence[float], terms: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """Returns the inverse of the negative Hessian of the penalized log-likelihood of a logistic regression, a 2x2
-    matrix.
+    """Returns the inverse of the negative Hessian of the log-likelihood, with a ridge penalty, of a logistic
+    regression. It is a 2x2 matrix.
 
     The regression has an intercept and one covariate. `rates` are the predicted probabilities of the observations, and
     `terms` the values of the covariate.

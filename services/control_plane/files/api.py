@@ -35,7 +35,9 @@ IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked.
 
 @router.post("", responses=answers(FileDocument), openapi_extra=multipart("file", "purpose", *FIELDS))
 async def create(request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart) -> Response:
-    """Stores a file and checks its rows. A file with a bad row is refused; the error names the line."""
+    """Stores a file. The rows of a small training file are checked before the answer, and a file with a bad row is
+    refused; the error names the line. The rows of a large file are checked after the answer.
+    """
     async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
         wanted = CreateFile.of(form.fields)
         reading = wanted.reading()

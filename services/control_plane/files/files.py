@@ -130,9 +130,9 @@ async def add(
     """Adds the database row of a file whose bytes are in storage, and returns the row.
 
     `stored` says where the bytes are, and `filename` is the name that the user sees. `purpose` says what the file is
-    for, such as `fine-tune`. `report` is the report on the rows of a training file; if it is None, a background task
-    checks the rows later. `reading` holds the options for reading the rows. The file expires after `life_seconds`, or
-    never if `life_seconds` is None.
+    for, such as `fine-tune`. `project_id` is the project that owns the file. `report` is the report on the rows of a
+    training file; if it is None, a background task checks the rows later. `reading` holds the options for reading the
+    rows. The file expires after `life_seconds`, or never if `life_seconds` is None.
     """
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
@@ -330,8 +330,10 @@ async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, par
 
 
 async def check_uri(uri: str, settings: Settings) -> None:
-    """Raises InvalidRequest if jobs may not train on the data at the URI that a user sent. Connects to no other
-    machine."""
+    """Raises InvalidRequest if jobs may not train on the data at `uri`, which a user sent: the setting `dataset_uris`
+    does not allow the URI, its host is a private IP address that the setting does not name, or it is a local file that
+    does not exist. Connects to no other machine.
+    """
     try:
         await anyio.to_thread.run_sync(_check_uri, uri, settings)
     except InvalidUri as error:

@@ -52,8 +52,9 @@ async def report_of(stored: Stored, reading: Reading, *, param: str, project_id:
     """Checks the rows of a stored file before the upload is answered, and returns the report on the rows. Returns None
     for a large file, which a background task checks later.
 
-    `reading` holds the options for reading the rows, and `param` is the request's field that holds the file. Raises
-    InvalidRequest, which names the first bad line, and Unavailable if the process that checks the rows died.
+    `reading` holds the options for reading the rows, and `param` is the request's field that holds the file.
+    `project_id` is the project that uploads the file; checks of several projects take turns. Raises InvalidRequest,
+    which names the first bad line, and Unavailable if the process that checks the rows died.
     """
     if stored.num_bytes > AT_ONCE_BYTES:
         return None

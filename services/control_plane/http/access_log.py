@@ -86,7 +86,8 @@ def _given_id(scope: Scope) -> dict[str, str]:
 
 def _span(scope: Scope) -> AbstractContextManager[Any]:
     """Opens a trace span for a request below /v1. If the client's header `traceparent` names a span, the new span
-    stands below it. For other requests, opens no span."""
+    becomes a child of that span. For other requests, opens no span.
+    """
     given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
     return tracing.span("request", parent=given) if scope["path"].startswith("/v1/") else nullcontext()
 

@@ -80,8 +80,8 @@ def read_file(uri: str, span: range) -> Iterator[bytes]:
 
 
 def _is_same(request: Request, content: Content) -> bool:
-    """Whether the header `If-Range` names this content or is missing, so that a range of the content fits the part that
-    the client already has.
+    """Whether the client may get a range of this content: the header `If-Range` is missing, or it names the content's
+    ETag. With another ETag, the range would not fit the part that the client already has.
     """
     return request.headers.get("if-range") in (None, f'"{content.etag}"')
 
@@ -128,7 +128,9 @@ def _noting_digest(content: Content) -> Iterator[bytes]:
 
 
 async def _in_threads(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Yields the chunk `first`, and then all chunks of the iterator `chunks`. Reads each of these in a thread."""
+    """Yields the chunk `first`, and then all chunks of the iterator `chunks`. Reads each chunk of `chunks` in a thread,
+    because the reading blocks.
+    """
     yield first
     while chunk := await anyio.to_thread.run_sync(next, chunks, b""):
         yield chunk

@@ -97,9 +97,9 @@ CallerPart = Annotated[Caller, Depends(admit)]
 
 
 def _names(param: Any) -> Collection[str]:
-    """Returns the names of the query parameters that one parameter of a route function reads.
+    """Returns the names of the query parameters from which FastAPI fills one parameter (`param`) of a route function.
 
-    If the type of the parameter is a pydantic model, it reads several query parameters.
+    These are several names if the type of `param` is a pydantic model, and otherwise one name.
     """
     kind = param.field_info.annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):

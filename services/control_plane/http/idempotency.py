@@ -139,8 +139,8 @@ class IdempotentRequest:
             )
 
     async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
-        """Returns the stored response for this Idempotency-Key. Returns None if no response is stored, or the stored
-        one is more than a day old.
+        """Returns the stored response for this Idempotency-Key. Returns None if no response is stored. Deletes a stored
+        response that is more than a day old, and returns None.
 
         `sent` is the digest of the body. Raises InvalidRequest if the key was sent before with another request.
         """

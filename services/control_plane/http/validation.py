@@ -108,10 +108,10 @@ def _names(kind: Any) -> set[str]:
 
 @contextmanager
 def within(where: str, note: str = "") -> Iterator[None]:
-    """Corrects the field that an error names, if the error is raised in the `with` block, where a part of a request's
-    body is checked.
+    """Corrects the field that an error names, if an ApiError is raised in the `with` block. The block checks one part
+    of a request's body, and its errors name a field by the path within this part.
 
-    `where` is the path of this part. The error then names the field by its path in the whole body. `note` is added to
+    `where` is the path of the part, such as `method.dpo`. It is put in front of the field's path. `note` is added to
     the error's message.
     """
     try:

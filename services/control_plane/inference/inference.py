@@ -72,10 +72,11 @@ class _Use:
         return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
 
     def change(self, in_flight: int, now: float) -> None:
-        """Adds `in_flight`, which may be negative, to the number of this control plane's requests to the model in
-        flight.
+        """Adds `in_flight` to the number of this control plane's requests to the model in flight. A negative
+        `in_flight` means that requests have ended.
 
-        `now` is the current time. First adds to `share` the time since the last change, divided by the number of
+        `now` is the current time. First brings `share` up to date, the seconds of the model's time that one request
+        would have had if it had always been in flight: adds the time since the last change, divided by the number of
         requests that were in flight. So the requests in flight share the model's time evenly.
         """
         if self.in_flight:

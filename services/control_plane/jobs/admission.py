@@ -23,8 +23,9 @@ from services.control_plane.tenants import quotas
 
 
 class Admitted(NamedTuple):
-    """A new job that passed all checks: its complete spec (description), its models, and whether the rows of its files
-    were checked."""
+    """A new job that passed all checks: its complete spec (description), the model that it starts from and its
+    reference model, and whether the rows of its files were checked.
+    """
 
     spec: JobSpec  # what the job is to do, with the choices that the request left to the service
     model: NamedModel  # from which the job starts
@@ -84,7 +85,8 @@ async def _check_quantization(spec: JobSpec, model: NamedModel) -> None:
     """Raises InvalidRequest if the job quantizes its base model, but most weights of this model cannot be quantized.
     For example, a weight that holds all experts of a layer cannot be quantized.
 
-    If the shapes of the weights cannot be read on this machine, the job itself makes this check.
+    If the shapes of the weights cannot be read on this machine, does nothing; the job makes the same check when it
+    runs.
     """
     if spec.weights.quantization is None:
         return

@@ -15,8 +15,8 @@ from services.control_plane.models.models import NamedModel
 
 @dataclass(frozen=True)
 class Asked:
-    """Those options of a job request for which the value `auto` lets the service choose, with the values that the user
-    sent.
+    """The options of a job request for which the service may choose the value, as the user sent them. The value `auto`
+    lets the service choose.
 
     Also holds, as `comparing`, the names of those fields in the request that compare checkpoints on validation data,
     such as `best_metric`.
@@ -31,8 +31,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Combination:
-    """What the rules about forbidden combinations of options look at: the job's spec, the options that the user sent,
-    the model that the job starts from, and its reference model.
+    """A job request and its choices, which the rules about forbidden combinations of options look at: the job's spec,
+    the options that the user sent, the model that the job starts from, and its reference model.
     """
 
     spec: JobSpec  # with the service's choice of weights

@@ -139,7 +139,7 @@ async def confirm(session: AsyncSession, job: Job) -> None:
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Sets the job's desired state to `cancel`. Cancels the job immediately if it is not running.
+    """Sets the job's desired state to `cancel`, and returns the job. If the job is not running, cancels it immediately.
 
     `actor` is the id of the API key that sent the request. Raises InvalidRequest if the job has ended.
     """
@@ -157,7 +157,7 @@ async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
 
 
 async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Sets the job's desired state to `pause`. Pauses the job immediately if it is queued.
+    """Sets the job's desired state to `pause`, and returns the job. If the job is queued, pauses it immediately.
 
     `actor` is the id of the API key that sent the request. Raises InvalidRequest if the job is neither queued nor
     running, or is being cancelled.
@@ -174,7 +174,8 @@ async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
 
 
 async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Sets the job's desired state to `run`. A paused job is queued again; a job that has not paused yet continues.
+    """Sets the job's desired state to `run`, and returns the job. A paused job is queued again; a job that has not
+    paused yet continues.
 
     `actor` is the id of the API key that sent the request. Raises InvalidRequest if the user has not paused the job,
     and OverQuota if the project may not queue another job.

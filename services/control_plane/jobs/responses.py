@@ -131,8 +131,9 @@ def _selection(row: Job) -> dict[str, Any]:
 
 
 def _eta_seconds(row: Job) -> float | None:
-    """Returns the seconds that the job's current stage will still take at its speed so far. Returns None if the speed
-    is unknown."""
+    """Returns how many seconds the job's current stage, such as training, will still take if its speed stays the same.
+    Returns None if the speed is unknown.
+    """
     progress = (row.observed == "running" and row.progress) or {}
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:

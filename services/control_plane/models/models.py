@@ -211,7 +211,8 @@ async def base_of(session: AsyncSession, settings: Settings, adapter: NamedModel
     """Returns the model that an adapter was trained on: a base model from the settings, or a trained model of any
     project.
 
-    If this model no longer exists, its name is taken from the adapter's `root`.
+    If this model no longer exists, the result has the name in the adapter's column `root`: the base model from which
+    the training first started.
     """
     assert adapter.base_source is not None  # only adapters have a base
     for base in bases(settings):

@@ -30,8 +30,8 @@ StreamsPart = Annotated[Streams, Depends(_streams)]
 
 
 class EventStream(StreamingResponse):
-    """A response that sends server-sent events. Whenever no event has come for a while, checks whether the client has
-    disconnected. Ends if it has.
+    """A response that sends server-sent events. Whenever no event has come for a while, the response checks whether the
+    client is still connected, and ends if the client has disconnected.
 
     The response runs in the task of the request itself. Starlette's own class would use two more tasks, and
     sse-starlette's four.

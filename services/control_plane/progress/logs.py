@@ -18,7 +18,8 @@ def page(
     field `next` is the byte at which the next page begins.
 
     `attempt` is the number of a run of the job on Ray; None means the newest run. `source` is the process, such as
-    `driver` or `worker-0`. Raises InvalidRequest for a run without logs.
+    `driver` or `worker-0`. Raises InvalidRequest if this run has no logs but other runs of the job have some. If no run
+    has logs, the page is empty.
     """
     folder = storage.join(settings.storage_url, "runs", job_id, "logs")
     attempts = sorted(map(int, storage.list_folders(folder)))

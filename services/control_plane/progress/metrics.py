@@ -86,8 +86,9 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
 
 
 async def _known(session: AsyncSession, job_id: str, first: int, last: int) -> tuple[int, int] | None:
-    """Returns the first and the last step from `first` to `last` for which the job's metrics are stored. Returns None
-    if there is no such step."""
+    """Returns the lowest and the highest step for which the job's metrics are stored, among the steps from `first` to
+    `last`. Returns None if there is no such step.
+    """
     in_rows = select(func.min(Event.step), func.max(Event.step)).where(Event.job_id == job_id)
     within = StepBlock.steps * MultiRange([SqlRange(first, last + 1)])
     in_blocks = select(func.min(func.lower(within)), func.max(func.upper(within)) - 1)
@@ -131,7 +132,8 @@ async def _packed(session: AsyncSession, job_id: str, first: int, last: int, *, 
     """Returns the bytes of the job's blocks that have steps from `first` to `last`. A block is a table with the metrics
     of up to 1,000 training steps, stored as bytes. The result has a pair for each block:
 
-    - whether the bytes are the block's sums over 100 steps each, or else the rows of its steps
+    - True if the bytes are the block's sums over each 100 steps; False if they are the whole table, with one row for
+      each step
     - the bytes
 
     The bytes are the sums if `adds` is true and all steps of the block are from `first` to `last`.
@@ -148,9 +150,9 @@ def _merged(
     """Adds up the metrics of a job in each bucket of steps. Returns a dictionary for each bucket and metric, with the
     columns of SUMS, such as the number of values, their sum and the last one.
 
-    `rows` are such sums of the steps that are not in blocks. `packed` are the pairs that `_packed` returns for the
-    blocks (tables with the metrics of many steps). Bucket n has the steps from `start` + n * `width`; only steps from
-    `first` to `last` count.
+    `rows` are such dictionaries for the steps that are not in blocks. `packed` are the pairs that `_packed` returns for
+    the blocks (tables with the metrics of many steps). Bucket n has the steps from `start` + n * `width`; only steps
+    from `first` to `last` count.
     """
     parts = [pa.Table.from_pylist(rows, schema=SUMS)]
     within = (pc.field("step") >= first) & (pc.field("step") <= last)

@@ -56,7 +56,7 @@ def winner(judged: Sequence[Judged]) -> int:
 
 
 def probabilities(judged: Sequence[Judged]) -> list[float]:
-    """Returns the probability of each completion that it is preferred to all other completions. `judged` has the
+    """Returns, for each completion, the probability that it is preferred to all other completions. `judged` has the
     rewards of the completions of one prompt.
 
     If rewards are numbers, the probability is that of the Plackett-Luce model (a softmax), which for two completions is
@@ -76,7 +76,7 @@ def _gaussian(mean: float, log_variance: float) -> NormalDist:
 
 
 def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
-    """Returns the probability of each of several independent Gaussian rewards that it is the highest of them.
+    """Returns, for each of several independent Gaussian rewards, the probability that it is the highest of them.
 
     This probability is the integral of the product of the other rewards' cumulative distributions over the reward's own
     distribution. The integral is computed as a sum over points around all means. The points are dense where standard

@@ -75,8 +75,8 @@ class Scoring:
         """Sends the groups (prompts with their completions) as texts to the model, and returns the log-probabilities of
         the completions or, for a reward model, its outputs.
 
-        `today` is the date for chat templates that write the current date into the prompt. `meter_of` returns, for the
-        model's id, the meter that counts its tokens.
+        `today` is the date that some chat templates write into the prompt; None means the current date. `meter_of`
+        returns, for the model's id, the meter that counts its tokens.
         """
         return _read(model, await self._ask(model, SCORE_TEXTS, _texts(groups, today), meter_of))
 
@@ -102,7 +102,7 @@ def _count(scored: Scored) -> int:
 
 def explicit_rewards(scored: Scored) -> list[list[Judged]]:
     """Returns the reward of each completion of each group (prompt with its completions), from the outputs of a reward
-    model.
+    model, which are in `scored`.
     """
     return [
         [explicit(outputs, length) for outputs, length in zip(*row, strict=True)]

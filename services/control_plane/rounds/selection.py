@@ -183,8 +183,9 @@ def rows_of(selection: Selection, samples: Sequence[Sample], seed: str) -> tuple
 
 
 def write_rows(file: IO[bytes], selection: Selection, samples: Sequence[Sample], seed: str) -> dict[str, int]:
-    """Calls `rows_of` with the other arguments, writes the rows that it returns into the file as JSON Lines, and seeks
-    to the start of the file. Returns the counts that `rows_of` returns."""
+    """Makes rows of training data with `rows_of` from `selection`, `samples` and `seed`. Writes the rows into the file
+    as JSON Lines, and seeks to the start of the file. Returns the counts that `rows_of` returns.
+    """
     rows, counts = rows_of(selection, samples, seed)
     file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     file.seek(0)

@@ -309,8 +309,10 @@ class Stages:
         return _add(rounds, results=results)
 
     async def _go_on(self, session: AsyncSession, rounds: Rounds) -> bool:
-        """Begins the next round, or ends the set of rounds: after its last round, or if the request asks to stop after
-        a round whose policy is not the best so far."""
+        """Begins the next round of the set of rounds. Ends the set instead if this was its last round, or if the
+        request asks to stop after a round whose policy is not the best so far and this was such a round. Returns True:
+        the stage is done.
+        """
         spec, number = _spec(rounds), rounds.history[-1]["number"]
         if number == spec.num_rounds:
             await changes.end(session, rounds, "succeeded", end_reason="num_rounds")
@@ -339,8 +341,8 @@ def best_of(history: Sequence[Entry]) -> Entry:
 
 
 async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Mapping[str, int]) -> bool:
-    """Ends the set of rounds, because the answers of the newest round make too few rows for a job. `counts` are the
-    counts that `rows_of` returned, such as `num_rows` and `num_ties`.
+    """Ends the set of rounds, because the answers of the newest round make too few rows for a job. Returns True: the
+    stage is done. `counts` are the counts that `rows_of` returned, such as `num_rows` and `num_ties`.
 
     In the first round, the set ends as failed. In a later round, it ends as succeeded: too few rows then mean that the
     judge no longer finds differences between the policy's answers.
@@ -360,8 +362,9 @@ async def _end_without_rows(session: AsyncSession, rounds: Rounds, *, counts: Ma
 
 
 async def _note_bytes(session: AsyncSession, rounds: Rounds, *, num_bytes: int) -> bool:
-    """Stores the size of the round's training file, because the project has too little space left for it. The file is
-    made again only when the project has this space."""
+    """Stores `num_bytes`, the size of the round's training file, because the project has too little space left for the
+    file. The file is made again only when the project has this space. Returns True.
+    """
     return _add(rounds, num_bytes=num_bytes)
 
 

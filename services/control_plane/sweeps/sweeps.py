@@ -323,7 +323,7 @@ async def _stop_hopeless(session: AsyncSession, state: State) -> None:
 
 async def _submit_next(session: AsyncSession, state: State, settings: Settings, ray_api: RayApi) -> None:
     """Submits the jobs of the next trials (jobs with chosen values), until `max_running_jobs` jobs of the sweep are
-    queued or running.
+    queued or running. `state` is the state of the sweep in the database.
 
     If the service refuses the job of a trial, the trial fails. If the project may not queue another job now, the sweep
     waits. If the job fits no machine that is there now, the sweep waits for at most a week, and then the trial fails.

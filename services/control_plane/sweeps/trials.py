@@ -33,8 +33,12 @@ from services.control_plane.sweeps.stopping import Curve, Point
 
 
 def job_of(sweep: CreateSweep, values: Values) -> tuple[JobSpec, Asked]:
-    """Returns the complete description of the job of a trial, and the options for which the service can choose values.
-    A trial is a job of the sweep; `values` are the values that the sweep chose for it.
+    """Makes the job of a trial. A trial is a job of the sweep; `values` are the values that the sweep chose for it.
+    Returns two values:
+
+    - the complete description of the job
+    - the options of the job for which the service may choose a value, such as the adapter, as the sweep's request has
+      them
 
     Raises InvalidRequest, which names the field and the trial's values, if the job is not valid.
     """
@@ -127,10 +131,11 @@ async def submit(
 
 
 async def check_evaluations(session: AsyncSession, settings: Settings, bodies: Mapping[str, CreateEvaluation]) -> None:
-    """Raises an ApiError if a model that an evaluation of the sweep needs does not exist or does not fit.
+    """Raises an ApiError if a model that an evaluation of the sweep needs does not exist or cannot be used in this
+    evaluation.
 
-    The policies do not exist yet, so the model that the job starts from takes their place; `bodies` name this model. If
-    a policy's own implicit reward judges its answers, this judge is not checked.
+    The policies do not exist yet, so the model that the job starts from takes their place; `bodies`, the evaluations by
+    name, name this model. If a policy's own implicit reward judges its answers, this judge is not checked.
     """
     for name, body in bodies.items():
         with within(f"evaluations.{name}"):

@@ -24,7 +24,9 @@ from services.control_plane.core.tables import (
 
 
 def managed_by(caller: Caller) -> Select[Project]:
-    """Returns the SQL query for the projects that the caller may manage: all projects, or only its own."""
+    """Returns the SQL query for the projects that the caller may manage. An admin of the default project may manage all
+    projects, any other caller only its own.
+    """
     every = select(Project)
     return every if caller.manages_all else every.where(Project.id == caller.project_id)
 
@@ -103,7 +105,7 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
 
 
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Archives the project: its keys stop working, but its files, jobs and models stay.
+    """Archives the project, and returns it. Its keys stop working, but its files, jobs and models stay.
 
     Raises InvalidRequest for the default project. Also raises InvalidRequest if one of these of the project has not
     ended: a job, an evaluation, a sweep, or a set of rounds (repeated training of a policy).

@@ -154,7 +154,7 @@ def _open_hours() -> Select[str, float]:
     """Returns an SQL query that sums up the accelerator hours of attempts (runs of jobs) that have not ended. Its
     columns are the project's id and the sum.
 
-    The caller groups the rows by project.
+    The query has no GROUP BY; the caller must add one, by the project's id.
     """
     hours = func.sum(Attempt.num_accelerators * HOURS).label("hours")
     return select(Job.project_id, hours).join(Attempt).where(Attempt.state != "ended")

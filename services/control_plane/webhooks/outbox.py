@@ -287,7 +287,9 @@ async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: fl
 
 
 async def give_up_old(session: AsyncSession) -> None:
-    """Marks the messages as given up that have waited for 72 hours, because their endpoints (users' URLs) fail."""
+    """Gives up webhook messages that have waited for 72 hours, because their endpoints (users' URLs) fail. These
+    messages are never sent.
+    """
     failing = select(WebhookEndpoint.id).where(WebhookEndpoint.num_failures > 0)
     old = update(Outbound).where(Outbound.due_at.is_not(None), Outbound.created_at < func.now() - TRIED_FOR)
     outcome = func.coalesce(Outbound.outcome, "not sent: the endpoint did not answer for 72 hours")

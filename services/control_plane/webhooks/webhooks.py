@@ -100,7 +100,9 @@ async def remove(session: AsyncSession, endpoint_id: str) -> None:
 
 
 def check_url(url: str, settings: Settings) -> None:
-    """Raises InvalidRequest if webhooks may not be sent to the URL. Makes no connection."""
+    """Raises InvalidRequest if the service may not send webhooks to the URL: the setting `webhook_urls` does not allow
+    it, it has no host, or its host is a private IP address that the setting does not name. Makes no connection.
+    """
     try:
         check(url, settings.webhook_urls, SETTING)
         if not urlsplit(url).hostname:

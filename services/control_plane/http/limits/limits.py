@@ -45,7 +45,7 @@ class Room:
         too little is left.
 
         `has` is the amount that this request has reserved already. If no other request has reserved anything, the
-        request may take any amount.
+        request may take any amount. If `holder` is None, the request need not leave a part for other holders.
         """
         if self.taken and self.taken + amount > self.most:
             raise self._full(f"The service is full: requests use {self.taken} of at most {self.most} {self._what}")

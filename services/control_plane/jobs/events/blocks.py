@@ -36,8 +36,9 @@ def number_of(step: int) -> int:
 
 
 def block_of(events: Sequence[Any]) -> pa.Table:
-    """Returns a block (a table with a row for each training step) of the metrics in `events`. `events` are rows of the
-    database table `events`, sorted by step; each tells the metrics of one step."""
+    """Returns a block, which is a table with a row for each training step, of the metrics in `events`. `events` are
+    rows of the database table `events`, sorted by step; each tells the metrics of one step.
+    """
     told = [event.data or {} for event in events]
     names = sorted({name for data in told for name in data} - FIXED.keys())
     columns: dict[str, pa.Array] = {
@@ -51,7 +52,9 @@ def block_of(events: Sequence[Any]) -> pa.Table:
 
 
 def _number(value: float | None) -> float | None:
-    """Returns the value as Arrow takes it. JSONB gives 1e16 back as an int, and Arrow makes no float64 of it."""
+    """Returns the value as a float, which Arrow needs for a float64 column. The database's JSONB gives a number such as
+    1e16 back as an int. None stays None.
+    """
     return None if value is None else float(value)
 
 
@@ -96,9 +99,12 @@ def from_bytes(data: bytes) -> pa.Table:
 
 
 def values_of(block: pa.Table) -> pa.Table:
-    """Returns the values of the block's metrics in the form of sums, a table with the columns SUMS. Each row has one
-    value of one metric, so its sum, least, greatest and last value are all this value. A block is a table with a row
-    for each training step."""
+    """Returns the metrics of a block in the form that `added_up` takes, a table with the columns SUMS. A block is a
+    table with a row for each training step.
+
+    The result has a row for each value of each metric: its sum, least, greatest and last value are all this one value,
+    and its count is 1.
+    """
     parts = []
     for name in names_of(block):
         known = pa.table({"step": block["step"], "value": block[METRIC + name]}).drop_null()

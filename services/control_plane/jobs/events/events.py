@@ -80,8 +80,9 @@ def _place_of_step(data: bytes, step: int) -> int | None:
 
 
 async def page(session: AsyncSession, job_id: str, *, before: int | None, type: str | None, limit: int) -> list[Any]:
-    """Returns the newest `limit` events of the job whose numbers are less than `before`, newest first. If `type` is
-    given, returns only events of this type."""
+    """Returns the newest `limit` events of the job whose numbers are less than `before`, newest first. If `before` is
+    None, begins with the newest event. If `type` is given, returns only events of this type.
+    """
     query = select(*EVENT).where(Event.job_id == job_id, Event.id < (before or LAST))
     query = query if type is None else query.where(Event.type == type)
     rows = (await session.execute(query.order_by(Event.id.desc()).limit(limit))).all()
@@ -132,10 +133,10 @@ async def _with_packed(
     newest: bool,
 ) -> list[Any]:
     """Returns the job's first `limit` events with numbers between `after` and `before`; neither end is included. The
-    order is newest first if `newest`, and oldest first if not.
+    order is newest first if `newest` is true, and oldest first otherwise.
 
-    `rows` are those of the events that were found in the table `events`. The function adds the events in blocks (tables
-    that keep the metrics events of past steps).
+    Some of these events are rows of the table `events`; the caller has found them and gives them as `rows`. The other
+    ones are in blocks, which are tables that keep the metrics events of past steps. The function reads these blocks.
     """
     found = {row.id: row for row in rows}
     edge = StepBlock.last_event if newest else StepBlock.first_event
@@ -155,8 +156,13 @@ async def _with_packed(
 
 
 def _events(job_id: str, data: bytes, *, after: int, before: int, limit: int, newest: bool) -> list[Event]:
-    """Returns the first `limit` metrics events of a block between `after` and `before`, as rows of the table `events`,
-    which are not in the database any more. `data` are the block's bytes."""
+    """Returns the first `limit` metrics events of a block (a table with the metrics of past steps) whose numbers are
+    between `after` and `before`; neither end is included. The order is newest first if `newest` is true, and oldest
+    first otherwise.
+
+    `data` are the block's bytes. The events are objects of the class Event, as they were in the table `events` before
+    they moved into the block.
+    """
     place = pc.field("event_id")
     block = blocks.from_bytes(data).filter((place > after) & (place < before))
     block = block.sort_by([("event_id", "descending" if newest else "ascending")]).slice(0, limit)

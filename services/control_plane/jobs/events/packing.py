@@ -24,8 +24,11 @@ KEPT_BLOCKS = 2  # the newest blocks of a live job stay rows, because they still
 
 
 async def pack(store: Store, most: int) -> int:
-    """Packs at most `most` blocks: full blocks of jobs that have not ended, and all steps of jobs that have. Returns
-    how many blocks were packed. A block that cannot be packed is logged, and stops no other."""
+    """Packs at most `most` blocks, each of which holds the metrics of up to 1,000 training steps: full blocks of jobs
+    that have not ended, and all steps of jobs that have ended. Returns how many blocks were packed.
+
+    If a block cannot be packed, logs the error and goes on with the next block.
+    """
     async with store.begin() as session:
         due = await _due(session, most)
     num_packed = 0
@@ -42,7 +45,8 @@ async def pack(store: Store, most: int) -> int:
 
 
 async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
-    """Returns the blocks to pack, as job ids and numbers of blocks. Marks ended jobs that have none as packed.
+    """Returns the blocks to pack, as pairs of a job's id and a block's number in the job. Marks ended jobs that have
+    nothing left to pack, so that later calls need not look at them.
 
     At most `most` ended jobs are looked at. Their order is random, so that jobs whose blocks cannot be packed do not
     stop the others.
@@ -66,8 +70,9 @@ async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
 
 async def pack_block(session: AsyncSession, job_id: str, number: int) -> None:
     """Moves the metrics events of a job's training steps from the table `events` into block number `number`, which has
-    the metrics of up to 1,000 steps. If the block has a step already, drops the row of this step, because the job's
-    history tells each step once."""
+    the metrics of up to 1,000 steps. If the block already has a step (a resumed attempt repeats steps), the step's row
+    is dropped, because the job's history tells each step once.
+    """
     await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
     first = number * blocks.BLOCK_STEPS + 1
     moving = (Event.job_id == job_id) & Event.step.between(first, first + blocks.BLOCK_STEPS - 1)
@@ -85,9 +90,12 @@ async def pack_block(session: AsyncSession, job_id: str, number: int) -> None:
 
 
 def _packed(known: bytes | None, events: Any) -> dict[str, Any]:
-    """Returns the values of the columns of a row of StepBlock, in which one block (the metrics of up to 1,000 training
-    steps) is stored. `known` is the block as it is stored now, as bytes; None if there is none yet. The steps of
-    `events`, rows of the table `events`, are added to it."""
+    """Returns the columns of a row of StepBlock, which stores one block (the metrics of up to 1,000 training steps), as
+    a dictionary from the names of the columns to their values.
+
+    `known` is the block as it is stored now, as bytes; None if it is not stored yet. `events` are rows of the table
+    `events`; their steps are added to the block.
+    """
     block = blocks.block_of(events)
     if known is not None:
         block = blocks.with_new_steps(blocks.from_bytes(known), block)

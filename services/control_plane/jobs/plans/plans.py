@@ -120,7 +120,7 @@ def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
 
 
 def most_workers(nodes: Sequence[Node], settings: Settings) -> float:
-    """Returns for how many workers of one job the cluster has GPUs, or may grow to have them.
+    """Returns the largest number of workers that one job can have on the GPUs that the cluster has or may grow to have.
 
     Returns infinity if this is unknown, or workers use CPUs. `nodes` are the machines of the Ray cluster.
     """
@@ -143,8 +143,8 @@ def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None, workers: float
 
 
 async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, ray_api: RayApi) -> None:
-    """Raises InvalidRequest if the job cannot fit into memory: weights and optimizer alone need more than the largest
-    worker has.
+    """Raises InvalidRequest if the job can never fit into memory: the weights, gradients and optimizer of one worker
+    alone need more than the cluster's largest GPU has or, with workers on CPUs, its largest machine.
     """
     try:
         shapes = await model_shapes(model)
@@ -169,15 +169,20 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
 
 
 class MisfitTimes(Protocol):
-    """A row of the database, such as a sweep, whose work may be too large for the cluster."""
+    """A row of the database, such as a sweep, whose work may be too large for the cluster. `misfit_since` is the time
+    since which it is too large, and `misfit_seen_at` the time at which this was last seen.
+    """
 
     misfit_since: Any  # when the cluster was first found too small; None if it was large enough since
     misfit_seen_at: Any  # when the cluster was last found too small
 
 
 async def misfits_for_too_long(session: AsyncSession, row: MisfitTimes) -> bool:
-    """Notes in `row` that the cluster is too small for its work now. Returns True if it was so for MISFIT_AFTER without
-    a break, so that the work should fail. It is a break as well if nobody has looked for MISFIT_GAP.
+    """Stores in `row` that the cluster is too small for the row's work now. Returns True if the cluster has been too
+    small for MISFIT_AFTER, so that the work should fail.
+
+    This time begins anew if the function was not called for MISFIT_GAP, because the cluster may have been large enough
+    meanwhile.
     """
     at = await now(session)
     is_unbroken = row.misfit_seen_at is not None and at - row.misfit_seen_at < MISFIT_GAP
@@ -197,9 +202,10 @@ def _param(found: Plan) -> str:
 
 
 def _explain_wait(asked: int, workers: float, nodes: Sequence[Node], settings: Settings) -> str:
-    """Returns a sentence for the user: the job asks for more workers than the cluster has GPUs for, so it would wait.
-    `asked` is the number of workers that the job asks for, and `workers` the number for which there are GPUs. `nodes`
-    are the machines of the Ray cluster."""
+    """Returns a sentence for the user which says that the job would wait, because the cluster has GPUs for fewer
+    workers than the job asks for. `asked` is the number of workers that the job asks for, and `workers` the number for
+    which there are GPUs. `nodes` are the machines of the Ray cluster.
+    """
     if not workers:
         num_gpus, needed = sum(len(node.gpus) for node in nodes), settings.num_gpus_per_worker
         has = f"{num_gpus} of the {needed:g} GPUs that each worker needs" if num_gpus else "no GPU"

@@ -1,4 +1,4 @@
-"""Adds since when, and at which last look, the cluster was too small for a job, or the next job of a sweep or of rounds
+"""Adds times to jobs, sweeps and rounds: since when the cluster is too small for them, and when this was last seen
 
 Revision ID: 0025 Revises: 0024
 """

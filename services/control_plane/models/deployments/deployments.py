@@ -35,8 +35,8 @@ SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
 async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None, for_job: bool = False) -> None:
-    """Requests that the model is loaded, or records that it is used. The request or the record is stored in the model's
-    row in the table `deployments`.
+    """Requests that the model is loaded: adds a row for the model to the table `deployments`. If there is such a row
+    already, stores in it that the model is used now.
 
     `app_name` is given only to load a second engine (server) of the model, which only computes log-probabilities.
     `for_job` says that a job needs the model as its reference; a model that only jobs have requested is unloaded after

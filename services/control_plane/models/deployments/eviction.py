@@ -142,9 +142,9 @@ class _Served:
         Reference models do not count. If too few models are idle, some busy models get no further requests, so that
         they become idle. Clients whose requests wait for such a model are told the reason `why`.
 
-        If `beside_next_job`, the models must also leave free the GPUs that the next job waits for. Then only busy
-        models that have run for TURN_SECONDS are chosen. If not `beside_next_job`, busy models are chosen immediately,
-        because running jobs need the GPUs.
+        If `beside_next_job` is true, the models must also leave free the GPUs that the next job waits for, and only
+        busy models that have run for TURN_SECONDS are chosen. If `beside_next_job` is false, running jobs need the
+        GPUs, so busy models are chosen however long they have run.
         """
         most = self._room.most_gpus(beside_next_job=beside_next_job)
         while (few := len(self._others()) > self._room.places) or _exceeds(self._gpus(), most):
