@@ -240,7 +240,11 @@ class RayApi:
         try:
             await self.stop(submission_id)
         except httpx.HTTPError as error:
-            log.warning("Ray did not stop %s, which is asked for again: %s", submission_id, error)
+            log.warning(
+                "Ray did not accept the request to stop its job %s; the service repeats the request later: %s",
+                submission_id,
+                error,
+            )
             return False
         return True
 

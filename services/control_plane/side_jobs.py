@@ -37,8 +37,8 @@ KEPT = timedelta(days=7)  # how long results are kept, from the end of a side jo
 
 @dataclass(frozen=True)
 class SideJob:
-    """The description of a side job: a program that runs beside training, as a short Ray job. Equal side jobs share one
-    result.
+    """The description of a side job: a program that runs beside training, as a short Ray job. Side jobs with the same
+    `key` share one result.
     """
 
     what: str  # such as "check": a word for messages and error codes
@@ -126,8 +126,8 @@ async def _launch(job: SideJob, attempt: int, store: ProjectStore, ray_api: RayA
     """Launches the attempt (run of the side job's program) with this number, unless it runs already or has a result.
 
     If this attempt died without a result, launches the next one. Returns the number of the attempt that runs. A
-    repeated launch is harmless. Raises Unavailable if Ray refuses the launch or does not answer, and RateLimited if
-    `most` side jobs of the project run already.
+    repeated launch is harmless, because Ray accepts a submission id only once. Raises Unavailable if Ray refuses the
+    launch or does not answer, and RateLimited if `most` side jobs of the project run already.
     """
     attempt = max(1, attempt)
     status = await ray_api.status(job.submission_id(attempt))
@@ -206,7 +206,7 @@ async def _lives(row: SideJobAttempt, age: float, ray_api: RayApi) -> bool:
     """Whether the attempt (run of a side job) may be running. `age` is the age of its row in seconds.
 
     Returns False if Ray says that the attempt ended. Also returns False if Ray does not know the attempt and the row is
-    older than LAUNCHING_SECONDS.
+    older than LAUNCHING_SECONDS, the time within which a launched attempt reaches Ray.
     """
     status = await ray_api.status(row.submission_id)
     return status != "ended" and not (status == "absent" and age > LAUNCHING_SECONDS)

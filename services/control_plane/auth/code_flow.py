@@ -48,7 +48,8 @@ class CodeFlow:
         self._turns, self._num_begun = asyncio.Semaphore(AT_ONCE), 0
 
     async def request(self) -> dict[str, str]:
-        """Returns the issuer's authorization endpoint, and the parameters of every request to it.
+        """Returns the issuer's authorization endpoint (`authorization_endpoint`), and the parameters of every request
+        to this endpoint (`client_id` and `scope`).
 
         Raises Unavailable if the issuer does not answer.
         """

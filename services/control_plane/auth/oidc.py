@@ -93,7 +93,7 @@ class Issuer:
         if self._settings.oidc_audience in audiences or party == client:
             return
         if party is not None or len(audiences) > 1:
-            raise jwt.InvalidAudienceError(f"its claim 'azp' must be the client '{client}', as its audience is")
+            raise jwt.InvalidAudienceError(f"its claim 'azp' must be the client '{client}', which is its audience")
 
     async def endpoint(self, name: str) -> str:
         """Returns the URL of the issuer's endpoint `name`, such as `token_endpoint`, from its discovery document.

@@ -239,8 +239,8 @@ class Store:
         """Opens a transaction that sees and writes the rows of one project only. It commits at the end of the `with`
         block.
 
-        The limit applies to the tables whose rows belong to projects (class Owned). The transaction can also read the
-        models that other projects share with the project.
+        Only tables whose rows belong to projects (class Owned) are limited in this way. The transaction can also read
+        the models that other projects share with the project.
         """
         async with (
             self._turns.turn(project_id),

@@ -38,7 +38,7 @@ QUEUE_SECONDS = Histogram(
 
 TICKS = Counter(
     "raydpo_reconciler_ticks",
-    "Ticks, the regular looks at all jobs: acted, stood_by (another process has the lease), or failed.",
+    "Ticks (regular looks at all jobs), by outcome: acted, stood_by (another control plane acts on jobs), or failed.",
     ["outcome"],
 )
 TICK_SECONDS = Histogram(
@@ -53,7 +53,7 @@ BACKGROUND_FAILURES = Counter(
 
 WEBHOOK_SENDS = Counter(
     "raydpo_webhook_sends",
-    "Tries to send a webhook message, by the class of the answer's status, or unreachable.",
+    "Tries to send a webhook message, by outcome: 2xx, 4xx and so on for the answer's status; unreachable: no answer.",
     ["outcome"],
 )
 
@@ -61,7 +61,7 @@ WEBHOOK_SENDS = Counter(
 JOBS = Gauge("raydpo_jobs", "Jobs by state.", ["state"])
 LEASE_SECONDS = Gauge(
     "raydpo_reconciler_lease_seconds",
-    "Seconds until the lease ends that lets one control plane act on jobs; below 0, none acts.",
+    "Seconds until the lease expires that lets one control plane act on jobs; below 0: no control plane acts on jobs.",
 )
 OUTBOX = Gauge("raydpo_outbox_messages", "Webhook messages that wait to be sent or sent again.")
 OUTBOX_SECONDS = Gauge("raydpo_outbox_oldest_seconds", "Seconds since the oldest waiting webhook message was written.")

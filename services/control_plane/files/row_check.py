@@ -174,8 +174,8 @@ class RowChecker:
             if not refuses_value(error):
                 raise
             refusal = (
-                "The report on the file's rows cannot be stored, because the file has NUL characters or the like; "
-                "remove them."
+                "The report on the file's rows cannot be stored, because the file has NUL characters, or others that "
+                "the database cannot store; remove them."
             )
             async with self._store.begin() as session:
                 await _write(session, row, refusal=refusal, num_checked=row.num_bytes)

@@ -36,8 +36,9 @@ class Form:
 async def read_form(request: Request, part: str, *, most: int, remedy: str) -> AsyncIterator[Form]:
     """Reads the multipart body of the request, in which the part named `part` is a file of at most `most` bytes.
 
-    The file lies on disk until the end of the `with` block. Raises InvalidRequest if the body is wrong. Raises
-    TooLarge, whose message ends with the text `remedy`, if the file is too large.
+    The file lies on disk until the end of the `with` block. Raises InvalidRequest if the body is not a multipart form
+    with such a part, or gives a field twice. Raises TooLarge, whose message ends with the text `remedy`, if the file is
+    too large.
     """
     body: Body = request.state.body
     body.spool(most + OVERHEAD_BYTES, remedy)

@@ -39,7 +39,7 @@ class Refusals:
         """Writes the refused request to the audit log. If the request's API key has had many refusals in this minute
         already, only counts the request.
 
-        Does nothing for errors that do not belong in the log.
+        Does nothing for errors that do not belong in the log, such as a mistake in the request's body.
         """
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None or not _belongs(request, error):

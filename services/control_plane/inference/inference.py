@@ -178,11 +178,10 @@ class Inference:
         return Found(model, engine, min(num_gpus, 1) if model.num_outputs else num_gpus)
 
     async def _note_use(self, found: Found) -> None:
-        """Records that an adapter is used, at most once every few minutes for each adapter. `found` is the model that a
-        request names.
+        """If `found`, the model that a request names, is an adapter on the engine (model server) of its base model,
+        records that the adapter is used now. Does so at most once every few minutes for each adapter.
 
-        Does nothing if this model is no adapter on the engine (model server) of its base model. The record is needed
-        because the engine's row in `deployments` names only the base model.
+        The record is needed because the engine's row in `deployments` names only the base model.
         """
         if found.engine.adapter and models.must_note_use(found.model):
             async with self._store.begin() as session:

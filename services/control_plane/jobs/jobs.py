@@ -383,8 +383,8 @@ def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Returns the metrics under OpenAI's names, which existing programs expect. Metrics that OpenAI does not have keep
     their names.
 
-    OpenAI evaluates a sample of the validation file at most steps (`valid_…`), and the whole file at some steps
-    (`full_valid_…`). This service always evaluates the whole file, so each value gets both names.
+    OpenAI evaluates the whole validation file only at some steps (`full_valid_…`), and a sample of it at the other
+    steps (`valid_…`). This service always evaluates the whole file, so each value on validation data gets both names.
     """
     named = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
     return named | {key.removeprefix("full_"): value for key, value in named.items() if key.startswith("full_valid_")}

@@ -57,6 +57,7 @@ def _file(request: Request, path: Path, cached: str) -> Response:
 def _packed(path: Path, modified: int) -> bytes:
     """Returns the bytes of the file, compressed with gzip. The result is cached until the file changes.
 
-    `modified` is the time of the file's last change.
+    `modified` is the time of the file's last change. It is an argument so that a changed file is not found in the
+    cache.
     """
     return gzip.compress(path.read_bytes())

@@ -150,9 +150,9 @@ def _merged(
     """Adds up the metrics of a job in each bucket of steps. Returns a dictionary for each bucket and metric, with the
     columns of SUMS, such as the number of values, their sum and the last one.
 
-    `rows` are such dictionaries for the steps that are not in blocks. `packed` are the pairs that `_packed` returns for
-    the blocks (tables with the metrics of many steps). Bucket n has the steps from `start` + n * `width`; only steps
-    from `first` to `last` count.
+    `rows` are dictionaries with these columns for the steps that are not in blocks (tables with the metrics of many
+    steps). `packed` are the pairs that `_packed` returns for the blocks. Bucket n has the steps from `start` + n *
+    `width`; only steps from `first` to `last` count.
     """
     parts = [pa.Table.from_pylist(rows, schema=SUMS)]
     within = (pc.field("step") >= first) & (pc.field("step") <= last)

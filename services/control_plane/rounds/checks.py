@@ -32,7 +32,7 @@ async def prompts_of(store: ProjectStore, body: CreateRounds) -> tuple[list[dict
     """
     sampled = await _read(store, body.rows, body.file, body.max_items, body.judge)
     if len({isinstance(group.prompt, str) for group in sampled}) > 1:
-        message = "Some prompts are texts and others are messages, but a training file has one form; send one of them."
+        message = "Some prompts are texts and others are messages; send only texts or only messages."
         raise InvalidRequest(message, param="rows")
     _check_number(body, len(sampled))
     held_out = body.evaluation
@@ -51,7 +51,7 @@ def _check_number(body: CreateRounds, num_sampled: int) -> None:
     if num_prompts * of_each > MOST_ROWS:
         message = (
             f"A round could make {num_prompts * of_each} rows, {of_each} of each of {num_prompts} prompts, but it can "
-            f"make at most {MOST_ROWS}; take fewer prompts_per_round, fewer samples, or another selection."
+            f"make at most {MOST_ROWS}; lower prompts_per_round or num_samples, or choose another selection."
         )
         raise InvalidRequest(message, param="num_samples")
 

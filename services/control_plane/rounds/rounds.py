@@ -50,7 +50,9 @@ async def create(
         raise Forbidden(message, code="project_archived")
     live = await session.scalar(select(func.count()).select_from(Rounds).where(LIVE)) or 0
     if live >= MOST_LIVE:
-        raise OverQuota(f"The project has {live} rounds that have not ended, which is the limit; wait, or cancel some.")
+        raise OverQuota(
+            f"The project has {live} rounds that have not ended, the limit; wait until one ends, or cancel one."
+        )
     rounds = Rounds(
         id=f"rounds-{secrets.token_hex(12)}",
         created_at=await now(session),

@@ -212,7 +212,7 @@ class CreateSweep(BaseModel):
     def _check(self) -> None:
         ranges = [path for path, parameter in self.parameters.items() if parameter.values is None]
         if self.search.type == "grid" and ranges:
-            message = f"A grid needs 'values' of each parameter, but '{ranges[0]}' has a range; list values."
+            message = f"A grid needs 'values' of each parameter, but '{ranges[0]}' has a range; list its values."
             raise InvalidRequest(message, param=f"parameters.{ranges[0]}")
         if self.num_trials > MOST_TRIALS:
             message = f"The grid has {self.num_trials} combinations, but a sweep has at most {MOST_TRIALS} trials."

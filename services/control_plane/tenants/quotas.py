@@ -59,7 +59,8 @@ async def admit_resumption(session: AsyncSession, project_id: str) -> None:
     """Raises OverQuota if the project may not queue a paused job again now, because the project has reached its limit
     on jobs or on accelerator hours.
 
-    Only the project's queued jobs count against its limit on jobs in this case; its paused jobs do not.
+    Its queued jobs count against the limit on jobs. Its paused jobs, which count when a new job is submitted, do not
+    count here.
     """
     await _admit(session, project_id, ("queued",))
 

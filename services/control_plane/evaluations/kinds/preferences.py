@@ -93,7 +93,7 @@ def _figures(items: Sequence[Found]) -> dict[str, Any]:
 
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Preferences:
-    """Returns the models of the evaluation that `spec` describes: the policy and its reference model, or the reward
+    """Returns the evaluation that `spec` describes, with its models: the policy and its reference model, or the reward
     model.
 
     Raises NotFound for a model that does not exist, and InvalidRequest if the reference model or beta is not known.

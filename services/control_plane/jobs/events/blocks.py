@@ -1,8 +1,8 @@
 """Converts the metrics of a job's training steps to compact bytes, and adds them up over ranges of steps.
 
 A block is an Arrow table with a row for each of up to BLOCK_STEPS steps of a job. It is stored as Parquet with the
-encoding BYTE_STREAM_SPLIT, which keeps each float64 exactly. This encoding takes little space if the float64 numbers
-were float32 numbers before.
+encoding BYTE_STREAM_SPLIT, which keeps each float64 exactly. Most values were float32 when training reported them; this
+encoding stores such values in little space.
 
 The database also stores the block's sums. For each metric and each SUM_STEPS steps they have the number of values,
 their sum, and the least, greatest and last value. A chart of many steps needs the sums only.

@@ -1,8 +1,10 @@
 """Reads the events of jobs, and the metrics of their training steps.
 
-The newest events are rows of the table `events`. A metrics event, which tells the metrics of one training step, moves
-into a block (see `blocks`) some time after it was written; its text and its public id follow from its step and its
-metrics. The functions here read both, so all statements of their sessions must see the same moment.
+A metrics event tells the metrics of one training step. At first it is a row of the table `events`. Later it moves into
+a block, a compact table of many steps (module `blocks`). The functions here read both places. An event may move between
+two statements, so all statements of a session must see the database at the same moment.
+
+The text and the public id of a metrics event are not stored in a block: they follow from the step and its metrics.
 """
 
 import hashlib

@@ -79,7 +79,7 @@ async def hosts_of(session: AsyncSession, settings: Settings, model: NamedModel)
     """Returns the models whose engines (model servers) can answer for the model: the model itself and, for an adapter,
     its base.
 
-    Needs only the id and the source of `model`.
+    The base is read from the database, so only the id and the source of `model` need be set.
     """
     row = await session.scalar(select(Model).where(Model.id == model.id))
     if row is None or row.base_source is None:
