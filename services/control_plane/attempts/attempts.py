@@ -1,6 +1,6 @@
 """Creates, updates and ends attempts, and records their reports. No other module records reports.
 
-An attempt is one run of a job on the Ray cluster. Its training process sends reports, such as metrics and new
+An attempt is one run of a job on the Ray cluster. The attempt's training process sends reports, such as metrics and new
 checkpoints.
 """
 
@@ -96,8 +96,8 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Marks the attempt (run of a job on Ray) as ended, for `reason`. Returns whether it was still open before this
-    call.
+    """Marks the attempt (run of a job on Ray) as ended, for `reason`. Returns whether the attempt was still open before
+    this call.
 
     Later reports of the attempt are refused. `failed` says whether the end counts as a failure of the attempt.
     """

@@ -1,8 +1,8 @@
 """Decides which action the service takes next for a job. The functions depend only on their arguments, and change
 nothing.
 
-An attempt is one run of a job on the Ray cluster. It is open until it has ended; a job has at most one open attempt. A
-rest is the waiting time between a failed attempt and the next one.
+An attempt is one run of a job on the Ray cluster. An attempt is open until it has ended; a job has at most one open
+attempt. A rest is the waiting time between a failed attempt and the next one.
 """
 
 from collections.abc import Callable

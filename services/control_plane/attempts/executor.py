@@ -109,10 +109,11 @@ class Executor:
         """Adds the row of the job's next attempt (run on Ray), and marks a queued job as running, in one transaction.
 
         `number` is the attempt's number within the job. If vLLM must compute the log-probabilities of the reference
-        model, the same transaction also requests that this model is loaded. In two cases it does not request the model:
+        model, the same transaction also requests that this model is loaded. In two cases the transaction does not
+        request the model:
 
-        - The attempt may choose between vLLM and its own training workers. It then requests the model itself if it
-          needs it.
+        - The attempt may choose between vLLM and its own training workers. The attempt then requests the model itself
+          when it needs the model.
         - The job has begun to train, so the log-probabilities are stored already.
         """
         spec = JobSpec.model_validate(job.spec)
@@ -255,7 +256,8 @@ class Executor:
     async def _rest(self, job: Job, attempt: Attempt) -> None:
         """Ends an attempt (a run of the job on Ray) that stopped because the service asked it to stop.
 
-        If the user still wants a pause, pauses the job. If not, the job continues with its next attempt.
+        If the user still wants a pause, pauses the job. If the user no longer wants a pause, the job continues with its
+        next attempt.
         """
         step = (attempt.outcome or {})["step"]
         where = f" after step {step}" if step else ""

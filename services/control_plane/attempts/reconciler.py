@@ -183,7 +183,7 @@ class Reconciler:
         """Decides on the job's next action and carries it out.
 
         `attempt` is the job's current attempt (run on Ray), and `told` what Ray says about attempts, by submission id.
-        `waits_for` is the reason why the job may not start, None if it may.
+        `waits_for` is the reason why the job may not start, None if the job may start.
         """
         if waits_for and job.observed == "queued":
             return
@@ -300,7 +300,7 @@ class Reconciler:
         """Decides on one action for the job and carries it out.
 
         `attempt` is the job's current attempt (run on Ray), None if there is none, and `submission` is what Ray says
-        about it. `waits_for` is the reason why the job may not start, None if it may.
+        about the attempt. `waits_for` is the reason why the job may not start, None if the job may start.
         """
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
@@ -330,8 +330,8 @@ class Reconciler:
         self._slot_is_free |= decision in (Decision.FINISH, Decision.REST, Decision.LOSE)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
-        """Whether the attempt (run of a job on Ray) hangs: Ray says that it runs, but it has given no sign of life for
-        HUNG_SECONDS. `status` is what Ray says about the attempt.
+        """Whether the attempt (run of a job on Ray) hangs: Ray says that it runs, but the attempt has given no sign of
+        life for HUNG_SECONDS. `status` is what Ray says about the attempt.
 
         Silence counts only from the moment at which Ray first told this process that the attempt runs.
         """

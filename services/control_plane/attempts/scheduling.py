@@ -8,8 +8,8 @@ first. If priorities are equal, the oldest job goes first.
 A job that waits for free workers keeps its turn: no other job starts before it, so that small jobs cannot starve a
 large one. A job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
 
-A job starts only if its reference model can be loaded: at most `max_loaded_models` models are loaded, and reference
-models of other jobs and pinned models stay loaded.
+A job starts only if its reference model can be loaded: at most `max_loaded_models` models are loaded. Reference models
+of other running jobs, and pinned models (which their settings keep loaded), are not unloaded for it.
 
 Jobs and models share the GPUs. A job's reference model is loaded before the job's workers start, on the GPUs that the
 workers use afterwards. A job that waits for GPUs of loaded models keeps its turn, and idle models are unloaded for it.

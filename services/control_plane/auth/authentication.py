@@ -60,7 +60,8 @@ class Authentication:
         return caller
 
     async def check_database(self) -> None:
-        """Tests whether the database answers. The method `caller` reads from it when it gets a new token.
+        """Tests whether the database answers. The method `caller` reads from the database when it gets a token that it
+        does not know yet.
 
         Raises SQLAlchemyError or OSError if the database does not answer.
         """

@@ -1,4 +1,5 @@
-"""Creates, finds and revokes API keys. Each key belongs to a project, and its scopes say what it may do.
+"""Creates, finds and revokes API keys. Each key belongs to a project, and the key's scopes say what requests with the
+key may do.
 
 The database stores only the SHA-256 of keys.
 """

@@ -483,8 +483,8 @@ async def page(
 ) -> tuple[list[Row], bool]:
     """Returns one page of the query's rows, and whether more rows follow.
 
-    - `keys` are the columns by which the rows are sorted, in descending order if `descending`. No two rows may have the
-      same values in all of `keys`.
+    - `keys` are the columns by which the rows are sorted, in descending order if `descending` is true. No two rows may
+      have the same values in all of `keys`.
     - `after` is a value of the column `cursor`. The page begins after the row with this value. If `after` is None, the
       page begins with the first row.
     - If `cursor` is None, the last of `keys` is used.

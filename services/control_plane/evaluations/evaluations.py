@@ -370,7 +370,7 @@ async def _set(
     session: AsyncSession, evaluation_id: str, condition: ColumnElement[bool] | TextClause, values: dict[str, Any]
 ) -> bool:
     """Sets the columns that `values` names in the evaluation's row, if `condition` holds for the row. Returns whether
-    it holds.
+    the condition holds.
     """
     changed = update(Evaluation).where(Evaluation.id == evaluation_id, condition).values(**values)
     statement = changed.returning(Evaluation.id).execution_options(synchronize_session=False)

@@ -88,7 +88,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, with_header: bool) -> bytes:
     """Returns `rows` as bytes of a CSV file, with the columns `columns`. A value that a row lacks is empty.
 
-    If `with_header`, a line with the names of the columns comes first.
+    If `with_header` is true, a line with the names of the columns comes first.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")

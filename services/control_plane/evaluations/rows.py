@@ -38,8 +38,8 @@ async def read(
     """Returns groups (prompts with their completions): the rows `rows` of a request or, if `rows` is None, the first
     `most` rows of the project's file with the id `file_id`.
 
-    If `only_labelled`, leaves out rows of the file in which people prefer no completion. Raises InvalidRequest if there
-    is no row that can be used.
+    If `only_labelled` is true, leaves out rows of the file in which people prefer no completion. Raises InvalidRequest
+    if there is no row that can be used.
     """
     if rows is not None:
         return read_request(rows)
@@ -93,8 +93,8 @@ def _read(number: int, row: EvaluationRow) -> Group:
 def read_file(uri: str, reading: Reading, most: int, *, only_labelled: bool) -> list[Group]:
     """Returns the first `most` groups (prompts with their completions) of a file whose rows were checked.
 
-    `reading` holds the options for reading the rows. Leaves out invalid rows. If `only_labelled`, also leaves out
-    groups in which people prefer no completion.
+    `reading` holds the options for reading the rows. Leaves out invalid rows. If `only_labelled` is true, also leaves
+    out groups in which people prefer no completion.
     """
     groups: list[Group] = []
     with storage.open_input(uri) as source:

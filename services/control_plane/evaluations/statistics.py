@@ -70,7 +70,7 @@ def bootstrap(count: int, statistic: Callable[[Sequence[int]], float]) -> Estima
 
 
 def length_controlled_rate(outcomes: Sequence[float], length_differences: Sequence[float]) -> Estimate:
-    """Returns the win rate that is expected if both answers of each comparison had the same length, with its 95%
+    """Returns the win rate that would be expected if both answers of each comparison had the same length, with its 95%
     interval.
 
     An outcome is 1 for a win, 0 for a loss and 0.5 for a tie. A length difference is the length of the first answer

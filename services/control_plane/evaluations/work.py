@@ -1,5 +1,5 @@
 """Works on one evaluation until all its items (prompts) have passed through all stages, such as answering and judging.
-Then summarizes the results.
+Then summarizes the results of all items.
 """
 
 import asyncio

@@ -2,8 +2,8 @@
 
 Its command is `python -m services.control_plane.files.check_program URI READING`, where READING are the options for
 reading rows, as JSON. The check runs in a process of its own, because reading rows takes one core for minutes. The
-program prints lines of JSON: every second the number of bytes that it has read, and at the end the report. It ends if
-nobody reads its output any more.
+program prints lines of JSON: every second the number of bytes that it has read, and at the end the report. The program
+ends if nobody reads its output any more.
 """
 
 import json

@@ -78,7 +78,7 @@ def check_object(check_id: str, file: File, result: SideJobResult | None, *, run
     """Returns the API's JSON object of a check of a training file: its status, and the report on the file's rows.
 
     `check_id` is the id of the check, and `running` says whether the check still runs. `result` is the result of
-    encoding the rows for a model. It is None if the request named no model, or if the check still runs.
+    encoding the rows for a model. `result` is None if the request named no model, or if the check still runs.
     """
     error = result.error if result else None
     of_model = result.report or {} if result else {}

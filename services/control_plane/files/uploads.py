@@ -49,8 +49,8 @@ async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) 
 async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> tuple[Upload, str]:
     """Returns the upload with this id, and its state, such as `pending` or, by the database's clock, `expired`.
 
-    If `lock`, nobody else can complete, cancel or expire the upload before this transaction ends. Raises NotFound if
-    there is no such upload.
+    If `lock` is true, nobody else can complete, cancel or expire the upload before this transaction ends. Raises
+    NotFound if there is no such upload.
     """
     query = select(Upload).where(Upload.id == upload_id)
     if lock:

@@ -119,7 +119,7 @@ def _exhaust(chunks: Iterator[bytes]) -> None:
 
 
 def _noting_digest(content: Content) -> Iterator[bytes]:
-    """Yields all bytes of a download. If they are read to the end, keeps their SHA-256 for later requests."""
+    """Yields all bytes of a download. If the caller reads all of them, keeps their SHA-256 for later requests."""
     digest = hashlib.sha256()
     for chunk in content.read(range(content.num_bytes)):
         digest.update(chunk)

@@ -47,8 +47,8 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
     """Checks the API key of the request, and returns the caller (the sender of the request).
 
     Raises an ApiError if the key is missing or unknown, has reached its rate limit, or lacks the scope (permission)
-    that the route needs. The function takes the parts of the service from `app.state`. If they were parameters, FastAPI
-    would look them up again for each dependency that needs the caller.
+    that the route needs. The function takes the parts of the service from `app.state`. If these parts were parameters
+    of the function, FastAPI would look them up again for each dependency that needs the caller.
     """
     parts = request.app.state
     if credentials is None or not credentials.credentials:

@@ -164,8 +164,8 @@ class IdempotentRequest:
         """Takes a lock for requests with the same content, whose digest is `sent`, until the transaction ends.
 
         The lock is shared for a first send and exclusive for a retry. So first sends do not wait for each other, but a
-        retry waits until they have ended. The SQL statement that takes the lock also reads the project and the current
-        time, which are stored in `session.info`.
+        retry waits until the first send has ended. The SQL statement that takes the lock also reads the project and the
+        current time, which are stored in `session.info`.
         """
         values = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
         turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, values)).one()

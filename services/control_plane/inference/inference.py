@@ -52,8 +52,8 @@ REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidR
 class _Use:
     """What this control plane remembers about its own requests to one model. Times are seconds of the monotonic clock.
 
-    It remembers how many requests are in flight, whether the model accepts more, and how much of the model's time a
-    request has used. It also remembers whether the database holds a mark, which is a record of these requests.
+    The object holds how many requests are in flight, whether the model accepts more requests, and how much of the
+    model's time a request has used. It also holds whether the database has a mark, which is a record of these requests.
     """
 
     in_flight: int = 0
@@ -135,9 +135,9 @@ class Inference:
     ) -> Response:
         """Sends a client's request `POST /v1/<path>` to the model called `name`, and returns the model's response.
 
-        `body` is the request's JSON, and `meter` counts the tokens of the answer. If `streams`, the response passes the
-        answer on in pieces, as it arrives. Raises NotFound for an unknown model, InvalidRequest for a reward model, and
-        Unavailable if the model is not ready in time.
+        `body` is the request's JSON, and `meter` counts the tokens of the answer. If `streams` is true, the response
+        passes the answer on in pieces, as it arrives. Raises NotFound for an unknown model, InvalidRequest for a reward
+        model, and Unavailable if the model is not ready in time.
         """
         found = self._recent.get(caller.project_id, name)
         if found is None:
@@ -178,10 +178,11 @@ class Inference:
         return Found(model, engine, min(num_gpus, 1) if model.num_outputs else num_gpus)
 
     async def _note_use(self, found: Found) -> None:
-        """If `found`, the model that a request names, is an adapter on the engine (model server) of its base model,
-        records that the adapter is used now. Does so at most once every few minutes for each adapter.
+        """Records in the database that `found`, the model that a request names, is used now. Does so at most once every
+        few minutes for each model.
 
-        The record is needed because the engine's row in `deployments` names only the base model.
+        Only adapters that share the engine (model server) of their base model are recorded, because the engine's row in
+        `deployments` names only the base model.
         """
         if found.engine.adapter and models.must_note_use(found.model):
             async with self._store.begin() as session:

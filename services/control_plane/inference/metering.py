@@ -1,7 +1,7 @@
 """Counts the tokens of answers while the answers pass through to the client.
 
-The service asks vLLM to add the count of tokens to each stream. It removes the count again, unless the client has asked
-for the count itself.
+The service asks vLLM to add the count of tokens to each stream. The service removes the count again, unless the client
+has asked for it.
 """
 
 import re

@@ -45,9 +45,9 @@ async def admit(
 ) -> Admitted:
     """Checks a new job, and returns the job with the service's choices filled in.
 
-    `asked` holds the request's options for which the service can choose a value, such as the adapter. If `local_files`,
-    the request may name files that are not uploaded yet; these are not checked. Raises InvalidRequest, NotFound,
-    Forbidden or OverQuota if the job is refused.
+    `asked` holds the request's options for which the service can choose a value, such as the adapter. If `local_files`
+    is true, the request may name files that are not uploaded yet; these are not checked. Raises InvalidRequest,
+    NotFound, Forbidden or OverQuota if the job is refused.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
@@ -139,7 +139,7 @@ def _check_file(file: File, objective: Objective, param: str) -> None:
     rows are too few.
 
     `param` is the request's field that names the file. A file whose rows are not checked yet passes; `check_files`
-    looks at it again when the job starts. For a file at a URI, the job itself makes these checks.
+    looks at the file again when the job starts. For a file at a URI, the job itself makes these checks.
     """
     code, report = f"invalid_{param}", file.report
     if report is None:

@@ -53,7 +53,8 @@ class Stale(Exception):
 def draft(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> Job:
     """Returns the row of a new job, not yet in the database and without an id.
 
-    `model` is the model that the job starts from. `reference` is its reference model, None if its objective uses none.
+    `model` is the model that the job starts from. `reference` is the job's reference model, None if the job's objective
+    (training method) uses none.
     """
     return Job(
         spec=spec.model_dump(mode="json"),
@@ -78,9 +79,9 @@ async def submit(
 ) -> Job:
     """Adds a new job, and the first events of its history, to the database. Returns the job.
 
-    `model` is the model that the job starts from. `reference` is its reference model, None if its objective uses none.
-    `actor` is the id of the API key that submits the job. `are_checked` says whether the rows of its files have been
-    checked.
+    `model` is the model that the job starts from. `reference` is the job's reference model, None if the job's objective
+    (training method) uses none. `actor` is the id of the API key that submits the job. `are_checked` says whether the
+    rows of the job's files have been checked.
     """
     job = draft(spec, model, reference)
     job.id, job.traceparent = f"ftjob-{secrets.token_hex(12)}", tracing.current()
@@ -288,7 +289,7 @@ async def note_misfits(session: AsyncSession, waiting: Sequence[str], misfits: C
 
 async def hold_back(session: AsyncSession, job: Job, what: str) -> None:
     """Stores the text `what` in a job's column `waits_for`: the reason why the job's next attempt (run on Ray) has not
-    begun. The job's last attempt has ended, but its state is still running. Adds no event.
+    begun. The job's last attempt has ended, but the job's state is still `running`. Adds no event.
     """
     await session.execute(update(Job).where(Job.id == job.id).values(waits_for=what))
 
@@ -346,7 +347,7 @@ def fine_tuned_name(job: Job, settings: Settings) -> str:
 
 def unreadable(job: Job) -> dict[str, str | None] | None:
     """Returns the error with which a job must end, if this release cannot read the job's stored spec (description).
-    Returns None if it can.
+    Returns None if this release can read the spec.
 
     Another release of the service may have stored the spec.
     """

@@ -40,7 +40,8 @@ def _precision(asked: Asked, settings: Settings) -> Precision:
 def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) -> str:
     """Returns the text of an event that says which weights the job trains and which model is its reference.
 
-    `start` is the model that the job starts from. `reference` is its reference model, None if its objective uses none.
+    `start` is the model that the job starts from. `reference` is the job's reference model, None if the job's objective
+    (training method) uses none.
     """
     adapter, precision = weights.adapter, weights.precision
     over = f", on a base quantized to {weights.quantization.upper()}" if weights.quantization else ""

@@ -47,9 +47,10 @@ def format_of(model: NamedModel, wanted: Format | None) -> Format:
 def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) -> Content:
     """Returns the tar for a download of the model.
 
-    If `merged` is given, it reports a merge of the adapter into its base, and the tar holds the merged folder. If not,
-    the tar holds the model's own folder. `base` is the name of an adapter's base model, which the tar states. The names
-    and sizes of the files are read from storage now, the bytes later. Raises Unavailable if the folder is gone.
+    If `merged` is given, it reports a merge of the adapter into its base, and the tar holds the merged folder. If
+    `merged` is None, the tar holds the model's own folder. `base` is the name of an adapter's base model, which the tar
+    states. The names and sizes of the files are read from storage now, the bytes later. Raises Unavailable if the
+    folder is gone.
     """
     folder = merged.model_uri if merged else model.source
     files = storage.list_tree(folder)

@@ -26,8 +26,8 @@ class Member:
 
 
 class FolderTar:
-    """A tar of files, sorted by name, whose bytes are made when they are read. The same files always give the same
-    bytes.
+    """A tar of files, sorted by name. The bytes of the tar are made only when they are read. The same files always give
+    the same bytes.
 
     `num_bytes` is the size of the tar. `etag` is a digest of the tar's version: of the contents of files held in
     memory, and of the names, sizes and modification times of all other files.

@@ -114,9 +114,9 @@ async def find(
 ) -> NamedModel:
     """Returns the model with this name, if the session's project may use it.
 
-    If `hold`, locks the model, so that it cannot be deleted before this transaction ends. `param` is the request's
-    field that names the model. Raises NotFound if there is no such model. The message lists the base models, because
-    most unknown names are misspelled names of base models.
+    If `hold` is true, locks the model, so that it cannot be deleted before this transaction ends. `param` is the
+    request's field that names the model. Raises NotFound if there is no such model. The message lists the base models,
+    because most unknown names are misspelled names of base models.
     """
     for base in bases(settings):
         if base.id == model_id:
@@ -363,8 +363,8 @@ async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> se
     evaluation, a sweep or a set of rounds (repeated training of a policy) that has not ended. Returns the ids of the
     models that were marked.
 
-    First locks all models in `model_ids`. So the function waits for requests that are sharing one of them, or starting
-    a job or an evaluation with one of them.
+    First locks all models in `model_ids`. So the function waits until other requests have finished sharing one of these
+    models, or starting a job or an evaluation with it.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)

@@ -15,7 +15,8 @@ from services.control_plane.core.tables import CheckpointPermission, Model, Proj
 
 
 async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str]) -> list[CheckpointPermission]:
-    """Shares the model with the projects of these ids, and returns the permissions of these projects to use it.
+    """Shares the model with the projects whose ids are in `project_ids`, and returns the permissions of these projects
+    to use the model.
 
     Permissions that exist already do not change. Raises InvalidRequest for an unknown or archived project, and for the
     project that owns the model.

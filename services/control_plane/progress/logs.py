@@ -14,8 +14,8 @@ PAGE_BYTES = 2**20
 def page(
     settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
 ) -> dict[str, Any]:
-    """Returns the API's JSON object of one page of a log: at most `limit` lines, from byte `after` of the log on. Its
-    field `next` is the byte at which the next page begins.
+    """Returns the API's JSON object of one page of a log: at most `limit` lines, from byte `after` of the log on. The
+    object's field `next` is the byte at which the next page begins.
 
     `attempt` is the number of a run of the job on Ray; None means the newest run. `source` is the process, such as
     `driver` or `worker-0`. Raises InvalidRequest if this run has no logs but other runs of the job have some. If no run

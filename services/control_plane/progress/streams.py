@@ -82,8 +82,9 @@ class Watched:
     def add(self, events: list[tuple[int, bytes]]) -> None:
         """Adds new events of the job to those in memory, and drops the oldest if there are more than KEPT.
 
-        `events` are pairs of an event's id and its bytes in a stream. They must follow the last event in memory without
-        a gap. If there are more than KEPT of them, there may be a gap, because they replace all events in memory.
+        `events` are pairs of an event's id and its bytes in a stream. No event may be missing between the last event in
+        memory and these events. But if there are more than KEPT of these events, events before them may be missing,
+        because these events then replace all events in memory.
         """
         if len(events) > KEPT:
             self.frames.clear()

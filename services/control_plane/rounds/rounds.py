@@ -2,7 +2,7 @@
 
 A set of rounds improves a policy by repeated training on its own scored answers. The state of a set is `running` or
 `paused`, and at the end `succeeded`, `failed` or `cancelled`. If a job or evaluations of a set are under way when the
-set is paused, resumed or cancelled, the same is done to them.
+set is paused, resumed or cancelled, the service also pauses, resumes or cancels this job or these evaluations.
 """
 
 import secrets
@@ -67,8 +67,8 @@ async def create(
 
 
 async def find(session: AsyncSession, rounds_id: str, *, lock: bool = False) -> Rounds:
-    """Returns the set of rounds (repeated training of a policy on its own answers) with this id. If `lock`, nobody else
-    can change the set until the transaction ends.
+    """Returns the set of rounds (repeated training of a policy on its own answers) with this id. If `lock` is true,
+    nobody else can change the set until the transaction ends.
 
     Raises NotFound if the project has no such set.
     """

@@ -1,7 +1,7 @@
 """Runs sets of rounds (repeated training of a policy on its own answers) in the background, in every control plane.
 
-To work on a set, a control plane takes its lease, which is the right to work on it. If a control plane dies, another
-one continues with the stage that the set has reached.
+To work on a set, a control plane takes the set's lease, which is the right to work on the set. If a control plane dies,
+another one continues with the stage that the set has reached.
 """
 
 from sqlalchemy.ext.asyncio import AsyncSession

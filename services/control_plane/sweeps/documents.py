@@ -1,7 +1,7 @@
 """The JSON objects of sweeps, of their trials (jobs with chosen values) and of their reward-KL frontiers, as the
 OpenAPI document describes them.
 
-docs/use/sweeps.md says what they mean.
+docs/use/sweeps.md says what their fields mean.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,8 +1,8 @@
 """Advances sweeps (sets of jobs that differ in chosen options) in the background, in every control plane.
 
-To work on a sweep, a control plane takes its lease, which is the right to work on it. The control plane does everything
-that can be done for the sweep now, such as submitting jobs, and gives up the lease. It works on the sweep again a
-second or more later.
+To work on a sweep, a control plane takes the sweep's lease, which is the right to work on the sweep. The control plane
+does everything that can be done for the sweep now, such as submitting jobs, and gives up the lease. It works on the
+sweep again a second or more later.
 """
 
 import logging

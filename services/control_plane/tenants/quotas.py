@@ -59,8 +59,8 @@ async def admit_resumption(session: AsyncSession, project_id: str) -> None:
     """Raises OverQuota if the project may not queue a paused job again now, because the project has reached its limit
     on jobs or on accelerator hours.
 
-    Its queued jobs count against the limit on jobs. Its paused jobs, which count when a new job is submitted, do not
-    count here.
+    The project's queued jobs count against the limit on jobs. Its paused jobs do not count here, although they count
+    when a new job is submitted.
     """
     await _admit(session, project_id, ("queued",))
 

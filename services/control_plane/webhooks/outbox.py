@@ -108,8 +108,9 @@ class Sender:
         await self._client.aclose()
 
     async def run(self) -> None:
-        """Sends messages whose time has come, until cancelled. If a send is interrupted, another sender repeats it
-        after LEASE_SECONDS."""
+        """Sends messages whose time has come, until cancelled. If a send is interrupted, the message is sent again
+        after LEASE_SECONDS, perhaps by another process.
+        """
         async with asyncio.TaskGroup() as sends:
             while True:
                 self._send_ended.clear()
@@ -233,8 +234,9 @@ class Sender:
     async def _note_ends(self) -> None:
         """Stores the results of the sends that have ended, in one transaction for all of them.
 
-        Many sends to slow endpoints end in the same moment. A transaction for each would take all connections to the
-        database. If the transaction fails, the messages are due again LEASE_SECONDS after they were claimed.
+        Many sends to slow endpoints end in the same moment, and one transaction for each would take all connections to
+        the database. If the transaction fails, the results are lost, and the messages are sent again when LEASE_SECONDS
+        have passed since the messages were claimed.
         """
         ends, self._ends = self._ends, []
         if not ends:

@@ -85,7 +85,7 @@ async def rotate_secret(session: AsyncSession, endpoint_id: str, *, keep_old: bo
     """Gives the endpoint a new secret for signing, and returns the endpoint. Raises NotFound if there is no such
     endpoint.
 
-    If `keep_old`, messages are signed with both the old and the new secret for 24 hours.
+    If `keep_old` is true, messages are signed with both the old and the new secret for 24 hours.
     """
     endpoint, at = await find(session, endpoint_id, lock=True), await now(session)
     endpoint.old_secret, endpoint.old_secret_until = (

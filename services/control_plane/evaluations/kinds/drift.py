@@ -60,7 +60,7 @@ class Drift:
 
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Drift:
     """Returns the policy and the reference model for the evaluation that `spec` describes. If `spec` names no reference
-    model, it is that of the job that trained the policy.
+    model, takes the reference model of the job that trained the policy.
 
     Raises NotFound for a model that does not exist. Raises InvalidRequest if no reference model is known, or if the
     options in `spec.sampling` would change the policy's distribution.

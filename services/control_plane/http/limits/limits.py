@@ -248,7 +248,8 @@ class Limits:
 
 
 def _declared(headers: Mapping[str, str]) -> int:
-    """Returns the length of a request's body in bytes that its headers state. Returns 0 if they state none.
+    """Returns the length that a request's headers state for its body, in bytes. Returns 0 if the headers state no
+    length.
 
     The stated length is not trusted: the bytes that arrive are counted as well.
     """

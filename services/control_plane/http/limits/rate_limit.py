@@ -9,8 +9,8 @@ whole minute again (the generic cell rate algorithm). A library for this would s
 with a timer.
 
 The number of a request's tokens is known only at its end. A request is therefore admitted while the key has tokens
-left, and its tokens are counted when it has ended. A key that exceeded its limit must wait until the excess tokens
-would have been allowed.
+left, and the request's tokens are counted when the request has ended. A key that exceeded its limit must wait until the
+excess tokens would have been allowed.
 """
 
 import math

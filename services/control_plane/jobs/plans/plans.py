@@ -170,7 +170,7 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
 
 class MisfitTimes(Protocol):
     """A row of the database, such as a sweep, whose work may be too large for the cluster. `misfit_since` is the time
-    since which it is too large, and `misfit_seen_at` the time at which this was last seen.
+    since which the work is too large, and `misfit_seen_at` the time at which this was last found.
     """
 
     misfit_since: Any  # when the cluster was first found too small; None if it was large enough since
@@ -181,8 +181,8 @@ async def misfits_for_too_long(session: AsyncSession, row: MisfitTimes) -> bool:
     """Stores in `row` that the cluster is too small for the row's work now. Returns True if the cluster has been too
     small for MISFIT_AFTER, so that the work should fail.
 
-    This time begins anew if the function was not called for MISFIT_GAP, because the cluster may have been large enough
-    meanwhile.
+    The measured time begins anew if the function was not called for MISFIT_GAP, because the cluster may have been large
+    enough meanwhile.
     """
     at = await now(session)
     is_unbroken = row.misfit_seen_at is not None and at - row.misfit_seen_at < MISFIT_GAP

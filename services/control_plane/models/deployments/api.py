@@ -70,8 +70,8 @@ async def change(
     """Sets how a model is served. Fields that the body leaves out are reset to their defaults.
 
     If the model is loaded, Ray Serve replaces its replicas; each replica first finishes its answers. There is one
-    exception: replicas that compute log-probabilities for a job keep the old settings until they have computed all of
-    them.
+    exception: replicas that compute log-probabilities for a job keep the old settings until the job has all
+    log-probabilities.
     """
     view, capacity = await asyncio.gather(_look(ray_api), ray_api.capacity())
 

@@ -39,8 +39,8 @@ async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None 
     already, stores in it that the model is used now.
 
     `app_name` is given only to load a second engine (server) of the model, which only computes log-probabilities.
-    `for_job` says that a job needs the model as its reference; a model that only jobs have requested is unloaded after
-    they have used it. Raises Unavailable if another model has the same application name on the cluster.
+    `for_job` says that a job needs the model as its reference; a model that only jobs have requested is unloaded when
+    no job uses it any more. Raises Unavailable if another model has the same application name on the cluster.
     """
     named = {"app_name": app_name or model.app_name, "model_id": model.id, "source": model.source}
     scores = named["app_name"] != model.app_name

@@ -3,7 +3,8 @@ arguments.
 
 Reference models of running jobs are loaded first, then pinned models; neither are ever evicted (unloaded). A model that
 is loading or answering is not evicted either. An idle model is evicted after its own `idle_seconds`, or to make room
-for other models or for jobs. A model that only jobs have requested is evicted a minute after they have used it.
+for other models or for jobs. A model that only jobs have requested is evicted a minute after a job has last used the
+model.
 
 Waiting models are loaded in the order in which they were first requested. A model that is always busy has a turn: it
 runs for TURN_SECONDS while other models wait. After its turn it gets no new requests, and is unloaded when its answers
@@ -88,7 +89,7 @@ class Room:
         """Returns how many GPUs all models together may use, not counting reference models, which use the GPUs of their
         jobs.
 
-        If `beside_next_job`, the GPUs that the next job waits for are left free.
+        If `beside_next_job` is true, the GPUs that the next job waits for are left free.
         """
         if self.gpus is None:
             return float("inf")
@@ -200,7 +201,7 @@ class _Served:
         """Removes one idle model from the models to serve: a failed one if there is one, else the least recently used
         one.
 
-        If `on_gpus`, considers only models that hold GPUs. Returns False if no such model is idle.
+        If `on_gpus` is true, considers only models that hold GPUs. Returns False if no such model is idle.
         """
         idle = [model for model in self.models if model.is_idle and (model.gpus or not on_gpus)]
         idle.sort(key=lambda model: (model.state != "failed", -model.used, model.app_name))
@@ -213,9 +214,9 @@ class _Served:
         """Closes one busy model to new requests, so that it can be unloaded: the busy model that has run longest. `why`
         is the reason; clients whose requests wait for this model are told `why`.
 
-        If `at_once`, considers all running models. If not, considers only models that have run for longer than
-        TURN_SECONDS. Never chooses reference models and pinned (always loaded) models. Returns False if no model can be
-        chosen.
+        If `at_once` is true, considers all running models. Otherwise considers only models that have run for longer
+        than TURN_SECONDS. Never chooses reference models and pinned (always loaded) models. Returns False if no model
+        can be chosen.
         """
         busy = [model for model in self._others() if not model.stays]
         busy = [model for model in busy if model.had_its_turn or (at_once and model.state == "running")]

@@ -27,8 +27,8 @@ async def of(
 ) -> dict[str, DeploymentSettings]:
     """Returns the deployment settings of the models with these ids, by id.
 
-    If `without_choice`, ignores what clients chose for these models through the API. What they chose for the base
-    models still counts, because trained models inherit it.
+    If `without_choice` is true, ignores what clients chose for these models through the API. What they chose for the
+    base models still counts, because trained models inherit it.
     """
     models = Model.__table__.c  # models of all projects
     trained = select(models.id, models.root).where(models.id.in_(model_ids))

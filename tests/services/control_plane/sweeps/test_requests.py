@@ -38,7 +38,7 @@ def test_a_parameter_is_a_list_or_a_range(given: dict[str, Any], said: str) -> N
 @pytest.mark.parametrize(
     ("given", "param", "said"),
     [
-        ({"parameters": RANGE}, "parameters.method.dpo.hyperparameters.beta", "list values"),
+        ({"parameters": RANGE}, "parameters.method.dpo.hyperparameters.beta", "list its values"),
         ({"parameters": {f"metadata.{name}": {"values": list(range(17))} for name in "ab"}}, "parameters", "289"),
         (
             {
