@@ -12,8 +12,8 @@ import pytest
 
 from services import storage
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import pairs
-from tests.services.control_plane.http.limits.test_limits import KEY, MIB, head, slow, until
+from tests.services.control_plane.conftest import pairs, wait_for
+from tests.services.control_plane.http.limits.test_limits import KEY, MIB, head, slow
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def test_who_does_not_read_an_answer_is_cut_off(base_url: str, client: openai.Op
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             reader.connect((url.host, url.port or 80))
             reader.sendall(request)
-        until(lambda: httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 503)
-        until(lambda: httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 200)
+        wait_for(lambda: httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 503)
+        wait_for(lambda: httpx.get(f"{base_url}/v1/files", headers=KEY).status_code == 200)
         received = 0
         with suppress(ConnectionResetError):
             while data := sockets[0].recv(2**16):
