@@ -99,7 +99,8 @@ def _base_model(value: object) -> object:
 
 
 class Settings(BaseSettings):
-    """The control plane's settings, from `RAYDPO_*` and `DATABASE_URL` in the environment, and from the TOML file.
+    """The control plane's settings. They come from environment variables, such as `RAYDPO_STORAGE_URL` and
+    `DATABASE_URL`, and from a TOML file.
 
     The environment overrides the file. Unknown keys in the file are refused.
     """

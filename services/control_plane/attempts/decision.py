@@ -131,7 +131,8 @@ class Stopwatches:
         """Begins a new round of checks. Resets the measurement of each condition that was not checked in the last
         round.
 
-        Resets all measurements if the last round began more than `gap_seconds` ago.
+        Resets all measurements if the last round began more than `gap_seconds` (an argument of the class) ago, because
+        nobody knows what held in between.
         """
         in_time = self._clock() - self._looked_at <= self._gap_seconds
         self._since = {what: since for what, since in self._since.items() if in_time and what in self._asked}

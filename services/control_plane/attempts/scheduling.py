@@ -41,8 +41,9 @@ FOR_MODELS_TURN = "its turn on the GPUs, because a model that has waited longer 
 
 
 class Misfit(str):
-    """A reason to wait that does not go away by itself: the cluster, or what its settings leave of it, is too small for
-    the job. `remedy` says in a sentence what the user can do."""
+    """A reason to wait that does not go away by itself: the cluster is too small for the job, or pinned models (which
+    their settings keep loaded) leave too little of it. `remedy` says in a sentence what the user can do.
+    """
 
     remedy: str
 
@@ -78,9 +79,9 @@ def what_each_waits_for(
     turns = _Turns(running, waiting, shares)
 
     def fewer_workers(job: Job, room: Resources) -> str:
-        """Returns how a remedy begins, for a job that does not fit into `room`. If the job would fit with one worker,
-        the text advises fewer workers. The caller adds "sk the operator …" to the text, which therefore ends with "A"
-        or "a".
+        """Returns the beginning of a remedy for a job that does not fit into `room`. It is "Submit it with fewer
+        workers (num_workers), or a" if the job fits with one worker, and otherwise "A". The caller appends "sk the
+        operator …".
         """
         one = needs(job, settings, scorers, num_workers=1)
         return "A" if _beyond(one, room) else "Submit it with fewer workers (num_workers), or a"

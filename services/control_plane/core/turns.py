@@ -13,9 +13,9 @@ class Turns:
     take turns. A project without competitors may therefore run as many tasks as the limit allows. Many waiting tasks of
     one project delay a task of another project by one or two tasks only.
 
-    If `leaves_free` is true, a project may use only as many of the places as then stay free for other projects. So a
-    project without competitors uses at most half of the limit, and the first task of another project need not wait.
-    This suits tasks that may take long and cost little.
+    If `leaves_free` is true, a project with running tasks may start another one only while it runs fewer tasks than the
+    limit leaves free. So a project without competitors uses about half of the limit, and the first task of another
+    project normally need not wait. This suits tasks that may take long and cost little.
     """
 
     def __init__(self, most: int, *, leaves_free: bool = False) -> None:

@@ -1,5 +1,5 @@
-"""Defines the JSON body of POST /v1/x/evaluations, which creates an evaluation, and the description that is stored of
-it.
+"""Defines the JSON body of POST /v1/x/evaluations, which creates an evaluation, and the stored description of an
+evaluation.
 """
 
 from typing import Annotated, Any, Literal, Self

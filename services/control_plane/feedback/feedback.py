@@ -53,7 +53,7 @@ def of_kind(kind: str | None, form: str | None) -> Select[Feedback]:
     """Returns the SQL query for the votes of this kind and form.
 
     `kind` is the kind of vote (`pairs`, `unpaired` or `ratings`), and `form` the form of its prompt (`messages` or
-    `text`). None as one of them means any value.
+    `text`). If `kind` or `form` is None, the query includes votes of every kind or form.
     """
     query = select(Feedback)
     if kind is not None:

@@ -25,8 +25,8 @@ TELL_SECONDS = 1.0
 def check_rows(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Reads all rows of the file at `uri`, with the options `reading`, and returns a dictionary with two keys.
 
-    `report` is the FeedbackReport on the rows. `refusal` is the reason to refuse the file, or None. Every second, calls
-    `tell` with the number of bytes that were read so far.
+    `report` describes the rows: their format, their counts and their problems (class FeedbackReport). `refusal` is the
+    reason to refuse the file, or None. Every second, calls `tell` with the number of bytes that were read so far.
     """
     share = reading.invalid_rows.max_share if reading.invalid_rows.how == "drop" else 0.0
     with storage.open_input(uri) as source:

@@ -74,7 +74,7 @@ class IdempotentRequest:
         - `work` must not commit. If `work` raises an error, nothing is stored.
         - `changes` is the id of the object that `work` changes, None if `work` creates an object. If another request
           has changed the object since the first send, a retry without an Idempotency-Key runs `work` again.
-        - `content` is a text that identifies a body that is not JSON.
+        - `content` is a text that identifies the body, if the body is not JSON. None means a JSON body.
         - `secret` is the name of a field of the response that is not stored. A retry gets null in this field.
         """
         key = self._key()

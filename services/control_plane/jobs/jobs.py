@@ -202,8 +202,8 @@ def _state(job: Job) -> str:
 async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, event: str) -> None:
     """Sets the job's desired state (`run`, `pause` or `cancel`), and adds one to the job's version.
 
-    Also adds `event` to the job's events and to the log of its state changes, with `actor`, who made the change. The
-    caller must hold the lock of the job's row.
+    Also adds `event` to the job's events and to the log of its state changes. `actor` is the id of the API key that
+    wishes this state. The caller must hold the lock of the job's row.
     """
     job.desired, job.version = desired, job.version + 1
     _log(session, job.id, job.version, desired, job.observed, actor, event)
@@ -275,8 +275,8 @@ async def note_misfits(session: AsyncSession, waiting: Sequence[str], misfits: C
     """Stores for each job in `misfits` the time since which the cluster is too small for the job. Clears this time for
     the other jobs in `waiting`. `misfits` and `waiting` hold ids of jobs; `waiting` includes all of `misfits`.
 
-    If nobody has looked at a job for MISFIT_GAP, the time until now does not count. Leaves out jobs that another
-    transaction is changing at the moment.
+    For a job in `misfits` for which the function was not called for MISFIT_GAP, the time begins anew. Leaves out jobs
+    that another transaction is changing at the moment.
 
     Returns the ids of those jobs for which the cluster has been too small for MISFIT_AFTER.
     """
@@ -339,8 +339,9 @@ def new_event_id() -> str:
 
 
 def fine_tuned_name(job: Job, settings: Settings) -> str:
-    """Returns the unique name of the model that the job trains: `ft:base:org:suffix:` and the 24 digits of the job's
-    id."""
+    """Returns the unique name of the model that the job trains, `ft:<base model>:<organization>:<suffix>:<digits>`. The
+    user chooses the suffix, which may be empty; the 24 digits are those of the job's id.
+    """
     digits = job.id.removeprefix("ftjob-")
     return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digits}"
 

@@ -121,7 +121,7 @@ async def merged(
     """Merges the model's adapter into its base model with a side job (a short Ray job), unless it is merged already.
 
     Returns the report of the merge. Raises Unavailable while the merge runs, and InvalidRequest if adapter and base
-    cannot be merged. Stops waiting when the client has disconnected, which `is_disconnected` finds out.
+    cannot be merged. Stops waiting when `is_disconnected` says that the client has disconnected.
     """
     job = _merge_of(model, settings, await store.store.instance())
     result = await side_jobs.result_of(job, store, ray_api, settings.max_running_checks, is_disconnected)

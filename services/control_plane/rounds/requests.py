@@ -1,5 +1,6 @@
 """Defines the JSON body of POST /v1/x/rounds, which creates a set of rounds (repeated training of a policy on its own
-answers), and the description of the set that is stored."""
+answers), and the stored description of such a set.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -97,8 +98,10 @@ class CreateHeldOut(HeldOut):
 
 
 class RoundsSpec(BaseModel):
-    """The description of a set of rounds that is stored: the first policy, the file of prompts, and how answers are
-    sampled, judged and trained on. If the request itself contains the prompts, they are stored separately."""
+    """The stored description of a set of rounds (repeated training of a policy on its own answers): the first policy,
+    the file of prompts, and how answers are sampled, judged and trained on. If the request itself contains the prompts,
+    they are stored separately.
+    """
 
     model_config = ConfigDict(extra="forbid")
     model: Text = Field(description="Name of the policy that the rounds start from: a base model, or a trained policy.")
@@ -212,7 +215,7 @@ class RoundsSpec(BaseModel):
         """Returns the request for the job of the round `number` in the set of rounds `rounds_id`.
 
         `newest` is the name of the newest policy, and `file` the id of the file with the round's rows. Raises
-        InvalidRequest for a wrong field of `job`.
+        InvalidRequest if a field of the job in the user's request is wrong.
         """
         start = newest if self.start == "newest" else self.model
         reference = newest if self.reference == "newest" else self.model
@@ -272,6 +275,7 @@ class CreateRounds(RoundsSpec):
             raise InvalidRequest(message, param="job.x_raydpo.reference.model")
 
     def spec(self) -> RoundsSpec:
-        """Returns the description of the set of rounds that is stored. It lacks the prompts that the request
-        contains."""
+        """Returns the description of the set of rounds that the service stores. This description does not have the
+        prompts that the request contains.
+        """
         return RoundsSpec.model_validate(self.model_dump(exclude={"rows": True, "evaluation": {"rows"}}))

@@ -192,7 +192,8 @@ class CreateSweep(BaseModel):
     )
 
     def settled(self) -> "CreateSweep":
-        """Returns the request with its seeds drawn and the goal of its metric chosen.
+        """Returns the request with random seeds in place of those that it leaves out, and with the goal of its metric
+        (`minimize` or `maximize`).
 
         All jobs of a sweep have the same seed, unless the seed is a parameter. So all jobs hold out the same rows for
         validation, and can share prepared data. Raises InvalidRequest, which names the field, if fields contradict each

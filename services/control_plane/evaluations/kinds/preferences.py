@@ -56,7 +56,8 @@ def ranked(rewards: Sequence[float], lengths: Sequence[int], ratings: Sequence[f
     """Compares the rewards of a prompt's completions with people's ratings of these completions.
 
     `lengths` are the completions' numbers of tokens. The completions are in order, the best one first. If `ratings` is
-    None, the first completion is better than all other completions. Returns a dictionary:
+    None, the first completion counts as better than all other completions, which count as equally good. Returns a
+    dictionary:
 
     - `rewards` and `num_tokens` repeat the rewards and the lengths as lists.
     - `is_right` says whether each of the best completions has a higher reward than each completion that is not among

@@ -1,10 +1,10 @@
 """Decides which of the requested models are loaded, and what the others wait for. The functions use only their
 arguments.
 
-Reference models of running jobs are loaded first, then pinned models; neither are ever evicted (unloaded). A model that
-is loading or answering is not evicted either. An idle model is evicted after its own `idle_seconds`, or to make room
-for other models or for jobs. A model that only jobs have requested is evicted a minute after a job has last used the
-model.
+Reference models of running jobs are loaded first, then pinned models (which their settings keep loaded). Models of
+these two kinds are never evicted (unloaded). A model that is loading or answering is not evicted either. An idle model
+is evicted after its own `idle_seconds`, or to make room for other models or for jobs. A model that only jobs have
+requested is evicted a minute after a job has last used the model.
 
 Waiting models are loaded in the order in which they were first requested. A model that is always busy has a turn: it
 runs for TURN_SECONDS while other models wait. After its turn it gets no new requests, and is unloaded when its answers
