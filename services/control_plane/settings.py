@@ -381,12 +381,16 @@ class Settings(BaseSettings):
 
     @classmethod
     def variable(cls, name: str) -> str:
-        """Returns the environment variable that sets the setting `name`."""
+        """Returns the name of the environment variable that sets the setting `name`: `RAYDPO_API_KEY` for `api_key`,
+        for example.
+        """
         return str(cls.model_fields[name].validation_alias or f"RAYDPO_{name.upper()}")
 
     @classmethod
     def secret_variables(cls) -> set[str]:
-        """Returns the environment variables that set secrets. The database's URLs may hold a password."""
+        """Returns the names of the environment variables that hold secrets, such as `RAYDPO_API_KEY`. `DATABASE_URL`
+        and `DATABASE_DIRECT_URL` are among them, because these URLs may hold a password.
+        """
         types = {name: (field.annotation, *get_args(field.annotation)) for name, field in cls.model_fields.items()}
         secret = [name for name, known in types.items() if SecretStr in known]
         return {cls.variable(name) for name in ("database_url", "database_direct_url", *secret)}

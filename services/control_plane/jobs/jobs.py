@@ -203,7 +203,7 @@ async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, eve
     """Sets the job's desired state (`run`, `pause` or `cancel`), and adds one to the job's version.
 
     Also adds `event` to the job's events and to the log of its state changes. `actor` is the id of the API key that
-    wishes this state. The caller must hold the lock of the job's row.
+    asks for this state. The caller must hold the lock of the job's row.
     """
     job.desired, job.version = desired, job.version + 1
     _log(session, job.id, job.version, desired, job.observed, actor, event)

@@ -41,5 +41,5 @@ async def methods() -> dict[str, Any]:
 
 @router.get("/options", responses=answers(Page[ExtensionOptionDocument]))
 async def list_options() -> dict[str, Any]:
-    """Lists the options in `x_raydpo` of a job."""
+    """Lists the options that a job can have in the field `x_raydpo`."""
     return listing(options.described(), has_more=False)

@@ -1,7 +1,9 @@
-"""The routes below /v1/x/sweeps, which create, list, show, cancel and delete sweeps, and list their trials and
+"""The routes below /v1/x/sweeps, which create, list, show, cancel and delete sweeps, and show their trials and their
 frontiers.
 
-A trial is one job of a sweep, with the values that the sweep chose for it.
+A sweep is a set of jobs that differ in chosen options. A trial is one of these jobs, with the values that the sweep
+chose for it. A frontier compares the rewards of the trained policies with their KL divergences from the reference
+model.
 """
 
 from collections.abc import Sequence
@@ -47,7 +49,7 @@ async def create(
     ray_api: RayApiPart,
     body: CreateSweep,
 ) -> Response:
-    """Creates a sweep. The service submits its jobs in the background.
+    """Creates a sweep: a set of jobs that differ in chosen options. The service submits the jobs in the background.
 
     Refuses the sweep if it is clear already that the service would refuse one of its jobs.
     """
@@ -83,7 +85,9 @@ async def _rows(store: ProjectStore, name: str, body: CreateEvaluation) -> list[
 async def list_sweeps(
     store: StorePart, after: str | None = None, limit: Limit = 20, status: Status | None = None
 ) -> dict[str, Any]:
-    """Lists the project's sweeps, newest first. If `status` is given, lists only sweeps with this status."""
+    """Lists the project's sweeps (sets of jobs that differ in chosen options), newest first. If `status` is given,
+    lists only sweeps with this status.
+    """
     query = select(Sweep) if status is None else select(Sweep).where(Sweep.state == status)
     async with store.look() as session:
         found, more = await page(session, query, [Sweep.created_at, Sweep.id], after=after, limit=limit)

@@ -66,7 +66,7 @@ def with_new_steps(block: pa.Table, other: pa.Table) -> pa.Table:
 
 
 def names_of(block: pa.Table) -> list[str]:
-    """Returns the names of the block's metrics."""
+    """Returns the names of the metrics in the block, which is a table with a row for each training step."""
     return [name.removeprefix(METRIC) for name in block.column_names if name.startswith(METRIC)]
 
 

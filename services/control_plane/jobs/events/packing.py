@@ -111,7 +111,9 @@ def _packed(known: bytes | None, events: Any) -> dict[str, Any]:
 
 
 def _ranges(steps: list[int]) -> MultiRange[int]:
-    """Returns the training steps `steps`, which are sorted, as ranges of consecutive steps."""
+    """Returns the training steps `steps`, which are sorted, as ranges of consecutive steps. The end of a range is not
+    part of it.
+    """
     starts = [step for before, step in zip([None, *steps], steps, strict=False) if before != step - 1]
     ends = [step for step, after in zip(steps, [*steps[1:], None], strict=True) if after != step + 1]
     return MultiRange(Range(start, end + 1) for start, end in zip(starts, ends, strict=True))

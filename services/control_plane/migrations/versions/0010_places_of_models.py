@@ -15,7 +15,9 @@ TIMES = ("placed_at", "ready_at", "answered_at")
 
 
 def upgrade() -> None:
-    """Adds the columns. They have defaults, because the previous release still writes rows without these columns."""
+    """Adds columns to the table `deployments`: which models are loaded, which control planes use them, and what other
+    models wait for. The columns have defaults, because the previous release still writes rows without them.
+    """
     op.add_column(
         "deployments",
         sa.Column("asked_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),

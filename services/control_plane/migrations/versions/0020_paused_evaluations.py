@@ -1,4 +1,4 @@
-"""Lets evaluations be paused
+"""Adds the state `paused` to the states that an evaluation may have
 
 Revision ID: 0020 Revises: 0019
 """
