@@ -45,7 +45,7 @@ NODES_SECONDS = 10  # submissions within this time share one list of machines
 @dataclass(frozen=True)
 class Submission:
     """The state of a job in Ray, as Ray reports it: the status and, if the job failed, the reason. The job is an
-    attempt (run of a fine-tuning job) or a side job.
+    attempt (run of a fine-tuning job) or a side job (a short program beside training).
     """
 
     status: AttemptStatus

@@ -167,8 +167,8 @@ async def _read(job: SideJob, attempt: int) -> SideJobResult | None:
 
 
 async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: RayApi, most: int) -> None:
-    """Records in the database that an attempt (run of a side job) is about to start. `submission_id` is the attempt's
-    id in Ray, and `folder` its folder in storage.
+    """Records in the database that an attempt (run of a side job, a short Ray job beside training) is about to start.
+    `submission_id` is the attempt's id in Ray, and `folder` its folder in storage.
 
     Raises RateLimited if `most` side jobs of the project run already.
     """
@@ -196,14 +196,17 @@ async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: 
 
 
 async def _running(session: AsyncSession) -> list[tuple[SideJobAttempt, float]]:
-    """Returns the attempts (runs of side jobs) whose ends have not been stored yet, each with its age in seconds."""
+    """Returns the attempts (runs of side jobs, which are short Ray jobs beside training) whose ends have not been
+    stored yet, each with its age in seconds.
+    """
     age = func.extract("epoch", func.clock_timestamp() - SideJobAttempt.created_at)
     rows = await session.execute(select(SideJobAttempt, age).where(SideJobAttempt.ended_at.is_(None)))
     return [(row, float(age)) for row, age in rows]
 
 
 async def _lives(row: SideJobAttempt, age: float, ray_api: RayApi) -> bool:
-    """Whether the attempt (run of a side job) may be running. `age` is the age of its row in seconds.
+    """Whether the attempt (run of a side job, a short Ray job beside training) may be running. `age` is the age of its
+    row in seconds.
 
     Returns False if Ray says that the attempt ended. Also returns False if Ray does not know the attempt and the row is
     older than LAUNCHING_SECONDS, the time within which a launched attempt reaches Ray.

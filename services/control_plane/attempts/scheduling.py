@@ -200,8 +200,8 @@ def needs(
 def reference_model(job: Job) -> NamedModel | None:
     """Returns the job's reference model if vLLM may still have to compute log-probabilities with it.
 
-    Returns None if the job has begun to train, or vLLM computes no log-probabilities for it, or its spec cannot be
-    read.
+    Returns None if the job has begun to train, or vLLM computes no log-probabilities for it, or its stored spec
+    (description) cannot be read.
     """
     if job.training is not None:
         return None

@@ -1,5 +1,5 @@
-"""Creates, finds and revokes API keys. Each key belongs to a project, and the key's scopes say what requests with the
-key may do.
+"""Creates, finds and revokes API keys. Each key belongs to a project, and has scopes, the permissions of requests with
+this key.
 
 The database stores only the SHA-256 of keys.
 """
@@ -24,8 +24,8 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 @dataclass(frozen=True)
 class Caller:
-    """The sender of a request: the id, the project and the scopes of the API key, or OpenID Connect token, in the
-    request.
+    """The sender of a request: the id, the project and the scopes (permissions) of the API key, or OpenID Connect
+    token, in the request.
 
     If `requests_per_minute` or `tokens_per_minute` is None, the setting of the same name limits the caller.
     `project_claim` and `scopes_claim` are the names of the token's claims that decided the project and the scopes; None

@@ -170,7 +170,7 @@ class Issuer:
 
     def _caller_by_role(self, claims: Mapping[str, Any]) -> Caller:
         """Returns the caller that a token's claims describe. The setting `oidc_roles` gives the caller's project and
-        scopes for each value of one claim, which the setting `oidc_roles_claim` names.
+        scopes (permissions) for each value of one claim, which the setting `oidc_roles_claim` names.
 
         Raises Unauthorized, which names the claim, if none of the claim's values is in `oidc_roles`.
         """
@@ -189,7 +189,8 @@ class Issuer:
         return Caller(f"oidc:{claims['sub']}", project, scopes, project_claim=name, scopes_claim=name)
 
     def _caller_by_claims(self, claims: Mapping[str, Any]) -> Caller:
-        """Returns the caller whose project is in one of the token's claims, and whose scopes are in another one.
+        """Returns the caller whose project is in one of the token's claims, and whose scopes (permissions) are in
+        another one.
 
         The claim of scopes is a list of words, or a text with spaces between the words. Words that are no scopes of
         this service are ignored. Raises Unauthorized if the claim of the project is missing.

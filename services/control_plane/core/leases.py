@@ -80,8 +80,10 @@ class LeasedWork(Protocol[Piece]):
 
 
 class Troubled(Protocol):
-    """A row of the database for which work is done in the background. `troubled_at` is the time since which the work
-    fails with unexpected errors. `waits_for` is the reason why the work waits."""
+    """A row of the database for which work is done in the background. `troubled_at` is the time of the first unexpected
+    error since the work last made progress; None if there was none. `waits_for` is the reason why the work waits, as a
+    text for the user.
+    """
 
     troubled_at: Any  # when the first unexpected error since the last progress was, None if there was none
     waits_for: Any  # why the work waits, as text for the user
@@ -155,7 +157,8 @@ async def take(session: AsyncSession, name: str, holder: str) -> bool:
 
 class Leaseholder(Generic[Piece]):
     """Does one kind of background work, such as checking files, in the control plane called `holder`. Before it works
-    on a piece (such as a file), it takes the piece's lease, so that no other control plane works on the same piece.
+    on a piece (such as a file), it takes the piece's lease, which is the right to work on the piece, so that no other
+    control plane works on the same piece.
     """
 
     def __init__(self, store: Store, kind: LeasedWork[Piece], *, holder: str) -> None:

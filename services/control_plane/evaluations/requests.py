@@ -76,7 +76,7 @@ class Judge(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The names of the models that the request names for the judge: its model and its reference model."""
+        """Returns the names of the models that the request names for the judge: its model and its reference model."""
         return {name for name in (self.model, self.reference) if name}
 
     @model_validator(mode="after")
@@ -197,7 +197,7 @@ class Spec(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The names of all models that take part in the evaluation."""
+        """Returns the names of all models that take part in the evaluation."""
         judge = self.judge.models if self.judge else set()
         return {name for name in (self.model, self.baseline, self.reference) if name} | judge
 

@@ -1,4 +1,5 @@
-"""Writes refused requests to the audit log, for example for a missing scope, an unknown object or an exceeded limit.
+"""Writes refused requests to the audit log, for example for a missing scope (permission), an unknown object or an
+exceeded limit.
 
 Only the first refusals of a key in a minute get an entry each, so that nobody can fill the log. Further refusals are
 counted, and at the end of the minute one entry is written for all refusals with the same key, action, status and code.

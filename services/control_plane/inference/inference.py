@@ -270,8 +270,8 @@ class Inference:
                 await deployments.use(session, engine.loaded)
 
     async def _enters(self, engine: Engine, view: ServeView) -> bool:
-        """If the engine (model server) runs and accepts new requests, counts one more request to the engine as in
-        flight.
+        """Counts one more request to the engine (model server) as in flight, if the engine runs and accepts new
+        requests.
 
         Returns whether the request was counted. `view` is the state of Ray Serve.
         """

@@ -103,7 +103,7 @@ async def _check_quantization(spec: JobSpec, model: NamedModel) -> None:
 
 async def _within_positions(spec: JobSpec, asked: Asked, model: NamedModel, reference: NamedModel | None) -> JobSpec:
     """Checks `max_length` against the numbers of tokens that the model and its reference model take, and returns the
-    spec.
+    spec (the job's description).
 
     `asked` holds the options that the user chose. Raises InvalidRequest if the user chose a `max_length` that is larger
     than these numbers. A default that is larger is lowered. If the config of one of the models cannot be read on this

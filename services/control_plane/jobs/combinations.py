@@ -31,8 +31,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Combination:
-    """A job request and its choices, which the rules about forbidden combinations of options look at: the job's spec,
-    the options that the user sent, the model that the job starts from, and its reference model.
+    """A job request and its choices, which the rules about forbidden combinations of options look at: the job's spec
+    (complete description), the options that the user sent, the model that the job starts from, and its reference model.
     """
 
     spec: JobSpec  # with the service's choice of weights

@@ -79,7 +79,8 @@ AuthenticationPart = Annotated[Authentication, Depends(_authentication)]
 @router.get("", responses=answers(SignInDocument))
 async def retrieve(authentication: AuthenticationPart) -> dict[str, Any]:
     """Returns what the web page needs to send a person to the OpenID Connect issuer for signing in: the issuer's
-    authorization endpoint, the client id and the scopes. `oidc` is null if people sign in with an API key.
+    authorization endpoint, the client id and the OAuth scopes to ask for. `oidc` is null if people sign in with an API
+    key.
     """
     flow = authentication.code_flow
     return {"object": "sign_in", "oidc": None if flow is None else await flow.request()}

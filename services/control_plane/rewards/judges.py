@@ -94,8 +94,8 @@ def _why_unknown(name: str, objective: Objective | None, what: str) -> str:
 
 
 def check_implicit(name: str, objective: Objective, *, reference: str | None, beta: float | None) -> None:
-    """Checks that a policy will have an implicit reward if it is trained with this objective. An implicit reward needs
-    a reference model and a beta. `name` is the name of the policy, for error messages.
+    """Checks that a policy will have an implicit reward if it is trained with this objective (training method). An
+    implicit reward needs a reference model and a beta. `name` is the name of the policy, for error messages.
 
     `reference` and `beta` are the request's choices. If one of them is None, the training provides it; raises
     InvalidRequest if training with this objective uses no reference model or no suitable beta.

@@ -161,8 +161,9 @@ class RoundsSpec(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The names of the models that are needed when the first round begins: the first policy, and the models of the
-        judges."""
+        """Returns the names of the models that are needed when the first round begins: the first policy, and the models
+        of the judges.
+        """
         return {self.model} | self.judge.models | self.evaluating_judge.models
 
     def num_prompts(self, num_sampled: int) -> int:

@@ -54,8 +54,9 @@ class Ended(Exception):
 
 
 def stage_of(entry: Entry) -> str:
-    """Returns the name of the next stage of the round whose entry in `history` is `entry`, such as `samples`. Returns
-    `next` if all stages of the round are done."""
+    """Returns the name of the next stage of a round, such as `samples`. Returns `next` if all stages of the round are
+    done. `entry` is the round's object in the column `history` of the set of rounds.
+    """
     stages = STAGES if entry["number"] else OF_FIRST_POLICY
     return next((name for name in stages if name not in entry), "next")
 
@@ -324,7 +325,8 @@ class Stages:
 
 
 def best_of(history: Sequence[Entry]) -> Entry:
-    """Returns the round in `history` with the best policy so far. The first policy counts as round 0.
+    """Returns the round with the best policy so far. `history` holds an object for each round of the set of rounds. The
+    first policy counts as round 0.
 
     If the judge gives scores, this is the first round with the highest mean score. If the judge compares each policy
     with the policy of the round before, a policy is better if it wins more than half of these comparisons. The result

@@ -1,4 +1,6 @@
-"""Builds the JSON objects of sweeps, of their trials (jobs with chosen values) and of their frontiers."""
+"""Builds the JSON objects of sweeps, of their trials (jobs with chosen values) and of their frontiers, which compare
+rewards with KL divergences.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -258,7 +258,9 @@ async def _end_training(session: AsyncSession, state: State, trial: SweepTrial, 
 
 
 async def _end_evaluating(session: AsyncSession, state: State, trial: SweepTrial) -> None:
-    """If all evaluations of the trial (job of the sweep) have ended, stores their results, and ends the trial."""
+    """Stores the results of the trial's evaluations and ends the trial (a job of the sweep with its evaluations). Does
+    nothing until all these evaluations have ended.
+    """
     found = {name: state.evaluations.get(each) for name, each in trial.evaluations.items()}
     trial.results = {
         name: each.results | {"num_failed": each.num_failed}

@@ -83,8 +83,8 @@ def _put(body: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _check_metrics(sweep: CreateSweep, spec: JobSpec) -> None:
-    """Raises InvalidRequest if the sweep compares its jobs by a metric that a job with this spec does not measure on
-    validation data.
+    """Raises InvalidRequest if the sweep compares its jobs by a metric that a job with this spec (description) does not
+    measure on validation data.
 
     The job lacks the metric if it has no validation data, or if its training method does not measure the metric.
     """

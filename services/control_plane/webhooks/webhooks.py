@@ -120,7 +120,7 @@ def _new_secret() -> str:
 
 
 async def announce(session: AsyncSession, job: Job, to: str) -> None:
-    """If `to` is a state that ends a job, writes messages which say that the job has ended. Each of the project's
+    """Writes messages which say that the job has ended, if `to` is a state that ends a job. Each of the project's
     endpoints (users' URLs) that wants such messages gets one.
 
     The messages go into the outbox, the table of messages to send.

@@ -45,8 +45,8 @@ async def pack(store: Store, most: int) -> int:
 
 
 async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
-    """Returns the blocks to pack, as pairs of a job's id and a block's number in the job. Marks ended jobs that have
-    nothing left to pack, so that later calls need not look at them.
+    """Returns the blocks (tables with the metrics of many steps) to pack, as pairs of a job's id and a block's number
+    in the job. Marks ended jobs that have nothing left to pack, so that later calls need not look at them.
 
     At most `most` ended jobs are looked at. Their order is random, so that jobs whose blocks cannot be packed do not
     stop the others.
@@ -70,8 +70,8 @@ async def _due(session: AsyncSession, most: int) -> list[tuple[str, int]]:
 
 async def pack_block(session: AsyncSession, job_id: str, number: int) -> None:
     """Moves the metrics events of a job's training steps from the table `events` into block number `number`, which has
-    the metrics of up to 1,000 steps. If the block already has a step (a resumed attempt repeats steps), the step's row
-    is dropped, because the job's history tells each step once.
+    the metrics of up to 1,000 steps. If the block already has a step, which happens because a resumed job repeats
+    steps, the step's row is dropped, because the job's history tells each step once.
     """
     await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
     first = number * blocks.BLOCK_STEPS + 1

@@ -1,4 +1,4 @@
-"""Adds the usage of models by API keys, and the keys' limits of tokens per minute"""
+"""Adds the table of usage, which counts the use of models by API keys, and the keys' limits of tokens per minute"""
 
 from collections.abc import Sequence
 
