@@ -224,9 +224,9 @@ class TrainConfig:
         check(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
     def settled(self, *, with_adapter: bool = False) -> "TrainConfig":
-        """Returns a copy of the options in which the number of epochs and the learning rate have their final values.
-        `with_adapter` says whether the run trains an adapter, which has a higher default learning rate than a whole
-        model."""
+        """Returns a copy of the options in which the number of epochs and the learning rate are set: to the user's
+        values or, where the user has chosen none, to the objective's defaults. `with_adapter` says whether the run
+        trains an adapter, which has a higher default learning rate than a whole model."""
         traits = self.objective.traits
         default_rate = default_learning_rate(self.objective, with_adapter=with_adapter)
         rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)
@@ -234,10 +234,10 @@ class TrainConfig:
         return replace(self, optim=optim, n_epochs=self.n_epochs or traits.default_epochs)
 
     def resolved(self, num_groups: int, *, with_adapter: bool = False) -> "TrainConfig":
-        """Returns a copy of the options with a value for every option that depends on the data: epochs, learning rate,
-        batch size and checkpoint interval. `num_groups` is the number of training groups (prompts with their
-        completions). `with_adapter` says whether the run trains an adapter, which has a higher default learning
-        rate."""
+        """Returns a copy of the options in which all those options are set that the user may leave open: epochs,
+        learning rate, batch size and checkpoint interval. `num_groups` is the number of training groups (prompts with
+        their completions), on which the last two depend. `with_adapter` says whether the run trains an adapter, which
+        has a higher default learning rate."""
         run = self.settled(with_adapter=with_adapter)
         assert run.n_epochs is not None
         batch = min(run.batch_size or max(8, min(64, num_groups // 50)), num_groups)

@@ -14,8 +14,8 @@ from services.contract import EventBatch
 
 
 class DamagedSegment(ValueError):
-    """Raised if a file of a spool does not match its sha256 or cannot be parsed. A spool holds the reports of an
-    attempt (one run of a job) in storage."""
+    """Raised if a file of the spool (an attempt's stored reports; an attempt is one run of a job) does not match its
+    sha256 or cannot be parsed."""
 
 
 def folder(run_uri: str, attempt: int) -> str:
@@ -35,8 +35,7 @@ def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
 
 
 def write(uri: str, body: bytes) -> None:
-    """Writes a file of a spool, with the file's sha256. A spool holds the reports of an attempt (one run of a job) in
-    storage.
+    """Writes a file of the spool, the stored reports of an attempt (one run of a job). Adds the sha256 of the reports.
 
     `body` holds the reports: an EventBatch as JSON without line feeds.
     """
@@ -44,8 +43,8 @@ def write(uri: str, body: bytes) -> None:
 
 
 def read_body(uri: str) -> bytes:
-    """Returns the content of one file of a spool: an EventBatch as JSON. A spool holds the reports of an attempt (one
-    run of a job) in storage.
+    """Returns the content of a file of the spool, the stored reports of an attempt (one run of a job): an EventBatch as
+    JSON.
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if its content does not match its sha256.
     """
@@ -56,8 +55,7 @@ def read_body(uri: str) -> bytes:
 
 
 def read(uri: str) -> EventBatch:
-    """Returns the reports in one file of a spool. A spool holds the reports of an attempt (one run of a job) in
-    storage.
+    """Returns the reports in a file of the spool, the stored reports of an attempt (one run of a job).
 
     Raises FileNotFoundError if the file is missing, and DamagedSegment if the file does not match its sha256 or cannot
     be parsed.

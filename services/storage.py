@@ -306,12 +306,12 @@ def fetch(uri: str, cache: Path | None = None, *, only: Sequence[str] = ()) -> P
 
 @contextmanager
 def _alone(copy: Path, *, wait: bool = True) -> Iterator[None]:
-    """Runs the `with` block while no other process of this node downloads or removes the copy `copy`. If another
-    process is downloading or removing the copy now, first waits for its end. If `wait` is False, raises BlockingIOError
-    instead of waiting.
+    """Holds the lock of the copy `copy` during the `with` block, so that no other process of this node downloads or
+    removes this copy meanwhile.
 
-    Other processes that want to download or remove the copy meanwhile wait for the end of the block, or until this
-    process dies. `copy` may also be an unfinished download: it has the lock of the copy that it is to become.
+    If another process holds the lock now, the function first waits for it. If `wait` is False, it raises
+    BlockingIOError instead of waiting. The lock is free again at the end of the block, or when this process dies.
+    `copy` may also be the path of an unfinished download, which shares the lock of the finished copy.
     """
     name = copy.name.lstrip(".").partition(".")[0]
     with copy.with_name(f"{name}.lock").open("w") as lock:
@@ -384,9 +384,9 @@ def _download(
 ) -> None:
     """Downloads the file or folder at `path` of `filesystem` to the local path `target`.
 
-    The files lie in a hidden folder at first. When all are complete, it becomes the parent folder of `target`. `only`
-    has patterns of file names, as in `fetch`. If `makes_room` is True and the disk has no room, local copies of other
-    files are removed; the caller must then hold the lock of the copy that it makes.
+    The files lie in a hidden folder at first. When all files are complete, this folder gets the name of the parent
+    folder of `target`. `only` has patterns of file names, as in `fetch`. If `makes_room` is True and the disk has no
+    room, local copies of other files are removed; the caller must then hold the lock of the copy that is being made.
     """
     (info,) = filesystem.get_file_info([path])
     is_folder, wanted = info.type == fs.FileType.Directory, [info]

@@ -1,8 +1,10 @@
-"""Measures what each rank (process of a training run) reads of a job's data, for different numbers of ranks.
+"""Measures how much of a job's data each rank (process of a training run) reads, for different numbers of ranks.
 
-Usage: `python benchmarks/data/ranks.py --groups 100000 --ranks 2 8 64 256`. It starts a Ray of its own. The ranks do
-not train: each reads an epoch as a training worker does, and loads its share of each global batch. One rank of each run
-is measured, in a process of its own; another process asks the actor RowReader for the shares of all other ranks.
+Usage: `python benchmarks/data/ranks.py --groups 100000 --ranks 2 8 64 256`. The benchmark starts its own Ray cluster.
+
+The ranks do not train: each reads the data of one epoch as a training worker does, and loads its share of every global
+batch. Only rank 0 is measured, in a process of its own. A second process asks the Ray actor RowReader, which reads the
+files for all ranks, for the shares of all other ranks.
 """
 
 import argparse
@@ -89,8 +91,12 @@ def _write(folder: str, num_groups: int) -> Dataset:
 
 
 def _read(dataset: Dataset, reader: Any, num_ranks: int) -> dict[str, Any]:
-    """Reads an epoch as rank 0 of `num_ranks` does, and returns what that took. The time for planning who computes
-    which group is told apart: a rank plans in any case."""
+    """Reads one epoch as rank 0 of `num_ranks` ranks does. Returns a dictionary: the bytes and tokens that the rank
+    got, its CPU seconds and its peak memory.
+
+    `plan_seconds` has the CPU seconds for planning which rank computes which group. They are not a part of
+    `cpu_seconds`, because a rank has to plan in any case.
+    """
     config = TrainConfig(batch_size=BATCH_SIZE, n_epochs=1)
     tokens, received, plan_seconds = 0, 0, 0.0
 
@@ -124,7 +130,8 @@ def _read(dataset: Dataset, reader: Any, num_ranks: int) -> dict[str, Any]:
 
 
 def _read_others(dataset: Dataset, reader: Any, num_ranks: int) -> None:
-    """Asks the actor for the shares of all ranks but 0, each rank for those of some batches at a time."""
+    """Asks the actor `reader` for the shares of all ranks except rank 0, one rank after the other, for AHEAD batches at
+    a time."""
     rows, config = Rows(reader), TrainConfig(batch_size=BATCH_SIZE, n_epochs=1)
     shares: list[list[Any]] = [[] for _ in range(num_ranks)]
     steps = -(-dataset.num_groups // BATCH_SIZE)

@@ -1,16 +1,16 @@
-"""Measures what the control plane costs streamed answers: clients ask the engine for the same streams directly and
-through the control plane, in turn.
+"""Measures how much time and CPU the control plane adds to streamed answers. Clients ask the engine for the same
+streams in two ways: directly, and through the control plane.
 
     python -m benchmarks.service.gateway --streams 32 --per-second 50
 
-The engine is a process that answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`, the
-engine is vLLM on the CPU with a small random model, in a complete service; then both ways lead through Ray Serve's
-proxy. That engine has the machine's first core, and everything else has the other cores, because an engine on a GPU
-does not share its processor with the control plane either.
+The engine is a process that sends answers in vLLM's format at a set speed, and uses little CPU. With `--engine vllm`,
+the engine is vLLM on the CPU with a small random model, in a complete service; both ways then lead through Ray Serve's
+proxy. vLLM's engine gets the machine's first core, and all other processes get the other cores. The reason is that an
+engine on a GPU does not share its processor with the control plane either.
 
-A round uses one way (directly or through the control plane), and the ways take turns. In a round, each client asks a
-few times, each time as soon as its last answer is over. The clients begin one after the other, spread over the time of
-an answer.
+In a round, all clients use the same way; the next round uses the other way. Each client sends a few requests in a
+round, the next one as soon as the answer before it has ended. The clients start one after the other, spread over the
+time of an answer.
 """
 
 import argparse
@@ -44,13 +44,18 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=32, help="Number of streams. Default: %(default)s.")
-    rate = "Tokens of each stream per second; 0: as fast as possible. Default: %(default)s."
+    rate = "Tokens per second of each stream; 0 means as fast as possible. Default: %(default)s."
     parser.add_argument("--per-second", type=float, default=50.0, help=rate)
-    parser.add_argument("--tokens", type=int, default=250, help="Tokens of each stream. Default: %(default)s.")
     parser.add_argument(
-        "--answers", type=int, default=3, help="Answers of each client in a round. Default: %(default)s."
+        "--tokens", type=int, default=250, help="Number of tokens of each stream. Default: %(default)s."
     )
-    parser.add_argument("--rounds", type=int, default=3, help="Rounds of each way. Default: %(default)s.")
+    parser.add_argument(
+        "--answers",
+        type=int,
+        default=3,
+        help="Number of answers that a client asks for in a round. Default: %(default)s.",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="Number of rounds of each way. Default: %(default)s.")
     parser.add_argument("--engine", choices=("stand-in", "vllm"), default="stand-in", help="Default: %(default)s.")
     options = parser.parse_args()
     with ExitStack() as stops:
@@ -100,8 +105,9 @@ def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "
 
 
 def separate_engine(mark: str, control_plane: int) -> None:
-    """Gives vLLM's engine, the process that computes, the machine's first core, and this process, the control plane and
-    the other processes of Ray's head, which bear the mark `mark`, the other cores."""
+    """Gives vLLM's engine the machine's first core, and other processes the other cores: this process, the control
+    plane (the process with the id `control_plane`), and the processes of Ray's head, whose environment has the
+    identifier `mark`."""
     first, *others = sorted(os.sched_getaffinity(0))
     for process in [psutil.Process(), psutil.Process(control_plane), *processes_with(mark)]:
         cores = [first] if process.name().startswith("VLLM::EngineCor") else others
@@ -154,7 +160,8 @@ def control_plane(engine_port: int) -> Iterator[tuple[str, psutil.Process]]:
 
 @dataclass
 class Stream:
-    """What a client measured of one streamed answer. Times are in seconds since the client's request."""
+    """Measurements of one streamed answer: its number of tokens, the time of its `first` token, and the time until its
+    end (`seconds`). Both times are in seconds since the client's request."""
 
     tokens: int
     first: float
@@ -162,7 +169,8 @@ class Stream:
 
 
 class Way:
-    """One of the two ways to the engine (direct, or through the control plane), and what was measured on it."""
+    """One of the two ways to the engine (direct, or through the control plane), with the measurements that were made on
+    it."""
 
     def __init__(self, address: str, path: str, key: str) -> None:
         self.host, _, port = address.partition(":")
@@ -171,7 +179,7 @@ class Way:
         self.cpu_seconds = 0.0  # of the control plane
 
     def rates(self) -> list[float]:
-        """Returns a number for each round: the median of the streams' speeds, in tokens per second."""
+        """Returns the speed in each round: the median over the round's streams, in tokens per second."""
         return [median(stream.tokens / stream.seconds for stream in each) for each in self.rounds]
 
     def first(self) -> float:
@@ -189,8 +197,8 @@ async def ask_all(way: Way, options: argparse.Namespace) -> list[Stream]:
 
 
 async def ask(way: Way, tokens: int) -> Stream:
-    """Sends one request by `way` for an answer of `tokens` tokens, reads the streamed bytes as they come, and returns
-    what was measured. Uses as little CPU as possible."""
+    """Sends one request by `way` for an answer of `tokens` tokens, reads the stream to its end, and returns the
+    measurements. Does little else, so that the clients use as little CPU as possible."""
     reader, writer = await asyncio.open_connection(way.host, way.port)
     body = json.dumps(BODY | {"max_tokens": tokens}).encode()
     head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {way.key}\r\nConnection: close\r\n"
@@ -225,7 +233,7 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntr
 
 
 def event(number: int) -> bytes:
-    """Returns one chunk of a streamed answer, in vLLM's format."""
+    """Returns chunk number `number` of a streamed answer, in vLLM's format."""
     chunk = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
     choice = {"index": 0, "delta": {"content": f" word{number}"}, "logprobs": None, "finish_reason": None}
     return b"data: " + json.dumps(chunk | {"choices": [choice]}).encode() + b"\n\n"

@@ -2,10 +2,12 @@
 
     python -m benchmarks.service.history --ended 1000000 --paused 3000
 
-Timed are the control plane's regular look at all jobs, the admission of a job, a list of jobs, a project's usage, and
-an answer to Prometheus. The database first holds only the paused jobs, then the ended jobs as well, each with an
-attempt (a run on Ray) and an event. One project owns all of them; it has limits of queued jobs and accelerator hours. A
-stand-in replaces Ray.
+The benchmark measures the time of five kinds of work: the control plane's regular look at all jobs, the admission of a
+job, a list of jobs, a project's usage, and an answer to a request of Prometheus for metrics. It measures each kind
+twice: while the database holds only the paused jobs, and when it holds the ended jobs as well.
+
+Each job has an attempt (a run on Ray) and an event. One project owns all jobs; this project has limits for queued jobs
+and accelerator hours. A stand-in replaces Ray.
 """
 
 import argparse
@@ -58,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ended", type=int, default=1_000_000, help="Number of ended jobs. Default: %(default)s.")
     parser.add_argument("--paused", type=int, default=3_000, help="Number of paused jobs. Default: %(default)s.")
-    parser.add_argument("--times", type=int, default=30, help="Measurements of each kind. Default: %(default)s.")
+    parser.add_argument(
+        "--times", type=int, default=30, help="How often each kind of work is done. Default: %(default)s."
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-history-") as folder, ExitStack() as stops:
         home = Path(folder).resolve()
@@ -109,8 +113,8 @@ def fill(settings: Settings, name: str, number: int, *, desired: str, observed: 
 
 
 async def measure(settings: Settings, times: int) -> dict[str, list[float]]:
-    """Does each kind of work that the benchmark measures, such as the admission of a job, `times` times. Returns the
-    seconds that each time took, by the kind of work."""
+    """Does each kind of work that the benchmark measures, such as the admission of a job, `times` times. Returns, for
+    each kind of work, a list of the seconds that it took each time."""
     store = Store(settings.database_url)
     ray_api = RayApi(settings, store.instance)
     reconciler = Reconciler(store, ray_api, settings, holder="benchmark")

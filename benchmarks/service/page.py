@@ -1,9 +1,10 @@
-"""Measures the web page in Debian's chromium: its size, its first view, and how it draws long jobs and long lists.
+"""Measures the service's web page in Debian's Chromium: the size of its files, the time of its first view, and the time
+and frame rate with which it draws long jobs and long lists.
 
     python -m benchmarks.service.page
 
-Starts `raydpo up` without a Ray cluster, and writes the jobs and their metrics into its database. A job of 3,600 steps
-gets 20 more steps a second while the browser's frames are counted.
+Starts `raydpo up` without a Ray cluster, and writes the jobs and their metrics directly into its database. While the
+browser's frames are counted, a job of 3,600 steps gets 20 more steps a second.
 """
 
 import argparse
@@ -68,10 +69,12 @@ PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20, help="Seconds of counting frames. Default: %(default)s.")
-    parser.add_argument("--steps", type=int, default=1_000_000, help="Steps of the long job. Default: %(default)s.")
-    parser.add_argument("--jobs", type=int, default=10_000, help="Jobs in the list. Default: %(default)s.")
-    parser.add_argument("--times", type=int, default=5, help="Loads of each view. Default: %(default)s.")
+    parser.add_argument("--seconds", type=float, default=20, help="Seconds to count frames for. Default: %(default)s.")
+    parser.add_argument(
+        "--steps", type=int, default=1_000_000, help="Number of steps of the long job. Default: %(default)s."
+    )
+    parser.add_argument("--jobs", type=int, default=10_000, help="Number of jobs in the list. Default: %(default)s.")
+    parser.add_argument("--times", type=int, default=5, help="How often each view is loaded. Default: %(default)s.")
     options = parser.parse_args()
     told(
         "scripts and styles, gzip",
@@ -112,7 +115,8 @@ def packed(file: Path) -> int:
 
 @contextmanager
 def running_service() -> Iterator[tuple[str, str, psycopg.Connection[Any]]]:
-    """Runs `raydpo up` without a Ray cluster, and yields its URL, its API key and a connection to its database."""
+    """Runs `raydpo up` without a Ray cluster during the `with` block. Yields the service's URL, its API key and a
+    connection to its database."""
     with tempfile.TemporaryDirectory(prefix="raydpo-page-", ignore_cleanup_errors=True) as folder:
         home = Path(folder).resolve()
         home.chmod(0o755)
@@ -137,7 +141,8 @@ def running_service() -> Iterator[tuple[str, str, psycopg.Connection[Any]]]:
 
 
 async def pack_steps(database: psycopg.Connection[Any]) -> None:
-    """Packs the steps of all jobs into blocks, as the service's cleanup does in the background."""
+    """Packs the metrics of the steps of all jobs into compressed blocks, as the service itself does in the
+    background."""
     place = database.info
     store = Store(f"postgresql://postgres@/postgres?host={place.host}&port={place.port}")
     while await packing.pack(store, 100):
@@ -146,7 +151,7 @@ async def pack_steps(database: psycopg.Connection[Any]) -> None:
 
 
 def submit(url: str, key: str) -> str:
-    """Submits a job, which waits in the queue for ever, and returns its id."""
+    """Submits a job, and returns its id. The job stays in the queue, because there is no Ray cluster."""
     with httpx.Client(base_url=f"{url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=60) as api:
         rows = (json.dumps(PAIR) + "\n").encode() * 20
         file = api.post("/files", files={"file": ("pairs.jsonl", rows)}, data={"purpose": "fine-tune"}).json()
@@ -156,7 +161,8 @@ def submit(url: str, key: str) -> str:
 
 @contextmanager
 def tab(browser: Browser, key: str | None) -> Iterator[Page]:
-    """Opens a new tab with an empty cache, in which the reader has signed in with the key."""
+    """Opens a browser tab with an empty cache for the `with` block. If `key` is given, the tab is signed in to the
+    service with this API key."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     if key:
         kept = json.dumps(json.dumps({"token": key}))
@@ -166,7 +172,8 @@ def tab(browser: Browser, key: str | None) -> Iterator[Page]:
 
 
 def loads(browser: Browser, url: str, key: str, times: int, what: str, place: str, until: str) -> None:
-    """Measures the seconds from opening the address until the element `until` is there."""
+    """Opens the page `place` `times` times, and prints the median and the longest time until the page shows the element
+    with the CSS selector `until`. `what` names the measurement in the output."""
 
     def load() -> float:
         with tab(browser, key) as page:
@@ -195,7 +202,8 @@ def _seconds(load: Callable[[], float], times: int) -> str:
 
 
 def measure_frames(browser: Browser, url: str, key: str, database: psycopg.Connection[Any], seconds: float) -> None:
-    """Counts the frames of a view at rest, and then of the job while it gets 20 steps a second."""
+    """Counts the browser's frames for `seconds` while the page of a job shows nothing new, and then for `seconds` while
+    the job gets 20 steps a second. Prints both."""
     with tab(browser, key) as page:
         page.goto(f"{url}/#/jobs/ftjob-live-1")
         page.wait_for_selector("figure canvas")
@@ -226,7 +234,8 @@ def steps_drawn(page: Page) -> int:
 
 
 def _frames(page: Page, seconds: float) -> str:
-    """Counts the frames of so many seconds, and the processor time of the page's process meanwhile."""
+    """Counts the browser's frames for `seconds`. Returns a text with the frame rate, the times between frames, and the
+    share of a core that the page's process used."""
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
 

@@ -1,11 +1,14 @@
-"""Measures what the metrics of a job's training steps cost in the database, and how fast they are read.
+"""Measures how much room the metrics of a job's training steps take in the database, and how fast they are read.
 
     python -m benchmarks.service.steps --steps 100000 1000000
 
-Writes jobs with so many steps, with the metrics of a DPO job: most of them are float32, as the engine reports them.
-Measures each job twice, with its steps as rows and then packed into blocks: its size in the database with indexes, the
-first answer of a chart of all steps and of a hundredth of them, and the result file with the memory that writing it
-takes.
+For each number of steps, writes a job with the metrics of DPO. Most metrics are float32, as dpo_core
+reports them. Measures each job twice: first with a database row for each step, then with the steps packed into
+compressed blocks. The figures are:
+
+- the size in the database, with indexes
+- the time of the first answer for a chart of all steps, and for a chart of a hundredth of the steps
+- the time and memory of writing the job's result file
 """
 
 import argparse
@@ -48,7 +51,9 @@ SIZE = "SELECT pg_total_relation_size('events') + pg_total_relation_size('step_b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[100_000, 1_000_000], help="Steps of each job.")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[100_000, 1_000_000], help="Numbers of steps to measure."
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-steps-") as folder, ExitStack() as stops:
         home = Path(folder).resolve()
@@ -107,7 +112,7 @@ async def measure(url: str, job_id: str, steps: int, kind: str) -> None:
 
 
 def peak_bytes() -> int:
-    """Returns the most memory that the process has had resident."""
+    """Returns this process's peak resident memory so far, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

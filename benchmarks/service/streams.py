@@ -149,8 +149,8 @@ def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key
 
 
 class Reader(asyncio.Protocol):
-    """Reads one event stream, and compares the events' numbers with their order, to count events that are out of order,
-    lost or repeated."""
+    """A client that reads one event stream. It counts the events whose number is not the expected next one, because
+    they are lost, repeated or out of order."""
 
     latencies: list[float] = []  # noqa: RUF012
 

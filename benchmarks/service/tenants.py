@@ -92,7 +92,8 @@ class Ray(FakeRay):
 
 @dataclass
 class Seen:
-    """What was measured of the ordinary (not hostile) projects: waiting times, HTTP statuses and submitted jobs."""
+    """Measurements of the ordinary (not hostile) projects: the waiting times in seconds by kind of request, the counts
+    of HTTP statuses, and the submitted jobs."""
 
     seconds: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: Counter[int] = field(default_factory=Counter)

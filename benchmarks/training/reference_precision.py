@@ -62,7 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="Number of models. Default: %(default)s.")
     parser.add_argument("--pairs", type=int, default=768, help="Number of training pairs. Default: %(default)s.")
     parser.add_argument("--beta", type=float, default=0.1, help="DPO's beta. Default: %(default)s.")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="Of DPO. Default: %(default)s.")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="Learning rate of DPO. Default: %(default)s.")
     parser.add_argument("--json", type=Path, help="JSON file for all figures. Default: no file is written.")
     return parser.parse_args()
 

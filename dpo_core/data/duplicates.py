@@ -20,8 +20,8 @@ LINES_NAMED = 10
 
 @dataclass(frozen=True)
 class Named:
-    """Names some lines of a file, such as the lines that repeat earlier lines. `count` is the number of these lines,
-    and `lines` has the line numbers of the first ten."""
+    """A set of lines of a file, such as the lines that repeat earlier lines: their number (`count`), and the line
+    numbers of the first ten of them (`lines`)."""
 
     count: int
     lines: tuple[int, ...]

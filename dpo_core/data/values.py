@@ -16,8 +16,8 @@ def says_nothing(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Whether all numbers in the value, also in nested lists and dictionaries, are finite. JSON has no NaN, but Python
-    reads 1e999 as infinite."""
+    """Whether all numbers in the value, also in nested lists and dictionaries, are finite. A number may be infinite
+    because Python reads a number such as 1e999 in a file as infinity."""
     if isinstance(value, dict | list):
         return all(map(is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)

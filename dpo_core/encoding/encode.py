@@ -72,8 +72,8 @@ class EncodedGroup:
     @property
     def head_length(self) -> int:
         """The number of tokens in the head of each completion. The head of a completion is its first tokens that count
-        in the loss. All completions of a group (a prompt with its completions) have heads of the same length: the
-        number of tokens that count in the completion that has the fewest of them."""
+        in the loss. It has as many tokens as the shortest completion of the group (a prompt with its completions), so
+        all completions of a group have heads of the same length."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
@@ -106,7 +106,9 @@ class Outline(EncodedGroup):
 
     @classmethod
     def of(cls, group: EncodedGroup, place: Any = None) -> "Outline":
-        """Returns the outline of a group (a prompt with its completions). It takes less memory than the group."""
+        """Returns the outline of a group (a prompt with its completions), which takes less memory than the group.
+        `place` says where the token ids are stored, in a form that the function that later loads the ids
+        understands."""
         completions = tuple(range(len(ids)) for ids in group.completion_ids)
         lengths = {"prompt_ids": range(len(group.prompt_ids)), "completion_ids": completions, "place": place}
         return cls(**vars(group) | lengths)

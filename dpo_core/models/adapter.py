@@ -304,17 +304,21 @@ def _experts(model: PreTrainedModel) -> list[str]:
 
 
 def _as_asked_for(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """Returns the target modules `targets` with the names that PEFT wants to be asked for. A saved adapter names the
-    experts' weights as the model has them, such as gate_up_proj; PEFT is asked for the names before transformers
-    stacked them, such as w1 and w3."""
+    """Returns the target modules `targets` under the names that PEFT expects from its caller.
+
+    transformers stacks experts: it keeps the weights of all experts of a layer in one weight. A saved adapter names the
+    stacked weight, such as gate_up_proj. PEFT expects the names of the weights before they were stacked, such as w1 and
+    w3.
+    """
     experts = _parameters_of_experts(model)
     before = {parameter: [name for name in experts if experts[name] == parameter] for parameter in experts.values()}
     return sorted({name for target in targets for name in before.get(target, [target])})
 
 
 def _parameters_of_experts(model: PreTrainedModel) -> dict[str, str]:
-    """Returns, by the target module with which PEFT puts an adapter on experts or their router, the parameter that
-    this target means. The dict is empty unless PEFT knows the model's type and transformers stacks its experts."""
+    """Returns the names under which PEFT puts an adapter on experts or their router, such as w1, each with the name of
+    the model's parameter that it means, such as gate_up_proj. The result is empty unless PEFT knows the model's type,
+    and transformers keeps the weights of all experts of a layer in one weight."""
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 
     if not any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()):

@@ -148,7 +148,7 @@ def _check(model: PreTrainedModel, saved: set[str]) -> None:
     """Raises NeedsWeights if `read_parts` could not give the model all its weights later. `saved` are the names of the
     weights in the model's folder."""
     if model._get_dtype_plan(model.dtype):
-        raise NeedsWeights(f"some of its weights stay in float32 beside {model.dtype}")
+        raise NeedsWeights(f"some of its weights stay in float32, while the others are in {model.dtype}")
     tied = model.all_tied_weights_keys
     heads = {name.rpartition(".")[0].rpartition(".")[2] for name in tied}
     if any(name.rpartition(".")[0].rpartition(".")[2] in heads for name in saved):
@@ -156,7 +156,7 @@ def _check(model: PreTrainedModel, saved: set[str]) -> None:
     for name, module in model.named_modules():
         for own, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
-                raise NeedsWeights(f"{name} computes {own} when it is made")
+                raise NeedsWeights(f"{name} computes its tensor {own} when the model is built")
 
 
 def _attach(model: PreTrainedModel, adapter: Lora | Path, *, has_head: bool) -> None:
@@ -186,10 +186,12 @@ def _miniature(model: PreTrainedModel) -> PreTrainedModel:
     try:
         small = miniature(model, narrow=False)
     except Exception as error:  # architectures refuse such configs with errors of any kind
-        raise NeedsWeights(f"it has no miniature, {type(error).__name__}: {error}") from error
+        raise NeedsWeights(
+            f"no small copy of it can be built to test adapters on ({type(error).__name__}: {error})"
+        ) from error
     kinds = [{kind_of(name) for name in linears_in(each).values()} for each in (model, small)]
     if missing := sorted(kinds[0] - kinds[1]):
-        raise NeedsWeights(f"its miniature has no {missing[0]}")
+        raise NeedsWeights(f"a small copy of it has no layer {missing[0]}")
     return small
 
 

@@ -49,8 +49,8 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def precision_of(model: PreTrainedModel) -> str:
-    """Returns the dtype in which the model computes, spelled as in config.json. If the model's base is in NF4, " over
-    nf4" follows."""
+    """Returns the dtype in which the model computes, such as "bfloat16". If the model's base is in NF4, the result is a
+    text such as "bfloat16 over nf4"."""
     return str(model.dtype).removeprefix("torch.") + (" over nf4" if is_quantized(model) else "")
 
 

@@ -63,8 +63,9 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns which rows of the table of `measures` belong to chosen and to rejected completions: two tensors of row
-    numbers, under the keys `chosen` and `rejected`. A key without rows is left out."""
+    """Returns which completions are chosen and which are rejected: two tensors of row numbers, under the keys `chosen`
+    and `rejected`. A row number is the number of a completion's row in `measures.table`, which has one row for each
+    completion. A key without rows is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
     completions = (completion for group in measures.groups for completion in enumerate(group.ranked()))

@@ -178,8 +178,9 @@ def count_trained(model: Shapes, run: Run) -> int:
 
 
 def _factors(name: str, rows: int, columns: int) -> int:
-    """Returns the number of parameters that an adapter of rank 1 has for a weight. PEFT makes one weight of an expert's
-    first two (gate and up), with twice the rank."""
+    """Returns the number of parameters that an adapter of rank 1 has on the weight called `name`, a matrix of `rows` x
+    `columns`. An expert's first two weights (gate and up) share one adapter of twice the rank, because PEFT treats the
+    two as one weight."""
     is_fused = ".experts." in name and not name.removesuffix(".weight").endswith(("down_proj", "w2"))
     return (1 + is_fused) * rows + columns
 

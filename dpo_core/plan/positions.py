@@ -39,14 +39,14 @@ def check_max_length(
     max_length: int, positions: int | None, what: str = "the model", *, is_chosen: bool = False
 ) -> None:
     """Raises InvalidOption if the option `max_length` is more than `positions`, the most tokens that one text of the
-    model can have. `what` names the model in the error.
+    model can have (None: no limit). `what` names the model in the error.
 
-    The default of `max_length` is not refused: if it is more than `positions`, it means `positions`. If `is_chosen`,
-    the value is the user's own choice even if it equals the default.
+    If `max_length` has its default value, no error is raised, because the default then stands for `positions`. With
+    `is_chosen`, the user has chosen this value, so an error is raised for the default value, too.
     """
     if positions is not None and max_length > positions and (is_chosen or max_length != MAX_LENGTH):
         problem = f"max_length is {max_length}, but {what} has only {positions} positions"
-        raise InvalidOption("max_length", f"{problem}; set it to {positions} or less, or leave it out.")
+        raise InvalidOption("max_length", f"{problem}; set max_length to {positions} or less, or leave it out.")
 
 
 def _reach(rope: Mapping[str, Any], stated: int) -> int:

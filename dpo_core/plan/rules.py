@@ -15,14 +15,14 @@ PACK_SHARE = 0.6  # share of free memory for tensors that backward needs; the re
 
 def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: float) -> int:
     """Returns the first number of shards in `choices` at which the weights, the gradients and the optimizer's state fit
-    into half of a GPU's memory of `room` bytes. `state` is a function that returns their bytes for a number of shards.
-    If no number is enough, returns the last one.
+    into half of a GPU's memory of `room` bytes. If no number is enough, returns the last one. `state` is a function
+    that returns their bytes for a number of shards.
 
     This rule decides if the training option `sharding` is "auto". The caller orders `choices` from few shards to many.
-    For a policy without an adapter, the first choice splits weights over the GPUs of a node, because this
-    costs little. For a policy with an adapter, the first choice is one shard: each rank (process of the run) holds all
-    weights. For some models the rule is not used, and each rank always holds all weights: models on CPUs, quantized
-    models, and models whose architecture cannot compute several completions in one forward pass.
+    For a policy with an adapter, the first choice is one shard: each rank (process of the run) holds all weights. For a
+    policy without an adapter, the first choice is one shard for each GPU of a node, because sharding within a node
+    costs little time. The rule is not used for models on CPUs, quantized models, and models whose architecture cannot
+    compute several completions in one forward pass. Each rank always holds all weights of such a model.
     """
     return next((shards for shards in choices if state(shards) <= STATE_SHARE * room), choices[-1])
 

@@ -111,8 +111,8 @@ def measured_groups(groups: Sequence[EncodedGroup]) -> list[int]:
 
 
 def _shortest(groups: Sequence[EncodedGroup]) -> list[tuple[int, int]]:
-    """Returns the shortest rows, as pairs: the index of a group (a prompt with its completions) in `groups`, and the
-    index of one completion in the group. A row is the prompt with this completion."""
+    """Returns the NUM_ROWS shortest rows in `groups` (prompts with their completions). A row is a prompt with one of
+    its completions, written as a pair: the index of the group, and the index of the completion in the group."""
 
     def length(row: tuple[int, int]) -> int:
         group = groups[row[0]]

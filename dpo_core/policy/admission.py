@@ -36,15 +36,15 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
 
 
 def check_ids(groups: Sequence[EncodedGroup]) -> None:
-    """Raises ValueError for the first group (a prompt with its completions) that is an outline: the model would compute
-    with the ranges that stand in the place of its token ids."""
+    """Raises ValueError for the first group (a prompt with its completions) whose token ids are not loaded yet. Such a
+    group, an outline, has ranges in place of the ids, and the model would compute with the ranges."""
     for group in groups:
         if isinstance(group, Outline):
             raise ValueError(f"Line {group.line} has no token ids; pass 'load_ids', or groups that have their ids.")
 
 
 def last_position(model: PreTrainedModel) -> int | None:
-    """Returns the most tokens that one text may have, because the model has positions only for these; None if the
+    """Returns the number of the model's positions, which is the most tokens that one text may have. Returns None if the
     model's config states no limit."""
     return positions_in(model.config.get_text_config())
 

@@ -56,7 +56,7 @@ class Scorer(nn.Module):
             way = "in batches of several rows"
         if no_sharing := self.manner.no_sharing:
             sentence = (
-                "%s cannot compute a prompt once for several completions (%s). It computes the prompt for each, %s."
+                "%s cannot compute a prompt once for several completions (%s). It computes the prompt for each one, %s."
             )
             logger.warning(sentence, type(model).__name__, no_sharing, way)
 

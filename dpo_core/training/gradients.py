@@ -95,8 +95,8 @@ def make_packs(
 
 
 def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: int) -> int | None:
-    """Returns a lower limit for the tokens of a pack: half the tokens of the largest pack that any rank (process of the
-    run) now has. `max_tokens_per_pack` is the limit so far.
+    """Returns a smaller value for `max_tokens_per_pack`, the most tokens of a pack: half the tokens of the largest pack
+    that any rank (process of the run) has with the present value.
 
     A pack holds the groups (prompts with their completions) that go through one forward pass together. Returns None if
     packs cannot be smaller, because each has only one group.

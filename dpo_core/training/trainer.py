@@ -253,9 +253,9 @@ class _Run:
         experts, before = self.scorer.experts, BALANCE in self.metrics
         if before == (experts is not None):
             return None
-        coefficient = f"with coefficient {experts.coefficient:g}" if experts else "no longer"
+        coefficient = f"trained with coefficient {experts.coefficient:g}" if experts else "no longer trained"
         what = f"was {'' if before else 'not '}trained up to step {self.step}, and is {coefficient} from here on"
-        end = "loss and eval/loss never contain it, so they can be compared with those of earlier steps"
+        end = "loss and eval/loss never contain the balancing loss, so they can be compared with those of earlier steps"
         return f"The balance of the model's experts {what}; {end}."
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:

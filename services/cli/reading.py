@@ -32,7 +32,7 @@ MaxInvalidShare = Annotated[
 def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
     """Parses the values of --columns, texts of the form ROLE=COLUMN, and returns the column of each role.
 
-    A role says what a column holds, such as `prompt`. Exits with an error if a role is unknown or a column is missing.
+    A role says what a column holds, such as `prompt`. Exits with an error if a text names an unknown role or no column.
     """
     roles = {}
     for given in columns or ():

@@ -233,7 +233,9 @@ class Adapters:
         most = self._engine.model_config.max_model_len
         rows = [row for row in effect.rows if len(row.prompt_ids) + len(row.completion_ids) <= most] if effect else []
         if not rows:
-            logger.info("The effect of the adapter '%s' is not checked: it has no measured row that fits.", adapter.id)
+            logger.info(
+                "The effect of the adapter '%s' is not checked: no measured row fits max_model_len.", adapter.id
+            )
             return
         effect = Effect(rows)
         ids = [row.prompt_ids for row in effect.rows], [row.completion_ids for row in effect.rows]

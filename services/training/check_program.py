@@ -56,8 +56,10 @@ class CallEach(Protocol):
 
 
 def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[Result]) -> Iterator[Result]:
-    """Calls `work` on each item in this process, one after the other, and yields the results. The type `result` of the
-    results is not needed here; functions that call `work` in other processes need it.
+    """Calls `work` on each item in this process, one after the other, and yields the results.
+
+    `result` is the type of the results. It is not used here: it is a parameter because other functions of the type
+    CallEach, which call `work` in other processes, need it.
     """
     return map(work, items)
 

@@ -1,7 +1,8 @@
-"""Trains a policy with reinforcement learning: Proximal Policy Optimization, PPO, arXiv 1707.06347.
+"""Trains a policy with reinforcement learning: Proximal Policy Optimization (PPO), arXiv 1707.06347.
 
-This is the usual form for language models (arXiv 2203.02155): each token costs beta times the log-ratio of policy and
-reference, and the last token earns the reward of the whole text. The expected sum is the objective of DPO's equation 3.
+The module implements the usual form of PPO for language models, arXiv 2203.02155. Each token is penalized by beta times
+the log-ratio of policy and reference, and the last token also gets the reward of the whole text. The expected sum of
+both is the objective in equation 3 of the DPO paper, arXiv 2305.18290.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ Reward = Callable[[Tensor], Tensor]  # texts [B, 6] to rewards [B]
 
 @dataclass(frozen=True)
 class Rollout:
-    """Texts that the policy wrote, with what an update learns from them. The other tensors are [B, 4]: a value for each
-    word of the answers."""
+    """B texts that the policy wrote, and the tensors from which PPO's update learns: `logps`, `advantages` and
+    `returns`. Each of the three is [B, 4], a value for each of the four words of an answer."""
 
     texts: Tensor  # [B, 6]
     logps: Tensor  # of the policy that wrote them
@@ -32,7 +33,7 @@ class Rollout:
     returns: Tensor  # what the value model learns to predict
 
     def parts(self, rng: torch.Generator) -> Iterator["Rollout"]:
-        """Yields the texts in parts of equal sizes, in a random order."""
+        """Yields the texts of the rollout in NUM_PARTS parts of equal sizes, in a random order."""
         for places in torch.randperm(len(self.texts), generator=rng).chunk(NUM_PARTS):
             yield Rollout(self.texts[places], self.logps[places], self.advantages[places], self.returns[places])
 
@@ -48,8 +49,13 @@ def updates(
     num: int,
     seed: int,
 ) -> Iterator[float]:
-    """Trains `policy` in place, and yields after each of `num` updates the share of all updates that are done. The
-    reference and the first value model have the weights in `folder`."""
+    """Trains `policy` in place with `num` updates of PPO. Yields after each update the share of the updates that are
+    done, from 1 / `num` to 1.
+
+    `folder` holds the model that is both the reference and the start of the value model. `reward` is a function that
+    returns the reward of each text. `beta` is the weight of the KL penalty, and `rate` the first learning rate, which
+    falls to 0.
+    """
     torch.manual_seed(seed)  # draws the head of the value model
     rng, reference = generator(seed), load_policy(folder)
     critic = LlamaForTokenClassification.from_pretrained(folder, num_labels=1).eval()
@@ -74,7 +80,8 @@ def updates(
 def _roll_out(
     policy: PreTrainedModel, reference: PreTrainedModel, critic: nn.Module, reward: Reward, texts: Tensor, beta: float
 ) -> Rollout:
-    """Returns the texts with generalized advantage estimates, arXiv 1506.02438, without discount."""
+    """Returns the rollout of `texts`, which the policy wrote: the texts with their log-probabilities, advantages and
+    returns. The advantages are generalized advantage estimates, arXiv 1506.02438, without discount."""
     logps, values = _logps(policy, texts), _values(critic, texts)
     rewards = -beta * (logps - _logps(reference, texts))
     rewards[:, -1] += reward(texts)
@@ -88,18 +95,18 @@ def _roll_out(
 
 
 def _policy_loss(policy: PreTrainedModel, part: Rollout) -> Tensor:
-    """Returns the clipped loss, arXiv 1707.06347, equation 7."""
+    """Returns PPO's clipped loss of the policy on a part of the texts, arXiv 1707.06347, equation 7."""
     ratios = (_logps(policy, part.texts) - part.logps).exp()
     return -torch.min(ratios * part.advantages, ratios.clamp(1 - CLIP, 1 + CLIP) * part.advantages).mean()
 
 
 def _logps(policy: PreTrainedModel, texts: Tensor) -> Tensor:
-    """Returns the log-probability of each word of the answers, [B, 4]."""
+    """Returns the policy's log-probability of each of the four words of B answers, [B, 4]."""
     logps = policy(input_ids=texts[:, :-1]).logits[:, PROMPT - 1 :].log_softmax(-1)
     return logps.gather(2, texts[:, PROMPT:, None])[..., 0]
 
 
 def _values(critic: nn.Module, texts: Tensor) -> Tensor:
-    """Returns what the value model expects before each word of the answers, [B, 4]."""
+    """Returns, [B, 4], the return that the value model (critic) expects before each of the four words of B answers."""
     values: Tensor = critic(input_ids=texts[:, :-1]).logits[:, PROMPT - 1 :, 0]
     return values

@@ -1,4 +1,4 @@
-"""Turns the measured points of all seeds into tables and a picture."""
+"""Turns the measured KL divergences and rewards of the policies of all seeds into tables and a picture."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,8 @@ QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.3
 
 
 def print_policies(found: Sequence[Run]) -> None:
-    """Prints KL and reward of each policy at the end of its training: means over seeds with 95% intervals."""
+    """Prints, for each method and beta, the KL divergence and the reward of the policy at the end of its training: the
+    mean over seeds, with a 95% interval."""
     print("\n| method | beta | KL, nats | reward |\n|---|---|---|---|")
     for method, beta in _policies(found):
         kls, rewards = zip(*(run["points"][-1] for run in _of(found, method, beta)), strict=True)
@@ -26,8 +27,12 @@ def print_policies(found: Sequence[Run]) -> None:
 
 
 def print_at_equal_kl(found: Sequence[Run]) -> None:
-    """Prints the reward that each method reaches at each KL, and by how much it differs from DPO's. Differences are
-    taken seed by seed. A cell is empty if a seed's policies are all nearer, or all farther."""
+    """Prints two tables: the reward that each method reaches at each of the KL divergences in KLS, and the difference
+    of this reward from that of DPO.
+
+    A cell has the mean over seeds with a 95% interval; differences are taken within a seed. A cell is empty if, for
+    some seed, the method's policies all have a lower KL divergence, or all have a higher one.
+    """
     seeds = sorted({run["seed"] for run in found})
     curves = {method: [_curve(found, method, seed) for seed in seeds] for method, _ in _policies(found)}
     for title, minus in (("reward", None), (f"reward minus {BASELINE}'s", curves[BASELINE])):
@@ -43,8 +48,12 @@ def print_at_equal_kl(found: Sequence[Run]) -> None:
 
 
 def _curve(found: Sequence[Run], method: str, seed: int) -> Callable[[float], float]:
-    """Returns the frontier of a method as a function from KL to reward. It is linear between the best points of all
-    betas and marks, and nan where the method has no point on one of the two sides."""
+    """Returns a function from KL divergence to reward: the frontier of a method for one seed.
+
+    A point is on the frontier if no other point of the method has a higher reward at the same or a lower KL divergence.
+    Between these points the function is linear. It returns nan for a KL divergence below the first or above the last of
+    them.
+    """
     points = [
         {"kl": {"value": kl}, "reward": {"value": reward}}
         for run in found
@@ -57,7 +66,8 @@ def _curve(found: Sequence[Run], method: str, seed: int) -> Callable[[float], fl
 
 
 def draw_frontier(found: Sequence[Run], path: Path) -> None:
-    """Draws the policies at the end of their trainings, and as a dashed line the mean optimum of the seeds."""
+    """Draws the reward of each policy at the end of its training against the policy's KL divergence, as a picture in
+    the file `path`. A dashed line shows the optimum, as a mean over the seeds."""
     points = []
     for method, beta in _policies(found):
         if method != OPTIMUM_LEARNED:
@@ -72,7 +82,8 @@ def draw_frontier(found: Sequence[Run], path: Path) -> None:
 
 
 def _policies(found: Sequence[Run]) -> list[tuple[str, float]]:
-    """Returns the method and beta of all policies."""
+    """Returns the method and beta of each policy, without duplicates. Runs without a beta, such as the reference, are
+    left out."""
     return [key for key in dict.fromkeys((run["method"], run["beta"]) for run in found) if key[1]]
 
 

@@ -1,4 +1,5 @@
-"""Makes the policies of one seed: a task, its reference and preferences, and a policy for each method and beta."""
+"""Trains the policies of one seed: makes the reference and preferences, and trains a policy for each method and
+beta."""
 
 import json
 import logging
@@ -41,7 +42,8 @@ Run = dict[str, Any]  # seed, method, beta, and the points [[KL, reward], ...] a
 
 
 def prepare_process() -> None:
-    """Gives this process one thread, and turns off what would mix with the printed points."""
+    """Limits this process to one thread, and turns off progress bars, warnings and logs, which would mix with the
+    printed results."""
     torch.set_num_threads(1)
     disable_progress_bar()
     logging.disable(logging.WARNING)  # advice about runs whose beta is low on purpose
@@ -49,7 +51,8 @@ def prepare_process() -> None:
 
 
 def all_runs(seed: int) -> list[Run]:
-    """Returns the runs of a seed, and prints each of them when it is known."""
+    """Returns the results of all runs of a seed: the KL divergence and reward of each policy. Also prints each result
+    as soon as it is known, as a line of JSON."""
     found = []
     for run in runs(seed):
         print(json.dumps(run), flush=True)
@@ -58,8 +61,11 @@ def all_runs(seed: int) -> list[Run]:
 
 
 def runs(seed: int) -> Iterator[Run]:
-    """Yields the measured points of every method and beta. Everything that is random depends on `seed`: the language,
-    the prompts, the weights, the sampled answers and their order."""
+    """Trains a policy with every method and beta, and yields the result of each: the points (KL divergence, reward) of
+    the policy at the shares of its training that MARKS lists.
+
+    Everything random depends on `seed`: the language, the prompts, the weights, the sampled answers and their order.
+    """
     started = time.process_time()
     training, held_out = every_prompt(seed)
     texts = every_text(held_out)
@@ -98,7 +104,8 @@ def runs(seed: int) -> Iterator[Run]:
 
 
 def _reference(folder: Path, prompts: Tensor, seed: int) -> PreTrainedModel:
-    """Saves to `folder`, and returns, a model that has learned to write as people do."""
+    """Trains a random model on texts that stand for people's texts. Saves this model, the reference, to `folder`, and
+    returns it."""
     save_random_model(folder, seed)
     model = load_policy(folder)
     groups = groups_of(human_texts(prompts, NUM_TEXTS, seed)[:, None])
@@ -113,7 +120,11 @@ def _finish(done: Iterator[float]) -> None:
 
 
 def _marks(done: Iterator[float]) -> Iterator[float]:
-    """Yields the first of the shares `done` at or after each mark."""
+    """Runs a training, and pauses it at the shares that MARKS lists.
+
+    `done` trains, and yields after each step the share of the training that is done. This function yields the first
+    share that reaches each mark; the caller then measures the policy.
+    """
     marks = list(MARKS)
     for share in done:
         if marks and share >= marks[0]:

@@ -1,4 +1,4 @@
-"""Trains with the engine: the reference, the reward model, and policies with DPO and its relatives."""
+"""Trains models with dpo_core: the reference, the reward model, and policies with DPO and related methods."""
 
 import math
 import random
@@ -20,7 +20,8 @@ BATCH_SIZE, MAX_LENGTH, MAX_TOKENS_PER_PACK = 128, 16, 4096
 
 
 def save_random_model(folder: Path, seed: int) -> None:
-    """Saves a Llama with 112,000 random weights, and a tokenizer that knows the twelve words."""
+    """Saves to `folder` a Llama with 112,000 random weights, and a tokenizer whose vocabulary is the twelve words of
+    the task."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(WORDS), **sizes, tie_word_embeddings=True, initializer_range=0.1)
@@ -30,8 +31,8 @@ def save_random_model(folder: Path, seed: int) -> None:
 
 
 def groups_of(texts: Tensor) -> list[EncodedGroup]:
-    """Returns a group (a prompt with its completions) for each prompt. `texts` [N, k, 6] has k completions of each
-    prompt, the best one first."""
+    """Returns N groups (prompts with their completions), made from `texts` [N, k, 6]: k texts with the same prompt make
+    a group of k completions. The best text of a group must come first."""
     return [
         EncodedGroup(group[0][:PROMPT], tuple(text[PROMPT:] for text in group), None, line)
         for line, group in enumerate(texts.tolist(), 1)
@@ -39,10 +40,10 @@ def groups_of(texts: Tensor) -> list[EncodedGroup]:
 
 
 def preferences(reference: PreTrainedModel, prompts: Tensor, num: int, seed: int) -> Tensor:
-    """Returns `num` pairs [num, 2, 6] of answers to a prompt, which are sampled from the reference.
+    """Samples two answers to each of `num` prompts from the reference, and returns them as pairs [num, 2, 6].
 
-    The first answer of a pair is the chosen one. A Bradley-Terry model with the true reward chooses answer a instead of
-    answer b with the probability sigmoid(r_a - r_b).
+    The first answer of a pair is the chosen one. A Bradley-Terry model with the true reward r chooses answer a, and not
+    answer b, with the probability sigmoid(r_a - r_b).
     """
     rng = generator(seed)
     asked = prompts[torch.randint(len(prompts), (num,), generator=rng)]
@@ -61,8 +62,11 @@ def steps(
     epochs: int,
     seed: int,
 ) -> Iterator[float]:
-    """Trains `model` in place, and yields after each step the share of all steps that are done. The model is its own
-    reference as it is before the first step."""
+    """Trains `model` in place with the objective. Yields after each step the share of all steps that are done.
+
+    If the objective needs a reference, the reference is `model` as it is before the first step. `rate` is the highest
+    learning rate.
+    """
     rng, batches = random.Random(seed), []
     if objective.traits.needs_other_prompts:
         groups = _with_others(groups)
@@ -87,7 +91,8 @@ def steps(
 
 
 def _with_others(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
-    """Returns the pairs, each with the chosen answer of the next pair, from which KTO estimates the KL divergence."""
+    """Returns the pairs, each with a third completion: the chosen answer of the next pair. From these added answers,
+    which have the rating nan, KTO estimates the KL divergence."""
     following = [*groups[1:], groups[0]]
     return [
         replace(group, completion_ids=(*group.completion_ids, other.completion_ids[0]), ratings=(1.0, 0.0, math.nan))

@@ -1,7 +1,8 @@
-"""Defines the task on which policies are compared: a tiny language of reviews, its reward, and exact measures.
+"""Defines the task on which the frontier benchmark compares policies: a tiny language of film reviews, and its reward.
 
-A text has six of twelve words. The first two are the prompt, the other four the answer. A prompt has 20,736 answers, so
-expected rewards and KL divergences are sums over all answers, and nothing about a policy is estimated.
+A text has six words from a vocabulary of twelve. The first two words are the prompt, the other four the answer. A
+prompt has only 20,736 possible answers, so the expected reward and the KL divergence of a policy are computed exactly,
+as sums over all answers.
 """
 
 from dataclasses import dataclass
@@ -27,22 +28,24 @@ class Point:
 
 
 def true_reward(texts: Tensor) -> Tensor:
-    """Returns the reward of each text, [...] for `texts` [..., 6]: the sum of the values of the answer's words.
+    """Returns the reward of each text, [...] for `texts` [..., 6]: the sum of the values of the answer's four words.
 
-    "great" has the value 1, "good" 0.5, "bad" -0.5 and "awful" -1. "very" before a word doubles its value, and "not"
-    turns it round.
+    "great" has the value 1, "good" 0.5, "bad" -0.5 and "awful" -1; all other words have the value 0. The word "very"
+    before a word doubles the word's value, and "not" before a word changes the sign of its value.
     """
     return (VALUES[texts[..., PROMPT:]] * FACTORS[texts[..., PROMPT - 1 : -1]]).sum(-1)
 
 
 def every_prompt(seed: int) -> tuple[Tensor, Tensor]:
-    """Returns the prompts for training [138, 2] and the held-out prompts [6, 2]."""
+    """Returns all prompts of two words, in a random order, as two tensors: 138 prompts to train on [138, 2], and 6
+    prompts to measure on [6, 2]."""
     prompts = _sequences(PROMPT)[torch.randperm(len(WORDS) ** PROMPT, generator=generator(seed))]
     return prompts[NUM_HELD_OUT:], prompts[:NUM_HELD_OUT]
 
 
 def human_texts(prompts: Tensor, num: int, seed: int) -> Tensor:
-    """Returns `num` texts [num, 6] that stand for those of people. Each word depends at random on the two before it."""
+    """Returns `num` random texts [num, 6] that stand for texts written by people. Each word is drawn from a random
+    distribution that depends on the two words before it."""
     rng, size = generator(seed), len(WORDS)
     chain = torch.randn(size, size, size, generator=rng).mul(1.5).softmax(-1)
     texts = prompts[torch.randint(len(prompts), (num,), generator=rng)]
@@ -54,7 +57,8 @@ def human_texts(prompts: Tensor, num: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def sample(policy: PreTrainedModel, prompts: Tensor, rng: torch.Generator) -> Tensor:
-    """Returns each prompt [B, 2] with an answer that the policy writes, [B, 6]."""
+    """Samples from the policy an answer of four words to each of B prompts [B, 2], and returns the prompts with their
+    answers, [B, 6]."""
     texts = prompts
     for _ in range(ANSWER):
         following = policy(input_ids=texts).logits[:, -1].softmax(-1).multinomial(1, generator=rng)
@@ -63,7 +67,7 @@ def sample(policy: PreTrainedModel, prompts: Tensor, rng: torch.Generator) -> Te
 
 
 def every_text(prompts: Tensor) -> Tensor:
-    """Returns each of P prompts with every answer, [P, 20736, 6]."""
+    """Returns every text that begins with one of P prompts: each prompt with every possible answer, [P, 20736, 6]."""
     answers = _sequences(ANSWER)
     size = (len(prompts), len(answers), -1)
     return torch.cat([prompts[:, None].expand(*size), answers.expand(*size)], 2)
@@ -83,15 +87,19 @@ def every_logp(policy: PreTrainedModel, prompts: Tensor) -> Tensor:
 
 
 def measure(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Point:
-    """Returns the exact KL divergence and expected reward of a policy. All arguments are [P, N], for each of P prompts
-    and its N answers."""
+    """Returns the exact KL divergence of a policy from the reference, and the policy's expected reward.
+
+    `logps` and `ref_logps` are the log-probabilities of the N possible answers to each of P prompts under the policy
+    and the reference, and `rewards` are these answers' rewards. All three are [P, N].
+    """
     probabilities = logps.exp()
     kl, reward = probabilities * (logps - ref_logps), probabilities * rewards
     return Point(kl.sum(1).mean().item(), reward.sum(1).mean().item())
 
 
 def optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """Returns the log-probabilities of the best policy: pi_ref exp(r / beta) / Z, arXiv 2305.18290, equation 4."""
+    """Returns the log-probabilities of the policy that maximizes the reward minus beta times the KL divergence: pi_ref
+    exp(r / beta) / Z, arXiv 2305.18290, equation 4."""
     return (ref_logps + rewards / beta).log_softmax(-1)
 
 

@@ -27,8 +27,9 @@ def pair(prompt: str, chosen: str, rejected: str) -> Reader:
 
 
 def _question(row: Row, column: str) -> list[Message]:
-    """Returns the question in the row's column, as messages. A row in the format of Alpaca may have a column `input`;
-    its text is then added to the instruction."""
+    """Returns the question in the row's column `column`, as messages. In Alpaca's format the question is in the column
+    `instruction`, and a column `input` may have a text that belongs to it; this text is added to the end of the
+    question."""
     messages = question(row, column)
     extra = row.value.get("input")
     if column == "instruction" and extra not in (None, ""):

@@ -104,9 +104,10 @@ async def _announce(settings: Settings, url: str, opens: bool) -> None:
 
 
 def _open(url: str) -> bool:
-    """Opens the URL in the user's browser. Returns False if there is none.
+    """Opens the URL in the user's browser. Returns False if no browser can be opened.
 
-    The API key is not part of the URL: browsers keep URLs, and every user of the machine sees a command's arguments.
+    The URL does not contain the API key, because browsers keep URLs, and every user of the machine can see the
+    arguments of a command.
     """
     try:
         browser = webbrowser.get()

@@ -17,8 +17,8 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """Counts the groups (prompts with their completions) or rows of a file that have one property in common (`count`).
-    `first` has the line numbers of the first ten."""
+    """Says which groups (prompts with their completions) or rows of a file have a property, such as a margin: their
+    number (`count`), and the line numbers of the first ten of them (`first`)."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -28,15 +28,15 @@ class Lines(Contract):
 
 
 class Reason(Lines):
-    """Counts the groups (prompts with their completions) or rows of a data file that were left out for one reason.
-    `sentence` is a sentence about the first of them."""
+    """Says which groups (prompts with their completions) or rows of a data file were left out for one reason: their
+    number, and the line numbers of the first ten. `sentence` describes the first of them."""
 
     sentence: str = ""
 
 
 class Lengths(Contract):
-    """Counts the tokens of all prompts in a data file, of all chosen completions, or of all rejected completions:
-    `total` tokens, `longest` in one of them, and a histogram of their lengths."""
+    """Sums up the lengths, in tokens, of all prompts of a data file, of all chosen completions, or of all rejected
+    completions: the sum of the lengths (`total`), the largest length (`longest`), and a histogram of the lengths."""
 
     total: int = 0
     longest: int = 0

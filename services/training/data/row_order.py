@@ -45,8 +45,9 @@ def num_places(data: Data, seed: int) -> int:
 
 
 def num_steps(num_places: int, config: TrainConfig) -> int:
-    """Returns the number of optimizer steps in all epochs. `num_places` is the number of positions for groups (prompts
-    with their completions) in an epoch. The last batch of an epoch may be smaller than the others."""
+    """Returns the number of optimizer steps in all epochs. `num_places` is the number of places in an epoch: positions,
+    each for about one group (a prompt with its completions). The last batch of an epoch may be smaller than the
+    others."""
     n_epochs, batch_size = _decided(config)
     return n_epochs * -(-num_places // batch_size)
 

@@ -99,9 +99,12 @@ def _answer(call: Any) -> Any:
 
 
 def start_reader() -> Any:
-    """Starts the actor RowReader, and returns its handle. If the actor's process or node dies, Ray starts it again,
-    maybe on another node, and repeats the calls that were not answered; but not a call during which the actor died
-    MOST_TRIES times, because it may be what kills the actor. The actor ends with the calling process."""
+    """Starts the actor RowReader, and returns its handle. The actor ends with the calling process.
+
+    If the actor's process or node dies, Ray starts the actor again, maybe on another node, and repeats the calls that
+    were not answered. Ray does not repeat a call during which the actor died MOST_TRIES times, because this call may be
+    the reason for the deaths.
+    """
     restarts = {"max_restarts": -1, "max_task_retries": MOST_TRIES - 1}
     return ray.remote(RowReader).options(**beside_training(), **restarts).remote()
 
@@ -150,7 +153,8 @@ class RowReader:
             raise
 
     def _forget_oldest(self, _: object) -> None:
-        """Forgets the parts that were not asked for longest, until the others fit into MOST_BYTES."""
+        """Forgets parts (files of groups) until the others take at most MOST_BYTES of memory. Begins with the parts
+        that nobody has asked for in the longest time. The argument is not used."""
         parts = self._read_parts()
         surplus = sum(part.num_bytes for part in parts.values()) - MOST_BYTES
         for files, part in parts.items():

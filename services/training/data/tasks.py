@@ -63,7 +63,7 @@ def in_tasks(
 
 def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int) -> int:
     """Returns how many processes work on items at the same time: one for each CPU core of the nodes that give Ray CPUs.
-    `nodes` are Ray's descriptions of the nodes, and all nodes count as having `cores` cores.
+    `nodes` are Ray's descriptions of the nodes, and `cores` is the number of cores that each node is assumed to have.
 
     `beside` is the number of training workers that run at the same time. If there are any, one core is left to each of
     them, and the result is at most MOST_BESIDE. This limit is needed because processes beside training reserve no CPUs

@@ -186,10 +186,10 @@ class Log:
 
 
 def _end_of(folder_uri: str) -> int:
-    """Returns how many bytes the worker has logged so far, as the files in the folder `folder_uri` tell. The number
-    counts also the bytes that a long log left out. Returns 0 if there is no log.
+    """Returns how many bytes of a worker's log an earlier process of the same worker has logged, judging by the log's
+    files in the folder `folder_uri`. Returns 0 if there are no files. There are files if Ray has restarted the worker.
 
-    There is a log already if Ray has restarted the worker whose log this is.
+    The number includes bytes that were left out of the files because the log was very long.
     """
     names = storage.list_files(folder_uri)
     if not names:

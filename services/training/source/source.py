@@ -128,14 +128,16 @@ def _download(
         done(arrived)
 
     def tell(name: str, error: httpx.HTTPError) -> None:
-        """Tells the user about the first interruption of the file called `name`."""
+        """Tells the user that the download of the file called `name` was interrupted. Does so only once for each
+        file."""
         if name not in told:
             told.add(name)
             reason = str(error) or type(error).__name__
             if isinstance(error, httpx.HTTPStatusError):  # its text has the URL, which may hold a signature
                 reason = f"the server answers {error.response.status_code}"
             what = f"The download of {name.partition('?')[0]} broke off ({reason}) and is tried again"
-            report(Message(level="warn", message=f"{what}; after {len(PAUSES_SECONDS) + 1} failures in a row it ends."))
+            end = f"the download ends after {len(PAUSES_SECONDS) + 1} failures in a row"
+            report(Message(level="warn", message=f"{what}; {end}."))
 
     copies = [_File(file.name, storage.join(folder_uri, f"{number:05d}")) for number, file in enumerate(files)]
     for copy, file in zip(copies, files, strict=True):

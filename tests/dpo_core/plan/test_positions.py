@@ -47,7 +47,9 @@ def test_positions_are_those_that_rotary_positions_reach(config, positions):
 
 
 def test_a_longer_max_length_is_refused_with_field_value_and_limit():
-    with pytest.raises(InvalidOption, match=r"max_length is 600, but the model has only 512 positions; set it to 512"):
+    with pytest.raises(
+        InvalidOption, match=r"max_length is 600, but the model has only 512 positions; set max_length to 512"
+    ):
         check_max_length(600, 512)
     check_max_length(512, 512)
     check_max_length(600, None)

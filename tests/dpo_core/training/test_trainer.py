@@ -74,8 +74,9 @@ def test_a_resumed_run_that_balances_experts_as_it_did_not_before_says_so(
         file.write_text(json.dumps(manifest))
     third, fourth = balances(make_mixture, tokenizer, pairs, tmp_path / "again", resume=tmp_path / "step-000002")
     told = (
-        "The balance of the model's experts was not trained up to step 2, and is with coefficient 0.1 from here on; "
-        "loss and eval/loss never contain it, so they can be compared with those of earlier steps."
+        "The balance of the model's experts was not trained up to step 2, and is trained with coefficient 0.1 from "
+        "here on; loss and eval/loss never contain the balancing loss, so they can be compared with those of earlier "
+        "steps."
     )
     assert (third.warning, fourth.warning) == (None if before else told, None)
 

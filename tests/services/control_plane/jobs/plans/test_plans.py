@@ -83,7 +83,7 @@ def test_a_max_length_beyond_the_models_positions_is_refused(path, ask, machines
     refused = ask("short", path, max_length=513)["error"]
     assert (refused["param"], refused["code"]) == ("x_raydpo.max_length", "invalid_value")
     assert refused["message"] == (
-        "max_length is 513, but the model has only 512 positions; set it to 512 or less, or leave it out."
+        "max_length is 513, but the model has only 512 positions; set max_length to 512 or less, or leave it out."
     )
 
 
@@ -125,7 +125,8 @@ def test_max_length_is_within_the_positions_of_the_reference_too(ask, machines):
     refused = ask("small", "/fine_tuning/jobs", reference=reference, max_length=513)["error"]
     assert (refused["param"], refused["code"]) == ("x_raydpo.max_length", "invalid_value")
     assert refused["message"] == (
-        "max_length is 513, but the reference model has only 512 positions; set it to 512 or less, or leave it out."
+        "max_length is 513, but the reference model has only 512 positions; "
+        "set max_length to 512 or less, or leave it out."
     )
     for start in ("small", "away"):
         asked = ask(start, "/x/jobs/validate", reference=reference)["x_raydpo"]["request"]["x_raydpo"]
