@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,9 +37,12 @@ from services.local.ray_head import processes_with
 from tests.e2e.conftest import running_service, tiny_model, wait_for
 from tests.services.control_plane.conftest import FakeRay, free_port
 
+PARTS = {"engine": "VLLM::EngineCor", "replica": "ray::ServeReplica", "proxy": "ray::ProxyActor"}  # process names
 KEY = "rd-benchmark"
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": True, "ignore_eos": True}
+
+Processes = dict[str, list[psutil.Process]]  # by what they do
 
 
 def main() -> None:
@@ -60,17 +64,19 @@ def main() -> None:
     options = parser.parse_args()
     with ExitStack() as stops:
         begin = service_with_vllm if options.engine == "vllm" else service_with_stand_in
-        ways, process = stops.enter_context(begin(options))
+        ways, processes = stops.enter_context(begin(options))
+        processes["client"] = [psutil.Process()]
         for _ in range(options.rounds):
             for way in ways.values():
-                before = sum(process.cpu_times()[:2])
+                before = cpu_seconds(processes)
                 way.rounds.append(asyncio.run(ask_all(way, options)))
-                way.cpu_seconds += sum(process.cpu_times()[:2]) - before
+                for name, seconds in cpu_seconds(processes).items():
+                    way.cpu_seconds[name] += seconds - before[name]
         report(ways, options)
 
 
 @contextmanager
-def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], psutil.Process]]:
+def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], Processes]]:
     """Starts a stand-in for the engine, and a control plane.
 
     Yields the two ways to the engine (directly and through the control plane) by name, and the control plane's process.
@@ -79,14 +85,14 @@ def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[st
     with engine(engine_port, options), control_plane(engine_port) as (service, process):
         ways = {"direct": Way(f"127.0.0.1:{engine_port}", f"/any{CHAT}", KEY), "gateway": Way(service, CHAT, KEY)}
         asyncio.run(ask(ways["gateway"], 1))  # has the model loaded
-        yield ways, process
+        yield ways, {"control plane": [process]}
 
 
 @contextmanager
-def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], psutil.Process]]:
+def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], Processes]]:
     """Starts `raydpo up` with a small model.
 
-    Yields the two ways to the engine (directly and through the control plane) by name, and the control plane's process.
+    Yields the two ways to the engine (directly and through the control plane) by name, and the service's processes.
     """
     with running_service(lambda folder: {"tiny": tiny_model(folder / "tiny")}) as service:
         assert service.process is not None
@@ -101,7 +107,10 @@ def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "
         separate_engine(head["mark"], service.process.pid)
         for _ in range(3):  # warms the engine up
             asyncio.run(ask_all(direct, options))
-        yield {"direct": direct, "gateway": gateway}, psutil.Process(service.process.pid)
+        processes = {"control plane": [psutil.Process(service.process.pid)]}
+        for name, beginning in PARTS.items():
+            processes[name] = [each for each in processes_with(head["mark"]) if each.name().startswith(beginning)]
+        yield {"direct": direct, "gateway": gateway}, processes
 
 
 def separate_engine(mark: str, control_plane: int) -> None:
@@ -114,6 +123,11 @@ def separate_engine(mark: str, control_plane: int) -> None:
         for thread in process.threads():
             with suppress(OSError):  # the thread has ended
                 os.sched_setaffinity(thread.id, cores)
+
+
+def cpu_seconds(processes: Processes) -> dict[str, float]:
+    """Returns the CPU seconds that the processes have used by now, by what the processes do."""
+    return {name: sum(sum(each.cpu_times()[:2]) for each in group) for name, group in processes.items()}
 
 
 @contextmanager
@@ -176,11 +190,14 @@ class Way:
         self.host, _, port = address.partition(":")
         self.port, self.path, self.key = int(port), path, key
         self.rounds: list[list[Stream]] = []
-        self.cpu_seconds = 0.0  # of the control plane
+        self.cpu_seconds = defaultdict[str, float](float)  # of all rounds, by what the processes do
 
     def rates(self) -> list[float]:
         """Returns the speed in each round: the median over the round's streams, in tokens per second."""
         return [median(stream.tokens / stream.seconds for stream in each) for each in self.rounds]
+
+    def tokens(self) -> int:
+        return sum(stream.tokens for each in self.rounds for stream in each)
 
     def first(self) -> float:
         return median(stream.first for each in self.rounds for stream in each)
@@ -218,13 +235,14 @@ async def ask(way: Way, tokens: int) -> Stream:
 
 def report(ways: dict[str, Way], options: argparse.Namespace) -> None:
     direct, gateway = ways["direct"], ways["gateway"]
-    chunks = sum(stream.tokens for each in gateway.rounds for stream in each)
     for name, way in ways.items():
         rates = ", ".join(f"{rate:.2f}" for rate in way.rates())
         print(f"{name:8} {rates} tokens/s of a stream, first token after {1000 * way.first():.1f} ms at the median")
     print(f"ratio of tokens/s: {median(gateway.rates()) / median(direct.rates()):.3f}")
     print(f"added to the first token: {1000 * (gateway.first() - direct.first()):.1f} ms")
-    print(f"CPU of the control plane: {1e6 * (gateway.cpu_seconds - direct.cpu_seconds) / chunks:.0f} µs a chunk")
+    for part in gateway.cpu_seconds:
+        spent = ", ".join(f"{name} {1e6 * way.cpu_seconds[part] / way.tokens():.0f}" for name, way in ways.items())
+        print(f"CPU of the {part}, µs a chunk: {spent}")
 
 
 # --- the engine --------------------------------------------------------------------------------

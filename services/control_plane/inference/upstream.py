@@ -76,7 +76,10 @@ class Answer(asyncio.Protocol):
         self._silence, self._on_close = silence_seconds, on_close
         self._parser: Any = httptools.HttpResponseParser(self)
         self._waiting = bytearray()
-        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Future[None] | None = None  # what the reader waits for
+        self._waits_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._begun = self._whole = self._paused = False
         self._trouble: str | None = None
         self._transport: asyncio.Transport | None = None
@@ -91,20 +94,22 @@ class Answer(asyncio.Protocol):
         place = urlsplit(url)
         secure = place.scheme == "https"
         port = place.port or (443 if secure else 80)
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await loop.create_connection(lambda: self, place.hostname or "", port, ssl=secure or None)
+                await self._loop.create_connection(lambda: self, place.hostname or "", port, ssl=secure or None)
         except OSError as error:  # also a TimeoutError
             raise Broken(f"it cannot be reached: {error or type(error).__name__}") from None
         assert self._transport
         self._transport.write(request)
+        self._timer = self._loop.call_later(self._silence, self._check_silence)
         await self._wait_for(lambda: self._begun)
 
     def close(self) -> None:
         """Closes the connection, which then no longer counts towards the limit on connections. Closing twice is
         harmless.
         """
+        if self._timer:
+            self._timer.cancel()
         if self._transport:
             self._transport.abort()
         self._on_close()
@@ -139,12 +144,24 @@ class Answer(asyncio.Protocol):
         while not has():
             if self._trouble:
                 raise Broken(self._trouble)
-            self._news.clear()
+            self._news, self._waits_since = self._loop.create_future(), self._loop.time()
             try:
-                async with asyncio.timeout(self._silence):
-                    await self._news.wait()
-            except TimeoutError:
-                raise Broken(f"it was silent for {self._silence:g} seconds") from None
+                await self._news
+            finally:
+                self._news = None
+
+    def _check_silence(self) -> None:
+        """Ends the answer if its reader has waited too long. Otherwise schedules the method to run again. (One timer
+        for each answer costs less than one for each wait.)"""
+        left = self._silence - (self._loop.time() - self._waits_since if self._news else 0.0)
+        if left <= 0:
+            self._fail(f"it was silent for {self._silence:g} seconds")
+        else:
+            self._timer = self._loop.call_later(left, self._check_silence)
+
+    def _tell(self) -> None:
+        if self._news and not self._news.done():
+            self._news.set_result(None)
 
     # --- what asyncio and the parser call -------------------------------------------------------
 
@@ -159,7 +176,7 @@ class Answer(asyncio.Protocol):
         if len(self._waiting) > MOST_WAITING and not self._paused and self._transport:
             self._paused = True
             self._transport.pause_reading()
-        self._news.set()
+        self._tell()
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._whole:
@@ -179,7 +196,7 @@ class Answer(asyncio.Protocol):
 
     def _fail(self, trouble: str) -> None:
         self._trouble = self._trouble or trouble
-        self._news.set()
+        self._tell()
 
 
 def _nothing() -> None:
