@@ -148,8 +148,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     evaluation_runner = EvaluationRunner(
         store, settings, app.state.inference, app.state.scoring, app.state.usage, app.state.token_limits
     )
+    reconciler = Reconciler(store, ray_api, settings, holder=holder)
+    app.state.wake_reconciler = reconciler.wake
     parts = (
-        Reconciler(store, ray_api, settings, holder=holder),
+        reconciler,
         sender,
         streams,
         app.state.inference,

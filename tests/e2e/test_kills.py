@@ -189,10 +189,7 @@ def test_streams_of_an_adapter_end_when_it_is_deleted_and_others_go_on(
         wait_for(lambda: all(client.has_begun for client in asking), "all streams have begun")
         with service.client() as client:
             client.models.delete(kept)
-        deleted_at = time.monotonic()
         of_deleted = [client for client in asking if client.model == kept]
         wait_for(lambda: all(client.ends for client in of_deleted), "all streams of the deleted one have ended")
-        seconds = max(client.ends[0][0] for client in of_deleted) - deleted_at
-        assert seconds < 20, "two seconds are promised, on a machine that is not busy with other things"
         assert {client.ends[0][1] for client in of_deleted} == {"error event"}
     assert {end for client in asking if client.model == "tiny" for _, end in client.ends} == {"answered"}

@@ -49,7 +49,7 @@ from services.control_plane.tenants import quotas
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0  # from the begin of a tick to the begin of the next one
-LEAST_PAUSE_SECONDS = 0.2  # between two ticks, also if a tick took longer than TICK_SECONDS
+LEAST_PAUSE_SECONDS = 0.2  # between two ticks, also if a tick took longer than TICK_SECONDS, or `wake` is called
 LEASE_SECONDS = 10.0
 MODELS = "models"  # the name under which Patience counts failures to load models
 AT_ONCE = 8  # jobs that a tick handles at the same time, so that a slow job does not delay all others
@@ -77,6 +77,7 @@ class Reconciler:
         self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
+        self._woken = asyncio.Event()  # set to end the pause before the next tick
         self._slot_is_free = False  # whether the last tick ended an attempt, so that a waiting job may start
         self._clock, self._job_began = clock, float("-inf")  # when this reconciler last saw a job begin
         self._patience = Patience(clock)
@@ -87,8 +88,8 @@ class Reconciler:
         self._trouble = log_setup.Trouble(log, "Reconciler")
 
     async def run(self) -> None:
-        """Handles all jobs every second, and immediately after an attempt (run of a job on Ray) has ended, until
-        cancelled.
+        """Handles all jobs every second, and sooner after an attempt (run of a job on Ray) has ended or `wake` was
+        called, until cancelled.
 
         When cancelled, releases the lease, which is the right of one control plane to handle jobs.
         """
@@ -106,14 +107,21 @@ class Reconciler:
                     self._trouble.failed(message, error, exc_info=not is_away)
                 if self._leads:
                     self._sweep()
-                took = time.monotonic() - began
-                await asyncio.sleep(0 if self._slot_is_free else max(TICK_SECONDS - took, LEAST_PAUSE_SECONDS))
+                if not self._slot_is_free:
+                    await asyncio.sleep(LEAST_PAUSE_SECONDS)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._woken.wait(), began + TICK_SECONDS - time.monotonic())
+                self._woken.clear()
         finally:
             if self._sweeping is not None:
                 self._sweeping.cancel()
                 await asyncio.wait({self._sweeping})
             with suppress(SQLAlchemyError, OSError):
                 await self.release()
+
+    def wake(self) -> None:
+        """Begins the next tick (pass over all jobs) at once, but no sooner than LEAST_PAUSE_SECONDS after the last."""
+        self._woken.set()
 
     async def release(self) -> None:
         """Releases this control plane's lease (the right to handle jobs), so that another control plane need not wait

@@ -1,7 +1,7 @@
 """Defines the FastAPI dependencies of routes: the parts of the service that `app` built, and the caller of the
 request."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Annotated, Any, cast
 
@@ -38,9 +38,14 @@ async def _ray_api(request: Request) -> RayApi:
     return cast(RayApi, request.app.state.ray_api)
 
 
+async def _wake_reconciler(request: Request) -> Callable[[], None]:
+    return cast(Callable[[], None], request.app.state.wake_reconciler)
+
+
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
 RayApiPart = Annotated[RayApi, Depends(_ray_api)]
+WakePart = Annotated[Callable[[], None], Depends(_wake_reconciler)]  # makes the reconciler look at its work at once
 
 
 async def admit(request: Request, credentials: Bearer) -> Caller:

@@ -11,7 +11,7 @@ from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.http.content import answer
-from services.control_plane.http.dependencies import IdempotentPart, RayApiPart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, RayApiPart, SettingsPart, StorePart, WakePart
 from services.control_plane.models import downloads, models
 from services.control_plane.models.deployments import deployments
 from services.control_plane.models.deployments import settings as deployment_settings
@@ -73,7 +73,9 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 
 @router.delete("/{model_id:path}")
-async def delete(idempotent: IdempotentPart, settings: SettingsPart, recent: RecentPart, model_id: str) -> Response:
+async def delete(
+    idempotent: IdempotentPart, settings: SettingsPart, recent: RecentPart, wake: WakePart, model_id: str
+) -> Response:
     """Deletes a trained model: removes it from the lists, unloads it from Ray Serve, and deletes its weights."""
     removed: list[NamedModel] = []
 
@@ -87,6 +89,7 @@ async def delete(idempotent: IdempotentPart, settings: SettingsPart, recent: Rec
 
     response = await idempotent.act(remove, changes=model_id)
     recent.forget()
+    wake()  # the reconciler tells the engines
     for model in removed:
         await remove_bytes(model.source)
         await remove_bytes(downloads.merged_folder(model, settings))
