@@ -62,7 +62,7 @@ class Optim:
     max_grad_norm: Annotated[
         float,
         Limit("greater than 0", lambda x: x > 0),
-        Doc("The largest norm of the gradient of a step. A gradient with a larger norm is scaled down to it."),
+        Doc("The largest norm of the gradient of a step. A larger gradient is scaled down to this norm."),
     ] = 1.0
 
     def __post_init__(self) -> None:
@@ -155,8 +155,8 @@ class TrainConfig:
         int | None,
         Limit("from 1 to 256", lambda x: 1 <= x <= 256),
         Doc(
-            "The rows of one optimizer step, over all workers. By default a fiftieth of all rows, but at least 8 and "
-            "at most 64."
+            "The number of rows in one optimizer step, over all workers together. By default a fiftieth of all rows, "
+            "but at least 8 and at most 64."
         ),
     ] = None
     max_length: Annotated[

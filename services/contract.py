@@ -436,9 +436,8 @@ class MergeRequest(Contract):
 
 
 class MergeReport(Contract):
-    """Says where a merged model is (`model_uri`), and how much its outputs differ at most from those of the base model
-    with the adapter (`largest_difference`).
-    """
+    """Says where a merged model is (`model_uri`), and the largest difference between its outputs and those of the base
+    model with the adapter (`largest_difference`)."""
 
     model_uri: str
     largest_difference: float  # between the outputs of the merged model and of the base with its adapter attached

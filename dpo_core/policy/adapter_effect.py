@@ -92,8 +92,11 @@ class Effect:
 
 
 def read_effect(folder: Path) -> Effect | None:
-    """Returns the effect of the adapter saved in `folder`; None if the folder has no measurement of it. Ignores what
-    a later release may have added to the file. Raises ValueError if the file is damaged."""
+    """Returns the effect of the adapter saved in `folder`: the log-probabilities of some training rows with and without
+    the adapter, as training measured them. Returns None if the folder has no such measurement.
+
+    Ignores fields of the file that only a later release knows. Raises ValueError if the file is damaged.
+    """
     file = folder / EFFECT
     if not file.is_file():
         return None

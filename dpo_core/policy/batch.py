@@ -91,11 +91,12 @@ def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[l
 
 
 class Segment(NamedTuple):
-    """A range [start, stop) in the row of tokens that one forward pass computes. Its tokens attend to earlier tokens of
-    the range, and to a prompt that several segments may share.
+    """A range [start, stop) in the row of tokens that one forward pass computes: a prompt with its first completion, or
+    a further completion of the same prompt.
 
-    The prompt is the range [prefix_start, prefix_stop), which lies before the prompt's first completion. If this range
-    is empty, the segment itself begins with its prompt.
+    Each token attends to earlier tokens of its own segment. The tokens of a further completion also attend to the
+    prompt, which is the range [prefix_start, prefix_stop). This range is empty in a segment that begins with its
+    prompt.
     """
 
     prefix_start: int
@@ -107,8 +108,8 @@ class Segment(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     """The tensors of one pack. A pack holds the groups (prompts with their completions) that go through one forward
-    pass together. Its T tokens lie in one row, the stream. Of the predicted tokens, R count in the loss. There are K
-    completions.
+    pass together. It has T tokens, which lie in one row (the stream), and K completions. R of the tokens to predict
+    count in the loss.
 
     The last token of a completion predicts nothing, so the stream leaves it out. If `collate` makes the batch with
     `with_ends`, the stream includes it, because a reward model's reward is read there.

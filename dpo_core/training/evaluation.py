@@ -35,8 +35,8 @@ def evaluate(
     global batch. The names of the metrics begin with `eval/`. Raises ValueError if there are no groups.
 
     `statistics` has the mean of all rewards so far in the run, which is read and not changed. Some groups may be
-    outlines (groups without their token ids). `load_ids` returns, for a list of outlines, the groups with their ids;
-    None means that no group is an outline.
+    outlines (groups without their token ids). `load_ids` returns, for a list of outlines, the groups with their ids.
+    `load_ids` may be None if no group is an outline.
 
     A pack holds the groups that go through one forward pass together, with at most `max_tokens_per_pack` tokens. The
     results do not depend on how the groups are cut into batches and packs, or distributed over ranks (processes). If

@@ -78,7 +78,7 @@ def make_packs(
     the same number of packs, and some may be empty.
 
     Some groups may be outlines (groups without their token ids). `load_ids` returns, for a list of outlines, the groups
-    with their ids, and is called if this rank computes any outlines. None means that no group is an outline.
+    with their ids, and is called if this rank computes any outlines. `load_ids` may be None if no group is an outline.
     """
     indices, stand_in = _plan(scorer, groups, max_tokens_per_pack), _stand_in(scorer)
     if load_ids is not None:

@@ -30,11 +30,15 @@ def load_ahead(batches: Iterable[Groups], load_ids: LoadIds, own: Callable[[Grou
     the groups with their ids. `own` returns the indices of those groups of a batch that this rank computes; only these
     groups are loaded. Other outlines stay as they are.
 
-    One thread reads coming batches, and another thread loads groups. While a call of `load_ids` runs, up to AHEAD more
-    batches are read. The next call of `load_ids` loads the groups of all batches that have been read by then. This call
-    does not wait for further batches, because these may take long to come. Fewer than 3 · AHEAD batches are read before
-    they are yielded. An error of `batches` or `own` is raised after all batches before it were yielded. An error of
-    `load_ids` is raised before the first batch of its call is yielded.
+    Two threads work ahead of the caller:
+
+    - One thread reads batches, up to AHEAD of them while a call of `load_ids` runs.
+    - The other thread calls `load_ids`, each time for all batches that have been read by then. It does not wait for
+      further batches, because these may take long to come.
+
+    At any time, fewer than 3 · AHEAD batches have been read and not yet yielded. An error of `batches` or `own` is
+    raised after all batches before it were yielded. An error of `load_ids` is raised before the first batch of its call
+    is yielded.
     """
     with_own = ((batch, own(batch)) for batch in batches)
     reader, loader = _Calls("read-ahead"), _Calls("load-ahead")
@@ -78,13 +82,16 @@ def load_groups(groups: Groups, own: Sequence[int], load_ids: LoadIds) -> Groups
 def _load(
     read: Sequence[Future[tuple[Groups, list[int]] | None]], load_ids: LoadIds
 ) -> list[Groups | BaseException | None]:
-    """Waits until the batches in `read` have been read, and returns them. In the returned batches, the groups (prompts
-    with their completions) that this rank (process of the run) computes have their token ids.
+    """Waits until the batches in `read` have been read, loads the token ids of this rank's groups, and returns the
+    batches with these ids. A group is a prompt with its completions. A rank is a process of the run.
 
-    Each future in `read` gives a pair: a batch, and the indices of this rank's groups. A future that gives None marks
-    the end of the batches; the result has None in its place. The result ends with the error of the first batch that
-    could not be read. If `load_ids` fails, the result is only its error. `load_ids` returns the groups of outlines
-    (groups without their token ids) with their ids.
+    Each future in `read` gives a pair: a batch, and the indices of this rank's groups. At the end of the batches, the
+    future gives None. `load_ids` returns, for a list of outlines (groups without their token ids), the groups with
+    their ids. In three cases, the result has another item than a batch:
+
+    - At the end of the batches, the last item is None.
+    - If a batch could not be read, the last item is the error, and later batches are left out.
+    - If `load_ids` fails, the only item is its error.
     """
     batches: list[tuple[Groups, list[int]]] = []
     rest: list[BaseException | None] = []

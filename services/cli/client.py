@@ -69,9 +69,9 @@ def connect(url: str | None, key_file: Path | None) -> "OpenAI":
     """Returns a client of the service's API.
 
     The URL comes from the option `url`, else from the variable RAYDPO_URL, else from the file `url` in the home folder
-    of `raydpo up`. If none has it, it is http://127.0.0.1:8000/v1. The key comes from the option `key_file`, else from
-    the variable RAYDPO_API_KEY, else from the file `api.key` in the home folder. Exits with an error if there is no
-    key.
+    of `raydpo up`. If none of them has a URL, it is http://127.0.0.1:8000/v1. The key comes from the option `key_file`,
+    else from the variable RAYDPO_API_KEY, else from the file `api.key` in the home folder. Exits with an error if there
+    is no key.
     """
     from openai import OpenAI
 

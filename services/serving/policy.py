@@ -95,8 +95,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 class Engine(VLLMEngine):  # type: ignore[misc]
     """A vLLM engine that attaches adapters, if vLLM can do this for the model's architecture.
 
-    The engine computes at most MOST_SCORED_TOKENS tokens of one request in a step. The base class is private in Ray,
-    because Ray's LLMServer accepts an engine class but has no public base class for one.
+    The engine computes at most MOST_SCORED_TOKENS tokens of one request in a step. Its base class is private in Ray;
+    there is no public base class for the engines that Ray's LLMServer accepts.
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:

@@ -82,7 +82,7 @@ def _print(found: dict[str, Any]) -> None:
     if found["worker_bytes"]:
         rows.append((f"available memory, {found['device'].upper()}", _gb(found["worker_bytes"])))
     rows.append(("a checkpoint on disk", _gb(found["checkpoint_bytes"])))
-    rows.append(("tokens of a pack", found["max_tokens_per_pack"]))
+    rows.append(("tokens in a forward pass", found["max_tokens_per_pack"]))
     rows.append(("activation_checkpointing", found["activation_checkpointing"]))
     rows += [(name, found[name]) for name in ("shards", "steps", "tokens") if found[name] is not None]
     print_rows(["of each worker", ""], rows)

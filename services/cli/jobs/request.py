@@ -88,9 +88,8 @@ def read_fields(path: Path, which: str) -> Body:
 
 
 def beside(path: Path, body: Body, field: str) -> Body:
-    """If the field `field` of the body names a data file in the folder of the config file `path`, returns the body with
-    the whole path of the data file in this field. Otherwise returns the body unchanged.
-    """
+    """Returns a copy of the body in which the field `field` has the whole path of the data file that it names, if this
+    file is in the folder of the config file `path`. Otherwise returns the body unchanged."""
     named = body.get(field)
     if isinstance(named, str) and (path.parent / named).is_file():
         return body | {field: str(path.parent / named)}

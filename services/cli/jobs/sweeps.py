@@ -158,8 +158,8 @@ def frontier(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Draw reward against KL divergence into this file; its name ends with .svg, .png or .pdf. Default: "
-            "print a table."
+            help="Picture file to draw reward against KL divergence into; the name must end with .svg, .png or .pdf. "
+            "Default: print a table."
         ),
     ] = None,
     kl: Annotated[

@@ -177,7 +177,7 @@ def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tupl
     results.seek(end)
     results.truncate()
     if end:
-        err.print(f"{results.name} has the rewards up to line {last[0]}; the command goes on after it")
+        err.print(f"{results.name} has the rewards up to line {last[0]}; the command continues with the next one")
     return last
 
 

@@ -67,8 +67,8 @@ def create(
     criteria: Annotated[
         str | None,
         typer.Option(
-            help="If a policy or a base model judges: the criteria by which it decides which answer is better, in "
-            "words. Default: the service's criteria."
+            help="Criteria, in words, by which the judge decides which answer is better. Only for a judge that is a "
+            "policy or a base model. Default: the service's criteria."
         ),
     ] = None,
     num_rounds: Annotated[int | None, typer.Option(help="Maximum number of rounds. Default: 3.", min=1)] = None,

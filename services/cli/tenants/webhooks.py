@@ -54,7 +54,8 @@ def create(
         str, typer.Option(help="Name of the new webhook endpoint, which `raydpo webhooks list` shows.")
     ] = "raydpo",
 ) -> None:
-    """Add a webhook endpoint. Prints the endpoint's id, and once only the secret that signs the endpoint's events."""
+    """Add a webhook endpoint. Prints the endpoint's id, and the secret that signs the endpoint's events. The secret
+    cannot be shown again."""
     body = {"name": name, "url": receiver, "event_types": event or _event_types(client)}
     made: Any = client.post(PATH, body=body, cast_to=object)
     err.print(f"signing secret: {made['signing_secret']}")

@@ -1,17 +1,19 @@
-"""Decides which groups (prompts with their completions) each training step has.
+"""Decides on which groups each training step trains. A group is a prompt with its completions.
 
-The order depends only on the seed and on the number of rows in each piece (a range of lines of the file). An epoch
-shuffles the pieces, and then shuffles the groups within each window (eight pieces). The first window is therefore known
-before any piece is encoded, and workers can train on it while later pieces are encoded. Every worker reads all groups
-in this order, so global batches do not depend on the number of workers. A resumed job continues the same order at a
-later step.
+The file is encoded in pieces (ranges of lines). An epoch shuffles the pieces, and takes eight of them at a time (a
+window). The groups of a window are shuffled, too. This order depends only on the seed and on the number of rows in each
+piece. Therefore:
+
+- The first window is known before any piece is encoded, and workers can train on it while later pieces are encoded.
+- Every worker reads all groups in the same order, so global batches do not depend on the number of workers.
+- A resumed job continues the same order at a later step.
 
 The number of steps must be known before the first step, but the exact number of groups is known only when all rows are
-encoded. The number of groups in an epoch is therefore estimated from the first window: its groups per row, times the
-rows of the file. The epoch gets as many places as this estimate says. A place is a position in the epoch that usually
-has one group. Each window gets a share of the places that is proportional to its rows, and spreads its groups evenly
-over these places, so a place may have no group or several. A step trains on the groups at its `batch_size` places. If
-the file has only one window, the estimate is exact, and every place has one group.
+encoded. It is therefore estimated: the groups per row of the first window, times the rows of the file. The epoch gets
+as many places as this estimate says; a place is a position for about one group. A step trains on the groups at its
+`batch_size` places. Each window gets a share of the places that is proportional to its rows, and spreads its groups
+evenly over these places, so a place may have no group or several. If the file has only one window, the estimate is
+exact, and every place has one group.
 """
 
 import random
@@ -30,10 +32,10 @@ def num_places(data: Data, seed: int) -> int:
     """Returns the number of places in an epoch over `data`. A place is a position for about one group (a prompt with
     its completions).
 
-    The number is estimated from the groups per row in the first window (eight ranges of lines of the file) in the order
-    that `seed` decides. If this window has no groups, further windows are added until one has groups. If the file has
-    only one window, the number is exactly that of its groups. The function waits until the windows that it needs are
-    encoded.
+    The number is an estimate: the groups per row of the first window, times the rows of the file. The first window is
+    the first eight pieces (ranges of lines) in the order that `seed` decides. If it has no groups, further windows are
+    added until one has groups. If the file has only one window, the number is exactly that of its groups. The function
+    waits until the windows that it needs are encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
@@ -88,11 +90,12 @@ def read_in_order(dataset: Dataset, read: Read) -> Iterator[EncodedGroup]:
 
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
-    """Shuffles the pieces (ranges of lines) of a file for an epoch, and yields them in windows of eight. `num_rows` has
-    the number of rows of each piece. The order depends only on `seed` and on `epoch`, the number of the epoch.
+    """Shuffles the pieces (ranges of lines) of a file for an epoch, and yields them in windows of eight pieces. The
+    order depends only on `seed` and on `epoch`, the number of the epoch. `num_rows` has the number of rows of each
+    piece.
 
     Yields two values for each window: the number of rows in all earlier windows, and the list of the window's pieces,
-    by number.
+    as indices into `num_rows`.
     """
     pieces = list(range(len(num_rows)))
     random.Random(f"{seed} {epoch}").shuffle(pieces)  # a seed that is a text gives the same order on every machine
@@ -112,12 +115,13 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 def _epoch(
     data: Data, seed: int, epoch: int, places: int, first: int, read: Read
 ) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Yields the groups (prompts with their completions) of an epoch in order, as pairs (place, group). A place is a
-    position in the epoch, which has `places` of them. Groups at places before `first` are left out. `seed` and `epoch`,
-    the number of the epoch, decide the order. `read` reads the groups.
+    """Yields the groups (prompts with their completions) of epoch number `epoch`, in the order that `seed` decides, as
+    pairs (place, group). `read` reads the groups.
 
-    After the groups of each window (eight ranges of lines of the file), also yields (place, None), with the first place
-    of the next window. This tells the caller that no later group is at an earlier place.
+    A place is a position in the epoch, from 0 to `places` - 1. Groups at places before `first` are left out.
+
+    After the groups of each window (eight ranges of lines of the file), also yields a pair (place, None), with the
+    first place of the next window. This pair tells the caller that no later group is at an earlier place.
     """
     num_rows = data.num_rows
     all_rows = sum(num_rows)
@@ -138,10 +142,10 @@ def _epoch(
 def _batches(
     groups: Iterator[tuple[int, EncodedGroup | None]], batch_size: int, steps: range
 ) -> Iterator[list[EncodedGroup]]:
-    """Yields for each of `steps` the list of its groups (prompts with completions).
+    """Yields, for each step in `steps`, the list of the groups (prompts with completions) on which the step trains.
 
-    `groups` yields pairs (place, group); a place is a position in the epoch. A pair (place, None) means that all groups
-    at earlier places have been yielded. The places of step n begin at n · `batch_size`.
+    `groups` yields pairs (place, group). A place is a position in the epoch; step n has the `batch_size` places that
+    begin at place n · `batch_size`. A pair (place, None) means that all groups at earlier places have been yielded.
     """
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:

@@ -43,8 +43,9 @@ class Place(NamedTuple):
 class Rows:
     """Reads prepared groups (prompts with their completions) for one worker, with the help of the job's actor `reader`.
 
-    `wait_for` is a function that calls another function, which asks the actor, and returns the actor's answer. If
-    storage does not answer, `wait_for` may call that function again.
+    Each question to the actor is a function without arguments, which asks and returns the actor's answer. `wait_for`
+    gets this function, calls it, and returns the answer. If storage does not answer, `wait_for` may call the function
+    again.
     """
 
     reader: Any  # handle of the actor RowReader
@@ -118,10 +119,12 @@ class RowReader:
         self._threads = ThreadPoolExecutor(READ_AT_ONCE)
 
     async def outlines(self, files: Sequence[Files], lost: Collection[str] = ()) -> list[Any]:
-        """Returns one Ray object reference for each part (a Parquet file of groups). The reference leads to the table
-        of the part's outlines, as bytes in Ray's object store. An outline is a group without its token ids. Each table
-        is stored once for all workers. `lost` has references, as hex, whose tables Ray no longer has; their parts are
-        read again."""
+        """Reads parts (Parquet files of groups), and returns a Ray object reference for each part. The object is the
+        table of the part's outlines, as bytes, and is stored once for all workers. An outline is a group without its
+        token ids.
+
+        `lost` has references, as hex, whose objects Ray no longer has. The parts of these references are read again.
+        """
         for each in files:
             if (part := self._read_parts().get(each)) and part.outlines.hex() in lost:
                 del self._parts[each]

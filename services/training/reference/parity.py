@@ -60,7 +60,7 @@ class Parity(Contract):
         pairs = f"per pair {self.pairs}; in rewards {self.rewards}"
         in_bfloat16 = f"a mean of {TOLERATED_REWARD} in rewards, because bfloat16 rounds"
         allowed = in_bfloat16 if self.rounds else f"a 99th percentile of {TOLERATED} per token"
-        return f"{sample}: per token {self.tokens}; {pairs}; allowed is {allowed}"
+        return f"{sample}: per token {self.tokens}; {pairs}; the limit is {allowed}"
 
 
 def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]:

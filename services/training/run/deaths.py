@@ -7,7 +7,8 @@ from services.deaths import cause_in
 
 
 def cause_of(*errors: BaseException) -> str:
-    """Returns, as text for the user, why an attempt (one run of a job) or its workers died with these errors.
+    """Finds out from exceptions why an attempt (one run of a job) or its workers died, and returns the reason as a text
+    for the user.
 
     If a worker was killed, the text names the kill, and not the errors that other workers then had.
     """

@@ -58,9 +58,9 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
 
 
 def unpacked(uri: str, to_uri: str) -> str:
-    """Returns a URI at which the content of an uploaded file is as uncompressed JSON Lines.
+    """Returns the URI of a file that has the content of an uploaded file as uncompressed JSON Lines.
 
-    If the file is compressed or a table, its lines are written to `to_uri`, and `to_uri` is returned. If it is
+    If the uploaded file is compressed or a table, its lines are written to `to_uri`, and `to_uri` is returned. If it is
     uncompressed JSON Lines already, `uri` is returned. Raises JobFailed for a damaged file.
     """
     try:

@@ -63,4 +63,4 @@ def test_in_bfloat16_rounding_is_tolerated_and_other_weights_are_not(model_sourc
     refused = compare(others, own, beta=0.1, rounds=True)
     assert refused.rewards.mean > TOLERATED_REWARD
     assert not refused.holds
-    assert "allowed is a mean of 0.1 in rewards, because bfloat16 rounds" in str(refused)
+    assert "the limit is a mean of 0.1 in rewards, because bfloat16 rounds" in str(refused)
