@@ -46,6 +46,7 @@ from services.control_plane.inference import api as inference_api
 from services.control_plane.inference.inference import Inference
 from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs import validation_api
+from services.control_plane.jobs.deletion import api as deletion_api
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.plans import api as plans_api
 from services.control_plane.models import api as models_api
@@ -86,6 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         uploads_api,
         jobs_api,
         validation_api,
+        deletion_api,
         plans_api,
         sharing_api,
         models_api,

@@ -27,6 +27,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Checkpoint, File, Lease, Model, Outbound, Upload
 from services.control_plane.files import files, uploads
 from services.control_plane.http import idempotency
+from services.control_plane.jobs.deletion import clearing
 from services.control_plane.jobs.events import packing
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
@@ -55,6 +56,8 @@ class Sweeper:
             (60, self._stop_orphans),
             (600, self._forget),
             (60, self._remove_models),
+            (60, self._clear_jobs),
+            (3600, self._forget_jobs),
             (10, self._pack_steps),
             (3600, self._put_away),
             (3600, self._empty_trash),
@@ -105,6 +108,12 @@ class Sweeper:
             await usage.forget_writers(session)
             side_jobs_left = await side_jobs.forget_old(session, MOST)
         await _remove(side_jobs_left)
+
+    async def _clear_jobs(self) -> None:
+        await clearing.clear(self._store, self._settings, MOST)
+
+    async def _forget_jobs(self) -> None:
+        await clearing.forget(self._store, self._settings, MOST)
 
     async def _pack_steps(self) -> None:
         """Packs the metrics of past training steps into blocks (compact tables). Does nothing in the first

@@ -311,6 +311,14 @@ class Settings(BaseSettings):
         description="A job fails after this many attempts (its runs on Ray) in a row have died without writing a new "
         "checkpoint.",
     )
+    run_files_days: float = Field(
+        default=7,
+        ge=0,
+        allow_inf_nan=False,
+        description="Days after a job's end for which storage keeps what only a running job needs: the state of the "
+        "optimizer in its checkpoints, and the reports of its training processes. 0 keeps them until the job is "
+        "deleted. If you restore a backup of the database, it should be younger than this.",
+    )
     max_loaded_models: int = Field(
         default=2,
         gt=0,

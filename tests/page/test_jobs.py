@@ -138,6 +138,15 @@ def test_a_job_is_paused_resumed_and_cancelled_by_keyboard(
     finally:
         service.ray.down = False
     assert api.get(f"/fine_tuning/jobs/{job_id}").json()["status"] == "cancelled"
+    page.get_by_role("button", name="Delete the job").click()
+    dialog = page.get_by_role("dialog", name="Delete this job?")
+    dialog.get_by_role("checkbox", name="Its policy and the models of its checkpoints, too").check()
+    dialog.get_by_role("button", name="Delete the job").click()
+    expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
+    expect(page.get_by_role("row").filter(has_text=job_id)).to_have_count(0)
+    assert api.get(f"/fine_tuning/jobs/{job_id}").status_code == 404
+    page.goto(f"{service.url}/#/jobs/{job_id}")
+    expect(page.get_by_role("alert")).to_contain_text("Could not find fine tune")
 
 
 def test_jobs_are_listed_newest_first(page: Page, service: Service, api: httpx.Client, file_id: str) -> None:

@@ -258,6 +258,25 @@ def resume(client: "OpenAI", job_id: JobId) -> None:
 
 
 @api_command(app)
+def delete(
+    client: "OpenAI",
+    job_id: JobId,
+    models: Annotated[
+        bool,
+        typer.Option("--models", help="Also delete the job's policy and the models of its checkpoints."),
+    ] = False,
+) -> None:
+    """Delete a job that has ended, with its events, metrics, logs and result file. Its models stay, unless --models is
+    given."""
+    deleted: Any = client.delete(
+        f"/x/jobs/{job_id}", cast_to=object, options={"params": {"models": models} if models else {}}
+    )
+    out.print(f"deleted {job_id}")
+    if deleted["models"]:
+        err.print(f"Its models stay: {', '.join(deleted['models'])}. `raydpo models delete MODEL` deletes one.")
+
+
+@api_command(app)
 def logs(
     client: "OpenAI",
     job_id: JobId,

@@ -1,6 +1,8 @@
 """Deletes files and folders from storage, and logs deletions that fail."""
 
 import logging
+from collections.abc import Collection
+from functools import partial
 
 import anyio.to_thread
 
@@ -9,11 +11,24 @@ from services import storage
 log = logging.getLogger(__name__)
 
 
-async def remove_bytes(uri: str) -> bool:
-    """Deletes a file or folder in storage. Returns False if this fails; the regular cleanup then tries again later."""
+async def remove_bytes(uri: str, *, but: Collection[str] = ()) -> bool:
+    """Deletes a file or folder in storage, except the files and folders inside it whose URIs are in `but`. Returns
+    False if this fails; the regular cleanup then tries again later."""
     try:
-        await anyio.to_thread.run_sync(storage.delete, uri)
+        await anyio.to_thread.run_sync(partial(_delete, uri, but))
     except (OSError, ValueError) as error:  # ValueError: a URI of a storage that the service no longer knows
         log.warning("%s could not be deleted from storage and is tried again later: %s", uri, error)
         return False
     return True
+
+
+def _delete(uri: str, but: Collection[str]) -> None:
+    if uri in but:
+        return
+    beginning = uri.partition("?")[0] + "/"  # without Arrow's filesystem options
+    inside = [kept for kept in but if kept.startswith(beginning)]
+    if not inside:
+        storage.delete(uri)
+        return
+    for name in (*storage.list_files(uri), *storage.list_folders(uri)):
+        _delete(storage.join(uri, name), inside)

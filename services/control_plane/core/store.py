@@ -240,7 +240,7 @@ class Store:
         block.
 
         Only tables whose rows belong to projects (class Owned) are limited in this way. The transaction can also read
-        the models that other projects share with the project.
+        the models that other projects share with the project. It cannot see jobs that were deleted.
         """
         async with (
             self._turns.turn(project_id),
@@ -346,13 +346,14 @@ def _see_own_rows_only(state: ORMExecuteState) -> None:
 
 @lru_cache(maxsize=4096)  # building the options takes longer than the rest of a statement
 def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
-    """Returns the ORM options that limit a statement to the rows of one project.
+    """Returns the ORM options that limit a statement to the rows of one project, without jobs that were deleted.
 
     If `reading` is true, the statement also sees the models that other projects share with the project.
     """
     criteria: dict[type[Owned], ColumnElement[bool]] = {
         kind: kind.project_id == project_id for kind in Owned.__subclasses__()
     }
+    criteria[Job] &= Job.deleted_at.is_(None)
     if reading:
         shared = select(CheckpointPermission.model_id).where(CheckpointPermission.project_id == project_id)
         criteria[Model] = or_(criteria[Model], Model.id.in_(shared))
@@ -576,7 +577,8 @@ class Census:
 
 async def census(session: AsyncSession) -> Census:
     """Returns the current numbers of jobs and of waiting webhook messages over all projects, for Prometheus."""
-    by_state = (await session.execute(select(Job.observed, func.count().label("number")).group_by(Job.observed))).all()
+    counts = select(Job.observed, func.count().label("number")).where(Job.deleted_at.is_(None))
+    by_state = (await session.execute(counts.group_by(Job.observed))).all()
     left = func.extract("epoch", Lease.expires_at - func.clock_timestamp())
     lease = await session.scalar(select(left).where(Lease.name == "reconciler"))
     age = func.extract("epoch", func.now() - func.min(Outbound.created_at))

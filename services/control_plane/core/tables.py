@@ -251,22 +251,27 @@ class Job(Owned, Base):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     result_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     steps_packed: Mapped[bool] = mapped_column(server_default="false")  # it has ended, and all its steps are in blocks
+    deleted_at: Mapped[datetime | None]  # when a user deleted the ended job; only the cleanup sees it from then on
+    cleared_at: Mapped[datetime | None]  # when its files that nobody needs any more were removed from storage
     __table_args__ = (
         CheckConstraint("desired IN ('run', 'pause', 'cancel')"),
         CheckConstraint(f"observed IN {JOB_STATES}"),
         CheckConstraint(f"(observed IN {TERMINAL}) = (finished_at IS NOT NULL)"),
         CheckConstraint("(observed = 'succeeded') = (fine_tuned_model IS NOT NULL)"),
         CheckConstraint("(observed = 'failed') = (error IS NOT NULL)"),
+        CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="jobs_deleted_check"),
         Index("jobs_by_time", "project_id", "created_at", "id"),
         Index("jobs_live", "created_at", postgresql_where=text(f"observed NOT IN {TERMINAL}")),
         Index("jobs_to_pack", "finished_at", postgresql_where=text("finished_at IS NOT NULL AND NOT steps_packed")),
+        Index("jobs_by_deletion", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
+        Index("jobs_to_clear", "finished_at", postgresql_where=text("finished_at IS NOT NULL AND cleared_at IS NULL")),
     )
 
 
 class Transition(Base):
     """A change of a job's desired or observed state.
 
-    Rows never change. Applied in order, the rows of a job give the job's current state.
+    Rows never change, and go only with their job. Applied in order, the rows of a job give the job's current state.
     """
 
     __tablename__ = "transitions"
@@ -405,6 +410,7 @@ class Model(Owned, Base):
         Index("models_by_time", "project_id", "created_at", "id"),
         Index("models_by_source", "source"),
         Index("models_by_base", "base_source"),
+        Index("models_by_job", "job_id"),
         Index("models_by_deletion", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
         Index("models_to_remove", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND removed_at IS NULL")),
     )

@@ -109,6 +109,15 @@ class CheckpointDocument(TypedDict):
     metrics: dict[str, float]
 
 
+class DeletedJobDocument(TypedDict):
+    """The answer to the deletion of a job. `models` are the ids of its models that stay."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    deleted: Literal[True]
+    models: list[str]
+
+
 class Column(TypedDict):
     """The statistics of one metric of training. Each list has one value for each bucket (a range of steps)."""
 

@@ -8,13 +8,10 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.documents import Page, answers
-from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.http.content import answer
 from services.control_plane.http.dependencies import IdempotentPart, RayApiPart, SettingsPart, StorePart, WakePart
-from services.control_plane.models import downloads, models
-from services.control_plane.models.deployments import deployments
-from services.control_plane.models.deployments import settings as deployment_settings
+from services.control_plane.models import deletion, downloads, models
 from services.control_plane.models.deployments.recent import RecentPart
 from services.control_plane.models.documents import ModelDocument
 from services.control_plane.models.downloads import Format
@@ -80,17 +77,12 @@ async def delete(
     removed: list[NamedModel] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
-        model = await models.remove(session, settings, model_id)
-        for app_name in (model.app_name, deployments.scorer_of(model)):
-            await deployments.forget(session, app_name)
-        await deployment_settings.choose(session, model.id, None)
-        removed.append(model)
+        removed.append(await deletion.delete(session, settings, model_id))
         return deleted("model", model_id)
 
     response = await idempotent.act(remove, changes=model_id)
     recent.forget()
     wake()  # the reconciler tells the engines
     for model in removed:
-        await remove_bytes(model.source)
-        await remove_bytes(downloads.merged_folder(model, settings))
+        await deletion.remove_files(model, settings)
     return response

@@ -328,8 +328,8 @@ def _named(model_id: ColumnElement[str], *fields: Any) -> ColumnElement[bool]:
 async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
     """Returns the reason why the job that trained the model still needs the model. Returns None if the job does not
     need it."""
-    job = await session.get_one(Job, model.job_id)
-    if job.observed in TERMINAL:
+    job = await session.get(Job, model.job_id)
+    if job is None or job.observed in TERMINAL:  # None: the job was deleted
         return None
     rows = {row.model_id: row for row in await session.scalars(select(Checkpoint).where(Checkpoint.job_id == job.id))}
     if rows and model.id == max(rows.values(), key=lambda row: row.step).model_id:
@@ -371,7 +371,7 @@ async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> se
     uses = (
         select(CheckpointPermission.id).where(CheckpointPermission.model_id == Model.id),
         select(Deployment.app_name).where(Deployment.model_id == Model.id),
-        select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),
+        select(Job.__table__.c.id).where(_names(Model.__table__.c.id), Job.__table__.c.deleted_at.is_(None)),
         *_needing(Model.__table__.c.id).values(),
     )
     is_attached = func.coalesce(Model.attached_at > func.now() - ATTACHED_FOR, false())

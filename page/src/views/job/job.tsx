@@ -1,6 +1,6 @@
 import type { Signal } from "@preact/signals";
 import { useEffect, useMemo, useState } from "preact/hooks";
-import { Failure, type Job as JobObject } from "../../api/client";
+import { api, ask, Failure, type Job as JobObject } from "../../api/client";
 import { rangeOf } from "../../parts/curve/steps";
 import { AskFirst } from "../../parts/dialog/dialog";
 import { Fact } from "../../parts/fact/fact";
@@ -85,7 +85,9 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
           </a>
           {["queued", "running"].includes(job.status) && <button onClick={() => wish("pause")}>Pause</button>}
           {job.status === "paused" && <button onClick={() => wish("resume")}>Resume</button>}
-          {!hasEnded(job.status) && (
+          {hasEnded(job.status) ? (
+            <Delete job={job} onFailure={setFailure} />
+          ) : (
             <AskFirst
               act="Cancel the job"
               question="Cancel this job?"
@@ -108,6 +110,31 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
         </div>
       )}
     </>
+  );
+}
+
+/** Deletes the job after a question, with its models if the reader wants that, and leads to the list of jobs. */
+function Delete({ job, onFailure }: { job: JobObject; onFailure: (failure?: Failure) => void }) {
+  const [models, setModels] = useState(false);
+
+  async function remove() {
+    onFailure(undefined);
+    try {
+      await ask(api.DELETE("/v1/x/jobs/{job_id}", { params: { path: { job_id: job.id }, query: { models } } }));
+      location.hash = href("jobs");
+    } catch (error) {
+      onFailure(Failure.of(error));
+    }
+  }
+
+  return (
+    <AskFirst act="Delete the job" question="Delete this job?" refusal="Keep it" onAgree={remove}>
+      <p>Its events, metrics, logs and result file are removed.</p>
+      <label>
+        <input type="checkbox" checked={models} onChange={(event) => setModels(event.currentTarget.checked)} /> Its policy and the
+        models of its checkpoints, too
+      </label>
+    </AskFirst>
   );
 }
 

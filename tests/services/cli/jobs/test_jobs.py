@@ -55,6 +55,26 @@ def test_a_job_s_events_checkpoints_metrics_and_results_are_shown(raydpo, traine
     assert raydpo("jobs", "results", job_id).stdout.startswith('{"prompt"')
 
 
+def test_a_job_is_deleted_and_its_models_stay_unless_they_are_to_go(raydpo, trained, database):
+    job_id, policy = trained
+    refused = raydpo("jobs", "delete", job_id)
+    assert refused.exit_code == 1
+    assert "cancel it before you delete it" in refused.stderr
+    raydpo("jobs", "cancel", job_id)
+    deleted = raydpo("jobs", "delete", job_id)
+    assert deleted.stdout == f"deleted {job_id}\n"
+    assert f"Its models stay: {policy}." in deleted.stderr
+    assert job_id not in raydpo("jobs", "list").stdout
+    assert "Could not find fine tune" in raydpo("jobs", "show", job_id).stderr
+    other = raydpo("jobs", "create", "--model", "tiny", "--file", "hf://datasets/org/name/a.jsonl").stdout.strip()
+    raydpo("jobs", "cancel", other)
+    database.execute("UPDATE models SET job_id = %s", (other,))
+    database.commit()
+    gone = raydpo("jobs", "delete", other, "--models")
+    assert (gone.stdout, gone.stderr) == (f"deleted {other}\n", "")
+    assert policy not in raydpo("models", "list").stdout
+
+
 def test_a_job_without_results_says_where_to_look(raydpo, job_id):
     refused = raydpo("jobs", "results", job_id)
     assert refused.exit_code == 1
