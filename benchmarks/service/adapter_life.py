@@ -1,5 +1,5 @@
-"""Measures two times of an adapter in a complete service: from the success of its job to its first answer, and from the
-request to delete it to the end of its streams.
+"""Measures two times of an adapter in a complete service: from the success of the adapter's job to the first answer,
+and from the request to delete the adapter to the end of the streams that use it.
 
     python -m benchmarks.service.adapter_life --adapters 5 --streams 20
 
@@ -55,7 +55,8 @@ def _times(seconds: list[float]) -> str:
 
 
 def train(client: openai.OpenAI) -> str:
-    """Trains an adapter in a short job, and returns the policy's name within POLL_SECONDS of the job's success."""
+    """Trains an adapter in a short job. Returns the name of the job's policy, at most POLL_SECONDS after the job has
+    succeeded."""
     file = client.files.create(file=("pairs.jsonl", shop_pairs(20)), purpose="fine-tune")
     options: Any = {"n_epochs": 1, "batch_size": 10, "learning_rate": 1e-3}
     job = client.fine_tuning.jobs.create(
@@ -90,7 +91,7 @@ class Stream:
 
 async def delete_under_load(service: Service, policy: str, num_streams: int) -> float:
     """Deletes the policy while half of `num_streams` streams come from it. Returns the seconds from the request to
-    delete the policy to the end of the last of its streams."""
+    delete the policy to the end of the policy's last stream."""
     streams = [Stream(policy if number % 2 else "tiny") for number in range(num_streams)]
     headers = {"Authorization": f"Bearer {service.key}"}
     async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=300) as client:

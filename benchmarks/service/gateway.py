@@ -79,7 +79,8 @@ def main() -> None:
 def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], Processes]]:
     """Starts a stand-in for the engine, and a control plane.
 
-    Yields the two ways to the engine (directly and through the control plane) by name, and the control plane's process.
+    Yields two dictionaries: the two ways to the engine by name ("direct", and "gateway" through the control plane), and
+    the control plane's process, under the name "control plane".
     """
     engine_port = free_port()
     with engine(engine_port, options), control_plane(engine_port) as (service, process):
@@ -92,7 +93,8 @@ def service_with_stand_in(options: argparse.Namespace) -> Iterator[tuple[dict[st
 def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "Way"], Processes]]:
     """Starts `raydpo up` with a small model.
 
-    Yields the two ways to the engine (directly and through the control plane) by name, and the service's processes.
+    Yields two dictionaries: the two ways to the engine by name ("direct", and "gateway" through the control plane), and
+    the service's processes by what they do, such as "engine" and "proxy".
     """
     with running_service(lambda folder: {"tiny": tiny_model(folder / "tiny")}) as service:
         assert service.process is not None
@@ -126,7 +128,8 @@ def separate_engine(mark: str, control_plane: int) -> None:
 
 
 def cpu_seconds(processes: Processes) -> dict[str, float]:
-    """Returns the CPU seconds that the processes have used by now, by what the processes do."""
+    """Returns the CPU seconds that the processes have used so far: a sum for each key of `processes`, which names what
+    its processes do, such as "control plane"."""
     return {name: sum(sum(each.cpu_times()[:2]) for each in group) for name, group in processes.items()}
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.service.steps --steps 100000 1000000
 
-For each number of steps, writes a job with the metrics of DPO. Most metrics are float32, as dpo_core
-reports them. Measures each job twice: first with a database row for each step, then with the steps packed into
-compressed blocks. The figures are:
+For each number of steps, writes a job with the metrics of DPO. Most metrics are float32, as dpo_core reports them.
+Measures each job twice: first with a database row for each step, then with the steps packed into compressed blocks. The
+figures are:
 
 - the size in the database, with indexes
 - the time of the first answer for a chart of all steps, and for a chart of a hundredth of the steps

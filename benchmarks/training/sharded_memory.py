@@ -3,10 +3,11 @@ and compares it with each rank's share of the weights.
 
     python benchmarks/training/sharded_memory.py --ranks 1 2 4
 
-The model is a Llama with 50M random weights, in bfloat16 on disk and trained in float32. *loading* reads the weights,
-*training* also takes two small steps, without a checkpoint. A figure is the largest of any rank, minus the rank's
-memory after it had trained a small model in the same way. Pages of the mapped safetensors file count only in *with
-file*, the kernel's VmHWM: they are in the machine's page cache, which all ranks share, and are freed as soon as the
+The model is a Llama with 50M random weights, in bfloat16 on disk and trained in float32. The table has a row for each
+number of ranks. A figure is the largest of any rank, minus the rank's memory after it had trained a small model in the
+same way. The column *loading* is the peak while the weights are read, *training* the peak with two small steps after
+that, without a checkpoint. *with file* is the kernel's VmHWM while loading; it also counts the pages of the mapped
+safetensors file. These pages are in the machine's page cache, which all ranks share, and are freed as soon as the
 weights are read. `--whole` also measures ranks that load the whole model and then split it.
 """
 
@@ -35,9 +36,9 @@ MB = 1e6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="Numbers of ranks. Default: 1 2 4.")
-    parser.add_argument("--whole", action="store_true", help="Also measures ranks that load the whole model first.")
+    parser.add_argument("--whole", action="store_true", help="Also measure ranks that load the whole model first.")
     parser.add_argument("--hidden-size", type=int, default=512, help="Width of the model. Default: %(default)s.")
-    parser.add_argument("--json", type=Path, help="A file for the figures in bytes.")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures, in bytes. Default: none.")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -144,9 +144,11 @@ def _read(
 
 
 def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
-    """Whether the row's own scores say that its rejected completion is better than its chosen one. The scores are in
-    `unread`, the columns that the row's format does not read. False unless the row is a pair with exactly two such
-    scores."""
+    """Whether two scores in a row with a pair say that the rejected completion is better than the chosen one.
+
+    The scores must be in two of the columns `unread`, which the row's format does not read, such as `chosen_score` and
+    `rejected_score`. False for a row that is no pair, or in which not exactly two of these columns hold scores.
+    """
     if form.kind != "pairs":
         return False
     rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]

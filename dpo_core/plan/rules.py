@@ -15,8 +15,8 @@ PACK_SHARE = 0.6  # share of free memory for tensors that backward needs; the re
 
 def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: float) -> int:
     """Returns the first number of shards in `choices` at which the weights, the gradients and the optimizer's state fit
-    into half of a GPU's memory of `room` bytes. If no number is enough, returns the last one. `state` is a function
-    that returns their bytes for a number of shards.
+    into half of a GPU's memory of `room` bytes. `state` is a function that returns the bytes of the three for a number
+    of shards. If no number is enough, returns the last one.
 
     This rule decides if the training option `sharding` is "auto". The caller orders `choices` from few shards to many.
     For a policy with an adapter, the first choice is one shard: each rank (process of the run) holds all weights. For a

@@ -141,8 +141,8 @@ def _lengths(group: EncodedGroup) -> list[int]:
 
 
 class _Calls:
-    """Calls functions one after another in a thread of its own. The thread is a daemon: a call that never returns does
-    not keep the process from ending, unlike one of a ThreadPoolExecutor."""
+    """Calls functions one after another in a thread of its own. The thread is a daemon, so a call that never returns
+    does not keep the process from ending. A call in a ThreadPoolExecutor would."""
 
     def __init__(self, name: str) -> None:
         self._calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]()

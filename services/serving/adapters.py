@@ -308,8 +308,9 @@ def _fetch(adapter: Adapter, cache: Path) -> Path:
 
 
 def _effect(adapter: Adapter, folder: Path) -> Effect | None:
-    """Returns the effect that training measured of the adapter in `folder`; None if it measured none. Raises
-    AdapterUnusable if the file of the measurement is damaged."""
+    """Returns the effect of the adapter in `folder`, as training measured it: by how much the adapter changes the
+    log-probabilities of some training rows. Returns None if training measured no effect. Raises AdapterUnusable if the
+    file of the measurement is damaged."""
     try:
         return read_effect(folder)
     except ValueError as error:

@@ -265,9 +265,8 @@ def plan_unsent(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body
 
 
 def _names(local: Mapping[str, Path]) -> dict[str, str]:
-    """Returns the names of local files in the form that the service expects: an absolute path, or a relative one that
-    begins with `./`. Each is under the field of the body that names the file.
-    """
+    """Returns the path of each local file in the form that the service expects, by the field of the body that names the
+    file. The path is absolute, or a relative one that begins with `./`."""
     return {field: str(path) if path.is_absolute() else f"./{path}" for field, path in local.items()}
 
 

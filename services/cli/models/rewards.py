@@ -238,9 +238,9 @@ def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _
     """Sends one request for the rewards of the tasks in `chunk`, and returns their results. `asked` holds the request's
     other fields, such as the model.
 
-    If the service calls the request too large, sends half of the tasks and then the other half. If the service asks for
-    a later try, for example because a model is loading, says this through `voice`, waits and sends the request again.
-    Exits after any other error.
+    If the service answers that the request is too large, sends half of the tasks and then the other half. If the
+    service asks for a later try, for example because a model is loading, says this through `voice`, waits and sends the
+    request again. Exits after any other error.
     """
     from openai import APIStatusError
 

@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
         limit: Limit = 100,
         as_json: AsJson = False,
     ) -> None:
-        """List the number of completion requests, and the tokens and accelerator seconds used. Needs an admin key."""
+        """List the number of completion requests, and the tokens and accelerator seconds that they used. Needs an admin
+        key."""
         asked = {"group_by": by} | {name: day for name, day in (("from", first), ("to", last)) if day}
         show_list(client, "/x/usage", COLUMNS, limit, as_json, asked)

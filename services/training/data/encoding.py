@@ -493,8 +493,8 @@ def _words(text: Text) -> str:
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
-    """Whether groups with this prompt (a group is a prompt with its completions) are held out for validation. `share`
-    is about the share of all groups that is held out, from 0 to 1.
+    """Whether groups with this prompt are held out for validation. A group is a prompt with its completions. `share`,
+    from 0 to 1, is the share of all groups to hold out; about this share is held out.
 
     The prompt alone decides, so that no prompt is in both the training and the validation data.
     """

@@ -82,8 +82,8 @@ def _in_one_core(work: Callable[[Item], Result], item: Item) -> Result:
 def beside_training() -> dict[str, Any]:
     """Returns the options for Ray tasks and actors that run at the same time as training workers.
 
-    They reserve none of Ray's CPUs, because workers may hold the last CPU and wait for them. If possible, they avoid
-    nodes that give Ray no CPU; the head node often gives none.
+    With these options, a task or actor reserves none of Ray's CPUs, because workers may hold the last CPU and wait for
+    the task. If possible, it runs on a node that gives Ray CPUs; the head node often gives none.
     """
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if not nodes:
