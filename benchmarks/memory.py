@@ -29,7 +29,8 @@ def forget_peak() -> None:
 
 
 def family_peak(pid: int | None = None) -> int:
-    """Returns the sum of the peak memory of a process and its descendants, in bytes. `pid` None means this process.
+    """Returns the sum of the peak memory of a process and its descendants, in bytes. `pid` is the id of the process;
+    None means this process.
 
     Memory that several processes share counts once for each of them.
     """

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def dialogues(num_rows: int, *, num_completions: int, seed: int = 0) -> list[Row]:
-    """Returns rows of random words: each has a prompt and `num_completions` answers, the best answer first.
+    """Returns `num_rows` rows of random words: each has a prompt and `num_completions` answers, the best answer first.
 
     Lengths are log-normal. Prompts have 126 tokens on average, best answers 41 and other answers 53.
     """

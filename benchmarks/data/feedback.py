@@ -22,7 +22,7 @@ def write_pairs(file: Path, num_rows: int, *, seed: int = 0) -> None:
 
 
 def pairs(num_rows: int, *, seed: int = 0) -> Iterator[str]:
-    """Yields JSON lines with a prompt, a chosen and a rejected answer, made of random words.
+    """Yields `num_rows` lines of JSON, each with a prompt, a chosen and a rejected answer, made of random words.
 
     The words are numbered, and word n is n times rarer than word 1.
     """

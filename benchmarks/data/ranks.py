@@ -75,7 +75,8 @@ def main() -> None:
 
 
 def _write(folder: str, num_groups: int) -> Dataset:
-    """Writes random groups (prompts with two completions each) as prepared data, and returns the dataset."""
+    """Writes `num_groups` random groups (prompts with two completions each) as prepared data, and returns the
+    dataset."""
     rng = random.Random(0)
 
     def ids(mean: int) -> list[int]:

@@ -28,7 +28,8 @@ Result = TypeVar("Result")
 
 def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[str, Figures]:
     """Runs all stages of a job's data, from the check of the file to the batches. Returns the speed and memory of each
-    stage by its name, in the order in which a job has them."""
+    stage by its name, in the order in which a job has them. With `in_process`, Ray is not used, and the stages that
+    need it are left out."""
     by_stage: dict[str, Figures] = {}
     # The survey runs before Ray is imported, because the control plane does not import Ray.
     report, by_stage["survey"] = _measured(lambda: _survey(file))

@@ -101,7 +101,8 @@ def submit(url: str, key: str, count: int) -> list[str]:
 
 
 def open_attempts(url: str, jobs: list[str]) -> dict[str, str]:
-    """Inserts a first attempt (run) of each job into the database, because no Ray runs that could start an attempt.
+    """Inserts a first attempt (run) of each of `jobs` into the database at `url`, because no Ray runs that could start
+    an attempt.
 
     Returns the token of each attempt by the id of the job.
     """
@@ -124,7 +125,7 @@ def database_url(home: Path) -> str:
 
 def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key: str) -> None:
     """Posts the events of all jobs, as running jobs do, and measures how long a client waits meanwhile to retrieve a
-    job."""
+    job. `tokens` has the token of each job's attempt (run), by the id of the job."""
     root = url.removesuffix("/v1")
     began = time.monotonic()
     waited = []

@@ -140,7 +140,8 @@ def main() -> None:
 
 
 def start(home: Path, database_url: str, ray: Ray, receiver: Receiver, stops: ExitStack) -> str:
-    """Starts a control plane and returns the base URL of the control plane's API."""
+    """Starts a control plane and returns the base URL of its API. The control plane uses the database at
+    `database_url`, the stand-in `ray`, and a folder in `home`; it may send webhooks to `receiver`. `stops` ends it."""
     settings = {f"RAYDPO_{name.upper()}": str(value) for name, value in SETTINGS.items()}
     environment = (
         os.environ
@@ -163,7 +164,8 @@ def start(home: Path, database_url: str, ray: Ray, receiver: Receiver, stops: Ex
 
 
 def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
-    """Creates a project with a key, a webhook endpoint and a file. Returns the name, the key and the file's id."""
+    """Creates a project with a key, a webhook endpoint at `receiver_url`, and a file. Returns the project's name, the
+    key and the file's id."""
     with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=60) as admin:
         project = admin.post(f"{url}/x/projects", json={"name": name} | PROJECT_LIMITS).json()["id"]
         scopes = ["read", "write", "inference", "admin"]
@@ -247,7 +249,8 @@ async def use(url: str, key: str, file: str, seen: Seen) -> None:
 
 
 def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str, attacks: Event) -> None:
-    """Attacks the service with all kinds of requests at the same time, until this process is killed.
+    """Attacks the service with all kinds of requests at the same time, until this process is killed. The requests have
+    the key of the hostile project; its webhook endpoints are at `receiver_url`.
 
     Sets `attacks` when the preparations are done. A real attacker has cores of its own. This process has the lowest
     priority, so that it takes only CPU time that other processes leave.
@@ -308,8 +311,8 @@ class Hostile:
         await self._client.get(f"{self._url}/models", headers={"authorization": f"Bearer rd-{random.random()}"})
 
     async def _hold(self, head: str, headers: dict[str, str]) -> None:
-        """Opens a connection, sends the beginning `head` of a request, and then neither reads nor writes for 30
-        seconds."""
+        """Opens a connection, sends the beginning of a request (`head`, and the API key in `headers`), and then neither
+        reads nor writes for 30 seconds."""
         split = urlsplit(self._url)
         _, writer = await asyncio.open_connection(split.hostname, split.port, limit=1)
         writer.transport.pause_reading()

@@ -109,7 +109,8 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _groups(num_rows: int, mean_length: int, limit: int, vocabulary: int, *, spread: float) -> list[EncodedGroup]:
-    """Returns groups (a prompt and two completions each) of random token ids, of a vocabulary of `vocabulary` ids.
+    """Returns `num_rows` groups (a prompt and two completions each) of random token ids, of a vocabulary of
+    `vocabulary` ids.
 
     A row is a prompt with one completion; three fifths of its tokens are the prompt's. Rows have log-normal lengths,
     `mean_length` tokens on average and at most `limit`; `spread` is the standard deviation of the logarithm.

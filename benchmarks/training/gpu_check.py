@@ -143,7 +143,7 @@ def _run(arguments: list[str], seconds: float) -> Found:
 
 def _race_all(args: argparse.Namespace, started: float) -> dict[str, dict[str, Found]]:
     """Runs every comparison with TRL. Returns the figures by the name of the comparison, and then by the way of
-    training (a column of the table).
+    training (a column of the table). `started` is the time at which the check began.
 
     Each way of training may take an equal share of the time that is left, and making a model may take two shares.
     """

@@ -95,7 +95,7 @@ def _sizes(folder: Path) -> tuple[int, int, int]:
 
 def _in_its_own_process(home: Path, ranks: int, how: str) -> list[int]:
     """Starts a new process that measures the memory of `ranks` processes. Returns four peaks in bytes, each the largest
-    of any rank (training process).
+    of any rank (training process). `how` says what each rank reads: its part of the weights ("parts") or all ("whole").
 
     The first two peaks are from loading the weights: without and with the pages of mapped files. The other two are from
     training: without and with these pages.

@@ -115,7 +115,8 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _weight_differences(model: Path, folder: Path, names: list[str]) -> Figures:
-    """Returns how far the trained weights of each way of training (a column of the table) are from those of raydpo.
+    """Returns how far the trained weights of each way of training in `names` (columns of the table) are from those of
+    raydpo.
 
     The distance is relative to how far raydpo's training moved the weights.
     """

@@ -39,8 +39,9 @@ class Found:
 
 
 def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> Found:
-    """Checks a model folder or hub id without reading a weight, and returns what is needed to load the model. `kind` is
-    an auto class of transformers, such as AutoModelForCausalLM; `options` change the model's config.
+    """Checks the model in the folder or of the hub id `source` without reading a weight, and returns what is needed to
+    load the model. `kind` is an auto class of transformers, such as AutoModelForCausalLM; `options` change the model's
+    config.
 
     A model may be in full precision or in MXFP4. Raises UnusableModel for:
 
@@ -92,7 +93,7 @@ def read(found: Found) -> PreTrainedModel:
 
 def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
     """Removes from a loaded config the settings with which its model was last run, such as the kind of attention.
-    Raises UnusableModel for a pad_token_id outside the vocabulary."""
+    Raises UnusableModel for a pad_token_id outside the vocabulary; `source` names the model in the error."""
     text = config.get_text_config()
     # None selects SDPA if the architecture supports it. SDPA ignores a cap of attention's scores.
     config._attn_implementation = "eager" if getattr(text, "attn_logit_softcapping", None) else None
@@ -109,7 +110,7 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
     """Returns the option that makes transformers convert a model in MXFP4 to full precision; None for a model that is
     not quantized. The option is needed for gpt-oss, which is published only in MXFP4.
 
-    Raises UnusableModel for a model that is quantized in another way.
+    Raises UnusableModel for a model that is quantized in another way; `source` names the model in the error.
     """
     quantized = getattr(config, "quantization_config", None)
     if not quantized:
@@ -131,7 +132,7 @@ def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[
 
     transformers cannot load some multimodal models for text only. For such a model, the config is that of the text
     model within it, and the patterns give the weights the names that the text model expects. `kind` is an auto class of
-    transformers, such as AutoModelForCausalLM.
+    transformers, such as AutoModelForCausalLM. `source` names the model in errors.
     """
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -158,7 +159,8 @@ _NAMES_OF_TEXTS = {
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
     """Raises UnusableModel unless the weights in the model's folder are exactly those of the model. transformers draws
-    missing weights at random and ignores unknown ones. `report` is what transformers says about loading."""
+    missing weights at random and ignores unknown ones. `report` is what transformers says about loading, and `source`
+    names the model in the error."""
     wanted = f"the {type(model).__name__} that its config.json describes"
     remedy = "use weights and a config.json of the same model."
     for name, shape, expected in sorted(report["mismatched_keys"]):

@@ -1,5 +1,5 @@
 """Warns the user of a training run if the chosen completions become much less likely than under the reference model
-while the margins (the leads of the chosen completions' rewards) grow."""
+while the margins grow. A margin is the reward of a chosen completion minus that of the rejected one."""
 
 from collections import deque
 from statistics import fmean

@@ -53,7 +53,8 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
     - the number of shards
     - the memory that a training worker needs
 
-    `room` is the memory of a worker's device in bytes; None means that it is unknown.
+    `run` has the options of the job, and `rows` the size of its training data. `room` is the memory of a worker's
+    device in bytes; None means that it is unknown.
     """
     rows = replace(rows, copies=model.caps_attention)
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
@@ -79,8 +80,8 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
     """Returns how a worker's groups (prompts with their completions) are divided into packs. A pack holds the groups
-    that go through one forward pass together, with at most `limit` tokens. `run` has the options of the job. Returns
-    two values:
+    that go through one forward pass together, with at most `limit` tokens. `run` has the options of the job, and `rows`
+    the size of its training data. Returns two values:
 
     - the number of tokens in the worker's largest pack
     - whether the worker computes more than one pack in an optimizer step
@@ -93,8 +94,8 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
-    """Returns the memory that a training worker needs with the options `run` if each weight is split into `shards`
-    parts.
+    """Returns the memory that a training worker needs with the options `run` and training data of the size `rows`, if
+    each weight is split into `shards` parts.
 
     A pack holds the groups (prompts with their completions) that go through one forward pass together. `tokens` is the
     number of tokens in the worker's largest pack. `several` says whether the worker computes more than one pack in an
@@ -170,8 +171,8 @@ def _frozen_bytes(model: Shapes, run: Run) -> int:
 
 
 def count_trained(model: Shapes, run: Run) -> int:
-    """Returns the number of trained parameters: the adapter's parameters, or all parameters of the model if there is no
-    adapter."""
+    """Returns the number of parameters that a job with the options `run` trains: the adapter's parameters, or all
+    parameters of the model if there is no adapter."""
     if run.adapter is None:
         return model.numbers
     return run.adapter * sum(_factors(name, *model.weights[name]) for name in _adapted(model, run))
@@ -186,8 +187,8 @@ def _factors(name: str, rows: int, columns: int) -> int:
 
 
 def _folded_of_layer(model: Shapes, run: Run) -> int:
-    """Returns the bytes that autograd keeps in each layer because an adapter is on the layer's experts; 0 without an
-    adapter on experts.
+    """Returns the bytes that autograd keeps in each layer because an adapter is on the layer's experts. Returns 0 if
+    the options `run` put no adapter on experts.
 
     In each forward pass, PEFT adds the adapter to a copy of the experts' weights. Autograd keeps this copy.
     """
@@ -204,7 +205,8 @@ def _adapted(model: Shapes, run: Run) -> list[str]:
 
 
 def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
-    """Returns the bytes that autograd keeps for the backward pass, for one token in one layer of the model."""
+    """Returns the bytes that autograd keeps for the backward pass, for one token in one layer of the model. The bytes
+    depend on the options `run`, such as the adapter, and on the lengths of prompts and completions in `rows`."""
     hidden, heads, size = model.number("hidden_size"), model.number("num_attention_heads"), run.itemsize
     layers = model.number("num_hidden_layers")
     width = int(model.text.get("head_dim") or hidden // heads)
@@ -235,7 +237,8 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
 
 
 def _balanced(model: Shapes, run: Run) -> int:
-    """Returns the number of experts in a layer if training adds a loss that balances them; 0 if it does not.
+    """Returns the number of experts in a layer if training with the options `run` adds a loss that balances them; 0 if
+    it does not.
 
     This loss needs memory: the logits of all routers are held until all layers are computed, and autograd keeps their
     float32 probabilities, even if the backward pass recomputes layers.

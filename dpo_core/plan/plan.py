@@ -89,8 +89,11 @@ def _offered(model: Shapes, run: Run, settable: Collection[str], most_workers: f
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[tuple[str, Any]]) -> tuple[Change, ...]:
     """Returns changes of the run's options, taken from `offered`, that make the run fit into `room` bytes per worker.
+    `rows` has the size of the training data.
+
     If one change is enough, returns the first such change. If it takes several, returns a set of changes of which none
-    is superfluous. Returns an empty tuple if even all changes together are not enough."""
+    is superfluous. Returns an empty tuple if even all changes together are not enough.
+    """
 
     def changed(values: Mapping[str, Any]) -> Run:
         others = {name: value for name, value in values.items() if name != "quantization"}

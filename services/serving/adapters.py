@@ -194,8 +194,8 @@ class Adapters:
         return attachment
 
     def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
-        """Cleans up after the task `loading`, which loads an adapter. Called when the task has ended, with or without
-        success.
+        """Cleans up after the task `loading`, which loads the adapter with the id `adapter_id` for `attachment`. Called
+        when the task has ended, with or without success.
 
         If the loading failed, forgets the adapter, so that the next request for it loads it again. In either case, if
         more adapters are attached than the engine may hold, detaches the least recently used ones that no request uses.
@@ -254,8 +254,8 @@ class Adapters:
             self._detach(name)
 
     def _detach(self, adapter_id: str) -> None:
-        """Takes the adapter out of the list of attached adapters now, and out of the vLLM engine when all requests that
-        use the adapter have ended."""
+        """Takes the adapter with the id `adapter_id` out of the list of attached adapters now, and out of the vLLM
+        engine when all requests that use the adapter have ended."""
         attachment = self._attached.pop(adapter_id)
         self._models.lora_requests.pop(adapter_id, None)  # now, because the next request may attach it again
         self._models.lora_resolver_lock.pop(adapter_id, None)

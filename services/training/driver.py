@@ -139,7 +139,7 @@ def refuse(address: AttemptAddress, report: Failed) -> int:
 
 def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
     """Runs an attempt of a job (one run of it on Ray): prepares the data, trains, and exports the trained model.
-    Returns the attempt's last report.
+    Returns the attempt's last report. `reporter` is the handle of the actor that sends the attempt's reports.
 
     A failure that only the user can fix is returned as Failed and not raised.
     """
@@ -152,7 +152,8 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
     """Runs an attempt of a job (one run of it on Ray): prepares the data, trains, and exports the trained model.
-    Returns the attempt's last report. Raises JobFailed for a failure that only the user can fix.
+    Returns the attempt's last report. Raises JobFailed for a failure that only the user can fix. `reporter` is the
+    handle of the actor that sends the attempt's reports.
 
     Training begins when all data are prepared. If the objective needs no reference model, it may begin earlier, when
     the first rows are prepared.
@@ -217,8 +218,9 @@ def train(
     a job): that it succeeded, failed or paused.
 
     `data` is the data to train on. Every checkpoint is evaluated on the groups (prompts with their completions) in
-    `validation`; None means no evaluations. On success, the report has the URI of the trained model. Workers store
-    checkpoints themselves, so the folder in which Ray Train stores its files is only temporary.
+    `validation`; None means no evaluations. `reporter` is the handle of the actor that sends the attempt's reports. On
+    success, the last report has the URI of the trained model. Workers store checkpoints themselves, so the folder in
+    which Ray Train stores its files is only temporary.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 

@@ -42,8 +42,8 @@ def answer(request: MergeRequest) -> SideJobResult:
 
 
 def merge(request: MergeRequest) -> MergeReport:
-    """Merges a LoRA adapter into its base model, and writes the merged model to storage. Also measures how much the
-    outputs of the merged model differ from those of the base model with the adapter.
+    """Merges the LoRA adapter that `request` names into its base model, and writes the merged model to storage. Also
+    measures how much the outputs of the merged model differ from those of the base model with the adapter.
 
     Raises ValueError if adapter and base do not fit each other.
     """

@@ -49,8 +49,8 @@ def updates(
     num: int,
     seed: int,
 ) -> Iterator[float]:
-    """Trains `policy` in place with `num` updates of PPO. Yields after each update the share of the updates that are
-    done, from 1 / `num` to 1.
+    """Trains `policy` in place with `num` updates of PPO on answers to `prompts`. Yields after each update the share of
+    the updates that are done, from 1 / `num` to 1.
 
     `folder` holds the model that is both the reference and the start of the value model. `reward` is a function that
     returns the reward of each text. `beta` is the weight of the KL penalty, and `rate` the first learning rate, which
@@ -81,7 +81,10 @@ def _roll_out(
     policy: PreTrainedModel, reference: PreTrainedModel, critic: nn.Module, reward: Reward, texts: Tensor, beta: float
 ) -> Rollout:
     """Returns the rollout of `texts`, which the policy wrote: the texts with their log-probabilities, advantages and
-    returns. The advantages are generalized advantage estimates, arXiv 1506.02438, without discount."""
+    returns. The advantages are generalized advantage estimates, arXiv 1506.02438, without discount.
+
+    `critic` is the value model. A text earns its `reward`, minus `beta` times the log-ratio of policy and reference.
+    """
     logps, values = _logps(policy, texts), _values(critic, texts)
     rewards = -beta * (logps - _logps(reference, texts))
     rewards[:, -1] += reward(texts)

@@ -48,7 +48,7 @@ def print_at_equal_kl(found: Sequence[Run]) -> None:
 
 
 def _curve(found: Sequence[Run], method: str, seed: int) -> Callable[[float], float]:
-    """Returns a function from KL divergence to reward: the frontier of a method for one seed.
+    """Returns a function from KL divergence to reward: the frontier of a method for one seed, from the results `found`.
 
     A point is on the frontier if no other point of the method has a higher reward at the same or a lower KL divergence.
     Between these points the function is linear. It returns nan for a KL divergence below the first or above the last of

@@ -62,7 +62,8 @@ def steps(
     epochs: int,
     seed: int,
 ) -> Iterator[float]:
-    """Trains `model` in place with the objective. Yields after each step the share of all steps that are done.
+    """Trains `model` in place with the objective, on `epochs` passes over `groups`. Yields after each step the share of
+    all steps that are done.
 
     If the objective needs a reference, the reference is `model` as it is before the first step. `rate` is the highest
     learning rate.

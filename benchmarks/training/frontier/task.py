@@ -44,8 +44,8 @@ def every_prompt(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def human_texts(prompts: Tensor, num: int, seed: int) -> Tensor:
-    """Returns `num` random texts [num, 6] that stand for texts written by people. Each word is drawn from a random
-    distribution that depends on the two words before it."""
+    """Returns `num` random texts [num, 6] that stand for texts written by people. A text begins with one of `prompts`.
+    Each other word is drawn from a random distribution that depends on the two words before it."""
     rng, size = generator(seed), len(WORDS)
     chain = torch.randn(size, size, size, generator=rng).mul(1.5).softmax(-1)
     texts = prompts[torch.randint(len(prompts), (num,), generator=rng)]
@@ -98,8 +98,12 @@ def measure(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Point:
 
 
 def optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """Returns the log-probabilities of the policy that maximizes the reward minus beta times the KL divergence: pi_ref
-    exp(r / beta) / Z, arXiv 2305.18290, equation 4."""
+    """Returns the log-probabilities of the policy that maximizes the reward minus beta times the KL divergence from the
+    reference: pi_ref exp(r / beta) / Z, arXiv 2305.18290, equation 4.
+
+    `ref_logps` and `rewards` are the log-probabilities under the reference, and the rewards, of all answers to each
+    prompt.
+    """
     return (ref_logps + rewards / beta).log_softmax(-1)
 
 

@@ -70,9 +70,8 @@ def _values(points: Sequence[Point], axis: str) -> list[float]:
 
 
 def _bars(points: Sequence[Point], axis: str) -> list[list[float]]:
-    """Returns the lengths of the points' error bars: a list of the lengths below the points' values, and a list of
-    those above.
-    """
+    """Returns the lengths of the points' error bars along the axis `axis` ("kl" or "reward"): a list of the lengths
+    below the points' values, and a list of those above."""
     below = [max(0.0, point[axis]["value"] - point[axis]["low"]) for point in points]
     return [below, [max(0.0, point[axis]["high"] - point[axis]["value"]) for point in points]]
 

@@ -29,7 +29,7 @@ SHOWN = {
 
 
 def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuningJob":
-    """Prints the job's messages and metrics until the job ends, and returns the ended job."""
+    """Prints the job's messages and metrics on `console` until the job ends, and returns the ended job."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("waiting", total=None, detail="")

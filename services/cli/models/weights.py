@@ -85,7 +85,7 @@ class Download:
 
     def _fetch(self, bar: Progress) -> Path:
         """Downloads the rest of the model's tar file, appends it to the bytes received so far, and returns the file's
-        path.
+        path. Shows the progress in `bar`.
 
         Starts from the beginning if the service now has another tar file, which the HTTP header ETag shows.
         """

@@ -70,11 +70,13 @@ def stream_encoder(
     begin: Callable[[Stream], None],
     report: Callable[[Report], None],
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
-    """Returns a function that encodes a file's pieces (ranges of lines) in training order and yields the results.
+    """Returns a function that encodes a file's pieces (ranges of lines) in training order with `encode_pieces`, and
+    yields the results.
 
     The first eight pieces are the first window. When they are encoded and more pieces follow, the function calls
     `begin` with a Stream, so that training can begin. Workers read from this Stream while the other pieces are being
-    encoded. From then on, a line that cannot be used raises JobFailed immediately.
+    encoded. From then on, a line that cannot be used raises JobFailed immediately. `uri` is the folder of the encoded
+    groups (prompts with their completions).
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:

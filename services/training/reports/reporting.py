@@ -290,8 +290,9 @@ class Reporter:
         """Posts `body` to the control plane and returns the response.
 
         The attempt (one run of a job) was launched with a token that others can see. Posts with this launch token also
-        offer the control plane a new token that only the attempt knows. If the control plane refuses such a post, it
-        has accepted the new token at an earlier post whose answer was lost. From then on, posts use the new token.
+        offer the control plane a new token that only the attempt knows. A refusal of such a post means that the control
+        plane has accepted the new token already, at an earlier post whose answer was lost. From then on, posts use the
+        new token.
         """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)

@@ -244,7 +244,8 @@ def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: 
     """Chooses the checkpoint from which all workers resume, downloads it to the folder `cache`, and returns its local
     folder. Returns None if there is no checkpoint.
 
-    Rank 0 (the first worker) chooses the newest checkpoint that can be used, and tells the other workers.
+    Rank 0 (the first worker) chooses the newest checkpoint that can be used, and tells the other workers. It reports
+    damaged checkpoints to the user through `reporter`.
     """
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -294,10 +295,11 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
 
 def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
     """Copies this worker's files of the checkpoint of step `step` from the local `folder` to storage, while training
-    goes on.
+    goes on. Afterwards deletes `folder`.
 
-    Rank 0 (the first worker) copies after all other workers. It first stores all reports, and reports the checkpoint
-    last. If this process dies while it copies, neither a report nor the checkpoint is lost.
+    Rank 0 (the first worker) copies after all other workers. Before it copies, it has `reporter` store all reports so
+    far; after it has copied, it reports the checkpoint. If this process dies while it copies, neither a report nor the
+    checkpoint is lost.
     """
     uri = checkpoint_uri(spec, step)
 

@@ -66,7 +66,8 @@ def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
     """Waits until the followers (actors that send metrics) have sent all steps, and closes them.
 
     The function must be called before the last report of the attempt (one run of the job). `status` is how the job
-    ended; it is None if another attempt will resume the job. If a follower has died, the user is told.
+    ended; it is None if another attempt will resume the job. If a follower has died, the user is told through
+    `reporter`.
     """
     if not followers:
         return

@@ -28,8 +28,8 @@ class Sink(Protocol):
     where: str  # where the user can see the run, as a part of a sentence
 
     def begin(self, started: Started) -> None:
-        """Writes the job's config, in which every option has its final value, to the run in the service. The method may
-        be called again for the same run."""
+        """Writes the job's config, which the report `started` holds with a final value for every option, to the run in
+        the service. The method may be called again for the same run."""
 
     def write(self, steps: Sequence[Step]) -> None:
         """Writes the metrics of `steps`, in order, to the run in the service. All of these steps must come after
