@@ -122,7 +122,8 @@ def what_each_waits_for(
             first = job
             of_whom = "their reference models" + (" and pinned models" if engines.pinned - references else "")
             waits[job.id] = (
-                f"running jobs to end, because {of_whom} are all {places} that may be loaded (max_loaded_models)"
+                f"running jobs to end, because {of_whom} are as many models as may be loaded at once: {places} "
+                "(setting max_loaded_models)"
             )
         elif needed.get("GPU") and engines.go_first:
             first, waits[job.id] = job, FOR_MODELS_TURN

@@ -24,7 +24,7 @@ REQUIRED = ["exp", "iss", "aud", "sub"]
 LEEWAY_SECONDS = 60  # the issuer's clock may differ from ours by this much
 FRESH_SECONDS = 300  # how long the issuer's keys are cached
 PAUSE_SECONDS = 5  # the shortest time between two requests to the issuer, however many wrong tokens arrive
-# The errors of reading the issuer's documents if the issuer does not answer, or not as it should:
+# The errors of reading the issuer's documents if the issuer does not answer, or gives no usable answer:
 UNREADABLE = (httpx.HTTPError, httpx.InvalidURL, jwt.PyJWTError, ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -121,7 +121,7 @@ class Issuer:
     def unavailable(self) -> Unavailable:
         """Returns the error to raise if a request needs the issuer, but the issuer does not answer or refuses this
         service."""
-        message = "The issuer of the tokens does not answer, or not as it should."
+        message = "The issuer of the tokens does not answer, or gives no answer that the service can use."
         message = f"{message} Try again in {PAUSE_SECONDS} seconds, or use an API key."
         return Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
 
@@ -180,7 +180,7 @@ class Issuer:
         if not roles:
             has = f"has {', '.join(map(repr, values))[:200]}" if values else "is missing or empty"
             raise Unauthorized(
-                f"The token gives no role: its claim '{name}' {has}, and none of that is in the setting oidc_roles. "
+                f"The token gives no role: its claim '{name}' {has}, which matches no role in the setting oidc_roles. "
                 "Ask the service's operator for a role.",
                 code="invalid_api_key",
             )

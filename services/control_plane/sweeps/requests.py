@@ -219,9 +219,7 @@ class CreateSweep(BaseModel):
             message = f"The grid has {self.num_trials} combinations, but a sweep has at most {MOST_TRIALS} trials."
             raise InvalidRequest(f"{message} List fewer values, or search at random.", param="parameters")
         if (num_probes := 1 + sum(len(each.extremes()) - 1 for each in self.parameters.values())) > MOST_TRIALS:
-            message = (
-                f"The parameters have {num_probes} different values to check, but at most {MOST_TRIALS} are taken."
-            )
+            message = f"The parameters have {num_probes} different values to check, but may have at most {MOST_TRIALS}."
             raise InvalidRequest(f"{message} List fewer values, or give ranges.", param="parameters")
         if "eval" in self.evaluations:
             message = "An evaluation has the name 'eval', which means validation data; choose another name."

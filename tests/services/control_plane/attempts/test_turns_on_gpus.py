@@ -216,7 +216,8 @@ def test_a_job_whose_reference_has_no_place_waits_and_one_with_the_same_referenc
     running = [a_job(1, observed="running"), a_job(2, observed="running")]
     same = a_job(3, spec={"model": "m1"}, model_source="/m1")
     waits = what_each_waits_for([*running, same, a_job(4)], {}, {"CPU": 32.0, "GPU": 8.0}, several)
-    said = "running jobs to end, because their reference models are all 2 that may be loaded (max_loaded_models)"
+    most = "as many models as may be loaded at once: 2 (setting max_loaded_models)"
+    said = f"running jobs to end, because their reference models are {most}"
     assert waits == {"job-3": None, "job-4": said}
 
 
@@ -229,7 +230,8 @@ def test_a_pinned_model_leaves_one_place_less_to_references_unless_it_is_one_its
         return what_each_waits_for(jobs, {}, cluster, several, engines=Engines(pinned=frozenset(pinned)))["job-2"]
 
     assert waits() is None
-    both = "their reference models and pinned models are all 2 that may be loaded (max_loaded_models)"
+    most = "as many models as may be loaded at once: 2 (setting max_loaded_models)"
+    both = f"their reference models and pinned models are {most}"
     assert waits("other") == f"running jobs to end, because {both}"
     assert waits(of_first) is waits(of_second) is None
     assert waits("other", jobs=jobs[1:]) is None
