@@ -15,7 +15,8 @@ IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # names of processes that ha
 
 @dataclass
 class Life:
-    """The start and end of a process, its CPU seconds and its peak memory.
+    """The life of a process: its start and end, the times in between at which it had loaded its libraries (`imported`)
+    and began to do useful work (`useful`), its CPU seconds and its peak memory.
 
     Times are Unix seconds. The method `since` returns a copy whose times count from another moment.
     """

@@ -142,7 +142,8 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Score(NamedTuple):
-    """Holds the log-probability of one completion under the reference model, and the number of tokens that it covers.
+    """Holds the log-probability of one completion under the reference model (`logp`), and the number of tokens that it
+    covers (`num_tokens`).
 
     The class is a tuple, because one call returns thousands of scores.
     """
@@ -219,8 +220,8 @@ Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"
 
 
 class Wandb(UserInput):
-    """Names the run in Weights & Biases that receives a job's metrics. The cluster's settings hold the host and key of
-    W&B."""
+    """Names the run in Weights & Biases that receives a job's metrics: its project, name, entity (a user or a team) and
+    tags. The cluster's settings hold the host and key of W&B."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
     name: Line | None = None  # None: the job's id
@@ -237,7 +238,8 @@ class WandbIntegration(UserInput):
 
 
 class Mlflow(UserInput):
-    """Names the run in MLflow that receives a job's metrics. The tracking server is a setting of the cluster."""
+    """Names the run in MLflow that receives a job's metrics: its experiment and its name. The tracking server is a
+    setting of the cluster."""
 
     experiment: Line
     run_name: Line | None = None  # None: the job's id
@@ -291,7 +293,8 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Weights(Contract):
-    """Says which weights a job trains (all weights of the model, or an adapter), and in which number type."""
+    """Says which weights a job trains: all weights of the model, or a LoRA adapter with the options `adapter`. Also
+    says in which number type it trains (`precision`), and whether the base model under the adapter is quantized."""
 
     adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
     precision: Precision = "float32"  # with both values, trained weights have float32 masters
@@ -364,7 +367,8 @@ class AttemptAddress(Contract):
 
 
 class AttemptSpec(AttemptAddress):
-    """Holds all settings of one attempt (one run of a job on Ray).
+    """Holds all settings of one attempt (one run of a job on Ray): where its data and models are, the options of
+    training, the number of workers, and where it stores and reports its results.
 
     The attempt's driver, its main program, reads them from `<run_uri>/attempts/<attempt>.json`.
     """
@@ -400,7 +404,8 @@ class AttemptSpec(AttemptAddress):
 
 
 class Recipe(Contract):
-    """Holds everything that determines how a training file becomes token ids: the file, the model, and the options."""
+    """Holds everything that determines how a training file becomes token ids: the file (`training_uri`), the model
+    whose tokenizer encodes it (`model_source`), and options such as `max_length`."""
 
     training_uri: str
     model_source: str
@@ -503,7 +508,8 @@ class ReferenceReleased(Contract):
 class Started(Contract):
     """A report of an attempt (one run of a job): the data are ready and training begins.
 
-    Every option of `config` has its final value.
+    Every option of `config` has its final value. The report also has the number of groups (prompts with their
+    completions) to train on, the number of steps, and the step from which the job is resumed (0 for a fresh start).
     """
 
     kind: Literal["started"] = "started"
@@ -514,7 +520,8 @@ class Started(Contract):
 
 
 class StepMetrics(Contract):
-    """A report of an attempt (one run of a job): the metrics of one optimizer step, under the keys that TRL logs."""
+    """A report of an attempt (one run of a job): the metrics of the optimizer step `step`, under the keys that TRL
+    logs."""
 
     kind: Literal["metrics"] = "metrics"
     step: Step  # from 1
@@ -523,7 +530,7 @@ class StepMetrics(Contract):
 
 
 class CheckpointSaved(Contract):
-    """A report of an attempt (one run of a job): a complete checkpoint is at `uri`.
+    """A report of an attempt (one run of a job): the complete checkpoint of the step `step` is at `uri`.
 
     The folder `<uri>/model` has Hugging Face's format.
     """
@@ -675,6 +682,6 @@ def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
 
 class Wish(Contract):
     """The control plane's response when an attempt (one run of a job) posts its events: the state that the user now
-    wants for the job (run, pause or cancel)."""
+    wants for the job (`desired`), such as run, pause or cancel."""
 
     desired: Annotated[Desired, WrapValidator(_or_run)]

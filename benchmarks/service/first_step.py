@@ -40,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """The times of one job's events, and the processes that worked for the job."""
+    """The times of one job's events (`marks`), and the processes that worked for the job (`lives`)."""
 
     marks: dict[str, tuple[float, float]]  # event -> wall seconds since the submission, CPU seconds of the machine
     lives: list[Life]

@@ -19,7 +19,8 @@ MOST_JOINED = 1000  # the most rows of one prompt that become one group
 @dataclass(frozen=True)
 class Record:
     """The result of reading one row of a file: the row's groups (prompts with their completions) or, if the row cannot
-    be used, the first error in the row (`problem`)."""
+    be used, the first error in the row (`problem`). Also holds facts for a report on the file, such as the columns that
+    are not read (`ignored_keys`)."""
 
     line: int
     format: Format | None  # None: the line is no row, or the row has no known format

@@ -13,7 +13,8 @@ from dpo_core.data.values import refuse_empty, string_of
 @dataclass(frozen=True)
 class Group:
     """A group: a prompt and its completions, the best completion first. A group with one completion is a demonstration,
-    and one with two completions is a pair."""
+    and one with two completions is a pair. A group may also have ratings of its completions, a weight, a margin, tools
+    and arguments of the chat template."""
 
     prompt: Text
     completions: tuple[Text, ...]

@@ -25,7 +25,8 @@ MOST_TAILS = 1024  # ends of prompts whose ids are cached; most rows of a file h
 @dataclass(frozen=True)
 class EncodedGroup:
     """A group (a prompt with its completions) as token ids. For completion number j the model reads `prompt_ids +
-    completion_ids[j]`. Completion 0 is the best."""
+    completion_ids[j]`. Completion 0 is the best. `ref_logps` has the log-probabilities of the completions under the
+    reference; it is None until the group is scored."""
 
     prompt_ids: Sequence[int]
     completion_ids: tuple[Sequence[int], ...]

@@ -62,9 +62,9 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 class Logps(NamedTuple):
-    """The results of a language model for a batch of K completions: the log-probability of each target (a token that
-    counts in the loss), whether each target was the likeliest token, and how routers spread tokens over experts.
-    """
+    """The results of a language model for a batch of K completions: the log-probability of each target (`logps`; a
+    target is a token that counts in the loss), whether each target was the likeliest token (`correct`), and how routers
+    spread tokens over experts (`spread`)."""
 
     logps: Tensor  # [R] log-probability of each target
     correct: Tensor  # [R] whether the target was the likeliest token

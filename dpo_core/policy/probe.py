@@ -27,9 +27,13 @@ ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of lay
 
 @dataclass(frozen=True)
 class Manner:
-    """Says how to compute a model's outputs. `logits` has the factor and the cap of the model's logits. `no_sharing` is
-    the reason why completions cannot share one copy of their prompt; it is empty if they can. `no_batches` is the
-    reason why completions cannot be computed in batches; it is empty if they can."""
+    """Says how to compute a model's outputs.
+
+    `logits` has the factor and the cap of the model's logits. `no_sharing` is the reason why completions cannot share
+    one copy of their prompt; it is empty if they can. `no_batches` is the reason why completions cannot be computed in
+    batches; it is empty if they can. `experts` are the experts that training balances, None if it balances none;
+    `no_balance` is the reason if it balances none although the model's config asks for it.
+    """
 
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can

@@ -22,9 +22,8 @@ BALANCE = "aux_loss"  # the metric's name
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a mixture of experts that training balances: how many experts a layer has, how many of them a
-    router chooses for each token, and the coefficient of the load-balancing loss.
-    """
+    """The experts of a mixture of experts that training balances: how many experts a layer has (`number`), how many of
+    them a router chooses for each token (`chosen`), and the coefficient of the load-balancing loss."""
 
     number: int  # in a layer
     chosen: int  # by a router for each token

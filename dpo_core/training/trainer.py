@@ -49,8 +49,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step, the same on all ranks (processes of the run). Metrics whose names begin with
-    `eval/` measure the policy after the step; all other metrics measure the policy before it."""
+    """The result of one optimizer step, the same on all ranks (processes of the run): the number of the step, its
+    metrics, the number of tokens trained on so far, a warning for the user (or None), and the run's evaluations so far.
+
+    Metrics whose names begin with `eval/` measure the policy after the step; all other metrics measure the policy
+    before it.
+    """
 
     step: int  # from 1
     total_steps: int

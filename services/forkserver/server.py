@@ -67,8 +67,8 @@ THREADS = ("jemalloc_bg_thd",)  # allowed beside the main thread: jemalloc stops
 
 @dataclass
 class Request:
-    """A client's request to the fork server. The request is either to make a fork that runs `command`, or to import
-    `modules`."""
+    """A client's request to the fork server. The request is either to make a fork that runs `command`, with the
+    client's environment, working folder and open files, or to import `modules`."""
 
     client: socket.socket
     files: Sequence[int] = ()  # descriptors in this process of the client's open files

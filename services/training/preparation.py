@@ -67,8 +67,9 @@ class Prepared(Contract):
 
 
 class Scored(Contract):
-    """Says where the encoded data of a file are, and the reference model's scores (log-probabilities) of them. The
-    cache stores this description."""
+    """Says where the groups (prompts with their completions) of a file are, with the reference model's scores
+    (log-probabilities): the groups to train on, and those held out for validation. The cache stores this
+    description."""
 
     training: Dataset
     held_out: Dataset

@@ -70,8 +70,9 @@ class Piece(Contract):
 
 
 class Encoded(Contract):
-    """Holds the result of encoding one piece, a range of lines of a file: the files that were written, and counts of
-    rows and tokens for the user (`report`). `refused` is the reason why the piece cannot be used, None if it can be
+    """Holds the result of encoding one piece, a range of lines of a file: the files of groups that were written, to
+    train on (`training`) and for validation (`held_out`), and counts of rows and tokens for the user (`report`). A
+    group is a prompt with its completions. `refused` is the reason why the piece cannot be used, None if it can be
     used."""
 
     piece: int
@@ -83,8 +84,10 @@ class Encoded(Contract):
 
 
 class Encoding(Contract):
-    """Holds the result of encoding a whole file: the groups to train on, the groups held out for validation, and counts
-    of rows and tokens for the user. A group is a prompt with its completions."""
+    """Holds the result of encoding a whole file: the groups to train on (`training`), the groups held out for
+    validation (`held_out`), and counts of rows and tokens for the user (`report`). A group is a prompt with its
+    completions. `limit` is the most tokens of a group, `format` the format of the rows, and `kind` their kind of
+    feedback, such as pairs."""
 
     training: Dataset
     held_out: Dataset

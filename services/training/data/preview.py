@@ -20,8 +20,9 @@ MOST_CHARACTERS = 2000  # most characters of a prompt or completion; a longer te
 
 
 class Preview(Contract):
-    """Shows the first group (a prompt with its completions) of a row as the text that the model sees. If the group is
-    left out of the training data, the preview holds the reason instead of the text.
+    """Shows the first group (a prompt with its completions) of a row as the text that the model sees: the prompt, the
+    best completion (`chosen`) and the worst (`rejected`). If the group is left out of the training data, `dropped` is
+    the code of the reason. The texts are then empty, unless the group is left out because it is too long.
 
     In training, only the tokens of the completions count in the loss.
     """
