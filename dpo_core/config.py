@@ -24,9 +24,8 @@ from dpo_core.options import (
 
 @options
 class Optim:
-    """The options of the optimizer (AdamW) and of its learning rate: the highest value, the warm-up, and the schedule
-    after the warm-up.
-    """
+    """The options of the optimizer, AdamW: its weight decay, the limit on the gradient's norm, and its learning rate
+    (the highest value, the warm-up, and the schedule after the warm-up)."""
 
     # None means the objective's default
     learning_rate: Annotated[

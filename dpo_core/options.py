@@ -320,9 +320,8 @@ class Nca:
 
 @options
 class Exo:
-    """Efficient Exact Optimization on pairs, arXiv 2402.00856, equation 16: the KL divergence of the policy's own
-    preference in a pair from the label, smoothed by `label_smoothing`.
-    """
+    """Efficient Exact Optimization on pairs, arXiv 2402.00856, equation 16: the KL divergence between the policy's
+    preference in a pair and the pair's label, which `label_smoothing` smooths."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["exo"] = "exo"

@@ -53,8 +53,8 @@ def _plan(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per_pack: i
 
 
 def _stand_in(scorer: Scorer) -> tuple[int, ...]:
-    """Returns the index of the group (a prompt with its completions) that this rank runs for a pack without groups, and
-    whose result the rank drops. Returns an empty tuple if the rank need not run such a pack.
+    """Returns which group (a prompt with its completions) this rank runs for a pack without groups: a tuple with the
+    group's index. The rank drops the result of this run. Returns an empty tuple if the rank need not run such a pack.
 
     A pack holds the groups that go through one forward pass together. If the model is sharded, all ranks (processes of
     the run) must run the same number of packs, so a rank may have packs without groups.

@@ -10,8 +10,9 @@ from dpo_core.config import Optim
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """Returns an AdamW optimizer for the parameters. Weight decay applies only to matrices, not to biases and the
-    weights of norms."""
+    """Returns an AdamW optimizer for the parameters, with the weight decay of the options `optim`. Weight decay applies
+    only to matrices, not to biases and the weights of norms. The learning rate is 0; the caller sets it at each
+    step."""
     stepped = list(parameters)
     groups = [
         {"params": [p for p in stepped if p.ndim >= 2], "weight_decay": optim.weight_decay},

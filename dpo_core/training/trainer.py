@@ -391,8 +391,9 @@ class _Run:
         """Returns a dictionary with one file: its name, and its contents as bytes. The file says by how much the
         policy's adapter changes the log-probabilities of some training rows.
 
-        Returns an empty dictionary if the policy has no adapter or is a reward model, or if this run has not trained on
-        any rows. Also returns one if the policy is not sharded and another rank (process of the run) measures it.
+        Returns an empty dictionary if the policy has no adapter or is a reward model, if this run has not trained on
+        any rows, or if another rank (process of the run) measures the change. In a sharded policy all ranks measure
+        together; otherwise one rank does.
         """
         if not self.learned or not has_adapter(self.scorer.model) or self.scorer.rewards:
             return {}

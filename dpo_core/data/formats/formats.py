@@ -55,9 +55,11 @@ class Format:
         return frozenset(row.value.keys() - self.keys)
 
     def read(self, row: Row, unread: Set[str]) -> list[Group]:
-        """Returns the groups (prompts with their completions) of the row. Raises InvalidRow if the row cannot be read,
-        or if a column in `unread`, the columns that this format does not read, holds something that the model should
-        learn from."""
+        """Returns the groups (prompts with their completions) of the row.
+
+        `unread` are the columns that this format does not read. Raises InvalidRow if the row cannot be read, or if one
+        of these columns holds something that the model should learn from.
+        """
         telling = unread and list(filter(says_something, unread))
         is_plain = not telling and self._extras.isdisjoint(row.value)  # true for most rows
         groups = list(self.reader(row) if is_plain else self._read_all(row, sorted(telling)))
@@ -71,8 +73,11 @@ class Format:
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
         """Yields the groups (prompts with their completions) of the row, with the row's system prompt, tools, template
-        arguments, weight and margin in them. Raises InvalidRow if a column in `unread`, columns that this format does
-        not read, has contents that the groups do not contain."""
+        arguments, weight and margin in them.
+
+        `unread` are the columns that this format does not read. Raises InvalidRow if one of them has contents that the
+        groups do not contain.
+        """
         weight, margin = (positive_number(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
         arguments = template_arguments(row) if self._takes_arguments else None
