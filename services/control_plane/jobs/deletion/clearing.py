@@ -5,6 +5,7 @@ no files of models that still exist. A day later, or once its last model is dele
 that a process on the cluster wrote meanwhile.
 """
 
+import logging
 import random
 from datetime import timedelta
 from typing import Any, cast
@@ -13,11 +14,13 @@ from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.engine import CursorResult
 
 from services import storage
-from services.control_plane.core.removal import remove_bytes
+from services.control_plane.core.removal import remove_bytes, without_options
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Checkpoint, Event, File, Job, Model, StepBlock, Transition
 from services.control_plane.jobs import jobs
 from services.control_plane.settings import Settings
+
+log = logging.getLogger(__name__)
 
 EVENTS_AT_ONCE = 10_000  # events that one transaction deletes
 # How long the rows of a deleted job's attempts (runs on Ray) stay. Until then they count for its project's share of
@@ -62,18 +65,21 @@ async def _clear(store: Store, settings: Settings, job_id: str) -> None:
         kept = list(await session.scalars(alive))
         results = await session.scalar(select(File.uri).where(File.id == job.result_file))
     run_uri = storage.join(settings.storage_url, "runs", job_id)
+    moved = any(not without_options(uri).startswith(without_options(run_uri) + "/") for uri in kept)
     if job.deleted_at is None:
         kept += [storage.join(run_uri, name) for name in SHOWN]
     else:
         await _forget_events(store, job_id)
         if results is not None and not await remove_bytes(results):
             return
-    if not await remove_bytes(run_uri, but=kept):
+    if moved:
+        log.warning("The files of the job %s stay in storage: its models lie outside %s", job_id, run_uri)
+    elif not await remove_bytes(run_uri, but=kept):
         return
     async with store.begin() as session:
         unchanged = Job.deleted_at.is_not_distinct_from(job.deleted_at)  # nobody has deleted it meanwhile
         cleared = update(Job).where(Job.id == job_id, unchanged).values(cleared_at=func.now())
-        if await session.scalar(cleared.returning(Job.id)) and job.deleted_at is None:
+        if await session.scalar(cleared.returning(Job.id)) and job.deleted_at is None and not moved:
             jobs.tell(session, job_id, CLEARED.format(settings.run_files_days))
 
 

@@ -208,3 +208,27 @@ def test_files_that_cannot_be_removed_keep_no_other_job(
     assert left(settings, stuck)
     assert counts(rows, stuck)["jobs"] == 1
     assert (counts(rows, free), left(settings, free)) == ({}, [])
+
+
+@pytest.mark.parametrize("change", ["options", "place"])
+def test_models_stay_if_the_setting_of_the_storage_has_changed(
+    train: Train,
+    settings: Settings,
+    rows: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
+) -> None:
+    job_id = train()
+    rows.execute("UPDATE jobs SET finished_at = now() - interval '8 days' WHERE id = %s", [job_id])
+    if change == "options":
+        rows.execute(
+            "UPDATE models SET source = split_part(source, '?', 1) || '?retry_mode=1' WHERE job_id = %s", [job_id]
+        )
+    else:
+        rows.execute("UPDATE models SET source = '/elsewhere' || source WHERE job_id = %s", [job_id])
+    sweep(settings)
+    if change == "options":
+        assert left(settings, job_id) == sorted((*OF_MODELS, *OF_USERS))
+    else:
+        assert left(settings, job_id) == ALL
+        assert f"The files of the job {job_id} stay in storage" in caplog.text
