@@ -317,7 +317,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Days after a job's end for which storage keeps what only a running job needs: the state of the "
         "optimizer in its checkpoints, and the reports of its training processes. 0 keeps them until the job is "
-        "deleted. If you restore a backup of the database, it should be younger than this.",
+        "deleted. A backup of the database that you restore should not be older than this number of days.",
     )
     max_loaded_models: int = Field(
         default=2,

@@ -88,8 +88,8 @@ class Reconciler:
         self._trouble = log_setup.Trouble(log, "Reconciler")
 
     async def run(self) -> None:
-        """Handles all jobs every second, and sooner after an attempt (run of a job on Ray) has ended or `wake` was
-        called, until cancelled.
+        """Handles all jobs every second, until cancelled. Does so sooner if an attempt (run of a job on Ray) has ended,
+        or `wake` was called.
 
         When cancelled, releases the lease, which is the right of one control plane to handle jobs.
         """
@@ -120,7 +120,9 @@ class Reconciler:
                 await self.release()
 
     def wake(self) -> None:
-        """Begins the next tick (pass over all jobs) at once, but no sooner than LEAST_PAUSE_SECONDS after the last."""
+        """Makes the next tick (pass over all jobs) begin at once, but not sooner than LEAST_PAUSE_SECONDS after the end
+        of the last tick.
+        """
         self._woken.set()
 
     async def release(self) -> None:

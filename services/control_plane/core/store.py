@@ -240,7 +240,7 @@ class Store:
         block.
 
         Only tables whose rows belong to projects (class Owned) are limited in this way. The transaction can also read
-        the models that other projects share with the project. It cannot see jobs that were deleted.
+        the models that other projects share with the project. Jobs that were deleted are hidden from the transaction.
         """
         async with (
             self._turns.turn(project_id),
@@ -346,7 +346,7 @@ def _see_own_rows_only(state: ORMExecuteState) -> None:
 
 @lru_cache(maxsize=4096)  # building the options takes longer than the rest of a statement
 def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
-    """Returns the ORM options that limit a statement to the rows of one project, without jobs that were deleted.
+    """Returns the ORM options that limit a statement to the rows of one project, and hide jobs that were deleted.
 
     If `reading` is true, the statement also sees the models that other projects share with the project.
     """

@@ -271,7 +271,8 @@ class Job(Owned, Base):
 class Transition(Base):
     """A change of a job's desired or observed state.
 
-    Rows never change, and go only with their job. Applied in order, the rows of a job give the job's current state.
+    Rows never change, and are deleted only together with their job. Applied in order, the rows of a job give the job's
+    current state.
     """
 
     __tablename__ = "transitions"

@@ -151,8 +151,9 @@ class Answer(asyncio.Protocol):
                 self._news = None
 
     def _check_silence(self) -> None:
-        """Ends the answer if its reader has waited too long. Otherwise schedules the method to run again. (One timer
-        for each answer costs less than one for each wait.)"""
+        """Ends the answer with an error if its reader has waited too long for the engine (model server). Otherwise
+        schedules the method to run again. (One timer for each answer costs less than one for each wait.)
+        """
         left = self._silence - (self._loop.time() - self._waits_since if self._news else 0.0)
         if left <= 0:
             self._fail(f"it was silent for {self._silence:g} seconds")

@@ -110,7 +110,7 @@ class CheckpointDocument(TypedDict):
 
 
 class DeletedJobDocument(TypedDict):
-    """The answer to the deletion of a job. `models` are the ids of its models that stay."""
+    """The response to a request that deletes a job. `models` are the ids of the job's models that stay."""
 
     id: str
     object: Literal["fine_tuning.job"]

@@ -11,10 +11,10 @@ from services.control_plane.settings import Settings
 
 
 async def delete(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Marks a trained model as deleted, and lets Ray Serve unload the model. Returns the model.
+    """Marks a trained model as deleted, and requests that Ray Serve unloads the model. Returns the model.
 
-    Raises InvalidRequest if the model is still needed, as `models.remove` says. The caller must call `remove_files`
-    after the commit.
+    Raises InvalidRequest if the model is still needed; the docstring of `models.remove` says by what. The caller must
+    call `remove_files` after the commit.
     """
     model = await models.remove(session, settings, model_id)
     for app_name in (model.app_name, deployments.scorer_of(model)):
@@ -24,6 +24,6 @@ async def delete(session: AsyncSession, settings: Settings, model_id: str) -> Na
 
 
 async def remove_files(model: NamedModel, settings: Settings) -> None:
-    """Deletes the files of a model from storage. If this fails, the regular cleanup does it later."""
+    """Deletes the files of a model from storage. If this fails, the regular cleanup deletes them later."""
     await remove_bytes(model.source)
     await remove_bytes(downloads.merged_folder(model, settings))

@@ -26,8 +26,8 @@ async def delete(
     job_id: str,
     models: bool = False,
 ) -> Response:
-    """Deletes a job that has ended, with its events, metrics, logs and result file. If `models`, also deletes its
-    policy and the models of its checkpoints. Otherwise these models stay.
+    """Deletes a job that has ended, with its events, metrics, logs and result file. If `models` is true, also deletes
+    the job's policy and the models of its checkpoints. Otherwise these models stay.
     """
     removed: list[NamedModel] = []
 

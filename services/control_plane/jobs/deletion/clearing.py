@@ -1,8 +1,8 @@
 """Removes, in the regular cleanup, what is left of deleted jobs, and what ended jobs no longer need.
 
-A deleted job goes in two steps, each of which may be interrupted and repeated. First its files and its events go, but
-no files of models that still exist. A day later, or once its last model is deleted, its rows go as well, and the files
-that a process on the cluster wrote meanwhile.
+A deleted job is removed in two steps, each of which may be interrupted and repeated. The first step removes the job's
+events and files, except the files of models that still exist. The second step follows when a day has passed and all
+models of the job are removed. It removes the job's rows, and the files that a process on the cluster wrote meanwhile.
 """
 
 import logging
@@ -29,14 +29,14 @@ ROWS_KEPT = timedelta(days=1)
 SHOWN = ("logs", "wandb", "mlflow", "tensorboard", "export")  # folders of an ended job that users may still look at
 CLEARED = (
     "Removed from storage, {:g} days after the job's end, what only a running job needs: the state of the optimizer, "
-    "and the reports of its training processes, which events and metrics keep"
+    "and the files with the reports of its training processes. The job's events and metrics stay"
 )
 
 
 async def clear(store: Store, settings: Settings, most: int) -> None:
-    """Removes the files and events of at most `most` deleted jobs.
+    """Removes the events and files of at most `most` deleted jobs, except the files of models that still exist.
 
-    Also removes files of at most `most` jobs that ended more than `run_files_days` ago: those that only a running job
+    Also removes, for at most `most` jobs that ended more than `run_files_days` ago, the files that only a running job
     needs.
     """
     deleted = select(Job.id).where(Job.deleted_at.is_not(None), Job.cleared_at.is_(None))
@@ -50,8 +50,9 @@ async def clear(store: Store, settings: Settings, most: int) -> None:
 
 
 async def _some(store: Store, query: Select[str], most: int) -> list[str]:
-    """Returns at most `most` results of the query, at random from more, so that jobs whose files cannot be removed
-    do not stop the others."""
+    """Returns at most `most` results of the query, chosen at random from the first ten times as many. So jobs whose
+    files cannot be removed do not stop the others.
+    """
     async with store.begin() as session:
         found = list(await session.scalars(query.limit(10 * most)))
     return random.sample(found, min(most, len(found)))
@@ -95,8 +96,9 @@ async def _forget_events(store: Store, job_id: str) -> None:
 
 
 async def forget(store: Store, settings: Settings, most: int) -> None:
-    """Removes the rows of at most `most` jobs that were deleted a day ago and whose models are all gone, with the last
-    of their files."""
+    """Removes at most `most` jobs that were deleted at least a day ago and whose models are all removed: their rows and
+    their last files.
+    """
     models = select(Model.id).where(Model.job_id == Job.id, Model.removed_at.is_(None))
     over = select(Job.id).where(Job.deleted_at < func.now() - ROWS_KEPT, Job.cleared_at.is_not(None))
     for job_id in await _some(store, over.where(~models.exists()), most):

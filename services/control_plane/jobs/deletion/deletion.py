@@ -1,6 +1,7 @@
 """Marks jobs that have ended as deleted, with their result files and, if the user wants it, their models.
 
-No request sees a job that is marked. The regular cleanup (`clearing`) then removes its files and its rows.
+No request sees a job that is marked as deleted. The regular cleanup (module `clearing`) then removes the job's files
+and rows.
 """
 
 from sqlalchemy import func, select, update
@@ -17,11 +18,11 @@ from services.control_plane.settings import Settings
 async def remove(
     session: AsyncSession, settings: Settings, job_id: str, *, with_models: bool
 ) -> tuple[list[NamedModel], list[str]]:
-    """Marks the job as deleted, with its result file. If `with_models`, also marks its policy and the models of its
-    checkpoints. Returns the models that were marked, and the ids of those that stay.
+    """Marks the job as deleted, with its result file. If `with_models` is true, also marks its policy and the models of
+    its checkpoints. Returns the models that were marked, and the ids of those that stay.
 
     Raises NotFound if there is no such job. Raises InvalidRequest if the job has not ended, or belongs to a sweep or to
-    a set of rounds (repeated training of a policy), or if one of the models is needed. The caller must remove the
+    a set of rounds (repeated training of a policy), or if a model to mark is still needed. The caller must remove the
     files of the models after the commit.
     """
     job = await session.scalar(select(Job).where(Job.id == job_id).with_for_update())

@@ -1,4 +1,4 @@
-"""Adds when a job was deleted, and when the files that it no longer needs were removed. Its transitions may then go
+"""Adds the times at which a job was deleted, and its unneeded files were removed. Allows to delete its transitions, too
 
 Revision ID: 0027 Revises: 0026
 """
