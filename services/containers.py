@@ -128,11 +128,12 @@ def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_unwritable(kind: Any, *, shared: bool = False) -> None:
-    """Raises an ArrowException if values of the Arrow type `kind` cannot be written as JSON.
+    """Raises an ArrowException if values of the Arrow type `kind` cannot be written as JSON, or if two fields of `kind`
+    have the same name, as two columns of a table may have.
 
-    Columns must have different names. `shared` says that many rows refer to one stored value, as in Arrow columns with
-    dictionary or run-end encoding. Such values must not be lists or structs, because writing each of them once for
-    every row would multiply the size of the JSON at each level of lists.
+    `shared` says that many rows refer to one stored value, as in Arrow columns with dictionary or run-end encoding.
+    Such values must not be lists or structs, because writing each of them once for every row would multiply the size of
+    the JSON at each level of lists.
     """
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or (shared and kind.num_fields):
         raise pa.ArrowNotImplementedError(f"a column has the type {kind}, which cannot be written as JSON lines")

@@ -61,7 +61,8 @@ def running_stack(
 
 
 def write_secret(file: Path, secret: str) -> Path:
-    """Writes `secret` to `file`, which only the file's owner can read. Does not change an existing file."""
+    """Writes `secret` to `file`, which only the file's owner can read, and returns `file`. Does not change an existing
+    file."""
     beside = file.with_name(f".{file.name}")
     beside.unlink(missing_ok=True)
     if not file.exists():

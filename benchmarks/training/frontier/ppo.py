@@ -110,6 +110,7 @@ def _logps(policy: PreTrainedModel, texts: Tensor) -> Tensor:
 
 
 def _values(critic: nn.Module, texts: Tensor) -> Tensor:
-    """Returns, [B, 4], the return that the value model (critic) expects before each of the four words of B answers."""
+    """Returns the estimates of the value model (critic), [B, 4]: the return that it expects before each of the four
+    words of B answers."""
     values: Tensor = critic(input_ids=texts[:, :-1]).logits[:, PROMPT - 1 :, 0]
     return values
