@@ -390,8 +390,8 @@ def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
     to run the job.
 
     The cluster may run a training program of an older release, which does not know newer options. The version is 1 for
-    a job without newer options. `reference_adapter` is the job's reference model if this model is an adapter, else
-    None.
+    a job without newer options. `spec` is the job's description. `reference_adapter` is the job's reference model if
+    this model is an adapter, else None.
     """
     if reference_adapter is not None:
         return WIRE

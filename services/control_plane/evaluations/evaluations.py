@@ -60,9 +60,9 @@ async def create(
 ) -> Evaluation:
     """Adds an evaluation with an item for each row (prompt), and returns the evaluation.
 
-    `num_stages` is the number of stages (such as answering and judging) of each item. `key_id` is the id of the API key
-    to which the usage of models is charged. Raises OverQuota if the project has too many evaluations that have not
-    ended, and Forbidden if the project is archived.
+    `spec` is the evaluation's description. `num_stages` is the number of stages (such as answering and judging) of each
+    item. `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the project has
+    too many evaluations that have not ended, and Forbidden if the project is archived.
     """
     project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
     if project.archived_at is not None:

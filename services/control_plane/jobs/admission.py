@@ -45,9 +45,9 @@ async def admit(
 ) -> Admitted:
     """Checks a new job, and returns the job with the service's choices filled in.
 
-    `asked` holds the request's options for which the service can choose a value, such as the adapter. If `local_files`
-    is true, the request may name files that are not uploaded yet; these are not checked. Raises InvalidRequest,
-    NotFound, Forbidden or OverQuota if the job is refused.
+    `spec` is the job's description, and `asked` holds the request's options for which the service can choose a value,
+    such as the adapter. If `local_files` is true, the request may name files that are not uploaded yet; these are not
+    checked. Raises InvalidRequest, NotFound, Forbidden or OverQuota if the job is refused.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)

@@ -53,8 +53,8 @@ class Stale(Exception):
 def draft(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> Job:
     """Returns the row of a new job, not yet in the database and without an id.
 
-    `model` is the model that the job starts from. `reference` is the job's reference model, None if the job's objective
-    (training method) uses none.
+    `spec` is the job's complete description, and `model` the model that the job starts from. `reference` is the job's
+    reference model, None if the job's objective (training method) uses none.
     """
     return Job(
         spec=spec.model_dump(mode="json"),
@@ -79,9 +79,9 @@ async def submit(
 ) -> Job:
     """Adds a new job, and the first events of its history, to the database. Returns the job.
 
-    `model` is the model that the job starts from. `reference` is the job's reference model, None if the job's objective
-    (training method) uses none. `actor` is the id of the API key that submits the job. `are_checked` says whether the
-    rows of the job's files have been checked.
+    `spec` is the job's complete description, and `model` the model that the job starts from. `reference` is the job's
+    reference model, None if the job's objective (training method) uses none. `actor` is the id of the API key that
+    submits the job. `are_checked` says whether the rows of the job's files have been checked.
     """
     job = draft(spec, model, reference)
     job.id, job.traceparent = f"ftjob-{secrets.token_hex(12)}", tracing.current()

@@ -40,9 +40,10 @@ async def create(
     """Adds the row of a new set of rounds (repeated training of a policy on its own answers) to the database, and
     returns the row.
 
-    `sampled` are the prompts to which the policies write answers, and `held_out` the prompts on which the policies are
-    evaluated. `key_id` is the id of the API key to which the usage of models is charged. Raises OverQuota if the
-    project has too many sets that have not ended, and Forbidden if the project is archived.
+    `spec` is the set's description. `sampled` are the prompts to which the policies write answers, and `held_out` the
+    prompts on which the policies are evaluated. `key_id` is the id of the API key to which the usage of models is
+    charged. Raises OverQuota if the project has too many sets that have not ended, and Forbidden if the project is
+    archived.
     """
     project = await projects.lock(session, project_of(session))  # so that simultaneous requests are counted
     if project.archived_at is not None:

@@ -35,8 +35,8 @@ def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> 
     - the number of rows, and their lengths in tokens;
     - a phrase that says where these numbers come from.
 
-    `file` is the uploaded training file, None if there is none. `counted` is the result of a check that counted the
-    file's tokens, None if there was no check.
+    `spec` is the job's description. `file` is the uploaded training file, None if there is none. `counted` is the
+    result of a check that counted the file's tokens, None if there was no check.
     """
     if file is None or file.report is None:
         half = max(2, spec.config.max_length // 2)

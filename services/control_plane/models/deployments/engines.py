@@ -106,8 +106,8 @@ def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, bas
     own.
 
     Returns None if the engine of the base model can answer for the adapter as well. `quantization` is that of the base
-    model during training, None for none. `mode` is a setting of the adapter's deployment, and `base` holds the settings
-    of the base model's deployment.
+    model during training, None for none. `mode` is a setting of the adapter's deployment, which can ask for the merge
+    (`merged`), and `base` holds the settings of the base model's deployment.
     """
     if mode == "merged":
         return "the mode of its deployment is 'merged'"

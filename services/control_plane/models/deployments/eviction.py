@@ -63,7 +63,8 @@ class Model:
     def is_awaited(self, wait_seconds: float) -> bool:
         """Whether this model, which is not loaded yet, must still be loaded. There are two possible reasons:
 
-        - The model must stay loaded, because it is pinned or the reference model of a job.
+        - The model must stay loaded, because its settings pin it (keep it loaded), or because it is the reference model
+          of a job.
         - A client requested the model at most `wait_seconds` ago.
         """
         return self.stays or (not self.for_jobs and self.used <= wait_seconds)
