@@ -85,7 +85,8 @@ class Authentication:
 
     async def project_of(self, token: str) -> str | None:
         """Returns the id of the project to which the token gives access. Returns None if the token is not valid, or
-        cannot be checked now."""
+        cannot be checked now, for example because the database does not answer.
+        """
         try:
             return (await self.caller(token)).project_id
         except (ApiError, SQLAlchemyError, OSError):

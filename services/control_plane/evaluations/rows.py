@@ -107,8 +107,8 @@ def read_file(uri: str, reading: Reading, most: int, *, only_labelled: bool) -> 
 
 
 def to_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Returns the groups (prompts with completions) as JSON objects. Raises InvalidRequest if they are too large
-    together.
+    """Returns the groups (prompts with completions) as JSON objects. Raises InvalidRequest if they have more than
+    MOST_BYTES bytes together.
     """
     rows = [{name: getattr(group, name) for name in SHOWN} for group in groups]
     size = sum(len(json.dumps(row)) for row in rows)

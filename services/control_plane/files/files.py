@@ -227,7 +227,8 @@ async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str
 
 
 async def _check_in_words(session: AsyncSession, row: File) -> str:
-    """Returns the end of a sentence that says how far the background check of the file is.
+    """Returns the end of a sentence that says how far the background check of the file is, such as "is still being
+    checked, 10 of 20 bytes so far".
 
     If the check has not begun, the text says how many older files of the same project are not checked yet.
     """

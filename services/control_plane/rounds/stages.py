@@ -310,9 +310,8 @@ class Stages:
         return _add(rounds, results=results)
 
     async def _go_on(self, session: AsyncSession, rounds: Rounds) -> bool:
-        """Begins the next round of the set of rounds. Ends the set instead if this was its last round, or if the
-        request asks to stop after a round whose policy is not the best so far and this was such a round. Returns True:
-        the stage is done.
+        """Begins the next round of the set of rounds. Ends the set instead after its last round. If the request asks
+        for it, also ends the set after a round whose policy is not the best so far. Returns True: the stage is done.
         """
         spec, number = _spec(rounds), rounds.history[-1]["number"]
         if number == spec.num_rounds:
