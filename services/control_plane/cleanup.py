@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from services import storage
-from services.control_plane import side_jobs
+from services.control_plane import erasure, side_jobs
 from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.store import Store
@@ -58,6 +58,7 @@ class Sweeper:
             (60, self._remove_models),
             (60, self._clear_jobs),
             (3600, self._forget_jobs),
+            (60, self._erase_projects),
             (10, self._pack_steps),
             (3600, self._put_away),
             (3600, self._empty_trash),
@@ -114,6 +115,9 @@ class Sweeper:
 
     async def _forget_jobs(self) -> None:
         await clearing.forget(self._store, self._settings, MOST)
+
+    async def _erase_projects(self) -> None:
+        await erasure.erase(self._store, self._settings, MOST)
 
     async def _pack_steps(self) -> None:
         """Packs the metrics of past training steps into blocks (compact tables). Does nothing in the first

@@ -108,6 +108,10 @@ def test_a_project_is_made_limited_and_archived(page: Page, api: httpx.Client) -
     page.get_by_role("button", name="Archive the project").click()
     page.get_by_role("dialog").get_by_role("button", name="Archive the project").click()
     expect(page.get_by_text(re.compile("^archived "))).to_be_visible()
+    page.get_by_role("button", name="Delete the project").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete the project").click()
+    expect(row(page, "research <b>")).to_be_visible()
+    expect(page.get_by_text("by hand")).to_have_count(0)
 
 
 def test_usage_is_summed_by_day_model_and_key(page: Page, used: str) -> None:

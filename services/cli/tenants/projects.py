@@ -123,3 +123,10 @@ def archive(client: "OpenAI", project_id: ProjectId) -> None:
     """Archive a project. The project's keys stop working; the project's files, jobs and models are kept."""
     client.post(f"/x/projects/{project_id}/archive", cast_to=object)
     out.print(f"archived {project_id}")
+
+
+@api_command(app)
+def delete(client: "OpenAI", project_id: ProjectId) -> None:
+    """Delete an archived project with everything that it owns: files, jobs, models, keys. This cannot be undone."""
+    client.delete(f"/x/projects/{project_id}", cast_to=object)
+    out.print(f"deleted {project_id}")

@@ -58,12 +58,15 @@ class Project(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     name: Mapped[str] = mapped_column(unique=True)
     archived_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]  # when an admin deleted the archived project; the cleanup then erases it
+    erased_at: Mapped[datetime | None]  # when everything that the deleted project owned was gone
     weight: Mapped[float] = mapped_column(server_default="1")  # share of the cluster, relative to other weights
     max_running_jobs: Mapped[int | None]
     max_queued_jobs: Mapped[int | None]
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # the most bytes of the project's files
     max_accelerator_hours: Mapped[float | None]
     accelerator_hours: Mapped[float] = mapped_column(server_default="0")  # of the attempts that have ended
+    __table_args__ = (CheckConstraint("deleted_at IS NULL OR archived_at IS NOT NULL", name="projects_deleted_check"),)
 
 
 class Owned:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.documents import Page, answers
-from services.control_plane.core.responses import listing
+from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Project
 from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, StorePart
@@ -73,3 +73,14 @@ async def archive(idempotent: IdempotentPart, caller: CallerPart, project_id: st
         return project_object(await projects.archive(session, caller, project_id))
 
     return await idempotent.act(act, changes=project_id)
+
+
+@router.delete("/{project_id}")
+async def delete(idempotent: IdempotentPart, caller: CallerPart, project_id: str) -> Response:
+    """Deletes an archived project, with everything that it owns."""
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        await projects.remove(session, caller, project_id)
+        return deleted("project", project_id)
+
+    return await idempotent.act(remove, changes=project_id)

@@ -27,7 +27,7 @@ def managed_by(caller: Caller) -> Select[Project]:
     """Returns the SQL query for the projects that the caller may manage. An admin of the default project may manage all
     projects, any other caller only its own.
     """
-    every = select(Project)
+    every = select(Project).where(Project.deleted_at.is_(None))
     return every if caller.manages_all else every.where(Project.id == caller.project_id)
 
 
@@ -129,3 +129,18 @@ async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Pro
             raise InvalidRequest(message)
     project.archived_at = datetime.now(UTC)
     return project
+
+
+async def remove(session: AsyncSession, caller: Caller, project_id: str) -> None:
+    """Marks an archived project as deleted. Its name is free for another project from then on.
+
+    The regular cleanup then erases everything that the project owns. Raises InvalidRequest if the project is not
+    archived, and Forbidden if the caller is not an admin of the default project.
+    """
+    await find(session, caller, project_id)
+    check_manages_all(caller)
+    project = await lock(session, project_id)
+    if project.archived_at is None:
+        message = f"The project {project_id} is not archived; archive it before you delete it."
+        raise InvalidRequest(message, param="project_id")
+    project.deleted_at, project.name = project.deleted_at or datetime.now(UTC), project_id

@@ -18,6 +18,7 @@ import pytest
 
 from services import storage
 from services.control_plane.app import create_app
+from services.control_plane.attempts.reconciler import Reconciler
 from services.control_plane.core.store import migrate
 from services.control_plane.http.server import Server
 from services.control_plane.settings import Settings
@@ -195,6 +196,14 @@ def offline(database_url: str, storage_url: str, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def settings(offline: Settings) -> Settings:
     return offline
+
+
+@pytest.fixture(scope="module")
+def no_cleanup() -> Iterator[None]:
+    """Keeps control planes in this process from cleaning up by themselves, so that a test knows who does what."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reconciler, "_sweep", lambda _: None)
+        yield
 
 
 @contextmanager

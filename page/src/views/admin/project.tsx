@@ -3,6 +3,7 @@ import { api, ask, Failure, type Project as ProjectObject } from "../../api/clie
 import { AskFirst } from "../../parts/dialog/dialog";
 import { Fact } from "../../parts/fact/fact";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
+import { href } from "../../parts/route/route";
 import { moment, visible } from "../../parts/words/words";
 import { LIMITS, shown } from "./limits";
 
@@ -30,6 +31,16 @@ export function Project({ id }: { id: string }) {
     }
   }
 
+  async function remove() {
+    setFailure(undefined);
+    try {
+      await ask(api.DELETE("/v1/x/projects/{project_id}", { params: { path } }));
+      location.hash = href(["admin", "projects"]);
+    } catch (error) {
+      setFailure(Failure.of(error));
+    }
+  }
+
   return (
     <Show of={loaded}>
       {({ project, usage }) => (
@@ -40,7 +51,12 @@ export function Project({ id }: { id: string }) {
               <small class="id">{project.id}</small>
             </div>
             {project.archived_at ? (
-              <span class="status">archived {moment(project.archived_at)}</span>
+              <>
+                <span class="status">archived {moment(project.archived_at)}</span>
+                <AskFirst act="Delete the project" question="Delete this project?" refusal="Keep it" onAgree={remove}>
+                  <p>Its files, jobs, models and keys are deleted. This cannot be undone.</p>
+                </AskFirst>
+              </>
             ) : (
               <AskFirst act="Archive the project" question="Archive this project?" refusal="Keep it" onAgree={archive}>
                 <p>Its keys stop working for good. Its files, jobs and models stay.</p>

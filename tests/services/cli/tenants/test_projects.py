@@ -31,6 +31,15 @@ def test_a_project_is_created_limited_listed_and_archived(raydpo, project, tmp_p
     assert refused.stderr.startswith("error: GET /v1/x/keys needs a key with the scope 'admin'")
 
 
+@pytest.mark.slow
+def test_an_archived_project_is_deleted(raydpo):
+    project = raydpo("projects", "create", "short-lived").stdout.strip()
+    assert "archive it before you delete it" in raydpo("projects", "delete", project).stderr
+    raydpo("projects", "archive", project)
+    assert raydpo("projects", "delete", project).stdout == f"deleted {project}\n"
+    assert project not in raydpo("projects", "list").stdout
+
+
 def test_only_what_was_given_is_sent_and_none_removes_a_limit():
     assert _given(None, None, None, None, None, None) == {}
     sent = _given("team", 2.0, "3", None, "none", "1.5")

@@ -33,3 +33,20 @@ def test_of_two_projects_that_want_one_name_at_once_one_gets_it(api: httpx.Clien
     for thread in threads:
         thread.join()
     assert sorted(answer.status_code for answer in answers) == [200, 400, 400, 400]
+
+
+def test_only_an_archived_project_is_deleted_and_its_name_is_free_then(api: httpx.Client, base_url: str) -> None:
+    project = new_project(api, "for some time")
+    refused = api.delete(f"/x/projects/{project}")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "project_id")
+    assert "archive it before you delete it" in refused.json()["error"]["message"]
+    with api_of(base_url, new_key(api, project_id=project, scopes=EVERY_SCOPE)["value"]) as own:
+        assert own.delete(f"/x/projects/{project}").status_code == 403
+    api.post(f"/x/projects/{project}/archive")
+    assert api.delete(f"/x/projects/{project}").json() == {"id": project, "object": "project", "deleted": True}
+    assert project not in [each["id"] for each in api.get("/x/projects", params={"limit": 100}).json()["data"]]
+    for path in ("", "/usage"):
+        assert api.get(f"/x/projects/{project}{path}").json()["error"]["code"] == "project_not_found"
+    assert api.delete(f"/x/projects/{project}").status_code == 404
+    assert new_project(api, "for some time") != project
+    assert api.delete("/x/projects/proj_default").status_code == 400

@@ -29,6 +29,8 @@ from tests.services.control_plane.steps import pack_all
 from tests.services.control_plane.test_cleanup import sweep
 from tests.services.s3 import S3
 
+pytestmark = pytest.mark.usefixtures("no_cleanup")
+
 
 @pytest.fixture(scope="module", params=["local", "s3"])
 def storage_url(request: pytest.FixtureRequest, s3_server: S3, tmp_path_factory: pytest.TempPathFactory) -> str:
