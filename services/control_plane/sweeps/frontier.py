@@ -13,8 +13,8 @@ X, Y = {"drift": "kl_per_sequence"}, {"score": "score", "compare": "win_rate"}  
 
 
 class Axes(NamedTuple):
-    """The two axes of a frontier. Each axis is a pair: the name of an evaluation of the sweep, and the name of the
-    result of this evaluation that is drawn, such as ("reward", "score").
+    """The two axes of a frontier: the KL divergence and the reward of policies. Each axis is a pair: the name of an
+    evaluation of the sweep, and the name of the result of this evaluation that is drawn, such as ("reward", "score").
     """
 
     kl: tuple[str, str]

@@ -1,4 +1,4 @@
-"""Adds the time at which an adapter was last used on the engine of its base model.
+"""Adds the time at which an adapter was last used on the engine (model server) of its base model.
 
 Revision ID: 0015 Revises: 0014
 """
