@@ -1,10 +1,11 @@
 """Signing in, the list of jobs, and a job that is followed while it runs."""
 
+import math
 import re
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.page.browsing import look_at, open_job, sign_in, submit, wait_until_ended
 from tests.page.conftest import Service
@@ -78,6 +79,33 @@ def test_a_running_job_is_followed_through_a_restart_of_the_service(
     expect(page.get_by_text("The chosen answers have become less likely")).to_be_visible()
     expect(page.get_by_role("code").filter(has_text=job_id.removeprefix("ftjob-")).first).to_be_visible()
     look_at(page, "job")
+    page.get_by_role("link", name="Ask the policy").click()
+    expect(page.get_by_label("First model")).to_have_value(
+        api.get(f"/fine_tuning/jobs/{job_id}").json()["fine_tuned_model"]
+    )
+
+
+def test_a_fall_that_is_less_than_what_batches_differ_in_is_no_warning(
+    page: Page, service: Service, api: httpx.Client
+) -> None:
+    """Answers of another batch are longer or shorter, and so less or more likely."""
+    job_id = api.get("/fine_tuning/jobs?status=succeeded").json()["data"][0]["id"]
+
+    def unlike(route: Route) -> None:
+        answer = route.fetch()
+        told = answer.json()
+        chosen = told["metrics"]["logps_chosen"]
+        chosen["mean"] = [value + 12 * math.sin(step * step) for step, value in enumerate(chosen["mean"])]
+        route.fulfill(response=answer, json=told)
+
+    sign_in(page)
+    warning = page.get_by_text("The chosen answers have become less likely")
+    open_job(page, service.url, job_id)
+    expect(warning).to_be_visible()
+    page.route(f"**/v1/x/jobs/{job_id}/metrics?*", unlike)
+    page.reload()
+    expect(page.get_by_role("figure", name="Log-probabilities")).to_be_visible()
+    expect(warning).to_have_count(0)
 
 
 def test_a_range_of_steps_stands_in_the_address(page: Page, service: Service, api: httpx.Client) -> None:

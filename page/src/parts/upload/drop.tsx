@@ -7,6 +7,11 @@ import { upload, type Reading } from "./upload";
 
 const LENIENT: Reading = { invalid_rows: "drop", max_invalid_share: 0.5 };
 
+/** What a training file holds, for a reader who has none yet. */
+export const ROWS =
+  'Each line of a file is one row of JSON, such as {"prompt": "…", "chosen": "the better answer", "rejected": "the worse ' +
+  'answer"}, or a chat to learn from: {"messages": […]}.';
+
 interface Props {
   label: string;
   onFile: (file: TrainingFile) => void;

@@ -3,7 +3,7 @@ import { api, ask, Failure, type TrainingFile } from "../../api/client";
 import { AskFirst } from "../../parts/dialog/dialog";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
-import { Drop } from "../../parts/upload/drop";
+import { Drop, ROWS } from "../../parts/upload/drop";
 import { bytes, moment, visible, whole } from "../../parts/words/words";
 
 const PAGE = 50;
@@ -50,13 +50,7 @@ function list(after: string | undefined, signal: AbortSignal) {
 }
 
 function Nothing({ isFirst }: { isFirst: boolean }) {
-  return (
-    <p class="note">
-      {isFirst
-        ? "This project has no files yet. Drop one above: rows of JSON with a prompt and two answers, for example."
-        : "There are no older files."}
-    </p>
-  );
+  return <p class="note">{isFirst ? `This project has no files yet. Drop one above. ${ROWS}` : "There are no older files."}</p>;
 }
 
 function Table({ files, remove }: { files: TrainingFile[]; remove: (file: TrainingFile) => void }) {

@@ -38,7 +38,8 @@ function list(after: string | undefined, signal: AbortSignal) {
 function Nothing() {
   return (
     <p class="note">
-      There are no evaluations here. <code>raydpo evaluations create</code> makes one.
+      An evaluation tells whether a model answers better than another, and how far training has moved it. There are no
+      evaluations here. <code>raydpo evaluations create</code> makes one.
     </p>
   );
 }

@@ -36,14 +36,18 @@ export function Curves({ job, series, range }: { job: Job; series: Series; range
 
 const PART = 10; // a tenth of the points at either end is compared
 
-/** Warns when the chosen answers lose probability, which a growing margin hides. */
+/** Warns when the chosen answers lose probability, which a growing margin hides.
+ *
+ * A fall counts if it is more than what the batches differ in, as two neighbours in the series tell: three standard errors. */
 function Fall({ series }: { series: Series }) {
   const known = (series.columns.logps_chosen?.mean ?? []).filter((value) => value !== null);
   if (known.length < 2 * PART) return null;
   const size = Math.floor(known.length / PART);
   const mean = (values: number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
   const [first, last] = [mean(known.slice(0, size)), mean(known.slice(-size))];
-  if (first - last < Math.max(1, 0.05 * Math.abs(first))) return null;
+  const variance = mean(known.slice(1).map((value, i) => (value - known[i]!) ** 2)) / 2;
+  const noise = 3 * Math.sqrt((2 * variance) / size);
+  if (first - last < Math.max(1, 0.05 * Math.abs(first), noise)) return null;
   return (
     <p class="warn">
       The chosen answers have become less likely: {figure(first)} nats at the start, {figure(last)} now, after{" "}

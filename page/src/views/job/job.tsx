@@ -77,6 +77,11 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
         </div>
         <Status of={job.status} />
         <div class="acts">
+          {job.fine_tuned_model && (
+            <a class="button main" href={href("ask", { a: job.fine_tuned_model, b: job.model })}>
+              Ask the policy
+            </a>
+          )}
           <a class="button" href={href(["jobs", "new"], { again: job.id })}>
             Again, with changes
           </a>

@@ -78,7 +78,8 @@ function Nothing({ status, isFirst }: { status?: JobStatus; isFirst: boolean }) 
   if (!isFirst) return <p class="note">There are no older jobs.</p>;
   return (
     <p class="note">
-      This project has no jobs yet. <a href={href(["jobs", "new"])}>Make the first one</a>.
+      A job trains a model on a file of yours, such as pairs of a better and a worse answer. This project has no jobs
+      yet. <a href={href(["jobs", "new"])}>Make the first one</a>.
     </p>
   );
 }

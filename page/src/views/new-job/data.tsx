@@ -2,7 +2,7 @@ import type { Option, TrainingFile } from "../../api/client";
 import { Findings, useFile } from "../../parts/file-report/file-report";
 import { Show, type Loaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
-import { Drop } from "../../parts/upload/drop";
+import { Drop, ROWS } from "../../parts/upload/drop";
 import { count, moment, visible } from "../../parts/words/words";
 import { change, Field, OptionField, valueOf } from "./field";
 
@@ -15,12 +15,12 @@ export function Data({ files, share }: Props) {
   return (
     <fieldset class="panel">
       <legend>Data</legend>
-      <File path="training_file" label="Training file" files={files} />
+      <File path="training_file" label="Training file" files={files} hint={ROWS} />
       <File
         path="validation_file"
         label="Validation file"
         files={files}
-        hint="The policy is evaluated on these rows at every checkpoint and never learns from them. You may leave it out."
+        hint="The model is evaluated on these rows at every checkpoint and never learns from them. You may leave it out."
       />
       {share && !valueOf("validation_file") && <OptionField path="x_raydpo.validation_share" option={share} />}
     </fieldset>

@@ -151,7 +151,7 @@ function Start({ known, draft }: { known: Known; draft: Draft }) {
   return (
     <fieldset class="panel">
       <legend>Model</legend>
-      <Field path="model" label="Start from" hint="A base model, or an earlier policy to go on from.">
+      <Field path="model" label="Start from" hint="A base model, or a policy: a model that an earlier job has trained.">
         {(attributes) => (
           <select {...attributes} value={model} onChange={(event) => change("model", event.currentTarget.value)}>
             {!models.length && <option value="">no models: name one in the service's settings</option>}
@@ -162,7 +162,12 @@ function Start({ known, draft }: { known: Known; draft: Draft }) {
           </select>
         )}
       </Field>
-      <TextField path="suffix" label="Name" hint="A part of the policy's name: letters, digits, _, . and -." placeholder="none" />
+      <TextField
+        path="suffix"
+        label="Name"
+        hint="A part of the name that the trained model, the policy, gets: letters, digits, _, . and -."
+        placeholder="none"
+      />
     </fieldset>
   );
 }

@@ -39,6 +39,7 @@ function list(after: string | undefined, signal: AbortSignal) {
 function Nothing() {
   return (
     <p class="note">
+      In a round, a model writes answers, a judge scores them, and a job trains the model on the better and the worse ones.
       There are no rounds here. <code>raydpo rounds create</code> makes some.
     </p>
   );

@@ -75,6 +75,9 @@ async function check(value: string) {
   const answer = await fetch("/v1/fine_tuning/jobs?limit=1", { headers: { authorization: `Bearer ${value}` } });
   if (answer.ok || answer.status === 403) return;
   const body = await answer.json().catch(() => undefined);
-  if (answer.status === 401) throw new Failure("The service does not know this key. Check that it is whole.");
+  if (answer.status === 401) {
+    const remedy = "Check that it is whole, and that it is the key itself, not the name of the file that holds it.";
+    throw new Failure(`The service does not know this key. ${remedy}`);
+  }
   throw Failure.answered(answer.status, body);
 }

@@ -38,7 +38,8 @@ function list(after: string | undefined, signal: AbortSignal) {
 function Nothing() {
   return (
     <p class="note">
-      There are no sweeps here. <code>raydpo sweeps create</code> makes one.
+      A sweep tries several values of a job's options, and shows which trained the best model. There are no sweeps here.{" "}
+      <code>raydpo sweeps create</code> makes one.
     </p>
   );
 }
