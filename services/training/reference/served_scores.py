@@ -197,7 +197,7 @@ def _ask_all(
         nonlocal is_told
         if not is_told:
             is_told = True
-            what = "A replica of the reference model died while it scored rows; the rows are sent to another replica"
+            what = "A replica of the reference model died while it scored; its rows are sent to another replica"
             report(Message(level="warn", message=f"{what}, up to {len(PAUSES_SECONDS)} times."))
         return call_of(connect())
 
