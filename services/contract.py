@@ -262,6 +262,7 @@ ReferenceSource = Literal["auto", "serve", "trainer"]
 pass (trainer), or the faster of the two (auto)."""
 
 
+USED = "used"  # file in a folder of prepared data; it is written anew whenever a job begins to use the data
 MIN_EXAMPLES = 10  # least number of rows in a training file
 
 

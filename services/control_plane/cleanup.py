@@ -20,11 +20,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from services import storage
+from services.contract import USED
 from services.control_plane import erasure, side_jobs
 from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.store import Store
-from services.control_plane.core.tables import Attempt, Checkpoint, File, Lease, Model, Outbound, Upload
+from services.control_plane.core.tables import Attempt, Checkpoint, File, Job, Lease, Model, Outbound, Upload
 from services.control_plane.files import files, uploads
 from services.control_plane.http import idempotency
 from services.control_plane.jobs.deletion import clearing
@@ -63,6 +64,7 @@ class Sweeper:
             (3600, self._put_away),
             (3600, self._empty_trash),
             (3600, self._remove_parts),
+            (3600, self._remove_prepared),
         ]
         self._began = time.monotonic()
         self._swept = [float("-inf")] * len(self._sweeps)
@@ -162,7 +164,7 @@ class Sweeper:
 
     async def _remove_parts(self) -> None:
         """Deletes parts of uploads that have ended, and old parts of uploads that the database does not know."""
-        listed = await anyio.to_thread.run_sync(storage.list_folders, self._place("uploads"))
+        listed = await self._folders("uploads")
         async with self._store.begin() as session:
             rows = await session.execute(select(Upload.id, Upload.state).where(_among(Upload.id, listed)))
             states = {row.id: row.state for row in rows}
@@ -172,6 +174,27 @@ class Sweeper:
             if min(ages.values(), default=GRACE_SECONDS + 1) > GRACE_SECONDS:
                 over.append(name)
         await _remove([self._place("uploads", name) for name in over[:MOST]])
+
+    async def _remove_prepared(self) -> None:
+        """Deletes prepared data that no job has used for `prepared_days`: token ids and scores of the reference model.
+
+        An attempt (run of a job on Ray) notes its use when it begins. So data stay while their project has an attempt
+        that began longer ago, and data without a note, which an earlier release made, while it has any attempt.
+        """
+        seconds = self._settings.prepared_days * 86_400
+        running = select(Job.project_id, func.extract("epoch", func.now() - func.min(Attempt.created_at)))
+        running = running.join(Attempt, Attempt.job_id == Job.id).where(Attempt.state != "ended")
+        async with self._store.begin() as session:
+            longest = {row[0]: row[1] for row in await session.execute(running.group_by(Job.project_id))}
+        projects = await self._folders("prepared") if seconds else []
+        old = []
+        for project_id in projects:
+            for name in await self._folders("prepared", project_id):
+                ages = await self._ages("prepared", project_id, name)
+                in_use = project_id in longest and (USED not in ages or longest[project_id] > seconds)
+                if ages and min(ages.values()) > seconds and not in_use:
+                    old.append(self._place("prepared", project_id, name))
+        await _remove(old[:MOST])
 
     async def _remove_models(self) -> None:
         """Deletes the files of deleted models from storage. For a checkpoint's model, deletes all files of the
@@ -190,6 +213,10 @@ class Sweeper:
 
     def _place(self, *names: str) -> str:
         return storage.join(self._settings.storage_url, *names)
+
+    async def _folders(self, *folder: str) -> list[str]:
+        names: list[str] = await anyio.to_thread.run_sync(storage.list_folders, self._place(*folder))
+        return names
 
     async def _ages(self, *folder: str) -> dict[str, float]:
         """Returns the names of the files in a folder of the storage, each with the seconds since the file was written.

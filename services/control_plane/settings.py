@@ -319,6 +319,13 @@ class Settings(BaseSettings):
         "optimizer in its checkpoints, and the reports of its training processes. 0 keeps them until the job is "
         "deleted. A backup of the database that you restore should not be older than this number of days.",
     )
+    prepared_days: float = Field(
+        default=30,
+        ge=0,
+        allow_inf_nan=False,
+        description="Days for which prepared data (token ids, and scores of the reference) stay in storage after a job "
+        "used them last. A later job on the same data makes them again. 0 keeps them for ever.",
+    )
     max_loaded_models: int = Field(
         default=2,
         gt=0,

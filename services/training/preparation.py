@@ -86,6 +86,8 @@ def prepare(
     """
     uri = storage.join(spec.run_uri, "prepared")
     if earlier := cache.find(uri, Prepared, _check, report):
+        for data in filter(None, (earlier.training, earlier.validation)):
+            cache.note_use(data.uri)
         report(ReferenceReleased())  # it may have been wished when the attempt began
         return earlier
     training, held_out = _prepare_file(spec, "Training", report, begin)
@@ -129,6 +131,7 @@ def _prepare_file(
         report(Message(message=f"{purpose} file: the rows are being read and checked."))
     with source.as_plain_file(spec, folder, report) as plain:
         uri = storage.join(spec.cache_uri, _encoding_key(plain))
+        cache.note_use(uri)
         encode_here = partial(_encode, plain, uri, report, None if needs_reference else begin)
         encoding, was_cached = cache.find_or_make(uri, Encoding, encode_here, _check, report)
     refuse_unusable(spec, encoding)

@@ -1,7 +1,8 @@
 """Stores data that a job has prepared, so that later jobs with the same file, model and settings use the same data.
 
 An entry of this cache is a folder in storage. Its name is a digest of everything on which its content depends. Its
-manifest is written last. Entries may be deleted at any time: a job that needs a deleted entry makes it again.
+manifest is written last. Entries may be deleted at any time: a job that needs a deleted entry makes it again. The
+control plane deletes entries that no job has used for long.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import ray
 from pydantic import ValidationError
 
 from services import storage
-from services.contract import Contract, Message, Report
+from services.contract import USED, Contract, Message, Report
 from services.training import policies
 from services.training.data.dataset import DamagedPart
 
@@ -136,6 +137,12 @@ def find(
         )
         return None
     return cached
+
+
+def note_use(uri: str) -> None:
+    """Notes that a job uses the cache entry at `uri` from now on, so that the control plane does not delete the entry
+    as an old one. The time of the note is that of a file in the entry's folder."""
+    storage.write_bytes(storage.join(uri, USED), b"")
 
 
 def save(uri: str, entry: Contract) -> None:

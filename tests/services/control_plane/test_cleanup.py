@@ -244,3 +244,40 @@ def test_past_steps_are_packed_only_when_an_upgrade_must_be_over(
     monkeypatch.setattr(cleanup, "UPGRADE_SECONDS", -1)
     sweep(settings)
     assert counted(settings.database_url, job_id) == (2000, 1)
+
+
+def begin_attempt(rows: psycopg.Connection, job_id: str, days: float) -> None:
+    rows.execute(
+        "INSERT INTO attempts (job_id, number, created_at, state, token, next_seq, num_accelerators, failed)"
+        " VALUES (%s, 1, now() - make_interval(secs => %s), 'running', '', 0, 0, false)",
+        [job_id, days * 86_400],
+    )
+
+
+def test_prepared_data_go_a_month_after_their_last_use(
+    client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    def prepare(name: str, **days: float) -> None:
+        for file, age_of_it in days.items():
+            write(settings, "prepared", "proj_default", name, file, days=age_of_it)
+        write(settings, "prepared", "proj_default", name, "scores-1", "part", days=99)
+
+    def left() -> list[str]:
+        return storage.list_folders(storage.join(settings.storage_url, "prepared", "proj_default"))
+
+    prepare("new", part=40, used=29)
+    prepare("old", part=40, used=31)
+    prepare("before", part=31, manifest=31)  # of a release that noted no use
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=create(client), method={"type": "dpo"})
+    begin_attempt(rows, job.id, days=32)  # it may have noted its use of any of them when it began
+    sweep(settings)
+    assert left() == ["before", "new", "old"]
+    rows.execute("UPDATE attempts SET created_at = now() WHERE job_id = %s", [job.id])
+    sweep(settings)
+    assert left() == ["before", "new"]
+    rows.execute("UPDATE attempts SET state = 'ended', ended_at = now() WHERE job_id = %s", [job.id])
+    client.fine_tuning.jobs.cancel(job.id)
+    sweep(settings.model_copy(update={"prepared_days": 0}))
+    assert left() == ["before", "new"]
+    sweep(settings)
+    assert left() == ["new"]

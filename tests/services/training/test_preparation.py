@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dpo_core.config import TrainConfig
 from services import storage
-from services.contract import AttemptSpec, ReferenceReleased, Report
+from services.contract import USED, AttemptSpec, ReferenceReleased, Report
 from services.training.data import cache
 from services.training.data.dataset import Dataset
 from services.training.preparation import Prepared, prepare
@@ -28,3 +28,4 @@ def test_an_attempt_that_finds_its_data_prepared_releases_the_reference_it_was_g
     reports: list[Report] = []
     assert prepare(spec, reports.append) == prepared
     assert reports == [ReferenceReleased()]
+    assert storage.exists(storage.join(run, USED))  # the data of the run lie in this folder

@@ -1,3 +1,4 @@
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from services import storage
-from services.contract import Contract, Message, Report
+from services.contract import USED, Contract, Message, Report
 from services.training.data import cache, encoding
 from services.training.data.dataset import DamagedPart
 from tests.services.s3 import S3
@@ -63,6 +64,15 @@ def test_what_is_saved_is_found_unless_it_is_damaged(tmp_path: Path) -> None:
         "so the data are prepared again: all of it is missing"
     )
     assert reports == [Message(level="warn", message=sentence)]
+
+
+def test_each_use_is_noted_with_its_time(tmp_path: Path) -> None:
+    cache.note_use(tmp_path.as_uri())
+    os.utime(tmp_path / USED, (0, 0))
+    cache.note_use(tmp_path.as_uri())
+    ((name, seconds),) = storage.list_ages(tmp_path.as_uri())
+    assert name == USED
+    assert seconds < 3600
 
 
 @pytest.mark.parametrize("text", ["{", '{"words": 1}', "\0"])
