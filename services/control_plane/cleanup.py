@@ -38,6 +38,7 @@ from services.control_plane.webhooks.outbox import give_up_old
 log = logging.getLogger(__name__)
 
 MOST = 100  # rows, or files in storage, that one sweep removes
+MOST_JOBS = 10_000  # old jobs that one sweep marks as deleted, which takes few milliseconds for each
 OUTBOX_KEPT = timedelta(days=30)
 GRACE_SECONDS = 86_400  # a file in storage that no database row names after this long will get no row
 EXIT_GRACE = timedelta(seconds=60)  # how long the Ray job of an ended attempt gets to exit
@@ -57,6 +58,7 @@ class Sweeper:
             (60, self._stop_orphans),
             (600, self._forget),
             (60, self._remove_models),
+            (3600, self._expire_jobs),
             (60, self._clear_jobs),
             (3600, self._forget_jobs),
             (60, self._erase_projects),
@@ -111,6 +113,9 @@ class Sweeper:
             await usage.forget_writers(session)
             side_jobs_left = await side_jobs.forget_old(session, MOST)
         await _remove(side_jobs_left)
+
+    async def _expire_jobs(self) -> None:
+        await clearing.expire(self._store, self._settings, MOST_JOBS)
 
     async def _clear_jobs(self) -> None:
         await clearing.clear(self._store, self._settings, MOST)

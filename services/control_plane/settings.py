@@ -319,6 +319,14 @@ class Settings(BaseSettings):
         "optimizer in its checkpoints, and the reports of its training processes. 0 keeps them until the job is "
         "deleted. A backup of the database that you restore should not be older than this number of days.",
     )
+    job_days: float = Field(
+        default=0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Days after its end for which a job is kept. Then the service "
+        "[deletes](../use/jobs.md#delete-a-job) the job with its events, metrics, logs and result file. Its models "
+        "stay, and so do jobs of sweeps and of rounds. 0 keeps all jobs.",
+    )
     prepared_days: float = Field(
         default=30,
         ge=0,

@@ -14,10 +14,22 @@ from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.engine import CursorResult
 
 from services import storage
+from services.control_plane.core.errors import ApiError
 from services.control_plane.core.removal import remove_bytes, without_options
 from services.control_plane.core.store import Store
-from services.control_plane.core.tables import Attempt, Checkpoint, Event, File, Job, Model, StepBlock, Transition
+from services.control_plane.core.tables import (
+    Attempt,
+    Checkpoint,
+    Event,
+    File,
+    Job,
+    Model,
+    StepBlock,
+    SweepTrial,
+    Transition,
+)
 from services.control_plane.jobs import jobs
+from services.control_plane.jobs.deletion import deletion
 from services.control_plane.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -47,6 +59,23 @@ async def clear(store: Store, settings: Settings, most: int) -> None:
         due += await _some(store, ended, most)
     for job_id in due:
         await _clear(store, settings, job_id)
+
+
+async def expire(store: Store, settings: Settings, most: int) -> None:
+    """Marks at most `most` jobs as deleted that ended more than `job_days` ago. Leaves out jobs of sweeps and of rounds
+    (repeated training of a policy)."""
+    if not settings.job_days:
+        return
+    over = func.now() - timedelta(days=settings.job_days)
+    of_sweep = select(SweepTrial.job_id).where(SweepTrial.job_id == Job.id).exists()
+    old = select(Job.id).where(Job.finished_at < over, Job.deleted_at.is_(None), ~of_sweep).order_by(Job.finished_at)
+    for job_id in await _some(store, old, most):
+        try:
+            async with store.begin() as session:
+                await deletion.remove(session, settings, job_id, with_models=False)
+        except ApiError:  # it belongs to rounds, or a user has just deleted it
+            continue
+        log.info("Deleted the job %s, because it ended more than %g days ago", job_id, settings.job_days)
 
 
 async def _some(store: Store, query: Select[str], most: int) -> list[str]:

@@ -234,3 +234,36 @@ def test_models_stay_if_the_setting_of_the_storage_has_changed(
     else:
         assert left(settings, job_id) == ALL
         assert f"The files of the job {job_id} stay in storage" in caplog.text
+
+
+def test_jobs_are_deleted_at_a_given_age_but_no_models_and_no_job_of_a_sweep_or_of_rounds(
+    train: Train, client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    old, new, of_sweep, of_rounds = (train() for _ in range(4))
+    aged = "UPDATE jobs SET finished_at = now() - interval '91 days' WHERE id = ANY(%s)"
+    rows.execute(aged, [[old, of_sweep, of_rounds]])
+    rows.execute(
+        "INSERT INTO sweeps (id, project_id, key_id, spec, state, num_trials, finished_at)"
+        " VALUES (%s, 'proj_default', 'k', '{}', 'cancelled', 1, now())",
+        [of_sweep],
+    )
+    rows.execute(
+        "INSERT INTO sweep_trials (sweep_id, number, parameters, state, job_id, evaluations, results)"
+        " VALUES (%s, 0, '{}', 'cancelled', %s, '{}', '{}')",
+        [of_sweep, of_sweep],
+    )
+    rows.execute(
+        "INSERT INTO rounds (id, project_id, key_id, spec, prompts, state, history, finished_at)"
+        " VALUES (%s, 'proj_default', 'k', '{}', '{}', 'cancelled',"
+        " jsonb_build_array(jsonb_build_object('job', %s::text)), now())",
+        [of_rounds, of_rounds],
+    )
+    sweep(settings)
+    assert client.fine_tuning.jobs.retrieve(old).id == old  # the default is for ever
+    sweep(settings.model_copy(update={"job_days": 90}))
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.retrieve(old)
+    assert left(settings, old) == sorted(OF_MODELS)
+    assert client.models.retrieve(policy_of(old)).id == policy_of(old)
+    for job_id in (new, of_sweep, of_rounds):
+        assert client.fine_tuning.jobs.retrieve(job_id).id == job_id
