@@ -135,3 +135,12 @@ def test_a_model_is_deleted_after_a_question(page: Page, service: Service, api: 
     expect(page).to_have_url(re.compile("#/models$"))
     expect(page.get_by_role("link", name=policy, exact=True)).to_have_count(0)
     assert api.get(f"/models/{policy}").status_code == 404
+
+
+def test_a_service_without_models_says_how_to_add_one(page: Page, service: Service) -> None:
+    page.route("**/v1/models*", lambda route: route.fulfill(json={"object": "list", "data": [], "has_more": False}))
+    sign_in(page)
+    for view in ("jobs/new", "ask", "models"):
+        page.goto(f"{service.url}/#/{view}")
+        expect(page.get_by_text("raydpo up --model NAME=SOURCE")).to_be_visible()
+    look_at(page, "models-none")

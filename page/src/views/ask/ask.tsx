@@ -2,6 +2,7 @@ import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Question } from "../../api/answer";
 import { api, ask, Failure, type FeedbackCount, type Model } from "../../api/client";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
+import { NoModels } from "../../parts/no-models/no-models";
 import { route, setQuery } from "../../parts/route/route";
 import { Answers } from "./answers";
 import { Round } from "./round";
@@ -21,9 +22,7 @@ export function Ask() {
           known.length ? (
             <Asking models={known} onCount={counts.again} />
           ) : (
-            <p class="note">
-              The service has no models. The operator adds a base model with <code>--model NAME=SOURCE</code>.
-            </p>
+            <NoModels />
           )
         }
       </Show>

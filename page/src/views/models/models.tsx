@@ -1,5 +1,6 @@
 import { Download } from "../../parts/download/download";
 import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
+import { NoModels } from "../../parts/no-models/no-models";
 import { href, route } from "../../parts/route/route";
 import { moment, zone } from "../../parts/words/words";
 import { loadRows, type Row as Found } from "./load";
@@ -32,11 +33,7 @@ export function Models() {
 
 function Nothing({ isFirst }: { isFirst: boolean }) {
   if (!isFirst) return <p class="note">There are no further models.</p>;
-  return (
-    <p class="note">
-      There are no models. The operator adds a base model with <code>--model NAME=SOURCE</code>; jobs add policies.
-    </p>
-  );
+  return <NoModels />;
 }
 
 function Table({ rows, again }: { rows: Found[]; again: () => void }) {

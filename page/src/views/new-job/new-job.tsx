@@ -2,6 +2,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { api, ask, Failure, type FileReport, type Method, type Option } from "../../api/client";
 import { useFile } from "../../parts/file-report/file-report";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
+import { NoModels } from "../../parts/no-models/no-models";
 import { href, route, setQuery } from "../../parts/route/route";
 import { Data } from "./data";
 import { bodyOf, draftOf, type Body, type Draft } from "./draft";
@@ -151,10 +152,10 @@ function Start({ known, draft }: { known: Known; draft: Draft }) {
   return (
     <fieldset class="panel">
       <legend>Model</legend>
-      <Field path="model" label="Start from" hint="A base model, or a policy: a model that an earlier job has trained.">
+      <Field path="model" label="Start from" hint={models.length ? "A base model, or a policy: a model that an earlier job has trained." : <NoModels />}>
         {(attributes) => (
           <select {...attributes} value={model} onChange={(event) => change("model", event.currentTarget.value)}>
-            {!models.length && <option value="">no models: name one in the service's settings</option>}
+            {!models.length && <option value="">no models</option>}
             {model && !models.includes(model) && <option>{model}</option>}
             {models.map((each) => (
               <option>{each}</option>
