@@ -45,6 +45,7 @@ def main() -> None:
             client.completions.create(model=policy, prompt="a", max_tokens=1)
             firsts.append(time.monotonic() - began)
             ends.append(asyncio.run(delete_under_load(service, policy, args.streams)))
+            print(f"first answer {firsts[-1]:.2f} s, last stream ends {ends[-1]:.2f} s after the deletion", flush=True)
     print(f"first answer after its job succeeded: {_times(firsts)}")
     print(f"last of {args.streams // 2} streams ends after the deletion: {_times(ends)}")
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}, cores: {os.cpu_count()}")

@@ -17,12 +17,13 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,10 @@ import psutil
 from services.local.postgres import start_postgres, stop_postgres
 from services.local.ray_head import processes_with
 from tests.e2e.conftest import running_service, tiny_model, wait_for
+from tests.e2e.test_kills import engine as engine_of
+from tests.e2e.test_kills import replica
 from tests.services.control_plane.conftest import FakeRay, free_port
 
-PARTS = {"engine": "VLLM::EngineCor", "replica": "ray::ServeReplica", "proxy": "ray::ProxyActor"}  # process names
 KEY = "rd-benchmark"
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": True, "ignore_eos": True}
@@ -106,25 +108,23 @@ def service_with_vllm(options: argparse.Namespace) -> Iterator[tuple[dict[str, "
         told = httpx.get(f"http://127.0.0.1:{head['dashboard_port']}/api/serve/applications/", headers=token)
         (app,) = told.json()["applications"]
         direct = Way(f"127.0.0.1:{head['serve_port']}", f"/{app}{CHAT}", service.key)
-        separate_engine(head["mark"], service.process.pid)
+        control_plane, served = psutil.Process(service.process.pid), engine_of(service)
+        separate(served, [psutil.Process(), control_plane, *processes_with(head["mark"])])
         for _ in range(3):  # warms the engine up
             asyncio.run(ask_all(direct, options))
-        processes = {"control plane": [psutil.Process(service.process.pid)]}
-        for name, beginning in PARTS.items():
-            processes[name] = [each for each in processes_with(head["mark"]) if each.name().startswith(beginning)]
+        processes = {"control plane": [control_plane], "engine": [served], "replica": [replica(service)]}
+        processes["proxy"] = service.processes("ray::ProxyActor")
         yield {"direct": direct, "gateway": gateway}, processes
 
 
-def separate_engine(mark: str, control_plane: int) -> None:
-    """Gives vLLM's engine the machine's first core, and other processes the other cores: this process, the control
-    plane (the process with the id `control_plane`), and the processes of Ray's head, whose environment has the
-    identifier `mark`."""
-    first, *others = sorted(os.sched_getaffinity(0))
-    for process in [psutil.Process(), psutil.Process(control_plane), *processes_with(mark)]:
-        cores = [first] if process.name().startswith("VLLM::EngineCor") else others
+def separate(served: psutil.Process, others: Iterable[psutil.Process]) -> None:
+    """Gives vLLM's engine `served`, the process that computes, the machine's first core, and all other processes the
+    other cores. The engine may be one of `others`."""
+    first, *rest = sorted(os.sched_getaffinity(0))
+    for process in others:
         for thread in process.threads():
             with suppress(OSError):  # the thread has ended
-                os.sched_setaffinity(thread.id, cores)
+                os.sched_setaffinity(thread.id, [first] if process == served else rest)
 
 
 def cpu_seconds(processes: Processes) -> dict[str, float]:
@@ -138,10 +138,17 @@ def engine(port: int, options: argparse.Namespace) -> Iterator[None]:
     command = [sys.executable, __file__, "engine", str(port), str(options.per_second), str(options.tokens)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()})
     try:
+        wait_for(lambda: listens(port), "the engine listens")
         yield
     finally:
         process.terminate()
         process.wait()
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 @contextmanager

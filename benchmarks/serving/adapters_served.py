@@ -33,9 +33,13 @@ from benchmarks.cluster import start_ray
 from benchmarks.memory import below
 from demo.base_model import make_base_model
 from dpo_core.config import Lora
+from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import BASE as BASE_FILE
 from dpo_core.models.adapter import base_file, fingerprint
+from dpo_core.models.adapter_folder import EFFECT
 from dpo_core.models.model import load_policy
+from dpo_core.policy.adapter_effect import NUM_ROWS, SIDE_TOKENS, measure_effect
+from dpo_core.policy.scorer import Scorer
 from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Deployment
 from services.deployment_settings import EngineSettings
 from tests.services.control_plane.conftest import free_port
@@ -64,8 +68,11 @@ def main() -> None:
 
 def _make_adapters(base: Path, args: argparse.Namespace) -> Iterator[Path]:
     """Yields the folders of random adapters. Each folder records the fingerprint of the base model's weights, as the
-    folders of adapters that jobs trained do."""
+    folders of adapters that jobs trained do. Every other folder has the adapter's effect on rows of the largest size
+    that is measured, which the engine repeats when it attaches the adapter."""
     policy = load_policy(base, adapter=Lora(r=args.rank))
+    scorer, ids = Scorer(policy), range(5, 5 + SIDE_TOKENS)
+    rows = [EncodedGroup(ids, (ids[::-1],), None, line) for line in range(NUM_ROWS)]
     told = base_file(fingerprint(policy), policy)
     for seed in range(args.adapters):
         torch.manual_seed(seed)
@@ -75,6 +82,9 @@ def _make_adapters(base: Path, args: argparse.Namespace) -> Iterator[Path]:
         folder = base.with_name(f"adapter-{seed}")
         policy.save_pretrained(folder)
         (folder / BASE_FILE).write_bytes(told)
+        if seed % 2:
+            effect = measure_effect(scorer, rows, max_tokens_per_pack=4096)
+            (folder / EFFECT).write_bytes(effect.to_json())
         yield folder
 
 
@@ -114,7 +124,8 @@ def _measure(url: str, folders: list[Path], expected: list[float]) -> None:
     print(f"| largest difference from PEFT's log-probabilities | {difference:.1e} |")
     print(f"| smallest difference between two adapters | {closest:.1e} |")
     print(f"| first answer of the first adapter, which reads the base for its fingerprint | {1e3 * firsts[0]:.0f} ms |")
-    print(f"| first answer of another adapter, median and longest | {_times(firsts[1:])} |")
+    print(f"| first answer of another adapter, median and longest | {_times(firsts[2::2])} |")
+    print(f"| the same, if the engine repeats the adapter's effect on rows | {_times(firsts[1::2])} |")
     print(f"| later answer, median and longest | {_times(again)} |")
     print(f"| memory before, MB | {start / 1e6:.0f} |")
     print(f"| memory for each adapter, MB | {(held - start) / len(folders) / 1e6:.2f} |")
