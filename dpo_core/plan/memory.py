@@ -9,10 +9,11 @@ the memory that real processes use.
 import re
 from dataclasses import dataclass, replace
 from math import ceil, inf, prod
+from typing import Any
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
 from dpo_core.plan.quantization import count_quantized
-from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS, choose_pack, fewest_shards
+from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack, fewest_shards, logits_bytes, most_logits_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Memory:
     masters: int  # float32 copies of the weights that are trained in half precision
     moments: int
     activations: int  # what autograd keeps of a pack (groups of one forward pass)
-    head: int  # a tile of logits, and the gradients that leave the head
+    head: int  # logits held at a time, and the gradients that leave the head
     masks: int
     sharding: int  # weights that FSDP gathers whole to compute with them
     exchange: int  # buffers for gradients between workers, needed after activations are freed
@@ -64,7 +65,9 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
         shards = fewest_shards(places, lambda n: sum(_state(model, run, n).values()), inf if room is None else room)
     layer, balanced = _kept_of_layer(model, run, rows), _balanced(model, run)
     border = model.number("hidden_size") * run.itemsize + balanced * (FLOAT32 + run.itemsize)
-    free = None if room is None else room - sum(_state(model, run, shards).values()) - _tile(model, run)
+    most = max(run.max_length, MOST_TOKENS[run.device])
+    logits = 0 if run.rewards else most_logits_bytes(**_head(model, run), most_rows=most)
+    free = None if room is None else room - sum(_state(model, run, shards).values()) - logits
     tokens, again, _ = choose_pack(
         None if free is None else int(max(0, free) * PACK_SHARE),
         layers * layer,
@@ -72,7 +75,7 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
         given=run.max_tokens_per_pack,
         wanted=run.activation_checkpointing,
         least=run.max_length,
-        most=max(run.max_length, MOST_TOKENS[run.device]),
+        most=most,
     )
     run = replace(run, max_tokens_per_pack=tokens, activation_checkpointing=again)
     return run, shards, _memory(model, run, shards, rows, *_pack(run, rows, tokens))
@@ -106,7 +109,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
     learned = int(completions * (1 if run.rewards else rows.completion))  # tokens for which the head computes logits
     again, layer = run.activation_checkpointing == "on", _kept_of_layer(model, run, rows)
     head_gradient = 0 if run.adapter or run.rewards else model.number("vocab_size") * hidden * FLOAT32
-    in_head = _tile(model, run, learned) + learned * hidden * FLOAT32
+    logits = 0 if run.rewards else logits_bytes(**_head(model, run), rows=learned)
+    in_head = logits + learned * hidden * FLOAT32
     last_norm = tokens * hidden * (2 * FLOAT32 + size * (not run.adapter))
     widest = (2 + again) * _intermediate(model) + 2 * hidden  # gradients held at one time within a layer
     in_layer = tokens * (layer * again + widest * size)
@@ -266,8 +270,8 @@ def _intermediate(model: Shapes) -> int:
     return model.number("intermediate_size")
 
 
-def _tile(model: Shapes, run: Run, learned: int | None = None) -> int:
-    rows = TILE_ROWS[run.device] if learned is None else min(learned, TILE_ROWS[run.device])
-    width = FLOAT32 + (run.itemsize if run.itemsize < FLOAT32 else 0)
-    width += 2 * FLOAT32 * bool(model.text.get("final_logit_softcapping"))  # the slope of the cap
-    return 0 if run.rewards else rows * min(model.number("vocab_size"), TILE_COLUMNS) * width
+def _head(model: Shapes, run: Run) -> dict[str, Any]:
+    """Returns what the memory of logits depends on, besides the number of rows: the arguments of `logits_bytes`."""
+    capped = bool(model.text.get("final_logit_softcapping"))
+    vocabulary = model.number("vocab_size")
+    return {"device": run.device, "vocabulary": vocabulary, "itemsize": run.itemsize, "capped": capped}

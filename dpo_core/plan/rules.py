@@ -1,16 +1,45 @@
-"""Holds rules that training and a plan of training share: into how many shards weights are split, and how many tokens a
-pack has. A pack holds the groups (prompts with their completions) that go through one forward pass together. Uses only
-the standard library."""
+"""Holds rules that training and a plan of training share: into how many shards weights are split, how many tokens a
+pack has, and how many logits are held at a time. A pack holds the groups (prompts with their completions) that go
+through one forward pass together. Uses only the standard library."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from dpo_core.plan.inputs import FLOAT32
+
 # The size of a tile, the logits held at a time. It has few rows on a CPU, to fit into caches, and many on a GPU.
 TILE_ROWS = {"cpu": 256, "cuda": 1024}
 TILE_COLUMNS = 32768
-MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # in one forward pass; more are no faster
+KEPT_LOGITS = {
+    "cpu": 2**25
+}  # numbers in float32; a forward pass that has more computes them again in its backward pass
+MOST_TOKENS = {"cpu": 1024, "cuda": 32768}  # in one forward pass; more are no faster
 STATE_SHARE = 0.5  # share of a GPU's memory for weights, gradients and AdamW's moments; the rest is for packs
 PACK_SHARE = 0.6  # share of free memory for tensors that backward needs; the rest is for temporary tensors
+
+
+def keeps_logits(device: str, rows: int, vocabulary: int, *, capped: bool) -> bool:
+    """Whether a forward pass keeps the logits of its `rows` rows (tokens) until the backward pass. If it does not, both
+    compute them tile by tile. Logits that are `capped` (limited by tanh) are never kept."""
+    return not capped and rows * vocabulary <= KEPT_LOGITS.get(device, 0)
+
+
+def logits_bytes(device: str, rows: int, vocabulary: int, itemsize: int, *, capped: bool) -> int:
+    """Returns the bytes of the logits that are held at one time for `rows` rows (tokens): all, if they are kept until
+    the backward pass, or a tile.
+
+    `itemsize` is that of the model's dtype. Logits are in float32, but the result includes copies of a tile that exist
+    at the same time: one more in half precision and, if the logits are `capped` (limited by tanh), two in float32.
+    """
+    tile = min(rows, TILE_ROWS.get(device, TILE_ROWS["cuda"])) * min(vocabulary, TILE_COLUMNS)
+    held = rows * vocabulary if keeps_logits(device, rows, vocabulary, capped=capped) else tile
+    return FLOAT32 * held + tile * (2 * FLOAT32 * capped + (itemsize if itemsize < FLOAT32 else 0))
+
+
+def most_logits_bytes(device: str, most_rows: int, vocabulary: int, itemsize: int, *, capped: bool) -> int:
+    """Returns the largest `logits_bytes` of any number of rows up to `most_rows`."""
+    kept_rows = min(most_rows, KEPT_LOGITS.get(device, 0) // vocabulary)
+    return max(logits_bytes(device, rows, vocabulary, itemsize, capped=capped) for rows in (most_rows, kept_rows))
 
 
 def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: float) -> int:

@@ -1,13 +1,14 @@
 """Counts the floating-point operations of a training step, and measures the operations per second of a device."""
 
 import time
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_core.models.quantization import shape_of
+from dpo_core.plan.rules import keeps_logits
 from dpo_core.policy.batch import Batch
 
 
@@ -16,9 +17,10 @@ class Flops:
     2204.02311, appendix B).
 
     A multiplication and an addition are two operations. Attention is taken to be causal. The operations that compute
-    logits and attention scores are counted for the forward pass, and again for the backward pass, which repeats them.
-    For frozen weights no gradient is counted. With `recomputed` activations, the operations of all layers' forward
-    passes are counted again, too.
+    attention scores are counted for the forward pass, and again for the backward pass, which repeats them. So are the
+    operations that compute logits, unless the batch has so few logits that they are kept. For frozen weights no
+    gradient is counted. With `recomputed` activations, the operations of all layers' forward passes are counted again,
+    too.
     """
 
     def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:
@@ -28,7 +30,14 @@ class Flops:
         routed = getattr(config, "num_experts_per_tok", None) or 1
         experts = sum(_per_input(w, recomputed) * routed // len(w) for w in weights if w.ndim == 3)
         self.per_token: int = sum(_per_input(w, recomputed) for w in weights if w.ndim == 2) + experts
-        self.per_row: int = 0 if head is None else _per_input(head.weight, True)
+        self.per_row: int = 0 if head is None else _per_input(head.weight, False)
+        self._logits_per_row: int = 0 if head is None else 2 * shape_of(head.weight).numel()
+        self._keeps_logits = partial(
+            keeps_logits,
+            str(model.device.type),
+            vocabulary=config.vocab_size,
+            capped=bool(getattr(config, "final_logit_softcapping", None)),
+        )
         heads: int = getattr(config, "num_attention_heads", 0)  # a state-space model has none
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         self.per_seen_token: int = (14 + 4 * recomputed) * width * config.num_hidden_layers
@@ -39,7 +48,8 @@ class Flops:
             (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
             for prefix_start, prefix_stop, start, stop in batch.segments
         )
-        return self.per_token * len(batch.input_ids) + self.per_row * len(batch.rows) + self.per_seen_token * seen
+        per_row = self.per_row + self._logits_per_row * (not self._keeps_logits(rows=len(batch.rows)))
+        return self.per_token * len(batch.input_ids) + per_row * len(batch.rows) + self.per_seen_token * seen
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:

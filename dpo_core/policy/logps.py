@@ -1,5 +1,5 @@
-"""Computes log-probabilities of tokens from hidden states. Only a tile of the logits is in memory at a time: some rows
-(tokens), and a part of the vocabulary."""
+"""Computes log-probabilities of tokens from hidden states. Unless there are few logits, only a tile of them is in
+memory at a time: some rows (tokens), and a part of the vocabulary."""
 
 from itertools import product
 from typing import Any
@@ -7,22 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_core.plan.rules import TILE_COLUMNS, TILE_ROWS
+from dpo_core.plan.rules import TILE_COLUMNS, TILE_ROWS, keeps_logits
 
 PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough to fit into caches
-
-
-def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes of memory that a full tile takes. The logits are computed tile by tile; a tile is the part of
-    them that is in memory at a time, in float32.
-
-    `vocabulary` is the number of tokens in the vocabulary, and `dtype` the dtype of the model. The result includes
-    copies of the tile that exist at the same time. If the logits are `capped` (limited by tanh), there are three copies
-    in float32 in all. If `dtype` is half precision, there is one more copy in this dtype.
-    """
-    numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
-    widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
-    return numbers * widths
 
 
 def token_logps(
@@ -41,19 +28,21 @@ def token_logps(
     Shapes, for R rows, width H and a vocabulary of V tokens: hidden [R, H], weight [V, H], bias [V] or None, targets
     [R]. The log-probabilities are in float32 or wider; the second tensor has no gradient. With a `soft_cap`, logits
     become `soft_cap * tanh(logits / soft_cap)` before the softmax, as in Gemma. At most `tile_rows` x `tile_columns`
-    logits are held at a time; None for `tile_rows` means a number that suits the device.
+    logits are computed at a time; None for `tile_rows` means a number that suits the device. On a CPU all logits are
+    kept for the backward pass if they are few (`keeps_logits`); otherwise only one tile of them is held at a time.
     """
-    tile = (tile_rows or TILE_ROWS.get(hidden.device.type, 1024), tile_columns)
-    logps_and_correct: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
+    device = hidden.device.type
+    tile = (tile_rows or TILE_ROWS.get(device, 1024), tile_columns)
+    keep = torch.is_grad_enabled() and keeps_logits(device, len(hidden), len(weight), capped=soft_cap is not None)
+    logps_and_correct: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile, keep)  # type: ignore[no-untyped-call]
     return logps_and_correct
 
 
 class _TiledLogps(torch.autograd.Function):
-    """Computes log-probabilities while only one tile of the logits is in memory: some rows (tokens) times a part of the
-    vocabulary.
+    """Computes log-probabilities tile by tile: some rows (tokens) times a part of the vocabulary.
 
-    Backward computes the logits of each tile again and overwrites them with the gradient: d logp / d logits =
-    onehot(target) - softmax(logits).
+    Backward overwrites each tile with the gradient: d logp / d logits = onehot(target) - softmax(logits). It takes the
+    tile from those that the forward pass has kept, or computes it again, with the same result bit for bit.
     """
 
     @staticmethod
@@ -65,20 +54,24 @@ class _TiledLogps(torch.autograd.Function):
         targets: Tensor,
         soft_cap: float | None,
         tile: tuple[int, int],
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         normalizers, chosen, correct = [], [], []
+        tiles: list[tuple[Tensor | None, Tensor]] = []  # exp(logits - largest) if kept, and each row's largest logit
         for rows in _cuts(len(hidden), tile[0]):
-            parts = [
-                _summed(_logits(hidden[rows], weight, bias, soft_cap, columns), targets[rows] - columns.start)
-                for columns in _cuts(len(weight), tile[1])
-            ]
+            parts = []
+            for columns in _cuts(len(weight), tile[1]):
+                logits = _logits(hidden[rows], weight, bias, soft_cap, columns)
+                parts.append(_summed(logits, targets[rows] - columns.start))
+                tiles.append((logits if keep else None, parts[-1][2]))
+                del logits  # frees this tile before the next one is computed
             normalizer, at_target, largest = (torch.stack(part) for part in zip(*parts, strict=True))
             normalizers.append(normalizer.logsumexp(0))
             chosen.append(at_target.amax(0))
             correct.append(chosen[-1] == largest.amax(0))
         normalizer = torch.cat(normalizers)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
-        ctx.soft_cap, ctx.tile = soft_cap, tile
+        ctx.soft_cap, ctx.tile, ctx.tiles = soft_cap, tile, tiles
         is_correct = torch.cat(correct)
         ctx.mark_non_differentiable(is_correct)
         return torch.cat(chosen) - normalizer, is_correct
@@ -91,11 +84,17 @@ class _TiledLogps(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=normalizer.dtype) if needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
-        for rows, columns in product(_cuts(len(hidden), ctx.tile[0]), _cuts(len(weight), ctx.tile[1])):
-            logits = _logits(hidden[rows], weight, bias, ctx.soft_cap, columns)
-            slope = _slope(logits, targets[rows] - columns.start, normalizer[rows], grads[0][rows], ctx.soft_cap)
-            del logits  # frees this tile before the next one is computed
-            slope = slope.to(hidden.dtype)
+        cuts = product(_cuts(len(hidden), ctx.tile[0]), _cuts(len(weight), ctx.tile[1]))
+        for number, (rows, columns) in enumerate(cuts):
+            (kept, largest), cap_slope = ctx.tiles[number], None
+            ctx.tiles[number] = None, largest  # what is kept is overwritten here; another backward pass computes it
+            if kept is None:
+                kept = _logits(hidden[rows], weight, bias, ctx.soft_cap, columns)
+                cap_slope = None if ctx.soft_cap is None else 1 - (kept / ctx.soft_cap) ** 2
+                kept.sub_(largest[:, None]).exp_()
+            slope = _slope(kept, largest, targets[rows] - columns.start, normalizer[rows], grads[0][rows])
+            slope = (slope if cap_slope is None else slope.mul_(cap_slope)).to(hidden.dtype)
+            del kept, cap_slope  # frees this tile before the next one is computed
             if grad_hidden is not None:
                 _add_product(grad_hidden[rows], slope, weight[columns])
             if grad_weight is not None:
@@ -103,7 +102,7 @@ class _TiledLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[columns].add_(slope.sum(0, dtype=grad_bias.dtype))
             del slope
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -155,7 +154,7 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     - the logit of the row's target token, or -inf if the target is in another tile
     - the row's largest logit
 
-    Overwrites `logits`.
+    Overwrites `logits` with exp(logits - largest).
     """
     place, here = _place(targets, logits)
     at_target = logits.gather(1, place)[:, 0].masked_fill(~here, -torch.inf)
@@ -163,18 +162,16 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest), at_target, largest
 
 
-def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
-    """Overwrites a tile of `logits` with the gradient of the loss with respect to these logits, and returns the tile.
+def _slope(exponentials: Tensor, largest: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor) -> Tensor:
+    """Returns the gradient of the loss with respect to a tile of logits. Overwrites `exponentials` with it.
 
+    `_summed` has made `exponentials`, which are exp(logits - largest), and `largest`, the largest logit of each row.
     `targets` has the target token of each row of the tile, and `normalizer` the log-sum-exp of each row's logits.
-    `grad` is the loss's gradient with respect to the log-probabilities of the targets. `soft_cap` is the limit of the
-    logits, None if they have none.
+    `grad` is the loss's gradient with respect to the log-probabilities of the targets.
     """
-    cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
-    place, here = _place(targets, logits)
-    slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
-    slope.scatter_add_(1, place, (grad * here)[:, None])
-    return slope if cap_slope is None else slope.mul_(cap_slope)
+    place, here = _place(targets, exponentials)
+    slope = exponentials.mul_(((largest - normalizer).exp_() * -grad)[:, None])
+    return slope.scatter_add_(1, place, (grad * here)[:, None])
 
 
 def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

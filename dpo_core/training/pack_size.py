@@ -17,9 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.architecture import decoder_layers, is_sharded, local_part
-from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack
+from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack, most_logits_bytes
 from dpo_core.policy.attention import shared_prompts
-from dpo_core.policy.logps import tile_bytes
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.ranks import all_reduce_min, num_local_ranks
 from dpo_core.training.weights import num_shards, state_bytes
@@ -44,7 +43,7 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
         return config
     model, least = scorer.model, config.max_length
     most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
-    budget = _budget(scorer, config.sharding)
+    budget = _budget(scorer, config.sharding, most)
     token_bytes = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))
     recomputed_bytes = token_bytes // layers + layers * _border_bytes(scorer)
@@ -83,9 +82,9 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
     return undo
 
 
-def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
-    """Returns how many bytes of memory the tokens of one forward pass may take. This is a part of the memory that
-    remains after weights, gradients, the optimizer's state and a tile (the logits held at a time). `sharding` is the
+def _budget(scorer: Scorer, sharding: Sharding, most: int) -> int | None:
+    """Returns how many bytes of memory the tokens of one forward pass, at most `most`, may take. This is a part of the
+    memory that remains after weights, gradients, the optimizer's state and the logits held at a time. `sharding` is the
     option that says how the weights, the gradients and this state are split over the ranks.
 
     All ranks (processes of the run) get the same result, the smallest number of any rank. Returns None if the system
@@ -98,8 +97,9 @@ def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
     loaded = sum(local_part(weight).nbytes for weight in model.parameters())
     state = state_bytes(model, num_shards(scorer, sharding), scorer.dtype)
     vocabulary, capped = model.config.get_text_config().vocab_size, scorer.manner.logits.cap is not None
-    tile = 0 if scorer.rewards else tile_bytes(vocabulary, scorer.dtype, model.device, capped=capped)
-    return all_reduce_min(int(max(0, free + loaded - state - tile) * PACK_SHARE), model.device)
+    head = most_logits_bytes(model.device.type, most, vocabulary, scorer.dtype.itemsize, capped=capped)
+    free += loaded - state - (0 if scorer.rewards else head)
+    return all_reduce_min(int(max(0, free) * PACK_SHARE), model.device)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -5,7 +5,8 @@ A pack is the rows of one forward pass.
 
 import pytest
 
-from dpo_core.plan.rules import STATE_SHARE, choose_pack, fewest_shards
+from dpo_core.plan import rules
+from dpo_core.plan.rules import STATE_SHARE, choose_pack, fewest_shards, logits_bytes, most_logits_bytes
 
 
 def test_a_state_is_split_no_further_than_it_must_be():
@@ -28,3 +29,26 @@ def test_a_state_is_split_no_further_than_it_must_be():
 )
 def test_a_pack_is_as_large_as_memory_allows(budget, given, wanted, expected):
     assert choose_pack(budget, 100, 10, given=given, wanted=wanted, least=256, most=4096) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "vocabulary", "itemsize", "capped", "expected"),
+    [
+        ("cpu", 300, 1000, 4, False, 4 * 300 * 1000),
+        ("cpu", 301, 1000, 4, False, 4 * 256 * 1000),
+        ("cpu", 300, 1000, 2, False, 4 * 300 * 1000 + 2 * 256 * 1000),
+        ("cpu", 300, 1000, 4, True, 12 * 256 * 1000),
+        ("cpu", 100, 100_000, 4, False, 4 * 100 * 32768),
+        ("cuda", 300, 1000, 4, False, 4 * 300 * 1000),
+        ("cuda", 2000, 1000, 2, False, 6 * 1024 * 1000),
+    ],
+    ids=["kept", "too many to keep", "half precision", "capped", "a part of the vocabulary", "GPU", "GPU, many rows"],
+)
+def test_all_logits_are_held_if_they_are_kept_and_else_a_tile(
+    device, rows, vocabulary, itemsize, capped, expected, monkeypatch
+):
+    monkeypatch.setattr(rules, "KEPT_LOGITS", {"cpu": 300_000})
+    assert logits_bytes(device, rows, vocabulary, itemsize, capped=capped) == expected
+    assert max(
+        logits_bytes(device, fewer, vocabulary, itemsize, capped=capped) for fewer in range(rows + 1)
+    ) == most_logits_bytes(device, rows, vocabulary, itemsize, capped=capped)

@@ -17,6 +17,7 @@ from transformers import (
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy
+from dpo_core.plan import rules
 from dpo_core.policy.batch import Batch, collate
 from dpo_core.policy.flops import Flops
 from dpo_core.policy.scorer import Scorer
@@ -59,8 +60,11 @@ def unseen(batch: Batch) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("with_ends", [False, True], ids=["", "with the last tokens"])
-def test_a_forward_and_backward_take_the_counted_operations(name, with_ends, make_groups):
-    """Both counts are equal. Both count the head's tiles and attention's scores twice."""
+@pytest.mark.parametrize("keeps", [False, True], ids=["", "with kept logits"])
+def test_a_forward_and_backward_take_the_counted_operations(name, with_ends, keeps, make_groups, monkeypatch):
+    """Both counts are equal. Both count attention's scores twice, and the head's tiles too if logits are not kept."""
+    if not keeps:
+        monkeypatch.setattr(rules, "KEPT_LOGITS", {})
     policy = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     batch, flops = collate(make_groups(6, 4), with_ends=with_ends), Flops(policy)
     assert flops.count(batch) + flops.per_seen_token * unseen(batch) == counted(policy, batch)

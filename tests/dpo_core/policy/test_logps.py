@@ -1,9 +1,15 @@
+from itertools import accumulate
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from dpo_core.plan import rules
 from dpo_core.policy import logps as module
 from dpo_core.policy.logps import token_logps
+from tests.dpo_core.policy.test_flops import FORMULAS
+from tests.dpo_core.training.test_pack_size import changes
 
 
 def example(
@@ -79,7 +85,55 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_rows_times_vocabulary_is_never_held():
+@pytest.fixture
+def nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(rules, "KEPT_LOGITS", {})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tile", [(1, 4), (3, 100), (100, 100)])
+def test_kept_logits_change_no_gradient(tile, bias, monkeypatch):
+    inputs = example(torch.float64, bias)
+    leaves, targets = [leaf for leaf in inputs[:3] if leaf is not None], inputs[3]
+
+    def gradients():
+        logps, _ = token_logps(*inputs[:3], targets, tile_rows=tile[0], tile_columns=tile[1])
+        upstream = torch.linspace(-1, 1, 7, dtype=torch.float64)
+        return [torch.autograd.grad(logps, leaves, upstream, retain_graph=True) for _ in range(2)]
+
+    kept, again = gradients()  # the second backward pass finds no tiles and computes them
+    monkeypatch.setattr(rules, "KEPT_LOGITS", {})
+    computed, _ = gradients()
+    torch.testing.assert_close((kept, again), (computed, computed), rtol=0, atol=0)
+
+
+def test_kept_logits_spare_one_of_four_products(monkeypatch):
+    hidden, weight, _, targets = example(torch.float32, bias=False)
+
+    def products(tile_rows):
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            token_logps(hidden, weight, None, targets, tile_rows=tile_rows)[0].sum().backward()
+        return counter.get_total_flops() / (2 * hidden.shape[0] * weight.numel())
+
+    assert [products(rows) for rows in (3, 100)] == [3, 3]
+    monkeypatch.setattr(rules, "KEPT_LOGITS", {"cpu": hidden.shape[0] * weight.shape[0] - 1})  # one too few
+    assert [products(rows) for rows in (3, 100)] == [4, 4]
+
+
+def test_no_logits_are_kept_if_no_gradient_is_wanted():
+    rows, vocabulary = 512, 8192
+    hidden, weight = torch.randn(rows, 1), torch.randn(vocabulary, 1, requires_grad=True)
+    targets = torch.zeros(rows, dtype=torch.int64)
+
+    def peak() -> int:
+        return max(accumulate(changes(lambda: token_logps(hidden, weight, None, targets, tile_rows=16))))
+
+    assert peak() > 4 * rows * vocabulary
+    with torch.no_grad():
+        assert peak() < 4 * rows * vocabulary / 8
+
+
+def test_rows_times_vocabulary_is_never_held(nothing_is_kept):
     rows, vocabulary = 512, 8192
     hidden = torch.randn(rows, 1, requires_grad=True)
     weight = torch.randn(vocabulary, 1, requires_grad=True)

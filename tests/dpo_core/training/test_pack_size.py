@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Mixtral
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
+from dpo_core.plan import rules
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training import pack_size
 from dpo_core.training.checkpoint import read_manifest
@@ -68,7 +69,21 @@ def test_with_plenty_of_or_unknown_memory_a_pack_has_the_most_tokens_and_nothing
     assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (pack_size.MOST_TOKENS["cpu"], "off")
 
 
-def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(policy, free, caplog):
+@pytest.fixture
+def tiles_only(monkeypatch):
+    """Keeps no logits for the backward pass, so that only one tile of them is in memory."""
+    monkeypatch.setattr(rules, "KEPT_LOGITS", {})
+
+
+@pytest.fixture
+def large_packs(monkeypatch):
+    """Lets packs grow with the memory up to the size that they have on no CPU by themselves."""
+    monkeypatch.setitem(rules.MOST_TOKENS, "cpu", 8192)
+
+
+def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(
+    policy, free, caplog, tiles_only, large_packs
+):
     choices = []
     for megabytes in (512, 64, 32, 16, 8, 4, 2):
         free(megabytes * MB)
@@ -79,7 +94,9 @@ def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(polic
     assert len(set(kept)) > 3
     assert [checkpointing for _, checkpointing in choices] == sorted(c for _, c in choices)
     assert choices[-1][1] == "on"
-    assert all(CONFIG.max_length <= tokens <= 8192 and tokens.bit_count() == 1 for tokens, _ in choices)
+    assert all(
+        CONFIG.max_length <= tokens <= pack_size.MOST_TOKENS["cpu"] and tokens.bit_count() == 1 for tokens, _ in choices
+    )
     assert not caplog.records
 
 
@@ -92,19 +109,25 @@ def test_a_max_length_that_does_not_fit_is_warned_of(policy, free, caplog):
     assert said.startswith("A row of max_length (256 tokens) may not fit into memory, which has room for about ")
 
 
-def test_memory_for_the_optimizer_and_a_tile_of_logits_is_reserved(policy, make_policy, free):
-    """A float32 weight needs 12 more bytes. A weight in half precision also has a float32 master."""
+@pytest.mark.parametrize(("kept_rows", "held_rows"), [(0, 256), (255, 256), (300, 300), (9000, 1000)])
+def test_memory_for_the_optimizer_and_for_logits_is_reserved(
+    kept_rows, held_rows, policy, make_policy, free, monkeypatch
+):
+    """A float32 weight needs 12 more bytes. A weight in half precision also has a float32 master. A pack has at most
+    1,000 tokens, and logits are kept for at most `kept_rows` tokens."""
+    monkeypatch.setattr(rules, "KEPT_LOGITS", {"cpu": kept_rows * conftest.VOCABULARY})
     num_weights = sum(p.numel() for p in policy.parameters())
-    budgets, rows = [], 256
+    budgets = []
     for dtype, state in ((torch.float32, 12), (torch.bfloat16, 16)):
-        tile = rows * conftest.VOCABULARY * (4 if dtype == torch.float32 else 6)
-        free(state * num_weights + tile + 10 * MB)
-        budgets.append(pack_size._budget(Scorer(make_policy().to(dtype)), "auto"))
+        rounded = 0 if dtype == torch.float32 else 256 * 2
+        logits = conftest.VOCABULARY * (held_rows * 4 + rounded)
+        free(state * num_weights + logits + 10 * MB)
+        budgets.append(pack_size._budget(Scorer(make_policy().to(dtype)), "auto", 1000))
     assert budgets == [int(pack_size.PACK_SHARE * 10 * MB)] * 2
 
 
 @pytest.mark.parametrize("megabytes", [64, 40, 8, 4, 2])
-def test_a_pack_takes_no_more_than_free_memory(make_policy, free, megabytes):
+def test_a_pack_takes_no_more_than_free_memory(make_policy, free, megabytes, tiles_only, large_packs):
     """It also takes at least a fifth of this memory: a part is held back, and powers of two may halve the rest."""
     free(megabytes * MB)
     scorer = Scorer(make_policy(num_hidden_layers=4))
@@ -266,7 +289,7 @@ def peak_of_a_step(policy, tokenizer, groups, folder) -> int:
 
 @pytest.mark.slow
 def test_a_vocabulary_four_times_as_large_takes_no_more_memory_but_for_its_weights(
-    make_policy, make_groups, scored, tokenizer, tmp_path
+    make_policy, make_groups, scored, tokenizer, tmp_path, tiles_only, large_packs
 ):
     sizes = {"hidden_size": 96, "intermediate_size": 192}
     small, large = (make_policy(vocab_size=size, **sizes) for size in (32768, 131072))
