@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,10 +36,15 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 900.0)
 
 
 class Service:
-    """Runs `raydpo up` in a process, which can be killed and started again on the same home folder."""
+    """Runs `raydpo up` in a process, which can be killed and started again on the same home folder.
 
-    def __init__(self, home: Path, models: Mapping[str, Path], environment: Mapping[str, str]) -> None:
-        self.home, self.models, self.environment = home, models, environment
+    `runner` is a command that replaces itself with the command that follows it, such as `env`.
+    """
+
+    def __init__(
+        self, home: Path, models: Mapping[str, Path], environment: Mapping[str, str], runner: Sequence[str] = ()
+    ) -> None:
+        self.home, self.models, self.environment, self.runner = home, models, environment, runner
         self.port, self.hooks_port = free_port(), free_port()
         self.log = home.parent / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -51,7 +56,7 @@ class Service:
     def start(self) -> None:
         raydpo = Path(sys.executable).with_name("raydpo")
         models = [f"--model={name}={folder}" for name, folder in self.models.items()]
-        command = [raydpo, "up", f"--home={self.home}", f"--port={self.port}", *models]
+        command = [*self.runner, raydpo, "up", f"--home={self.home}", f"--port={self.port}", *models]
         hooks = {"RAYDPO_WEBHOOK_URLS": json.dumps([f"http://127.0.0.1:{self.hooks_port}/"])}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -103,12 +108,14 @@ class Service:
 
 
 @contextmanager
-def running_service(make_models: Callable[[Path], Mapping[str, Path]], **environment: str) -> Iterator[Service]:
+def running_service(
+    make_models: Callable[[Path], Mapping[str, Path]], *, runner: Sequence[str] = (), **environment: str
+) -> Iterator[Service]:
     """Starts a service on a new home folder, with the base models that `make_models` writes into a folder."""
     # Not in pytest's folder: as root, PostgreSQL is another user and must be able to reach its data.
     with TemporaryDirectory(prefix="raydpo-e2e-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
-        service = Service(Path(folder) / "home", make_models(Path(folder)), environment)
+        service = Service(Path(folder) / "home", make_models(Path(folder)), environment, runner)
         service.start()
         try:
             yield service
