@@ -328,6 +328,7 @@ class JobSpec(Contract):
     reference_model: str | None = None  # a base model's name or an `ft:` id; None: the model that the job starts from
     integrations: ReadIntegrations = Integrations()
     priority: int = Field(default=0, ge=-10, le=10)  # jobs of a higher priority start first
+    evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of the job's models, by names that it chose
 
     @property
     def validates(self) -> bool:

@@ -46,6 +46,7 @@ from services.control_plane.inference import api as inference_api
 from services.control_plane.inference.inference import Inference
 from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs import validation_api
+from services.control_plane.jobs.checkpoint_evaluations.runner import JobEvaluationRunner
 from services.control_plane.jobs.deletion import api as deletion_api
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.plans import api as plans_api
@@ -163,7 +164,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
     sweep_runner, rounds_runner = SweepRunner(store, settings, ray_api), RoundsRunner(store, settings, ray_api)
-    for kind in (RowChecker(store), evaluation_runner, sweep_runner, rounds_runner):
+    job_evaluations = JobEvaluationRunner(store, settings)
+    for kind in (RowChecker(store), evaluation_runner, job_evaluations, sweep_runner, rounds_runner):
         leaseholder = Leaseholder[Any](store, kind, holder=holder)
         tasks.append(asyncio.create_task(leaseholder.run(), name=type(kind).__name__))
     for task in tasks:

@@ -58,10 +58,7 @@ def read_config(path: Path) -> Body:
     Relative paths of data files in the body are resolved against the folder of the config file. Exits with an error if
     the file cannot be read.
     """
-    body = read_fields(path, "POST /fine_tuning/jobs into the file, such as `model: qwen`")
-    for field in FILES:
-        body = beside(path, body, field)
-    return body
+    return all_beside(path, read_fields(path, "POST /fine_tuning/jobs into the file, such as `model: qwen`"))
 
 
 def read_fields(path: Path, which: str) -> Body:
@@ -94,6 +91,39 @@ def beside(path: Path, body: Body, field: str) -> Body:
     if isinstance(named, str) and (path.parent / named).is_file():
         return body | {field: str(path.parent / named)}
     return body
+
+
+def all_beside(path: Path, body: Body) -> Body:
+    """Returns a job's request body with the whole paths of the data files that lie in the folder of the config file
+    `path`. Changes nothing else.
+    """
+    for field in _file_fields(body):
+        named = _at(body, field)
+        if isinstance(named, str) and (path.parent / named).is_file():
+            body = _with(body, field, str(path.parent / named))
+    return body
+
+
+def _file_fields(body: Body) -> list[str]:
+    """Returns the paths of the fields of a job's request body that name files: its data, and the prompts of its
+    evaluations.
+    """
+    evaluations = _part(_part(body, "x_raydpo"), "evaluations")
+    named = [name for name, each in evaluations.items() if isinstance(each, dict) and "file" in each]
+    return [*FILES, *(f"x_raydpo.evaluations.{name}.file" for name in named)]
+
+
+def _at(body: Body, field: str) -> Any:
+    value: Any = body
+    for name in field.split("."):
+        value = (value or {}).get(name)
+    return value
+
+
+def _with(body: Body, field: str, value: str) -> Body:
+    changed = deepcopy(body)
+    assign(changed, tuple(field.split(".")), value)
+    return changed
 
 
 def _json(text: str) -> Any:
@@ -216,8 +246,8 @@ def local_files(body: Body) -> dict[str, Path]:
     Exits with an error if a field names neither a local file, nor an uploaded file, nor a URI.
     """
     found = {}
-    for field in FILES:
-        match body.get(field):
+    for field in _file_fields(body):
+        match _at(body, field):
             case str(named) if "://" not in named and Path(named).is_file():
                 found[field] = Path(named)
             case str(named) if "://" not in named and not named.startswith("file-"):
@@ -235,13 +265,13 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
     from openai import NotFoundError
 
     try:
-        job: Any = client.post("/x/jobs/validate", body=body | _names(local), cast_to=object)
+        job: Any = client.post("/x/jobs/validate", body=_unsent(body, local), cast_to=object)
     except NotFoundError as error:
         if error.code != "file_not_found" or error.param not in OPTIONS:
             raise
         what = f"There is no file {body[error.param]}. It may have been deleted"
         fail(f"{what}; choose another one with {OPTIONS[error.param]}.")
-    for path in local.values():
+    for path in [path for field, path in local.items() if field in FILES]:
         _check_first_rows(path, _reading(body), job["method"]["type"])
     return dict(job)
 
@@ -255,7 +285,7 @@ def plan_unsent(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body
     from openai import BadRequestError
 
     try:
-        plan: Any = client.post("/x/plans", body=body | _names(local), cast_to=object)
+        plan: Any = client.post("/x/plans", body=_unsent(body, local), cast_to=object)
     except BadRequestError as error:
         if error.code not in ("model_unreadable", "model_unplannable"):
             raise
@@ -264,10 +294,13 @@ def plan_unsent(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body
     return dict(plan)
 
 
-def _names(local: Mapping[str, Path]) -> dict[str, str]:
-    """Returns the path of each local file in the form that the service expects, by the field of the body that names the
-    file. The path is absolute, or a relative one that begins with `./`."""
-    return {field: str(path) if path.is_absolute() else f"./{path}" for field, path in local.items()}
+def _unsent(body: Body, local: Mapping[str, Path]) -> Body:
+    """Returns the request body with the names of local files in the form that the service expects: an absolute path, or
+    a relative one that begins with `./`. `local` holds the path of each file, by the field that names the file.
+    """
+    for field, path in local.items():
+        body = _with(body, field, str(path) if path.is_absolute() else f"./{path}")
+    return body
 
 
 def _check_first_rows(path: Path, how: Body, kind: str) -> None:
@@ -294,12 +327,12 @@ def upload(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
     """Uploads the local data files, and returns the request body with the files' ids in place of their paths.
 
     `local` holds the path of each file, by the field of the body that names the file. The body's options for reading
-    rows are sent with each file.
+    rows are sent with each data file.
     """
     for field, path in local.items():
-        stored = send_file(client, path, _reading(body))
+        stored = send_file(client, path, _reading(body) if field in FILES else {})
         err.print(f"{path} uploaded as {stored.id}")
-        body = body | {field: stored.id}
+        body = _with(body, field, stored.id)
     if "training_file" in local:
         extension = _part(body, "x_raydpo")
         body = body | {"x_raydpo": {name: value for name, value in extension.items() if name not in READING}}

@@ -13,7 +13,7 @@ from rich.status import Status
 
 from services.cli.client import api_command, err, fail, id_argument, out, print_rows, safe, send_file
 from services.cli.jobs import frontier_picture
-from services.cli.jobs.request import FILES, Body, beside, local_files, read_fields, upload
+from services.cli.jobs.request import Body, all_beside, beside, local_files, read_fields, upload
 from services.cli.lists import AsJson, Item, date, list_command
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def _with_files(client: "OpenAI", config: Path) -> Body:
     body = read_fields(config, "POST /x/sweeps into the file, such as `job` and `parameters`")
     job, sent = body.get("job"), dict[str, str]()
     if isinstance(job, dict):
-        for field in FILES:
-            job = beside(config, job, field)
+        job = all_beside(config, job)
         body["job"] = upload(client, job, local_files(job))
     evaluations = body.get("evaluations")
     if isinstance(evaluations, dict):

@@ -37,6 +37,7 @@ from services.control_plane.core.errors import ApiError, Fenced, InvalidRequest
 from services.control_plane.core.store import refuses_value
 from services.control_plane.core.tables import Attempt, Checkpoint, Event, Job
 from services.control_plane.jobs import checkpoints, jobs
+from services.control_plane.jobs.checkpoint_evaluations import checkpoint_evaluations
 from services.control_plane.jobs.events.events import is_packed, step_event_id, step_message
 from services.control_plane.models import models
 from services.control_plane.models.deployments import deployments
@@ -324,8 +325,8 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
 async def _add_checkpoint(
     session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
 ) -> None:
-    """Adds a checkpoint that the attempt (run of a job) reported, with its model and an event. Drops old checkpoints of
-    the job.
+    """Adds a checkpoint that the attempt (run of a job) reported, with its model and an event, and plans its
+    evaluations that the job asks for. Drops old checkpoints of the job.
 
     `report` describes the checkpoint, and `event` is the message that brought the report. A resumed attempt repeats
     training steps. If the job has a checkpoint of the same step already, only the metrics of that checkpoint are
@@ -347,6 +348,7 @@ async def _add_checkpoint(
     await session.execute(row)
     await models.add(session, name, storage.join(report.uri, "model"), job)
     await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
+    await checkpoint_evaluations.plan(session, job, name, "checkpoints")
     await checkpoints.drop_old(session, job)
 
 

@@ -21,6 +21,7 @@ from services.control_plane.core.store import History, Store, history
 from services.control_plane.core.tables import Attempt, File, Job, reading_of
 from services.control_plane.files import files
 from services.control_plane.jobs import admission, jobs
+from services.control_plane.jobs.checkpoint_evaluations import checkpoint_evaluations
 from services.control_plane.jobs.plans.plans import DOES_NOT_FIT, MISFIT_AFTER
 from services.control_plane.jobs.results import write_results
 from services.control_plane.models import models
@@ -326,6 +327,7 @@ class Executor:
 
     async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
         """Marks the job as succeeded, and adds its trained model and its file of metrics, in one transaction.
+        The same transaction plans the evaluations of the model that the job asks for.
 
         `model_uri` is the folder of the model in storage, and `trained_tokens` the number of tokens that the job
         trained on.
@@ -342,6 +344,7 @@ class Executor:
                 session, stored, filename="step_metrics.csv", purpose=files.RESULTS, project_id=job.project_id
             )
             await models.add(session, name, model_uri, job)
+            await checkpoint_evaluations.plan(session, job, name, "policy")
             await attempts.end(session, attempt, "succeeded")
             jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
             jobs.tell(session, job.id, f"Completed results file: {results.id}")

@@ -577,6 +577,33 @@ class EvaluationItem(Base):
     error: Mapped[dict[str, Any] | None]  # {code, message}: why the item failed for good
 
 
+class JobEvaluation(Owned, Base):
+    """An evaluation that a job asks for, of one of the job's models: of a checkpoint, or of its policy.
+
+    The transaction that adds the model writes the row. The transaction that creates the evaluation adds the id of the
+    evaluation, so that no model is evaluated twice.
+    """
+
+    __tablename__ = "job_evaluations"
+    id: Mapped[str] = mapped_column(primary_key=True)  # model_id and name
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    name: Mapped[str]  # key in the field `evaluations` of the job's spec
+    model_id: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="waiting")
+    evaluation_id: Mapped[str | None]  # None: the evaluation is not created yet, or was refused
+    waits_for: Mapped[str | None]  # why the evaluation cannot be created at the moment, as text for the user
+    troubled_at: Mapped[datetime | None]  # of the first of the unexpected errors in a row
+    error: Mapped[dict[str, Any] | None]  # {code, message, param}
+    __table_args__ = (
+        UniqueConstraint("job_id", "name", "model_id"),
+        CheckConstraint(f"state IN {('waiting', 'evaluating', *EVALUATION_ENDS)}"),
+        CheckConstraint("state NOT IN ('evaluating', 'succeeded') OR evaluation_id IS NOT NULL"),
+        CheckConstraint("(state = 'failed') = (error IS NOT NULL)"),
+        Index("job_evaluations_live", "created_at", postgresql_where=text("state IN ('waiting', 'evaluating')")),
+    )
+
+
 class Sweep(Owned, Base):
     """A sweep: a number of jobs that differ in chosen options, which the control plane submits and compares. The row
     has the request (`spec`), the state, and what the sweep waits for.

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
-from sqlalchemy import ColumnElement, and_, func, select, text, tuple_
+from sqlalchemy import Select, Text, column, func, select, text, true, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound, storage
@@ -276,8 +276,8 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
     The caller must delete the bytes at these URIs after the commit.
     """
     over = select(File).where(File.deleted_at.is_(None), File.expires_at <= func.clock_timestamp())
-    for name in NEEDED:  # otherwise files that jobs need for a long time would fill the first `most` rows
-        over = over.where(File.id.not_in(select(Job.spec[name].astext).where(_lives(name))))
+    for query in _needing():  # otherwise files that jobs need for a long time would fill the first `most` rows
+        over = over.where(File.id.not_in(query.with_only_columns(query.selected_columns[0])))
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True)))
     needed = await needed_by(session, [row.id for row in rows])  # a job may have taken a file before its lock
     free = [row for row in rows if row.id not in needed]
@@ -293,18 +293,22 @@ async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str
     The caller must hold locks on the files, so that no new job can name one of them meanwhile.
     """
     needed: dict[str, str] = {}
-    for name in NEEDED:
-        file_id = Job.spec[name].astext
-        query = select(file_id, Job.id).where(_lives(name), file_id.in_(file_ids))
-        needed |= {row[0]: row[1] for row in await session.execute(query)}
+    for query in _needing():
+        named = query.where(query.selected_columns[0].in_(file_ids))
+        needed |= {row[0]: row[1] for row in await session.execute(named)}
     return needed
 
 
-def _lives(name: str) -> ColumnElement[bool]:
-    """Returns the SQL condition for jobs that have not ended and whose spec (description) names a file in the field
-    `name`.
+def _needing() -> list[Select[Any]]:
+    """Returns SQL queries for the ids of files that jobs need, each with the id of the job. The jobs have not ended,
+    and name the file as their data, or as the prompts of an evaluation.
     """
-    return and_(Job.observed.not_in(TERMINAL), Job.spec[name].astext.is_not(None))
+    live = Job.observed.not_in(TERMINAL)
+    queries = [select(Job.spec[name].astext, Job.id).where(live, Job.spec[name].astext.is_not(None)) for name in NEEDED]
+    path = text("'$.evaluations.*.file'")
+    prompts = func.jsonb_path_query(Job.spec, path).table_valued(column("file", Text)).render_derived()
+    file_id = prompts.c.file.op("#>>", return_type=Text())(text("'{}'"))
+    return [*queries, select(file_id, Job.id).select_from(Job).join(prompts, true()).where(live)]
 
 
 async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:

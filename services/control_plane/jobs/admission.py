@@ -10,7 +10,9 @@ from dpo_core.plan.positions import check_max_length, positions_of
 from dpo_core.plan.quantization import check_quantization
 from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.store import ProjectStore
 from services.control_plane.core.tables import File, reading_of
+from services.control_plane.evaluations import of_jobs
 from services.control_plane.files import files
 from services.control_plane.jobs import combinations, weights
 from services.control_plane.jobs.combinations import Asked, Combination
@@ -33,11 +35,15 @@ class Admitted(NamedTuple):
     are_checked: bool  # whether the rows of its uploaded files have been checked
 
 
-async def check_uri(spec: JobSpec, settings: Settings) -> None:
-    """Raises InvalidRequest if the job's training data are at a URI that jobs may not read. The check may take
-    seconds."""
+async def check_data(store: ProjectStore, settings: Settings, spec: JobSpec, *, local_files: bool = False) -> None:
+    """Raises InvalidRequest if the job's training data are at a URI that jobs may not read, or if the rows of a file do
+    not suit the evaluation of the job that names the file. The check may take seconds.
+
+    If `local_files`, the request may name files that are not uploaded yet; these are not checked.
+    """
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
+    await of_jobs.check_rows(store, spec, local_files=local_files)
 
 
 async def admit(
@@ -65,6 +71,7 @@ async def admit(
         held_out = await files.find_training(session, spec.validation_file, param="validation_file")
         _check_file(held_out, spec.config.objective, "validation_file")
         reports.append(held_out.report)
+    await of_jobs.check(session, settings, spec, local_files=local_files)
     await quotas.admit_job(session)
     return Admitted(spec, model, reference, are_checked=None not in reports)
 

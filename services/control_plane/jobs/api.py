@@ -23,6 +23,7 @@ from services.control_plane.http.dependencies import (
 )
 from services.control_plane.http.idempotency import IdempotentRequest
 from services.control_plane.jobs import admission, checkpoints, jobs
+from services.control_plane.jobs.checkpoint_evaluations import checkpoint_evaluations
 from services.control_plane.jobs.documents import CheckpointDocument, EventDocument, JobDocument, Status
 from services.control_plane.jobs.events import events as job_events
 from services.control_plane.jobs.lookups import JobReader
@@ -43,10 +44,15 @@ JobReaderPart = Annotated[JobReader, Depends(_job_reader)]
 
 @router.post("", responses=answers(JobDocument))
 async def create(
-    idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob
+    idempotent: IdempotentPart,
+    store: StorePart,
+    caller: CallerPart,
+    settings: SettingsPart,
+    ray_api: RayApiPart,
+    body: CreateJob,
 ) -> Response:
     spec, asked = body.spec(), body.asked()
-    await admission.check_uri(spec, settings)
+    await admission.check_data(store, settings, spec)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         admitted = await admission.admit(session, settings, spec, asked)
@@ -82,12 +88,14 @@ async def list_jobs(
     async with store.look() as session:
         keys = [Job.created_at, Job.id]
         rows, more = await page(session, query, keys, after=after, limit=limit)
-    return listing([job_object(row, settings) for row in rows], more)
+        found = await checkpoint_evaluations.of_jobs(session, rows)
+    return listing([job_object(row, settings, found.get(row.id, ())) for row in rows], more)
 
 
 @router.get("/{job_id}", responses=answers(JobDocument))
 async def retrieve(reader: JobReaderPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
-    return job_object(await reader.job(caller.project_id, job_id), settings)
+    job, found = await reader.job(caller.project_id, job_id)
+    return job_object(job, settings, found)
 
 
 async def _wish(
@@ -98,7 +106,9 @@ async def _wish(
     job_id: str,
 ) -> Response:
     async def act(session: AsyncSession) -> dict[str, Any]:
-        return job_object(await wish(session, job_id, caller.key_id), settings)
+        job = await wish(session, job_id, caller.key_id)
+        found = await checkpoint_evaluations.of_jobs(session, [job])
+        return job_object(job, settings, found.get(job.id, ()))
 
     return await idempotent.act(act, changes=job_id)
 

@@ -34,6 +34,17 @@ class ReferenceDocument(TypedDict):
     model: str
 
 
+class JobEvaluationDocument(TypedDict):
+    """An evaluation that a job has asked for, of one of its checkpoints or of its policy."""
+
+    id: str | None
+    name: str
+    model: str
+    status: Literal["waiting", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    waits_for: str | None
+    error: ErrorDocument | None
+
+
 class ExtensionDocument(TypedDict):
     num_workers: int
     adapter: dict[str, Any] | Literal["none"]
@@ -51,6 +62,7 @@ class ExtensionDocument(TypedDict):
     invalid_rows: str
     max_invalid_share: float | None
     reference: ReferenceDocument
+    evaluations: list[JobEvaluationDocument]
     waits_for: str | None
     progress: ProgressDocument | None
     request: dict[str, Any]

@@ -1,13 +1,19 @@
 """Reads jobs by their ids for clients that poll. Requests that arrive at the same time share one query."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from sqlalchemy import ARRAY, Text, any_, literal, select
 
 from services.control_plane.core.batching import Batcher
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Job
+from services.control_plane.jobs.checkpoint_evaluations import checkpoint_evaluations
 from services.control_plane.jobs.jobs import not_found
+
+Found = tuple[Job, Sequence[dict[str, Any]]]
+"""A job, and the evaluations that it has asked for, as JSON objects."""
 
 
 class JobReader:
@@ -15,17 +21,20 @@ class JobReader:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._projects: dict[str, Batcher[Job]] = {}
+        self._projects: dict[str, Batcher[Found]] = {}
 
-    async def job(self, project_id: str, job_id: str) -> Job:
-        """Returns the job with this id in the project. Raises NotFound if the project has no such job."""
+    async def job(self, project_id: str, job_id: str) -> Found:
+        """Returns the job with this id in the project, with its evaluations. Raises NotFound if there is no
+        such job."""
         if project_id not in self._projects:
             self._projects[project_id] = Batcher(partial(self._find, project_id))
-        if (job := await self._projects[project_id].get(job_id)) is None:
+        if (found := await self._projects[project_id].get(job_id)) is None:
             raise not_found(job_id)
-        return job
+        return found
 
-    async def _find(self, project_id: str, job_ids: list[str]) -> dict[str, Job]:
+    async def _find(self, project_id: str, job_ids: list[str]) -> dict[str, Found]:
         async with self._store.look_for(project_id) as session:
             query = select(Job).where(Job.id == any_(literal(job_ids, ARRAY(Text()))))
-            return {job.id: job for job in await session.scalars(query)}
+            jobs = list(await session.scalars(query))
+            evaluations = await checkpoint_evaluations.of_jobs(session, jobs)
+        return {job.id: (job, evaluations.get(job.id, ())) for job in jobs}

@@ -83,6 +83,12 @@ OWN = {
         "The checkpoint that becomes the trained model: the last one (last), or the one with the best value of "
         "best_metric (best). best needs validation data.",
     ),
+    "evaluations": _option(
+        None,
+        "an object of at most 8 evaluations",
+        "Evaluations of the job's models, by names of your choice. Each is a body of POST /v1/x/evaluations without "
+        "model and rows, with the field of: policy (the default) or checkpoints.",
+    ),
     "tensorboard": _choice(False, (True, False), "Whether the job writes its metrics for TensorBoard."),
     "mlflow": _option(None, "an object", 'The run in MLflow that receives the metrics, such as {"experiment": "one"}.'),
 }

@@ -21,6 +21,7 @@ from dpo_core.methods import COMMON, METHODS
 from dpo_core.options import OBJECTIVES, Mpo, Objective, RewardObjective
 from services.contract import Integrations, JobSpec, Mlflow, Policy, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.evaluations.of_jobs import evaluations_of
 from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, meant, parse, refuse_unknown
 from services.control_plane.jobs.combinations import Asked
@@ -48,6 +49,7 @@ EXTENSIONS = {
     "early_stop",
     "policy",
     "validation_share",
+    "evaluations",
     "tensorboard",
     "mlflow",
     *READING,
@@ -170,6 +172,7 @@ class CreateJob(BaseModel):
             invalid_rows=how.invalid_rows,
             columns=how.columns,
             integrations=self._integrations(),
+            evaluations=evaluations_of(extension.get("evaluations"), self.model),
         )
 
     def asked(self) -> Asked:

@@ -1,6 +1,7 @@
 """Builds the JSON objects of the API for jobs, events and checkpoints."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +22,10 @@ from services.control_plane.settings import Settings
 OF_X_RAYDPO = sorted(EXTENSIONS)
 
 
-def job_object(row: Job, settings: Settings) -> dict[str, Any]:
+def job_object(row: Job, settings: Settings, evaluations: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Returns the JSON object of a job. `evaluations` are the JSON objects of the evaluations that the job has asked
+    for so far.
+    """
     resolved = (row.training or {}).get("config")
     config = resolved or row.spec["config"]
     objective = dict(config["objective"])
@@ -78,6 +82,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
                 "source": row.spec.get("reference_source", "auto"),
                 "model": row.spec.get("reference_model") or row.spec["model"],
             },
+            "evaluations": list(evaluations),
             "waits_for": row.waits_for,
             "progress": _progress(row),
             "request": _request(row.spec, wandb, asked, how),
@@ -97,6 +102,7 @@ def _request(
     kind = config["objective"]["type"]
     hyperparameters = {**config["objective"], **{name: config[name] for name in COMMON}, "type": None}
     extension = {name: config.get(name) for name in OF_X_RAYDPO} | asked
+    extension["evaluations"] = spec.get("evaluations") or None
     reference = {"source": spec.get("reference_source", "auto"), "model": spec.get("reference_model")}
     extension["reference"] = _without_none(reference)
     if "://" in spec["training_file"]:

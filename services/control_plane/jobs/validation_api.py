@@ -23,7 +23,7 @@ async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart
     """Checks the body, and returns the job that the body asks for, without an id. Stores nothing and reads no rows of
     files."""
     spec, asked = body.spec(), body.asked()
-    await admission.check_uri(spec, settings)
+    await admission.check_data(store, settings, spec, local_files=True)
     async with store.begin() as session:
         spec, model, reference, _ = await admission.admit(session, settings, spec, asked, local_files=True)
     await plans.refuse_hopeless(spec, model, settings, ray_api)

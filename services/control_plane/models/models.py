@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, String, delete, false, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Select, String, delete, false, func, literal, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,6 +27,7 @@ from services.control_plane.core.tables import (
     Deployment,
     Evaluation,
     Job,
+    JobEvaluation,
     Model,
     Rounds,
     Sweep,
@@ -36,6 +37,11 @@ from services.control_plane.settings import Settings
 
 ATTACHED_FOR = timedelta(hours=1)  # how long an adapter counts as attached after its last use
 USE_NOTED_EVERY = timedelta(minutes=10)
+# The path in a job's spec of the evaluations that name the model `$named`.
+NAMED_IN_EVALUATIONS = (
+    "'$.evaluations.* ? (@.baseline == $named || @.reference == $named"
+    " || @.judge.model == $named || @.judge.reference == $named)'"
+)
 
 
 @dataclass(frozen=True)
@@ -279,18 +285,21 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
 
 
 def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
-    """Returns the SQL condition that a job starts from the model `model_id` or has it as its reference model.
+    """Returns the SQL condition that a job starts from the model `model_id`, has it as its reference model, or names it
+    in one of the evaluations that the job asks for.
 
     The condition holds for jobs of all projects, because a model may be shared with other projects.
     """
     jobs = Job.__table__.c
-    return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
+    named = func.jsonb_build_object("named", model_id)
+    in_evaluations = func.jsonb_path_exists(jobs.spec, text(NAMED_IN_EVALUATIONS), named)
+    return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id, in_evaluations)
 
 
 def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
     """Returns SQL queries for the evaluations, sweeps and sets of rounds (repeated training of a policy) that have not
-    ended and name the model `model_id` in any of their fields. The keys of the result are `evaluation`, `sweep` and
-    `rounds`. Each row of a query has an `id` and a `project_id`.
+    ended and name the model `model_id` in any of their fields, and for jobs that wait to have the model evaluated. The
+    keys of the result say in words what they are. Each row of a query has an `id` and a `project_id`.
 
     The queries look at all projects, because a model may be shared with other projects.
     """
@@ -308,10 +317,12 @@ def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
         "sweep": (sweeps, or_(_named(model_id, *of_job), varied, sweeps_own.exists())),
         "rounds": (rounds, or_(_named(model_id, *of_rounds), made)),
     }
+    waiting = JobEvaluation.__table__.c
+    waits = select(waiting.job_id.label("id"), waiting.project_id)
     return {
         noun: select(table.id, table.project_id).where(table.finished_at.is_(None), condition)
         for noun, (table, condition) in conditions.items()
-    }
+    } | {"waiting evaluation of the job": waits.where(waiting.state == "waiting", waiting.model_id == model_id)}
 
 
 def _of(spec: Any) -> list[Any]:

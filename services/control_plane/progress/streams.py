@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -22,6 +22,7 @@ from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import TERMINAL, Job
 from services.control_plane.core.telemetry import OPEN_STREAMS, STREAM_TABLE_READS
+from services.control_plane.jobs.checkpoint_evaluations import checkpoint_evaluations
 from services.control_plane.jobs.events.events import newest_events, next_events
 from services.control_plane.jobs.responses import event_object, job_object
 from services.control_plane.settings import Settings
@@ -183,20 +184,21 @@ class Streams:
             events: dict[str, list[tuple[int, bytes]]] = {job_id: [] for job_id in places}
             for event in await newest_events(session, places, limit=KEPT + 1):
                 events[event.job_id].append(_frame(event))
+            evaluations = await checkpoint_evaluations.of_jobs(session, rows)
         for row in rows:
             watched = looked[row.id]
             watched.add(events[row.id])
             try:
-                self._show(watched, row)
+                self._show(watched, row, evaluations.get(row.id, ()))
             except Exception:  # an error with one job must not stop the streams of others
                 log.exception("The state of job %s could not be sent to the clients that follow it", row.id)
             await watched.news.tell()
 
-    def _show(self, watched: Watched, row: Job) -> None:
+    def _show(self, watched: Watched, row: Job, evaluations: Sequence[dict[str, Any]]) -> None:
         seen = (row.version, row.waits_for, row.progress)
         if seen == watched.seen:
             return
-        job = job_object(row, self._settings)
+        job = job_object(row, self._settings, evaluations)
         state = {
             "object": "fine_tuning.job.progress",
             "status": row.observed,

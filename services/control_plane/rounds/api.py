@@ -44,6 +44,7 @@ async def create(
     works on the rounds in the background."""
     body.check()
     sampled, held_out = await checks.prompts_of(store, body)
+    await checks.check_rows(store, body.spec())
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         await checks.check(session, settings, ray_api, body.spec())

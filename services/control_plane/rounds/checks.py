@@ -9,14 +9,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dpo_core.data.groups import Group
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.store import ProjectStore
-from services.control_plane.evaluations import rows
+from services.control_plane.evaluations import of_jobs, rows
 from services.control_plane.evaluations.kinds import drift, samples
 from services.control_plane.evaluations.kinds.judging import grader_of
 from services.control_plane.evaluations.requests import EvaluationRow, Judge
 from services.control_plane.http.validation import within
 from services.control_plane.jobs import admission
 from services.control_plane.jobs.plans import plans
-from services.control_plane.jobs.requests import is_local
+from services.control_plane.jobs.requests import CreateJob, is_local
 from services.control_plane.ray_api import RayApi
 from services.control_plane.rewards.judges import check_implicit
 from services.control_plane.rounds.requests import LOCAL_ROWS, MOST_ROWS, CreateRounds, RoundsSpec
@@ -93,14 +93,25 @@ async def _check_evaluation(session: AsyncSession, settings: Settings, spec: Rou
         await drift.of(session, settings, spec.drift_of(spec.model))
 
 
+async def check_rows(store: ProjectStore, spec: RoundsSpec) -> None:
+    """Raises InvalidRequest if the rows of a file do not suit the evaluation of the jobs that names the file."""
+    with within("job"):
+        await of_jobs.check_rows(store, _first_job(spec).spec(), local_files=True)
+
+
+def _first_job(spec: RoundsSpec) -> CreateJob:
+    return spec.job_of("rounds-" + "0" * 24, 1, spec.model, LOCAL_ROWS)
+
+
 async def _check_job(session: AsyncSession, settings: Settings, ray_api: RayApi, spec: RoundsSpec) -> None:
     with within("job"):
-        asked = spec.job_of("rounds-" + "0" * 24, 1, spec.model, LOCAL_ROWS)
+        asked = _first_job(spec)
         job = asked.spec()
         if job.validation_file is not None and is_local(job.validation_file):
             message = f"validation_file is '{job.validation_file:.80}', but it must be the id of an uploaded file."
             raise InvalidRequest(message, param="validation_file")
         admitted = await admission.admit(session, settings, job, asked.asked(), local_files=True)
+        await of_jobs.check(session, settings, job)  # their files must be uploaded
         await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
     traits = job.config.objective.traits
     made = "ratings" if spec.selection.type == "ranking" else "pairs"

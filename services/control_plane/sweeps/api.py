@@ -19,7 +19,7 @@ from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import ProjectStore, page
 from services.control_plane.core.tables import Job, Sweep, SweepTrial
 from services.control_plane.evaluations import api as evaluations_api
-from services.control_plane.evaluations import rows
+from services.control_plane.evaluations import planned, rows
 from services.control_plane.evaluations.requests import CreateEvaluation
 from services.control_plane.http.dependencies import (
     CallerPart,
@@ -59,14 +59,14 @@ async def create(
     specs = await anyio.to_thread.run_sync(lambda: [trials.job_of(request, values)[0] for values in every])
     for spec in {spec.training_file: spec for spec in specs}.values():
         with within("job"):
-            await admission.check_uri(spec, settings)
+            await admission.check_data(store, settings, spec)
     bodies = request.bodies(specs[0].model)
     kept = {name: await _rows(store, name, each) for name, each in bodies.items()}
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         for values in probes:
             await trials.check(session, settings, ray_api, request, values)
-        await trials.check_evaluations(session, settings, bodies)
+        await planned.check_models(session, settings, bodies, "evaluations")
         await trials.check_metric(session, settings, request, bodies)
         await models.hold(session, settings, set[str]().union(*(body.models for body in bodies.values())))
         return sweep_object(await sweeps.create(session, request, bodies, kept, caller.key_id), {}, None)

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from dpo_core.options import LOSS, Metric
 from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.evaluations import planned
 from services.control_plane.evaluations.requests import CreateEvaluation
-from services.control_plane.http.validation import meant, parse, within
+from services.control_plane.http.validation import meant
 
-MOST_TRIALS, MOST_PARAMETERS, MOST_EVALUATIONS = 256, 16, 8
+MOST_TRIALS, MOST_PARAMETERS = 256, 16
 TRAINING_METRICS: tuple[str, ...] = get_args(Metric)
 RESULTS = {  # the results of each kind of evaluation by which trials can be compared
     "compare": ("win_rate", "length_controlled_win_rate"),
@@ -24,7 +25,6 @@ RESULTS = {  # the results of each kind of evaluation by which trials can be com
 LOWER_IS_BETTER = (LOSS, *RESULTS["drift"])
 
 Goal = Literal["minimize", "maximize"]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
 Path = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.([A-Za-z0-9_-]+|\*))*$", max_length=200)]
 
 
@@ -185,7 +185,7 @@ class CreateSweep(BaseModel):
         description="Rules by which a trial (job) that does worse than the others stops early. `{}` takes the default "
         "rules. Default: no trial stops early.",
     )
-    evaluations: Annotated[dict[Name, dict[str, Any]], Field(max_length=MOST_EVALUATIONS)] = Field(
+    evaluations: planned.Named = Field(
         default_factory=dict,
         description="Evaluations that the sweep makes of each trained policy. A key is a name of your choice; its "
         "value is a body of POST /v1/x/evaluations without `model`.",
@@ -254,13 +254,4 @@ class CreateSweep(BaseModel):
 
         Raises InvalidRequest, which names the field, if one of them is not a valid request.
         """
-        found = {}
-        for name, given in self.evaluations.items():
-            where = f"evaluations.{name}"
-            if "model" in given:
-                message = f"{where}.model cannot be given: a sweep evaluates each trial's policy. Leave it out."
-                raise InvalidRequest(message, param=f"{where}.model", code="unknown_parameter")
-            found[name] = parse(CreateEvaluation, {**given, "model": model or "policy"}, where)
-            with within(where):
-                found[name].check()
-        return found
+        return planned.bodies(self.evaluations, model, "evaluations")

@@ -16,7 +16,7 @@ from services.contract import JobSpec
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import Checkpoint, Job, Sweep, SweepEvaluation
 from services.control_plane.evaluations import evaluations
-from services.control_plane.evaluations.kinds.judging import grader_of, writer_of
+from services.control_plane.evaluations.kinds.judging import grader_of
 from services.control_plane.evaluations.requests import CreateEvaluation
 from services.control_plane.evaluations.work import kind_of
 from services.control_plane.http.validation import parse, within
@@ -130,27 +130,6 @@ async def submit(
 # --- evaluations of trained jobs --------------------------------------------------------------
 
 
-async def check_evaluations(session: AsyncSession, settings: Settings, bodies: Mapping[str, CreateEvaluation]) -> None:
-    """Raises an ApiError if a model that an evaluation of the sweep needs does not exist or cannot be used in this
-    evaluation.
-
-    The policies do not exist yet, so the model that the job starts from takes their place; `bodies`, the evaluations by
-    name, name this model. If a policy's own implicit reward judges its answers, this judge is not checked.
-    """
-    for name, body in bodies.items():
-        with within(f"evaluations.{name}"):
-            if body.kind == "compare":
-                if body.baseline is not None:
-                    await writer_of(session, settings, body.baseline, param="baseline")
-                if not _is_own_judge(body):
-                    assert body.judge is not None
-                    await grader_of(session, settings, body.judge, of=body.model)
-            elif not _is_own_judge(body):
-                given: dict[str, Any] = {"reference": body.reference or body.model} if body.judge is None else {}
-                given |= {"beta": body.beta or 1.0} if body.kind == "preferences" else {}
-                await kind_of(session, settings, body.model_copy(update=given))
-
-
 async def check_metric(
     session: AsyncSession, settings: Settings, sweep: CreateSweep, bodies: Mapping[str, CreateEvaluation]
 ) -> None:
@@ -165,15 +144,6 @@ async def check_metric(
             "or a rule, or another metric."
         )
         raise InvalidRequest(message, param="metric.name")
-
-
-def _is_own_judge(body: CreateEvaluation) -> bool:
-    """Whether the evaluation judges the policy's answers by the policy's own implicit reward.
-
-    Such a judge cannot be checked before the policy exists, because its reference model and beta are those of the
-    policy's job.
-    """
-    return body.judge is not None and body.judge.type == "implicit" and body.judge.model is None
 
 
 async def evaluate(

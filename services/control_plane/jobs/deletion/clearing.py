@@ -23,6 +23,7 @@ from services.control_plane.core.tables import (
     Event,
     File,
     Job,
+    JobEvaluation,
     Model,
     StepBlock,
     SweepTrial,
@@ -135,6 +136,6 @@ async def forget(store: Store, settings: Settings, most: int) -> None:
             continue
         await _forget_events(store, job_id)
         async with store.begin() as session:
-            for part in (Transition, Attempt, Checkpoint, Model):
+            for part in (Transition, Attempt, Checkpoint, JobEvaluation, Model):
                 await session.execute(delete(part).where(part.job_id == job_id))
             await session.execute(delete(Job).where(Job.id == job_id))

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import TERMINAL, File, Job, Model, Rounds, SweepTrial
 from services.control_plane.jobs import jobs
+from services.control_plane.jobs.checkpoint_evaluations import checkpoint_evaluations
 from services.control_plane.models import deletion
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
@@ -18,8 +19,9 @@ from services.control_plane.settings import Settings
 async def remove(
     session: AsyncSession, settings: Settings, job_id: str, *, with_models: bool
 ) -> tuple[list[NamedModel], list[str]]:
-    """Marks the job as deleted, with its result file. If `with_models` is true, also marks its policy and the models of
-    its checkpoints. Returns the models that were marked, and the ids of those that stay.
+    """Marks the job as deleted, with its result file. Cancels the evaluations that the job asked for and that have not
+    ended. If `with_models` is true, also marks its policy and the models of its checkpoints. Returns the models that
+    were marked, and the ids of those that stay.
 
     Raises NotFound if there is no such job. Raises InvalidRequest if the job has not ended, or belongs to a sweep or to
     a set of rounds (repeated training of a policy), or if a model to mark is still needed. The caller must remove the
@@ -31,6 +33,7 @@ async def remove(
     if job.observed not in TERMINAL:
         raise InvalidRequest(f"The job {job_id} is {job.observed}; cancel it before you delete it.")
     await _refuse_part(session, job_id)
+    await checkpoint_evaluations.cancel_all(session, job_id)
     model_ids = select(Model.id).where(Model.job_id == job_id, Model.deleted_at.is_(None)).order_by(Model.id)
     stay = list(await session.scalars(model_ids))
     removed = [await deletion.delete(session, settings, model_id) for model_id in stay if with_models]

@@ -25,7 +25,7 @@ async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, 
     The body may name files on the client's machine. The plan then assumes rows as long as `max_length`.
     """
     spec, asked = body.spec(), body.asked()
-    await admission.check_uri(spec, settings)
+    await admission.check_data(store, settings, spec, local_files=True)
     async with store.begin() as session:
         spec, model, *_ = await admission.admit(session, settings, spec, asked, local_files=True)
         is_elsewhere = spec.is_at_uri or is_local(spec.training_file)

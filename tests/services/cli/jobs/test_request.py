@@ -147,6 +147,23 @@ def test_the_files_of_a_config_file_are_uploaded_with_what_it_says_of_their_rows
     assert job["integrations"][0]["wandb"]["project"] == "answers"
 
 
+def test_the_files_of_evaluations_are_uploaded_as_well(raydpo, created, planned, folder):
+    score = {"kind": "score", "judge": {"type": "length"}}
+    asked = {"words": score | {"file": "rows/held.jsonl"}}
+    config = {"model": "tiny", "training_file": "rows/pairs.jsonl", "method": {"type": "dpo"}}
+    config["x_raydpo"] = {"evaluations": asked}
+    (folder / "evaluated.json").write_text(json.dumps(config))
+    local = str(folder / "rows" / "held.jsonl")
+    request, _ = planned("--config", folder / "evaluated.json")
+    assert request["x_raydpo"]["evaluations"]["words"]["file"] == local
+    job = created("--config", folder / "evaluated.json", "--set", f"x_raydpo.evaluations.more.file={local}",
+                  "--set", "x_raydpo.evaluations.more.kind=drift")  # fmt: skip
+    found = job["x_raydpo"]["request"]["x_raydpo"]["evaluations"]
+    assert {name: each["kind"] for name, each in found.items()} == {"words": "score", "more": "drift"}
+    for each in found.values():
+        assert json.loads(raydpo("files", "show", each["file"]).stdout)["filename"] == "held.jsonl"
+
+
 def test_set_wins_over_options_and_options_over_the_config_file(planned, folder):
     options = ["--config", folder / "job.yaml", "--seed", 4, "--epochs", 3, "--suffix", "second"]
     sets = [

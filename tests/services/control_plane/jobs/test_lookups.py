@@ -63,7 +63,7 @@ def test_who_asks_at_the_same_moment_shares_a_statement_of_his_project(database:
         asked = [reader.job("proj_a", name) for name in ("ftjob-1", "ftjob-2", "ftjob-1", "ftjob-3")]
         asked.append(reader.job("proj_b", "ftjob-3"))
         *found, foreign, own = await asyncio.gather(*asked, return_exceptions=True)
-        assert [job.id for job in (*found, own)] == ["ftjob-1", "ftjob-2", "ftjob-1", "ftjob-3"]
+        assert [job.id for job, _ in (*found, own)] == ["ftjob-1", "ftjob-2", "ftjob-1", "ftjob-3"]
         assert isinstance(foreign, NotFound)
         assert reader.statements == [{"ftjob-1", "ftjob-2", "ftjob-3"}, {"ftjob-3"}]
 
@@ -79,7 +79,7 @@ def test_who_asks_while_a_statement_runs_sees_what_was_committed_before(database
         late = task(reader.job("proj_a", "ftjob-1"))
         await asyncio.sleep(0)
         reader.go_on.set()
-        assert [(await asked).waits_for for asked in (early, late)] == [None, "a GPU"]
+        assert [(await asked)[0].waits_for for asked in (early, late)] == [None, "a GPU"]
 
     run(database, story)
 
@@ -90,7 +90,7 @@ def test_who_goes_away_leaves_the_others_their_answer(database: str) -> None:
         await asyncio.sleep(0.05)
         gone.cancel()
         reader.go_on.set()
-        assert (await stays).id == "ftjob-1"
+        assert (await stays)[0].id == "ftjob-1"
         assert gone.cancelled()
 
     run(database, story)
@@ -105,6 +105,6 @@ def test_a_database_that_fails_is_told_to_all_who_ask_and_asked_again_later(data
             failed = await asyncio.gather(*asked, return_exceptions=True)
             assert [isinstance(error, SQLAlchemyError) for error in failed] == [True, True]
             connection.execute("ALTER TABLE away RENAME TO jobs")
-        assert (await reader.job("proj_a", "ftjob-1")).id == "ftjob-1"
+        assert (await reader.job("proj_a", "ftjob-1"))[0].id == "ftjob-1"
 
     run(database, story)

@@ -1,5 +1,6 @@
 """Tests /v1/x/jobs/validate, /v1/x/methods, and the request that a job shows of itself. Nothing is trained."""
 
+import json
 from dataclasses import astuple
 from typing import Any
 
@@ -28,6 +29,7 @@ EVERY_EXTENSION: dict[str, Any] = {
     "early_stop": {"patience": 2, "min_gain": 0.01},
     "policy": "best",
     "validation_share": 0.1,
+    "evaluations": {"words": {"kind": "score", "judge": {"type": "length"}, "file": "held out", "of": "checkpoints"}},
     "tensorboard": True,
     "mlflow": {"experiment": "answers"},
     "warmup_ratio": 0.2,
@@ -80,8 +82,7 @@ def test_every_option_that_a_job_can_be_given_is_tried_here() -> None:
 def test_the_request_in_a_job_asks_for_the_same_job(
     api: httpx.Client, file_id: str, held_out: str, body: dict[str, Any]
 ) -> None:
-    body = {"model": "tiny", "training_file": file_id} | body
-    body |= {"validation_file": held_out} if "validation_file" in body else {}
+    body = {"model": "tiny", "training_file": file_id} | json.loads(json.dumps(body).replace("held out", held_out))
     job = api.post("/fine_tuning/jobs", json=body).json()
     request = job["x_raydpo"]["request"]
     asked, again = (CreateJob.model_validate(each) for each in (body | {"seed": job["seed"]}, request))

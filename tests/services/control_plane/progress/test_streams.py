@@ -160,12 +160,12 @@ def test_a_job_that_cannot_be_shown_stops_the_streams_of_no_other_job(
     other = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method={"type": "dpo"}).id
     looked_at, other_is_shown = list[str](), asyncio.Event()
 
-    def job_object(row: Job, settings: Settings) -> dict[str, Any]:
+    def job_object(row: Job, settings: Settings, evaluations: Any) -> dict[str, Any]:
         looked_at.append(row.id)
         if row.id == looked_at[0]:
             raise KeyError("a field that this release expects")
         other_is_shown.set()
-        return responses.job_object(row, settings)
+        return responses.job_object(row, settings, evaluations)
 
     async def work(store: Store) -> None:
         hub = Streams(store, settings)

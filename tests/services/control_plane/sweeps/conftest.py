@@ -81,10 +81,13 @@ def ended(api: httpx.Client, sweep_id: str) -> dict[str, Any]:
     return look(api, sweep_id)
 
 
-def train(settings: Settings, ray: FakeRay, job_id: str, losses: list[float], **more: float) -> None:
+def train(
+    settings: Settings, ray: FakeRay, job_id: str, losses: list[float], *, succeeds: bool = True, **more: float
+) -> None:
     """Reports that the job has trained, with an `eval/loss` at each of its steps, as its driver would.
 
-    `more` are other metrics of validation at the last step, by the ends of their names.
+    If `succeeds` is false, it goes on training then. `more` are other metrics of validation at the last step, by the
+    ends of their names.
     """
     until(lambda: f"{job_id}-1" in ray.jobs)
     run = storage.join(settings.storage_url, "runs", job_id)
@@ -99,7 +102,8 @@ def train(settings: Settings, ray: FakeRay, job_id: str, losses: list[float], **
     ]
     started = Started(config=TrainConfig().resolved(12), num_groups=12, total_steps=len(losses))
     model_uri = storage.join(run, "checkpoints", f"step-{len(losses)}", "model")
-    told = [started, *saved, Succeeded(model_uri=model_uri, trained_tokens=7)]
+    told = [started, *saved, *([Succeeded(model_uri=model_uri, trained_tokens=7)] if succeeds else [])]
     events = [JobEvent(seq=seq, created_at=time.time(), report=report) for seq, report in enumerate(told)]
     write(segment_uri(run, 1, 0), EventBatch(events=events).model_dump_json().encode())
-    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    if succeeds:
+        ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
