@@ -259,7 +259,7 @@ def load_attached(
     source = base_of(adapter) if base is None else base
     if Path(source).is_absolute() and not Path(source).is_dir():
         what = f"The adapter in {adapter} was trained on the base in {source}, but that folder does not exist"
-        raise ValueError(f"{what}; restore the folder, or pass the base's present folder as base.")
+        raise ValueError(f"{what}; restore it, or give the folder where the base model is now, as the argument base.")
     weights = load_peft_weights(adapter, device="cpu")
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
@@ -295,8 +295,8 @@ def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
         raise ValueError(f"{what} ({reason}); use the base that the adapter was trained on.") from None
     if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
         raise ValueError(
-            f"{what}: {len(strangers)} weights, such as {strangers[0]}, exist only in the adapter or only in the base; "
-            "use the base that the adapter was trained on."
+            f"{what}, because their layers differ: {len(strangers)} weights, such as {strangers[0]}, exist only in one "
+            "of the two; use the base that the adapter was trained on."
         )
     return both
 

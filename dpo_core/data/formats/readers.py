@@ -52,7 +52,7 @@ def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
         raise row.invalid(
             f"/{column}",
             "nothing_to_train",
-            "has no assistant message to learn from; add one, or set the weight of one to 1.",
+            "has no assistant message to learn from; add one, or set the key `weight` of an assistant message to 1.",
         )
     for i in trained:
         if i == 0:

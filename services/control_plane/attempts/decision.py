@@ -128,11 +128,11 @@ class Stopwatches:
         self._looked_at = float("-inf")
 
     def look(self) -> None:
-        """Begins a new round of checks. Resets the measurement of each condition that was not checked in the last
-        round.
+        """Begins a new round of checks. A condition that was not checked in the last round counts as new: how long it
+        has held is measured from zero again.
 
-        Resets all measurements if the last round began more than `gap_seconds` (an argument of the class) ago, because
-        nobody knows what held in between.
+        All conditions count as new if the last round began more than `gap_seconds` (an argument of the class) ago,
+        because nobody knows what held in between.
         """
         in_time = self._clock() - self._looked_at <= self._gap_seconds
         self._since = {what: since for what, since in self._since.items() if in_time and what in self._asked}

@@ -112,7 +112,7 @@ async def cancel(session: AsyncSession, evaluation_id: str) -> Evaluation:
     evaluation = await find(session, evaluation_id)
     if not await _end(session, evaluation_id, "cancelled"):
         evaluation = await find(session, evaluation_id)
-        raise InvalidRequest(f"The evaluation {evaluation_id} has already {evaluation.state}; it cannot be cancelled.")
+        raise InvalidRequest(f"The evaluation {evaluation_id} has ended ({evaluation.state}); it cannot be cancelled.")
     return await find(session, evaluation_id)
 
 
@@ -125,7 +125,7 @@ async def pause(session: AsyncSession, evaluation_id: str) -> Evaluation:
     values = {"state": "paused", "waits_for": None}
     if not await _set(session, evaluation_id, LIVE, values):
         evaluation = await find(session, evaluation_id)
-        raise InvalidRequest(f"The evaluation {evaluation_id} has already {evaluation.state}; it cannot be paused.")
+        raise InvalidRequest(f"The evaluation {evaluation_id} has ended ({evaluation.state}); it cannot be paused.")
     return await find(session, evaluation_id)
 
 

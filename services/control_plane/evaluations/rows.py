@@ -49,8 +49,8 @@ async def read(
     read_rows = partial(read_file, file.uri, reading_of(file), most, only_labelled=only_labelled)
     groups = await anyio.to_thread.run_sync(read_rows)
     if not groups:
-        what = " with a better and a worse completion" if only_labelled else ""
-        raise InvalidRequest(f"The file has no row{what} that can be used; name another file.", param="file")
+        what = ", because none says which completion is better" if only_labelled else ""
+        raise InvalidRequest(f"No row of the file {file_id} can be used{what}; name another file.", param="file")
     return groups
 
 

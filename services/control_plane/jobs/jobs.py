@@ -147,7 +147,7 @@ async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
     job = await lock(session, await find(session, job_id))
     if job.observed in TERMINAL:
         raise InvalidRequest(
-            f"Job {job_id} has already {job.observed}; only a job that has not ended can be cancelled."
+            f"Job {job_id} has ended ({job.observed}); only a job that has not ended can be cancelled."
         )
     if job.desired != "cancel":
         await wish(session, job, "cancel", actor=actor, event="Cancellation requested")

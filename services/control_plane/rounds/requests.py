@@ -78,8 +78,8 @@ class HeldOut(BaseModel):
     )
     judge: Judge | None = Field(
         default=None,
-        description="What judges the answers when a policy is evaluated. Default: the judge that scores the answers "
-        "that the rounds train on.",
+        description="What judges the answers when a policy is evaluated. Default: the same "
+        "judge that scores the answers for training.",
     )
     sampling: Sampling | None = Field(
         default=None,

@@ -99,8 +99,8 @@ class Stages:
             raise Ended from None
 
     async def _change(self, seen: Rounds, act: Act) -> bool:
-        """Does a stage by calling `act` in a transaction that locks the database row of the set of rounds. Returns
-        whether the stage is done.
+        """Does one stage of a round, such as sampling answers or starting a job. Calls `act` in a transaction that
+        locks the database row of the set of rounds. Returns whether the stage is done.
 
         `seen` is the row as it was read before. If another control plane has done the stage since then, returns True
         without calling `act`. Raises Ended if the set is paused or has ended.

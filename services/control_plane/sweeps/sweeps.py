@@ -118,7 +118,7 @@ async def cancel(session: AsyncSession, sweep_id: str, actor: str) -> Sweep:
     """
     sweep = await lock(session, sweep_id)
     if sweep.state != "running":
-        raise InvalidRequest(f"The sweep {sweep_id} has already {sweep.state}; it cannot be cancelled.")
+        raise InvalidRequest(f"The sweep {sweep_id} has ended ({sweep.state}); it cannot be cancelled.")
     await _stop(session, sweep, actor)
     await _end(session, sweep, "cancelled")
     return sweep

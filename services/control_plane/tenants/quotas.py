@@ -50,8 +50,8 @@ async def usage(session: AsyncSession) -> Usage:
 
 
 async def admit_job(session: AsyncSession) -> None:
-    """Raises OverQuota if the session's project may not submit another job now, and Forbidden if the project is
-    archived."""
+    """Raises OverQuota if the project for which `session` was opened may not submit another job now. Raises Forbidden
+    if this project is archived."""
     await _admit(session, project_of(session), WAITING)
 
 

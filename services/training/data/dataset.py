@@ -257,8 +257,8 @@ class Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def bounds(self, row: int) -> tuple[int, int]:
-        """Returns where the list of row number `row` lies in the long array of all lists: its start, and its end, which
-        is not included."""
+        """Returns the start and the end (not included) of one row's list, in the array that joins the lists of all
+        rows."""
         return self._offsets[row], self._offsets[row + 1]
 
     def slice(self, start: int, stop: int) -> Any:

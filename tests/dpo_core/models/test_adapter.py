@@ -260,8 +260,14 @@ def test_a_model_that_peft_has_wrapped_is_refused(policy, pairs):
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"num_hidden_layers": 1}, r": 14 weights, such as \S+layers\.1\.\S+ exist only in"),
-        ({"num_hidden_layers": 3}, r": 14 weights, such as \S+layers\.2\.\S+ exist only in"),
+        (
+            {"num_hidden_layers": 1},
+            r", because their layers differ: 14 weights, such as \S+layers\.1\.\S+ exist only in",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            r", because their layers differ: 14 weights, such as \S+layers\.2\.\S+ exist only in",
+        ),
         ({"hidden_size": 64}, r" \(size mismatch for .*lora_"),
     ],
     ids=["fewer layers", "more layers", "another width"],

@@ -142,8 +142,8 @@ class Body:
     async def receive(self) -> Message:
         """Returns the next part of the body, like ASGI's `receive`.
 
-        Raises TooLarge for a body above the limit, Stalled if the client stops sending, and Unavailable if too little
-        space is left.
+        Raises TooLarge for a body above the limit, Stalled if the client stops sending, and Unavailable if the memory
+        or disk space that all requests share is used up.
         """
         if self._complete:
             return await self._receive()

@@ -22,7 +22,10 @@ LOADING_SECONDS = 3600.0  # after this time a model that is still loading may be
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A requested model, its state and its recent use. All durations are in seconds, up to now."""
+    """A model that users or jobs ask for, its state and its recent use.
+
+    `held`, `asked` and `used` are seconds: how long ago something happened.
+    """
 
     app_name: str
     state: Literal["waiting", "loading", "running", "failed"]

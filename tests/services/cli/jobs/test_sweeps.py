@@ -92,7 +92,7 @@ def test_a_sweep_of_a_file_is_created_shown_and_drawn(
     assert json.loads(raydpo("frontier", sweep_id, "--json"))["kl"] == "moved/kl_per_sequence"
     raydpo("frontier", sweep_id, "--output", str(tmp_path / "a.svg"), "--reward", "words")
     assert (tmp_path / "a.svg").stat().st_size > 1000
-    assert "has already succeeded" in raydpo("cancel", sweep_id, status=1)
+    assert "has ended (succeeded)" in raydpo("cancel", sweep_id, status=1)
 
 
 def test_a_sweep_that_is_cancelled_ends_and_says_so(raydpo: Callable[..., str], config: str) -> None:

@@ -60,7 +60,7 @@ def test_two_models_are_compared_on_a_file_and_the_results_printed(raydpo: Calla
     assert raydpo("list").split("\t")[0] == evaluation_id
     table = list(csv.DictReader(io.StringIO(raydpo("items", evaluation_id, "--format", "csv"))))
     assert [row["found.outcome"] for row in table] == ["win"] * 4
-    assert "has already succeeded" in raydpo("cancel", evaluation_id, status=1)
+    assert "has ended (succeeded)" in raydpo("cancel", evaluation_id, status=1)
     assert raydpo("delete", evaluation_id) == f"deleted {evaluation_id}\n"
 
 

@@ -77,7 +77,7 @@ def test_an_evaluation_that_has_just_ended_does_not_hinder_a_wish(
     api: httpx.Client, engines: Engines, monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
     async def refuse(*_: object) -> None:
-        raise InvalidRequest("The evaluation has already succeeded.")
+        raise InvalidRequest("The evaluation has ended (succeeded).")
 
     engines.is_away = True
     made = created(api)

@@ -289,7 +289,7 @@ def test_a_cancelled_sweep_takes_its_jobs_with_it(api: httpx.Client, file_id: st
         until(lambda job=job: "Cancellation requested" in api.get(f"/fine_tuning/jobs/{job['id']}/events").text)
     answer = api.post(f"/x/sweeps/{made['id']}/cancel")
     assert answer.status_code == 400
-    assert "has already cancelled" in answer.json()["error"]["message"]
+    assert "has ended (cancelled)" in answer.json()["error"]["message"]
 
 
 def test_a_sweep_waits_while_the_project_may_not_submit_another_job(
