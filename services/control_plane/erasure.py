@@ -49,12 +49,13 @@ Remove = Callable[[AsyncSession, str], Coroutine[Any, Any, Any]]
 
 async def erase(store: Store, settings: Settings, most: int) -> None:
     """Removes at most `most` objects of each kind of each deleted project. Marks projects that own nothing any more."""
-    due = select(Project.id).where(Project.deleted_at.is_not(None), Project.erased_at.is_(None))
+    due = select(Project.id).where(Project.deleted_at.is_not(None), Project.erased_at.is_(None)).order_by(func.random())
     async with store.begin() as session:
         project_ids = list(await session.scalars(due))
     for project_id in project_ids:
         await _erase(ProjectStore(store, project_id), settings, most)
-        await remove_bytes(storage.join(settings.storage_url, "prepared", project_id))
+        if not await remove_bytes(storage.join(settings.storage_url, "prepared", project_id)):
+            continue
         async with store.begin() as session:
             over = update(Project).where(Project.id == project_id, Project.deleted_at < func.now() - LATEST)
             owned: tuple[type[Any], ...] = (*OWNED, File, Feedback)

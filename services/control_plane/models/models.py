@@ -382,7 +382,7 @@ async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> se
     uses = (
         select(CheckpointPermission.id).where(CheckpointPermission.model_id == Model.id),
         select(Deployment.app_name).where(Deployment.model_id == Model.id),
-        select(Job.__table__.c.id).where(_names(Model.__table__.c.id), Job.__table__.c.deleted_at.is_(None)),
+        select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),  # also deleted jobs, whose models may need it
         *_needing(Model.__table__.c.id).values(),
     )
     is_attached = func.coalesce(Model.attached_at > func.now() - ATTACHED_FOR, false())

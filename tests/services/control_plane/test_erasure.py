@@ -169,3 +169,27 @@ def test_a_model_that_another_project_needs_goes_when_it_is_needed_no_more(
     assert gone.owned() == {}
     assert gone.left() == []
     assert gone.is_erased()
+
+
+def test_a_project_is_not_marked_as_erased_while_its_prepared_data_cannot_be_removed(
+    api: httpx.Client, base_url: str, settings: Settings, rows: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Tenant(api, base_url, settings, rows)
+    delete(api, gone.id)
+    remove = storage.delete
+
+    def refuse(uri: str) -> None:
+        if uri == gone.prepared:
+            raise OSError("refused")
+        remove(uri)
+
+    gone.pass_a_day()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete", refuse)
+        for _ in range(2):
+            sweep(settings)
+    assert gone.left() == ["part"]
+    assert not gone.is_erased()
+    sweep(settings)
+    assert gone.left() == []
+    assert gone.is_erased()

@@ -310,6 +310,26 @@ def test_a_job_that_starts_from_a_checkpoint_as_it_would_be_dropped_keeps_it(
     assert run.steps() == [10]
 
 
+def test_a_checkpoint_on_which_the_adapter_of_a_deleted_job_stands_is_not_dropped(
+    start: Callable[..., Run], client: openai.OpenAI, api: httpx.Client, settings: Settings
+) -> None:
+    run = start(keep_checkpoints=1, validates=False)
+    run.save(10)
+    file_id = client.fine_tuning.jobs.retrieve(run.id).training_file
+    job = client.fine_tuning.jobs.create(model=run.name(10), training_file=file_id, method={"type": "dpo"})
+    client.fine_tuning.jobs.cancel(job.id)
+    with psycopg.connect(settings.database_url) as rows:
+        rows.execute(
+            "INSERT INTO models (id, project_id, source, root, base_source, adapter, job_id)"
+            " VALUES (%s, 'proj_default', '/adapter', 'tiny', %s, '{\"r\": 8}', %s)",
+            [f"ft:of:{job.id}", storage.join(run.uri(10), "model"), job.id],
+        )
+    assert api.delete(f"/x/jobs/{job.id}").status_code == 200
+    for step in (20, 30):
+        run.save(step)
+    assert run.steps() == [10, 30]
+
+
 def test_a_job_does_not_start_from_a_checkpoint_that_was_just_dropped(
     start: Callable[..., Run], client: openai.OpenAI, act: Act
 ) -> None:
