@@ -150,7 +150,7 @@ async def remove(session: AsyncSession, rounds_id: str) -> None:
 async def _live(session: AsyncSession, rounds_id: str, wish: str) -> Rounds:
     rounds = await find(session, rounds_id, lock=True)
     if rounds.state in EVALUATION_ENDS:
-        raise InvalidRequest(f"The rounds {rounds_id} have already {rounds.state}; they cannot be {wish}.")
+        raise InvalidRequest(f"The rounds {rounds_id} have ended ({rounds.state}); they cannot be {wish}.")
     return rounds
 
 

@@ -78,7 +78,7 @@ def test_rounds_run_to_their_end_and_are_printed_as_a_table(
     assert raydpo("show", rounds_id).splitlines() == lines
     assert json.loads(raydpo("show", rounds_id, "--json"))["best_round"] == 0
     assert raydpo("list").split("\t")[0] == rounds_id
-    assert "already succeeded" in raydpo("cancel", rounds_id, status=1)
+    assert "have ended (succeeded)" in raydpo("cancel", rounds_id, status=1)
     assert raydpo("delete", rounds_id) == f"deleted {rounds_id}\n"
 
 

@@ -147,7 +147,7 @@ def test_a_cancelled_evaluation_keeps_what_was_found_and_ends_once(api: httpx.Cl
     assert (cancelled["status"], cancelled["results"]) == ("cancelled", None)
     assert 0 < cancelled["progress"] < 1
     again = api.post(f"/x/evaluations/{made['id']}/cancel")
-    assert (again.status_code, "already cancelled" in again.text) == (400, True)
+    assert (again.status_code, "has ended (cancelled)" in again.text) == (400, True)
     answers = [item["found"] for item in api.get(f"/x/evaluations/{made['id']}/items").json()["data"]]
     assert any("answer" in found for found in answers)
 
