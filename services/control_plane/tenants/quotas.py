@@ -67,7 +67,10 @@ async def admit_resumption(session: AsyncSession, project_id: str) -> None:
 
 async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str]) -> None:
     project = await session.get_one(Project, project_id)
-    if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
+    # Locked until the job is stored, so that nobody archives the project meanwhile.
+    if project.max_queued_jobs is None and project.max_accelerator_hours is None:
+        await session.refresh(project, with_for_update={"read": True})
+    else:
         project = await projects.lock(session, project.id)  # so that no two submissions count at the same time
     if project.archived_at is not None:  # the project was archived after the key was looked up
         raise Forbidden(

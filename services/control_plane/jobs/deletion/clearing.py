@@ -109,7 +109,7 @@ async def _clear(store: Store, settings: Settings, job_id: str) -> None:
         return
     async with store.begin() as session:
         unchanged = Job.deleted_at.is_not_distinct_from(job.deleted_at)  # nobody has deleted it meanwhile
-        cleared = update(Job).where(Job.id == job_id, unchanged).values(cleared_at=func.now())
+        cleared = update(Job).where(Job.id == job_id, unchanged, Job.cleared_at.is_(None)).values(cleared_at=func.now())
         if await session.scalar(cleared.returning(Job.id)) and job.deleted_at is None and not moved:
             jobs.tell(session, job_id, CLEARED.format(settings.run_files_days))
 

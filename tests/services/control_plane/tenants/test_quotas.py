@@ -13,6 +13,7 @@ from services.control_plane.attempts import attempts
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt
 from services.control_plane.settings import Settings
+from services.control_plane.tenants import quotas
 from tests.services.control_plane.conftest import EVERY_SCOPE, api_of, new_key, new_project, pairs
 
 
@@ -132,3 +133,21 @@ def test_accelerator_hours_are_counted_and_no_job_is_taken_beyond_them(
     refused = submit(own, file["id"])
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "exceeded_quota")
     assert "has used 2.00 of at most 2 accelerator hours; ask an admin" in refused.text
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_queued_jobs": 9}])
+def test_a_project_is_not_archived_while_a_job_of_it_is_being_stored(
+    api: httpx.Client, settings: Settings, limits: dict[str, int]
+) -> None:
+    project = api.post("/x/projects", json={"name": f"busy {limits}", **limits}).json()["id"]
+
+    async def run() -> None:
+        store = Store(settings.database_url)
+        async with store.begin_for(project) as session:
+            await quotas.admit_job(session)
+            with psycopg.connect(settings.database_url) as other, pytest.raises(psycopg.errors.LockNotAvailable):
+                other.execute("SELECT FROM projects WHERE id = %s FOR NO KEY UPDATE NOWAIT", [project])
+        await store.close()
+
+    asyncio.run(run())
+    assert api.post(f"/x/projects/{project}/archive").status_code == 200
