@@ -21,11 +21,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import BASE, fingerprint
-from dpo_core.models.adapter_folder import EFFECT, WEIGHTS
+from dpo_core.models.adapter_folder import EFFECT, WEIGHTS, is_adapter
 from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.policy.adapter_effect import Effect, measure_effect
 from dpo_core.policy.scorer import Scorer
@@ -75,7 +75,8 @@ def likeliest(folders: list[Path]) -> list[float]:
 
 @torch.inference_mode()
 def forward(folder: Path) -> float:
-    logits = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor([PROMPT])).logits
+    loader = AutoPeftModelForCausalLM if is_adapter(folder) else AutoModelForCausalLM
+    logits = loader.from_pretrained(folder)(input_ids=torch.tensor([PROMPT])).logits
     return float(logits[0, -1].log_softmax(-1).max())
 
 
@@ -84,9 +85,16 @@ def headers_of(adapter_id: str, folder: Path) -> dict[str, str]:
 
 
 def ask(serving: Serving, adapter_id: str, folder: Path, **change: Any) -> httpx.Response:
-    body = {"model": adapter_id, "prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "temperature": 0} | change
-    url, headers = f"{serving.route('qwen')}/v1/completions", headers_of(adapter_id, folder)
-    return httpx.post(url, json=body, headers=headers, timeout=60)
+    return complete(serving, {"model": adapter_id} | change, headers_of(adapter_id, folder))
+
+
+def ask_base(serving: Serving) -> httpx.Response:
+    return complete(serving, {"model": "qwen"}, {})
+
+
+def complete(serving: Serving, change: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+    body = {"prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "temperature": 0} | change
+    return httpx.post(f"{serving.route('qwen')}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def logp(answer: httpx.Response) -> float:
@@ -159,12 +167,20 @@ def test_copies_and_engine_shrink_to_the_limit_and_keep_nothing_of_a_deleted_ada
     gc.collect()  # vLLM leaves its sockets to the garbage collector, which warns of them
 
 
-def test_each_adapter_answers_as_in_peft_under_load(qwen: Serving, folders: list[Path], likeliest: list[float]) -> None:
-    """Six adapters are asked in turn by several threads; four can stay attached, and two fit into one step."""
-    numbers = [number % NUM_ADAPTERS for number in range(120)]
+def test_each_adapter_and_the_base_answer_as_in_peft_under_load(
+    qwen: Serving, qwen_folder: Path, folders: list[Path], likeliest: list[float]
+) -> None:
+    """Six adapters and their base are asked in turn by several threads; four adapters can stay attached, and two fit
+    into one step, beside the base."""
+    expected = [*likeliest, forward(qwen_folder)]
+    numbers = [number % len(expected) for number in range(210)]
+
+    def answer(number: int) -> httpx.Response:
+        return ask(qwen, f"ft:load:{number}", folders[number]) if number < NUM_ADAPTERS else ask_base(qwen)
+
     with ThreadPoolExecutor(16) as threads:
-        answers = list(threads.map(lambda number: ask(qwen, f"ft:load:{number}", folders[number]), numbers))
-    assert [logp(answer) for answer in answers] == pytest.approx([likeliest[it] for it in numbers], abs=1e-4)
+        answers = list(threads.map(answer, numbers))
+    assert [logp(answer) for answer in answers] == pytest.approx([expected[it] for it in numbers], abs=1e-4)
 
 
 def changed(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object], base: str = "") -> Path:
