@@ -8,7 +8,8 @@ import openai
 import pytest
 
 from tests.e2e.conftest import Service, wait_for
-from tests.e2e.test_rewards import HELD_OUT, trained
+from tests.e2e.test_rewards import HELD_OUT, measured, trained
+from tests.e2e.test_service import messages
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -96,3 +97,36 @@ def test_a_rule_scores_answers_of_a_file(client: openai.OpenAI, policy: str) -> 
     judge = {"type": "regex", "pattern": "."}
     found = evaluated(client, kind="score", model=policy, judge=judge, file=file.id, max_items=4)
     assert found["score"]["value"] == sum(bool(item["answer"]["text"].strip()) for item in found["items"]) / 4
+
+
+def test_a_job_has_its_checkpoints_and_its_policy_evaluated(client: openai.OpenAI) -> None:
+    rows = "\n".join(map(json.dumps, HELD_OUT)).encode()
+    file = client.files.create(file=("pairs.jsonl", rows), purpose="fine-tune").id
+    asked = {
+        "prefers": {"kind": "preferences", "file": file, "of": "checkpoints"},
+        "says": {"kind": "score", "judge": {"type": "regex", "pattern": "."}, "file": file, "max_items": 4},
+    }
+    job = trained(client, "dpo", {"beta": 0.2}, precision="float32", checkpoint_steps=1, evaluations=asked)
+
+    def ended() -> list[dict[str, Any]]:
+        shown: Any = client.get(f"/fine_tuning/jobs/{job.id}", cast_to=object)
+        found = shown["x_raydpo"]["evaluations"]
+        return found if all(each["status"] in ("succeeded", "failed", "cancelled") for each in found) else []
+
+    found = wait_for(ended, "the evaluations of the job end")
+    by_model = {
+        (each["name"], each["model"]): client.get(f"/x/evaluations/{each['id']}", cast_to=object) for each in found
+    }
+    steps = [f"{job.fine_tuned_model}:ckpt-step-{step}" for step in (1, 2, 3)]
+    assert by_model.keys() == {("says", job.fine_tuned_model), *(("prefers", step) for step in steps)}
+    results: Any = {key: each["results"] for key, each in by_model.items()}  # type: ignore[index]
+    # The policy has the weights of the last checkpoint, whose validation measured the same pairs.
+    last = results["prefers", steps[-1]]
+    assert last["accuracy"]["value"] == pytest.approx(measured(client, job)["full_valid_reward_accuracy"], abs=1e-6)
+    assert last["margin"]["value"] == pytest.approx(measured(client, job)["full_valid_reward_margin"], abs=1e-3)
+    told = {
+        f"Evaluation '{name}' of {model} {how}"
+        for (name, model), each in by_model.items()
+        for how in (f"created: {each['id']}", "succeeded")  # type: ignore[index]
+    }
+    wait_for(lambda: told <= set(messages(client, job.id)), "the job tells of its evaluations")
