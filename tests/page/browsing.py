@@ -1,19 +1,27 @@
 """What the tests of the page share: how they look at it, and where the pictures go."""
 
 import json
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-from playwright.sync_api import Page, expect
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from services.control_plane.page.api import BUILT
 from tests.services.control_plane.conftest import API_KEY
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
 AXE = ROOT / "page" / "node_modules" / "axe-core" / "axe.min.js"
 SIZES = {"wide": (1280, 800), "narrow": (390, 844)}
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
 SEE_CHARTS = """async () => {
     for (const chart of document.querySelectorAll("figure.curve")) {
         chart.scrollIntoView();
@@ -22,6 +30,35 @@ SEE_CHARTS = """async () => {
     scrollTo(0, 0);
 }"""  # a chart that is out of sight is not drawn
 expect.set_options(timeout=120_000)  # a guard against hanging, on a machine that is busy
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Starts a browser. The test is skipped where there is none, or where the page is not built."""
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here: apt-get install chromium")
+    if not (BUILT / "index.html").exists():
+        pytest.skip("the page is not built: make page")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def tab(browser: Browser, url: str) -> Iterator[Page]:
+    """Opens the page in a new tab, without the memory of other tabs. It must see no error of our scripts and nothing
+    that the policy of the page's content refuses."""
+    errors: list[str] = []
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-GB", timezone_id="Europe/Berlin")
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    refusals = ("Content Security Policy", "Uncaught")
+    page.on("console", lambda said: errors.append(said.text) if any(word in said.text for word in refusals) else None)
+    page.goto(f"{url}/")
+    yield page
+    context.close()
+    assert errors == []
 
 
 def sign_in(page: Page, key: str = API_KEY) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,22 +12,17 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from services import storage
 from services.contract import AttemptSpec, CheckRequest, SideJobResult
 from services.control_plane.core.store import migrate
-from services.control_plane.page.api import BUILT
+from tests.page.browsing import chromium, tab
 from tests.page.engine import Engine
 from tests.services.control_plane.attempts.crashes import LivelyRay, Plane
 from tests.services.control_plane.conftest import API_KEY, api_of, pairs
 from tests.services.headers import SMALL, write_model
 from tests.services.web import running
-
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-
 
 NO_ROWS: dict[str, Any] = {"count": 0, "first": []}
 LENGTHS = {"total": 168, "longest": 20, "histogram": {"8": 2, "16": 6, "32": 4}}
@@ -122,14 +116,8 @@ class Service:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A new one for each module: the event loop that Playwright keeps would stand in the way of other tests."""
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium here: apt-get install chromium")
-    if not (BUILT / "index.html").exists():
-        pytest.skip("the page is not built: make page")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -164,18 +152,8 @@ def service(browser: Browser, database_url: str, more_settings: dict[str, str]) 
 
 @pytest.fixture
 def page(browser: Browser, service: Service) -> Iterator[Page]:
-    """A new tab, without the memory of other tests. It must see no error of our scripts and nothing that the policy of
-    the page's content refuses."""
-    errors: list[str] = []
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-GB", timezone_id="Europe/Berlin")
-    page = context.new_page()
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    refusals = ("Content Security Policy", "Uncaught")
-    page.on("console", lambda said: errors.append(said.text) if any(word in said.text for word in refusals) else None)
-    page.goto(f"{service.url}/")
-    yield page
-    context.close()
-    assert errors == []
+    with tab(browser, service.url) as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
