@@ -290,16 +290,25 @@ def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
 
     The condition holds for jobs of all projects, because a model may be shared with other projects.
     """
+    return or_(*(field.astext == model_id for field in _trained_from()), _evaluates_with(model_id))
+
+
+def _trained_from() -> list[Any]:
+    """Returns SQL expressions for the two models that a job is trained from: its first weights, and its reference."""
     jobs = Job.__table__.c
+    return [jobs.spec["model"], jobs.spec["reference_model"]]
+
+
+def _evaluates_with(model_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """Returns the SQL condition that a job names the model `model_id` in one of the evaluations that it asks for."""
     named = func.jsonb_build_object("named", model_id)
-    in_evaluations = func.jsonb_path_exists(jobs.spec, text(NAMED_IN_EVALUATIONS), named)
-    return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id, in_evaluations)
+    return func.jsonb_path_exists(Job.__table__.c.spec, text(NAMED_IN_EVALUATIONS), named)
 
 
 def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
     """Returns SQL queries for the evaluations, sweeps and sets of rounds (repeated training of a policy) that have not
-    ended and name the model `model_id` in any of their fields, and for jobs that wait to have the model evaluated. The
-    keys of the result say in words what they are. Each row of a query has an `id` and a `project_id`.
+    ended and name the model `model_id` in any of their fields, and for jobs that wait for an evaluation of the model,
+    or with it. The keys of the result say in words what they are. Each row of a query has an `id` and a `project_id`.
 
     The queries look at all projects, because a model may be shared with other projects.
     """
@@ -308,7 +317,9 @@ def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
     of_evaluation = [evaluations.spec[name] for name in ("model", "baseline", "reference")]
     of_own = [own.spec[name] for name in ("baseline", "reference")]
     of_job = [sweeps.spec["job"][path] for path in (("model",), ("x_raydpo", "reference", "model"))]
+    outer = (Sweep.__table__, JobEvaluation.__table__, Model.__table__)  # to which queries within queries refer
     sweeps_own = select(own.sweep_id).where(own.sweep_id == sweeps.id, _named(model_id, *of_own, *_of(own.spec)))
+    sweeps_own = sweeps_own.correlate(*outer)
     varied = sweeps.spec["parameters"][("model", "values")].contains(func.jsonb_build_array(model_id))
     made = rounds.history.contains(func.jsonb_build_array(func.jsonb_build_object("model", model_id)))
     of_rounds = [rounds.spec["model"], *_of(rounds.spec), *_of(rounds.spec["evaluation"])]
@@ -317,12 +328,13 @@ def _needing(model_id: ColumnElement[str]) -> dict[str, Select[Any]]:
         "sweep": (sweeps, or_(_named(model_id, *of_job), varied, sweeps_own.exists())),
         "rounds": (rounds, or_(_named(model_id, *of_rounds), made)),
     }
-    waiting = JobEvaluation.__table__.c
-    waits = select(waiting.job_id.label("id"), waiting.project_id)
+    waiting, jobs = JobEvaluation.__table__.c, Job.__table__.c
+    waits = select(waiting.job_id.label("id"), waiting.project_id).where(waiting.state == "waiting")
+    with_it = select(jobs.id).where(jobs.id == waiting.job_id, _evaluates_with(model_id)).correlate(*outer)
     return {
         noun: select(table.id, table.project_id).where(table.finished_at.is_(None), condition)
         for noun, (table, condition) in conditions.items()
-    } | {"waiting evaluation of the job": waits.where(waiting.state == "waiting", waiting.model_id == model_id)}
+    } | {"waiting evaluation of the job": waits.where(or_(waiting.model_id == model_id, with_it.exists()))}
 
 
 def _of(spec: Any) -> list[Any]:
@@ -370,20 +382,24 @@ def must_note_use(model: NamedModel) -> bool:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Marks models as deleted if they are not used: not shared, not loaded, not named by any job, and not named by an
-    evaluation, a sweep or a set of rounds (repeated training of a policy) that has not ended. Returns the ids of the
-    models that were marked.
+    """Marks models as deleted if they are not used: not shared, not loaded, no job's first weights or reference, and
+    not named by a job, an evaluation, a sweep or a set of rounds (repeated training of a policy) that has not ended.
+    Returns the ids of the models that were marked.
 
     First locks all models in `model_ids`. So the function waits until other requests have finished sharing one of these
     models, or starting a job or an evaluation with it.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)
+    jobs, model_id = Job.__table__.c, Model.__table__.c.id
     uses = (
         select(CheckpointPermission.id).where(CheckpointPermission.model_id == Model.id),
         select(Deployment.app_name).where(Deployment.model_id == Model.id),
-        select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),  # also deleted jobs, whose models may need it
-        *_needing(Model.__table__.c.id).values(),
+        # Of all jobs, also deleted ones, whose models may need it. A query for each field: one pass over the jobs then
+        # serves all models, which an `or` of both fields would prevent.
+        *(select(jobs.id).where(field.astext == model_id) for field in _trained_from()),
+        select(jobs.id).where(jobs.observed.not_in(TERMINAL), _evaluates_with(model_id)),
+        *_needing(model_id).values(),
     )
     is_attached = func.coalesce(Model.attached_at > func.now() - ATTACHED_FOR, false())
     unused = update(Model).where(Model.id.in_(model_ids), ~is_attached, *(~use.exists() for use in uses))

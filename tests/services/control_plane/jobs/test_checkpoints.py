@@ -25,6 +25,9 @@ from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import pairs
 from tests.services.control_plane.test_cleanup import sweep
 
+LEASED = """
+    INSERT INTO leases (name, holder, expires_at) VALUES (%s, 'a test', now() + interval '1 hour')
+"""  # so that no control plane works on it
 OPTIMIZER = "optimizer-00001-of-00001.safetensors"
 Act = Callable[[Callable[[AsyncSession], Coroutine[Any, Any, Any]]], Any]
 
@@ -196,6 +199,59 @@ def test_what_is_shared_or_loaded_or_named_by_a_job_stays_as_long_as_it_is(
     act(lambda session: deployments.forget(session, app_name))
     run.save(70)
     assert run.steps() == [30, 40, 70]
+
+
+def test_what_a_job_names_in_its_evaluations_stays_until_they_are_created(
+    start: Callable[..., Run], client: openai.OpenAI, settings: Settings
+) -> None:
+    run = start(keep_checkpoints=1, validates=False)
+    run.save(10)
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    compare = {"kind": "compare", "file": file.id, "baseline": run.name(10), "judge": {"type": "length"}}
+    named: Any = {"x_raydpo": {"evaluations": {"better": compare}}}
+    body: Any = {"model": "tiny", "training_file": file.id, "method": {"type": "dpo"}}
+    job = client.fine_tuning.jobs.create(**body, extra_body=named)
+    run.save(20)
+    assert run.steps() == [10, 20]
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute(LEASED, ["job evaluation m better"])
+        rows.execute(
+            "INSERT INTO job_evaluations (id, project_id, job_id, name, model_id)"
+            " VALUES ('m better', 'proj_default', %s, 'better', 'm')",
+            [job.id],
+        )
+        client.fine_tuning.jobs.cancel(job.id)
+        run.save(30)
+        assert run.steps() == [10, 30]
+        with pytest.raises(openai.BadRequestError, match=f"waiting evaluation of the job {job.id}"):
+            client.models.delete(run.name(10))
+        rows.execute("DELETE FROM job_evaluations")
+    run.save(40)
+    assert run.steps() == [40]
+
+
+def test_a_sweep_keeps_the_models_of_its_evaluations_and_no_others(
+    start: Callable[..., Run], settings: Settings
+) -> None:
+    run = start(keep_checkpoints=1, validates=False)
+    for step in (10, 20):
+        run.save(step)
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute(LEASED, ["sweep s"])
+        rows.execute(
+            "INSERT INTO sweeps (id, project_id, key_id, spec, state, num_trials)"
+            " VALUES ('s', 'proj_default', 'key', '{}', 'running', 1)"
+        )
+        rows.execute(
+            "INSERT INTO sweep_evaluations (sweep_id, number, name, spec, rows)"
+            " VALUES ('s', 0, 'better', jsonb_build_object('baseline', %s::text), '{}')",
+            [run.name(20)],
+        )
+        run.save(30)
+        run.save(40)
+        assert run.steps() == [20, 40]
+        rows.execute("DELETE FROM sweep_evaluations")
+        rows.execute("DELETE FROM sweeps")
 
 
 def test_what_is_attached_to_its_base_stays_for_an_hour_after_its_last_use(
