@@ -65,7 +65,7 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
         shards = fewest_shards(places, lambda n: sum(_state(model, run, n).values()), inf if room is None else room)
     layer, balanced = _kept_of_layer(model, run, rows), _balanced(model, run)
     border = model.number("hidden_size") * run.itemsize + balanced * (FLOAT32 + run.itemsize)
-    most = max(run.max_length, MOST_TOKENS[run.device])
+    most = run.max_tokens_per_pack or max(run.max_length, MOST_TOKENS[run.device])
     logits = 0 if run.rewards else most_logits_bytes(**_head(model, run), most_rows=most)
     free = None if room is None else room - sum(_state(model, run, shards).values()) - logits
     tokens, again, _ = choose_pack(

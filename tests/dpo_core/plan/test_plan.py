@@ -7,6 +7,7 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from dpo_core.plan.inputs import Rows, Run, Shapes
+from dpo_core.plan.memory import settle
 from dpo_core.plan.plan import CHANGES, FILLED, plan
 from dpo_core.plan.sizes import NAMES, SIZES, llama
 from dpo_core.training.trainer import train
@@ -136,3 +137,14 @@ def test_the_bytes_of_a_checkpoint_are_those_of_its_files(sharding, make_policy,
     found = plan(llama(sizes), Run(sharding=sharding), ROWS)
     headers = 120 * 4 * len(list(policy.parameters()))
     assert found.checkpoint_bytes <= sum(path.stat().st_size for path in files) <= found.checkpoint_bytes + headers
+
+
+def test_the_logits_of_a_given_pack_count_when_activations_are_chosen():
+    """A pack of 4,096 tokens leaves the same room for activations as a row of 4,096 tokens."""
+    model = llama(dict(zip(NAMES, (256, 704, 6, 8, 4, 4096, False), strict=True)))
+    run = Run(batch_size=1, max_length=4096)
+    given = replace(run, max_length=256, max_tokens_per_pack=4096)
+    rooms = range(0, 4 * GB, GB // 100)
+    chosen = [[settle(model, each, ROWS, room)[0].activation_checkpointing for room in rooms] for each in (run, given)]
+    assert chosen[0] == chosen[1]
+    assert {"on", "off"} == set(chosen[0])
