@@ -85,6 +85,15 @@ def test_a_running_job_is_followed_through_a_restart_of_the_service(
     )
 
 
+def test_a_reward_model_is_not_asked(page: Page, service: Service, api: httpx.Client, file_id: str) -> None:
+    job_id = submit(api, file_id, method={"type": "reward_bradley_terry"})
+    wait_until_ended(api, job_id)
+    sign_in(page)
+    open_job(page, service.url, job_id)
+    expect(page.get_by_role("link", name="Again, with changes")).to_be_visible()
+    expect(page.get_by_role("link", name="Ask the policy")).to_have_count(0)
+
+
 def test_a_fall_that_is_less_than_what_batches_differ_in_is_no_warning(
     page: Page, service: Service, api: httpx.Client
 ) -> None:

@@ -77,7 +77,7 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
         </div>
         <Status of={job.status} />
         <div class="acts">
-          {job.fine_tuned_model && (
+          {job.fine_tuned_model && !String(job.method.type).startsWith("reward_") && (
             <a class="button main" href={href("ask", { a: job.fine_tuned_model, b: job.model })}>
               Ask the policy
             </a>
