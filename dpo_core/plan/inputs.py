@@ -98,6 +98,7 @@ class Run:
     batch_size: int = 8
     n_epochs: int = 1
     rewards: bool = False  # whether the model is a reward model, which has no logits
+    of_whole_batch: bool = False  # whether the loss of a group depends on other groups of the batch, as in KTO
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
 from dpo_core.plan.quantization import count_quantized
-from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack, fewest_shards, logits_bytes, most_logits_bytes
+from dpo_core.plan.rules import PACK_SHARE, choose_pack, fewest_shards, logits_bytes, most_logits_bytes, most_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,9 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
         shards = fewest_shards(places, lambda n: sum(_state(model, run, n).values()), inf if room is None else room)
     layer, balanced = _kept_of_layer(model, run, rows), _balanced(model, run)
     border = model.number("hidden_size") * run.itemsize + balanced * (FLOAT32 + run.itemsize)
-    most = run.max_tokens_per_pack or max(run.max_length, MOST_TOKENS[run.device])
+    of_whole_batch = run.of_whole_batch or balanced > 0
+    most = run.max_tokens_per_pack or most_tokens(run.device, run.max_length, of_whole_batch=of_whole_batch)
+    assert most is not None  # both devices have a rule
     logits = 0 if run.rewards else most_logits_bytes(**_head(model, run), most_rows=most)
     free = None if room is None else room - sum(_state(model, run, shards).values()) - logits
     tokens, again, _ = choose_pack(

@@ -14,8 +14,20 @@ KEPT_LOGITS = {
     "cpu": 2**25
 }  # numbers in float32; a forward pass that has more computes them again in its backward pass
 MOST_TOKENS = {"cpu": 1024, "cuda": 32768}  # in one forward pass; more are no faster
+MOST_TOKENS_AT_ONCE = {"cpu": 8192, "cuda": 32768}  # the same, if a step of several packs computes each forward twice
 STATE_SHARE = 0.5  # share of a GPU's memory for weights, gradients and AdamW's moments; the rest is for packs
 PACK_SHARE = 0.6  # share of free memory for tensors that backward needs; the rest is for temporary tensors
+
+
+def most_tokens(device: str, max_length: int, *, of_whole_batch: bool) -> int | None:
+    """Returns the most tokens of a pack if memory does not limit them: at least `max_length`. Returns None for a device
+    without a rule.
+
+    `of_whole_batch` says that a gradient needs the results of the whole batch. A step of several packs then computes
+    the forward pass of each pack twice, and a step of one pack does not.
+    """
+    most = (MOST_TOKENS_AT_ONCE if of_whole_batch else MOST_TOKENS).get(device)
+    return most and max(max_length, most)
 
 
 def keeps_logits(device: str, rows: int, vocabulary: int, *, capped: bool) -> bool:

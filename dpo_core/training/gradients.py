@@ -108,6 +108,12 @@ def smaller_packs(scorer: Scorer, groups: Sequence[EncodedGroup], max_tokens_per
     return max(sum(scorer.count_tokens(groups[i]) for i in pack) for pack in packs) // 2
 
 
+def goes_by_pack(objective: Objective, scorer: Scorer) -> bool:
+    """Whether the gradient of a pack needs only the pack itself. Otherwise it needs the results of the whole global
+    batch, and a step of several packs computes the forward pass of each pack twice."""
+    return scorer.experts is None and not objective.traits.needs_whole_batch
+
+
 def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
 ) -> tuple[Measures, Tensor]:
@@ -119,8 +125,7 @@ def backward(
 
     Raises MemoryRanOut on all ranks if memory ran out on one rank; gradients and `statistics` are then incomplete.
     """
-    by_pack = scorer.experts is None and not objective.traits.needs_whole_batch
-    run = _backward_by_pack if by_pack else _backward_of_whole_batch
+    run = _backward_by_pack if goes_by_pack(objective, scorer) else _backward_of_whole_batch
     with _dropout(scorer.model):
         return run(objective, scorer, groups, packs, statistics, scorer.table(groups))
 

@@ -17,9 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.architecture import decoder_layers, is_sharded, local_part
-from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack, most_logits_bytes
+from dpo_core.plan.rules import PACK_SHARE, choose_pack, most_logits_bytes, most_tokens
 from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.scorer import Scorer
+from dpo_core.training.gradients import goes_by_pack
 from dpo_core.training.ranks import all_reduce_min, num_local_ranks
 from dpo_core.training.weights import num_shards, state_bytes
 
@@ -42,7 +43,9 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
     model, least = scorer.model, config.max_length
-    most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
+    whole = not goes_by_pack(config.objective, scorer)
+    most = config.max_tokens_per_pack or most_tokens(model.device.type, least, of_whole_batch=whole)
+    most = most or max(least, ASSUMED_TOKENS)
     budget = _budget(scorer, config.sharding, most)
     token_bytes = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))

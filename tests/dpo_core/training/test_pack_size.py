@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Mixtral
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
+from dpo_core.options import Kto
 from dpo_core.plan import rules
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training import pack_size
@@ -66,7 +67,9 @@ def test_options_that_the_user_set_are_kept(policy, free, checkpointing):
 def test_with_plenty_of_or_unknown_memory_a_pack_has_the_most_tokens_and_nothing_is_recomputed(policy, free, num_bytes):
     free(num_bytes)
     fitted = pack_size.plan_memory(CONFIG, Scorer(policy))
-    assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (pack_size.MOST_TOKENS["cpu"], "off")
+    assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (rules.MOST_TOKENS["cpu"], "off")
+    whole = pack_size.plan_memory(replace(CONFIG, objective=Kto()), Scorer(policy))
+    assert whole.max_tokens_per_pack == rules.MOST_TOKENS_AT_ONCE["cpu"]  # several packs would compute all twice
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(
     assert [checkpointing for _, checkpointing in choices] == sorted(c for _, c in choices)
     assert choices[-1][1] == "on"
     assert all(
-        CONFIG.max_length <= tokens <= pack_size.MOST_TOKENS["cpu"] and tokens.bit_count() == 1 for tokens, _ in choices
+        CONFIG.max_length <= tokens <= rules.MOST_TOKENS["cpu"] and tokens.bit_count() == 1 for tokens, _ in choices
     )
     assert not caplog.records
 

@@ -87,6 +87,7 @@ def run_of(spec: JobSpec, rows: Rows, nodes: Sequence[Node], settings: Settings)
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,
         rewards=config.objective.traits.num_outputs > 0,
+        of_whole_batch=config.objective.traits.needs_whole_batch,
         device=_device(settings),
     )
 
