@@ -259,7 +259,7 @@ def load_attached(
     source = base_of(adapter) if base is None else base
     if Path(source).is_absolute() and not Path(source).is_dir():
         what = f"The adapter in {adapter} was trained on the base in {source}, but that folder does not exist"
-        raise ValueError(f"{what}; restore it, or give the folder where the base model is now, as the argument base.")
+        raise ValueError(f"{what}; restore the folder, or give the place where the base is now, as the argument base.")
     weights = load_peft_weights(adapter, device="cpu")
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
