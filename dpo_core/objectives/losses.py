@@ -524,7 +524,7 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
     if objective.traits.needs_other_prompts and all(len(g.rated()) == len(g.completion_ids) for g in groups):
         raise ValueError(
             f"The batch has no completions of other prompts, which the method '{objective.type}' needs; "
-            "add completions with the rating nan."
+            "add completions of other prompts to the groups, with the rating nan, which marks them."
         )
 
 

@@ -52,8 +52,9 @@ REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidR
 class _Use:
     """What this control plane remembers about its own requests to one model. Times are seconds of the monotonic clock.
 
-    The object holds how many requests are in flight, whether the model accepts more requests, and how much of the
-    model's time a request has used. It also holds whether the database has a mark, which is a record of these requests.
+    The object holds how many requests are in flight and whether the model accepts more requests. `share` adds up the
+    model's time that one request gets if all in flight share it. `is_marked` says whether the database knows that this
+    control plane uses the model, so that the model stays loaded.
     """
 
     in_flight: int = 0

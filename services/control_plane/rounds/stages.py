@@ -324,13 +324,12 @@ class Stages:
 
 
 def best_of(history: Sequence[Entry]) -> Entry:
-    """Returns the round with the best policy so far. `history` holds an object for each round of the set of rounds. The
-    first policy counts as round 0.
+    """Returns the round with the best policy so far. Each round trains the policy of the round before once more.
+    `history` holds the rounds that have begun, in order; the first policy counts as round 0.
 
-    If the judge gives scores, this is the first round with the highest mean score. If the judge compares each policy
-    with the policy of the round before, a policy is better if it wins more than half of these comparisons. The result
-    is then the newest round, if every round's policy was better. Otherwise it is the last round before the first one
-    whose policy was not better.
+    If the judge gives scores, the best round is the first one with the highest mean score. If the judge compares each
+    policy with that of the round before, rounds are followed as long as the new policy wins more than half of the
+    comparisons: the best round is the last one that won.
     """
     done = [entry for entry in history if "results" in entry]
     scored = [entry for entry in done if entry["results"]["score"]]

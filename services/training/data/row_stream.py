@@ -111,8 +111,8 @@ def stream_encoder(
 
 
 class Arrivals:
-    """A Ray actor that knows which parts (files of encoded groups) are finished. Its callers can wait until more parts
-    are finished."""
+    """A Ray actor that knows which parts are finished. A part is a file with encoded groups: prompts with their
+    completions, as token ids. Its callers can wait until more parts are finished."""
 
     def __init__(self, parts: dict[int, Part]) -> None:
         self._parts = parts

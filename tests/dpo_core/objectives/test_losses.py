@@ -219,7 +219,7 @@ def test_an_unpaired_objective_reads_ratings_in_any_order():
 @pytest.mark.parametrize("objective", [o.Kto(), o.Mpo(objectives=(o.Dpo(), o.Kto()), weights=(1.0, 1.0))])
 def test_kto_needs_completions_of_other_prompts_in_the_global_batch(objective):
     with pytest.raises(
-        ValueError, match=f"which the method '{objective.type}' needs; add completions with the rating nan"
+        ValueError, match=f"which the method '{objective.type}' needs; add completions of other prompts"
     ):
         check_groups(objective, [PAIR, PAIR])
     check_groups(objective, [PAIR, OTHER_PROMPT])

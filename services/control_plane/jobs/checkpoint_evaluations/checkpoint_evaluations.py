@@ -90,8 +90,10 @@ async def lock(session: AsyncSession, row_id: str) -> tuple[Job, JobEvaluation]:
 async def advance(
     session: AsyncSession, settings: Settings, row_id: str, rows: Sequence[dict[str, Any]]
 ) -> JobEvaluation:
-    """Does what can be done for the row with this id now: creates its evaluation on the prompts `rows`, or notes how
-    the evaluation has ended. Cancels the evaluation of a job that was cancelled. Returns the row.
+    """Takes the next step for one evaluation that a job asked for: creates it, or notes how it has ended. Cancels the
+    evaluation of a job that was cancelled. Returns the evaluation's row in the table job_evaluations.
+
+    `row_id` is the id of this row. `rows` are the prompts on which the evaluation is made.
     """
     job, row = await lock(session, row_id)
     row.troubled_at = None
