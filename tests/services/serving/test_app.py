@@ -84,7 +84,7 @@ def test_new_settings_replace_the_replicas_and_cut_no_answer(serving: Serving, m
         body = long | {"ignore_eos": True, "n": 64}
         answers = [pool.submit(httpx.post, url, json=body, timeout=600) for _ in range(12)]
         while not load_of(serving, "changed")["requests_running"]:
-            assert not answers[-1].done()
+            assert not answers[-1].done(), answers[-1].result().text
         engine = {"replicas": 2, "tool_call_parser": "hermes", "prefix_caching": False}
         serving.deploy(given | {"max_model_len": 128, "engine": engine})
         serving.wait(lambda apps: apps["changed"]["status"] == "DEPLOYING")
