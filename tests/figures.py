@@ -19,7 +19,8 @@ class Figures:
     def __init__(self, config: pytest.Config) -> None:
         self._began, self._cpu = time.monotonic(), machine_cpu_seconds()
         self._seconds = Counter[str]()
-        self._is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+        chosen = config.option.keyword or config.option.lf
+        self._is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._seconds[report.nodeid.partition("::")[0]] += report.duration
