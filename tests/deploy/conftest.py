@@ -7,9 +7,8 @@ from typing import Any
 
 import helm_python
 import pytest
-import yaml
 
-from tests.deploy.manifests import Manifest
+from tests.deploy.manifests import Manifest, objects
 from tests.deploy.variants import FULL, MINIMAL, VARIANTS
 
 Render = Callable[..., list[Manifest]]
@@ -43,8 +42,7 @@ def render(chart: helm_python.Chart) -> Render:
     """Returns a function that renders the objects that `helm install <release> --namespace ml` would create."""
 
     def render(values: dict[str, Any], release: str = "prod") -> list[Manifest]:
-        files = chart.render(values, name=release, namespace="ml")
-        return [yaml.safe_load(text) for path, text in files.items() if path.endswith(".yaml") and text.strip()]
+        return objects(chart.render(values, name=release, namespace="ml"))
 
     return render
 

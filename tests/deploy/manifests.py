@@ -2,8 +2,16 @@
 
 from typing import Any
 
+import yaml
+
 Manifest = dict[str, Any]
 COMPONENT = "app.kubernetes.io/component"
+
+
+def objects(files: dict[str, str]) -> list[Manifest]:
+    """Returns the objects in what Helm rendered, by path."""
+    texts = [text for path, text in files.items() if path.endswith(".yaml")]
+    return [each for text in texts for each in yaml.safe_load_all(text) if each]
 
 
 def one(manifests: list[Manifest], kind: str, component: str = "") -> Manifest:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import typer
 import yaml
 
+from dpo_core.config import Lora
 from services.cli.app import app
 from services.control_plane.http import health, metrics
-from services.control_plane.settings import Settings
+from services.control_plane.settings import BaseModel, Settings
+from services.deployment_settings import DeploymentSettings
 from tests.deploy.manifests import (
     Manifest,
     container,
@@ -80,7 +83,7 @@ def test_the_control_plane_reads_every_variable_and_the_file(
 ) -> None:
     template = pod_templates(manifests)["control-plane"]
     file = tmp_path / "raydpo.toml"
-    file.write_text(one(manifests, "ConfigMap")["data"]["raydpo.toml"])
+    file.write_text(one(manifests, "ConfigMap", "control-plane")["data"]["raydpo.toml"])
     own = {name: entry for name, entry in environment(template).items() if name not in EXTRA}
     for name, entry in own.items():
         monkeypatch.setenv(name, entry.get("value", "secret"))
@@ -121,7 +124,7 @@ def test_the_control_plane_reads_every_variable_and_the_file(
 def test_as_many_jobs_and_models_as_fit_run_at_a_time(
     render: Render, minimal: dict[str, Any], values: dict[str, Any], jobs: int, models: int
 ) -> None:
-    settings = tomllib.loads(one(render(minimal | values), "ConfigMap")["data"]["raydpo.toml"])
+    settings = tomllib.loads(one(render(minimal | values), "ConfigMap", "control-plane")["data"]["raydpo.toml"])
     assert (settings["max_running_jobs"], settings["max_loaded_models"]) == (jobs, models)
     assert settings["model_idle_seconds"] == 1800  # otherwise a model that nobody asks would keep its GPUs
 
@@ -143,6 +146,44 @@ def test_the_chart_takes_the_settings_that_it_does_not_make_itself(chart: helm_p
     }
     found = {"ray_url", "ray_token", "serve_url"}
     assert set(schema["properties"]["settings"]["properties"]) == set(Settings.model_fields) - made - found
+
+
+def without_prose(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Returns what a JSON schema of pydantic demands: references resolved, without titles, defaults and None."""
+    if isinstance(schema, list):
+        return [without_prose(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return without_prose(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "anyOf" in schema:
+        (schema,) = [kind for kind in schema["anyOf"] if kind != {"type": "null"}]
+    prose = ("title", "description", "default")
+    return {key: without_prose(value, definitions) for key, value in schema.items() if key not in prose}
+
+
+def is_as_strict(schema: Any, other: Any) -> bool:
+    """Whether a schema demands all that another one does."""
+    if isinstance(other, dict):
+        return all(key in schema and is_as_strict(schema[key], value) for key, value in other.items())
+    return bool(schema == other)
+
+
+def test_a_setting_that_the_service_would_not_start_with_is_refused(chart: helm_python.Chart) -> None:
+    schema, service = chart.schema, Settings.model_json_schema()
+    assert schema is not None
+    for name, ours in schema["properties"]["settings"]["properties"].items():
+        theirs = without_prose(service["properties"][name], service["$defs"])
+        assert is_as_strict(ours, theirs), f"settings.{name} must demand {theirs}"
+
+
+def test_a_model_has_the_fields_that_the_service_knows(chart: helm_python.Chart) -> None:
+    schema = chart.schema
+    assert schema is not None
+    model = schema["properties"]["models"]["additionalProperties"]["properties"]
+    assert set(model) == set(BaseModel.model_fields)
+    assert set(model["deployment"]["propertyNames"]["enum"]) == set(DeploymentSettings.model_fields)
+    assert set(model["adapter"]["else"]["propertyNames"]["enum"]) == {field.name for field in fields(Lora)}
 
 
 def test_prometheus_finds_the_control_plane_and_traces_go_where_they_shall(

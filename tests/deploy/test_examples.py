@@ -54,6 +54,20 @@ def test_the_values_beside_kueue_s_queue_name_it(render: Render, minimal: dict[s
     assert set(group["coveredResources"]) == {each["name"] for each in group["flavors"][0]["resources"]}
 
 
+def test_argo_cd_leaves_to_ray_what_its_autoscaler_writes(render: Render) -> None:
+    application = read("argocd.yaml")["Application"]["spec"]
+    cluster = one(render(application["source"]["helm"]["valuesObject"]), "RayCluster")
+    (ignored,) = application["ignoreDifferences"]
+    assert (ignored["group"], ignored["kind"]) == ("ray.io", cluster["kind"])
+    assert ".spec.workerGroupSpecs[].replicas" in ignored["jqPathExpressions"]
+    assert cluster["spec"]["workerGroupSpecs"]
+    assert "RespectIgnoreDifferences=true" in application["syncPolicy"]["syncOptions"]
+
+
 def test_the_values_for_gpus_render(render: Render, minimal: dict[str, Any]) -> None:
-    manifests = render(minimal | yaml.safe_load((EXAMPLES / "gpus.yaml").read_text()))
+    values = yaml.safe_load((EXAMPLES / "gpus.yaml").read_text())
+    manifests = render(minimal | values)
+    claim = read("models-claim.yaml")["PersistentVolumeClaim"]
+    kubernetes_validate.validate(claim, "1.37", strict=True)
+    assert claim["metadata"]["name"] == values["hub"]["cacheClaim"]
     assert list(ray_groups(manifests)) == ["head", "cpu", "h100", "l40s"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.manifests import (
+    COMPONENT,
     Manifest,
     container,
     labels,
@@ -15,7 +16,7 @@ from tests.deploy.manifests import (
     pod_templates,
     ray_groups,
 )
-from tests.deploy.variants import AFFINITY, NCCL, VARIANTS
+from tests.deploy.variants import AFFINITY, NCCL, VARIANTS, group
 
 Render = Callable[..., list[Manifest]]
 
@@ -106,8 +107,8 @@ def test_control_planes_spread_over_nodes_by_their_own_labels(render: Render, mi
 
 
 def test_no_autoscaler_of_nodes_moves_ray(render: Render, minimal: dict[str, Any]) -> None:
-    for name, group in ray_groups(render(minimal)).items():
-        assert group["template"]["metadata"]["annotations"] == {
+    for name, each in ray_groups(render(minimal)).items():
+        assert each["template"]["metadata"]["annotations"] == {
             "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
             "karpenter.sh/do-not-disrupt": "true",
         }, name
@@ -134,6 +135,17 @@ def test_kueue_finds_its_queue_on_the_cluster(render: Render) -> None:
     metadata = one(render(VARIANTS["queued by Kueue"]), "RayCluster")["metadata"]
     assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "ml"
     assert metadata["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
+
+
+def test_volcano_finds_its_queue_and_priority_on_the_cluster(render: Render) -> None:
+    found = labels(one(render(VARIANTS["a gang of Volcano's"]), "RayCluster"))
+    assert (found["volcano.sh/queue-name"], found["ray.io/priority-class-name"]) == ("ml", "high")
+
+
+def test_the_autoscaler_has_the_size_that_the_values_say(render: Render, minimal: dict[str, Any]) -> None:
+    minimal["ray"] = {"autoscalerMemory": "2Gi"}
+    resources = one(render(minimal), "RayCluster")["spec"]["autoscalerOptions"]["resources"]
+    assert resources["requests"] == resources["limits"] == {"cpu": "500m", "memory": "2Gi"}
 
 
 def test_what_ray_s_head_writes_is_limited(manifests: list[Manifest]) -> None:
@@ -195,11 +207,26 @@ def test_a_control_plane_that_starts_slowly_or_answers_late_is_left_alone(manife
     assert liveness["timeoutSeconds"] >= 10
 
 
-def test_the_head_s_budget_holds_the_head_alone(render: Render) -> None:
-    budget = one(render(VARIANTS["guarded and scaled"]), "PodDisruptionBudget", "ray")["spec"]
-    assert budget["minAvailable"] == 1
+def test_a_budget_holds_the_pods_of_its_group_however_many_there_are(render: Render) -> None:
+    manifests = render(VARIANTS["guarded and scaled"])
+    of_ray = [each for each in manifests if each["kind"] == "PodDisruptionBudget" and labels(each)[COMPONENT] == "ray"]
+    held = {each["metadata"]["name"]: each["spec"] for each in of_ray}
+    assert {name: budget["minAvailable"] for name, budget in held.items()} == {
+        "raydpo-prod-ray-head": 1,
+        "raydpo-prod-ray-h100": 4,  # as many as there may be
+    }
     # KubeRay labels its pods so.
-    assert budget["selector"]["matchLabels"]["ray.io/node-type"] == "head"
+    assert held["raydpo-prod-ray-head"]["selector"]["matchLabels"]["ray.io/node-type"] == "head"
+    assert held["raydpo-prod-ray-h100"]["selector"]["matchLabels"]["ray.io/group"] == "h100"
+
+
+def test_tmp_is_on_a_volume_of_its_own_where_the_values_say(render: Render, minimal: dict[str, Any]) -> None:
+    minimal["gpuWorkers"] = [group("h100", pod={"scratchStorageClass": "fast"})]
+    pods = pod_templates(render(minimal))
+    (scratch,) = [volume for volume in pods["h100"]["spec"]["volumes"] if volume["name"] == "scratch"]
+    claim = scratch["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert (claim["storageClassName"], claim["resources"]["requests"]["storage"]) == ("fast", "500Gi")
+    assert {"name": "scratch", "emptyDir": {"sizeLimit": "50Gi"}} in pods["cpu"]["spec"]["volumes"]
 
 
 def test_an_autoscaler_alone_says_how_many_control_planes_there_are(render: Render, full: dict[str, Any]) -> None:

@@ -24,11 +24,15 @@ SENTENCES = {
     ),
     "two groups of one name": (
         {"gpuWorkers": [group("a"), group("a")]},
-        "two groups of workers have the name a; give each a name of its own",
+        "two groups have the name a; give each a name of its own",
     ),
     "a GPU group with the name of the CPU group": (
         {"gpuWorkers": [group("cpu")]},
-        "two groups of workers have the name cpu; give each a name of its own",
+        "two groups have the name cpu; give each a name of its own",
+    ),
+    "a GPU group with the name of KubeRay's group of the head": (
+        {"gpuWorkers": [group("headgroup")]},
+        "two groups have the name headgroup; give each a name of its own",
     ),
     "a worker that fits into no pod": (
         {"settings": {"num_gpus_per_worker": 2}},
@@ -65,6 +69,26 @@ SENTENCES = {
     "a volume with the name of the chart's": (
         {"pods": {"extraVolumes": [{"name": "scratch", "emptyDir": {}}]}},
         "extraVolumes: the name scratch is the chart's own; give the volume another one",
+    ),
+    "a model that fits into no pod": (
+        {"models": {"big": {"source": "org/big", "deployment": {"num_gpus": 8}}}},
+        "models.big.deployment.num_gpus is 8, but no pod of gpuWorkers may have so many GPUs",
+    ),
+    "alerts without what they read": (
+        {"observability": {"alerts": True}},
+        "observability.serviceMonitor must be true, because observability.alerts reads what it scrapes",
+    ),
+    "a Redis that KubeRay is not told of": (
+        {"head": {"pod": {"extraEnv": {"RAY_REDIS_ADDRESS": "redis:6379"}}}},
+        "extraEnv: KubeRay refuses a cluster with RAY_REDIS_ADDRESS; use gcs.redisAddress and gcs.redisSecret",
+    ),
+    "another autoscaler": (
+        {"head": {"pod": {"extraEnv": {"RAY_enable_autoscaler_v2": "1"}}}},
+        "extraEnv: the chart sets RAY_enable_autoscaler_v2 itself; leave it out",
+    ),
+    "an annotation that KubeRay refuses": (
+        {"ray": {"annotations": {"ray.io/ft-enabled": "true"}}},
+        "ray.annotations: KubeRay refuses ray.io/ft-enabled beside what the chart sets; use gcs.backend",
     ),
     "a variable that the chart sets": (
         {"ray": {"pod": {"extraEnv": {"HOME": "/root"}}}},
@@ -107,9 +131,22 @@ SCHEMA = {
     "a pull secret": ({"images": {"pullSecrets": [{"named": "x"}]}}, "pullSecrets/0"),
     "a quantity": ({"head": {"memory": "8 GB"}}, "head/memory"),
     "a GPU that Ray does not know": ({"gpuWorkers": [group("a", gpuResource="google.com/tpu")]}, "gpuResource"),
+    "GPUs beside the group's": ({"gpuWorkers": [group("a", resources={"nvidia.com/gpu": 1})]}, "'nvidia.com/gpu'"),
+    "GPUs of the head": ({"head": {"resources": {"nvidia.com/gpu": 1}}}, "'nvidia.com/gpu'"),
     "a group's name": ({"gpuWorkers": [group("H100_big")]}, "gpuWorkers/0/name"),
     "a group without a size": ({"gpuWorkers": [{"name": "a"}]}, "gpuWorkers/0"),
     "GPU workers as one table": ({"gpuWorkers": {"gpus": 8}}, "gpuWorkers"),
+    "a label of KubeRay's own": ({"ray": {"labels": {"ray.io/cluster": "x"}}}, "'ray.io/cluster'"),
+    "no jobs at all": ({"settings": {"max_running_jobs": 0}}, "settings/max_running_jobs"),
+    "a GPU and a half": ({"settings": {"num_gpus_per_model": 1.5}}, "settings/num_gpus_per_model"),
+    "a number type": ({"settings": {"dtype": "fp8"}}, "settings/dtype"),
+    "an issuer without an audience": ({"settings": {"oidc_issuer": "https://issuer.example"}}, "/settings"),
+    "roles without an issuer": ({"settings": {"oidc_roles": []}}, "oidc_issuer"),
+    "a field of a deployment": (
+        {"models": {"a": {"source": "org/a", "deployment": {"gpus": 2}}}},
+        "'gpus'",
+    ),
+    "an adapter": ({"models": {"a": {"source": "org/a", "adapter": "lora"}}}, "models/a"),
     "a backend of the head's state": ({"gcs": {"backend": "etcd"}}, "gcs/backend"),
 }
 

@@ -10,7 +10,7 @@ import helm_python
 import pytest
 import yaml
 
-from tests.deploy.manifests import ray_groups
+from tests.deploy.manifests import objects, ray_groups
 from tests.deploy.variants import VARIANTS
 
 KINDS = {
@@ -66,7 +66,7 @@ def cluster() -> Iterator[helm_python.Config]:
 def replicas(config: helm_python.Config, chart: helm_python.Chart, **changes: Any) -> dict[str, int | None]:
     values = VARIANTS["several GPU groups"] | changes
     files = config.render(chart, values, name="prod", namespace="ml", is_upgrade=True)
-    manifests = [yaml.safe_load(text) for path, text in files.items() if path.endswith(".yaml") and text.strip()]
+    manifests = objects(files)
     return {name: group.get("replicas") for name, group in ray_groups(manifests).items() if name != "head"}
 
 

@@ -121,7 +121,7 @@ VARIANTS: dict[str, Values] = {
             group("mig", gpus=2, gpuResource="nvidia.com/mig-3g.40gb"),
         ],
     },
-    "no GPUs": MINIMAL | {"gpuWorkers": []},
+    "no GPUs": MINIMAL | {"gpuWorkers": [], "cpuWorkers": {"resources": {"ephemeral-storage": "60Gi"}}},
     "pods with everything": MINIMAL
     | {
         "pods": {
@@ -143,6 +143,7 @@ VARIANTS: dict[str, Values] = {
             },
             "extraVolumes": [{"name": "certificates", "configMap": {"name": "certificates"}}],
             "extraVolumeMounts": [{"name": "certificates", "mountPath": "/etc/certificates", "readOnly": True}],
+            "scratchStorageClass": "fast",
         }
     },
     "queued by Kueue": MINIMAL
@@ -150,6 +151,17 @@ VARIANTS: dict[str, Values] = {
         "ray": {
             "labels": {"kueue.x-k8s.io/queue-name": "ml"},
             "annotations": {"kueue.x-k8s.io/elastic-job": "true"},
+        }
+    },
+    "a gang of Volcano's": MINIMAL
+    | {"ray": {"labels": {"volcano.sh/queue-name": "ml", "ray.io/priority-class-name": "high"}}},
+    "observed": MINIMAL
+    | {
+        "observability": {
+            "serviceMonitor": True,
+            "serviceMonitorLabels": {"release": "prometheus"},
+            "alerts": True,
+            "dashboard": True,
         }
     },
     "state in Redis": MINIMAL
@@ -168,5 +180,9 @@ VARIANTS: dict[str, Values] = {
         }
     },
     "guarded and scaled": MINIMAL
-    | {"head": {"blockEviction": True}, "controlPlane": {"replicas": 2, "maxReplicas": 6}},
+    | {
+        "head": {"blockEviction": True},
+        "gpuWorkers": [group("h100", blockEviction=True), group("spot")],
+        "controlPlane": {"replicas": 2, "maxReplicas": 6},
+    },
 }

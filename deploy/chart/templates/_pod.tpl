@@ -60,7 +60,7 @@ topologySpreadConstraints:
 
 {{/* The environment of a container: the chart's own and `extraEnv`. Takes (own items, raydpo.podValues). */}}
 {{- define "raydpo.env" -}}
-{{- $own := list }}
+{{- $own := list "RAY_enable_autoscaler_v2" }}
 {{- range index . 0 | fromYamlArray }}
 {{- $own = append $own .name }}
 {{- end }}
@@ -68,6 +68,9 @@ topologySpreadConstraints:
 {{- range $name, $value := (index . 1).extraEnv }}
 {{- if has $name $own }}
   {{- fail (printf "extraEnv: the chart sets %s itself; leave it out" $name) }}
+{{- end }}
+{{- if has $name (list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "REDIS_USERNAME") }}
+  {{- fail (printf "extraEnv: KubeRay refuses a cluster with %s; use gcs.redisAddress and gcs.redisSecret" $name) }}
 {{- end }}
 - name: {{ $name }}
   {{- if kindIs "map" $value }}
@@ -100,9 +103,19 @@ topologySpreadConstraints:
 
 {{/* The volumes of these mounts. Takes (size of /tmp, raydpo.podValues). */}}
 {{- define "raydpo.volumes" -}}
+{{- $size := index . 0 | quote -}}
 - name: scratch
+  {{- with (index . 1).scratchStorageClass }}
+  ephemeral:
+    volumeClaimTemplate:
+      spec:
+        accessModes: [ReadWriteOnce]
+        storageClassName: {{ . | quote }}
+        resources: { requests: { storage: {{ $size }} } }
+  {{- else }}
   emptyDir:
-    sizeLimit: {{ index . 0 | quote }}
+    sizeLimit: {{ $size }}
+  {{- end }}
 {{- with (index . 1).extraVolumes }}
 {{ toYaml . }}
 {{- end }}

@@ -15,17 +15,17 @@
 {{- mulf (regexFind "^[0-9.]+" .) (get $units (regexFind "[A-Za-z]*$" .)) }}
 {{- end -}}
 
-{{/* How many workers or models of so many GPUs the cluster holds at its largest. Each must fit into one pod; those without GPUs take a CPU pod each. Takes (root, name of the setting). */}}
+{{/* How many workers or models of so many GPUs the cluster holds at its largest. Each must fit into one pod; those without GPUs take a CPU pod each. Takes (root, name of the value, GPUs). */}}
 {{- define "raydpo.fitting" -}}
 {{- $root := index . 0 }}
-{{- $each := get $root.Values.settings (index . 1) | default 0 | float64 }}
+{{- $each := index . 2 | default 0 | float64 }}
 {{- $fitting := 0 }}
 {{- if $each }}
 {{- range $root.Values.gpuWorkers }}
 {{- $fitting = add $fitting (mul .maxReplicas (floor (divf .gpus $each))) }}
 {{- end }}
 {{- if not $fitting }}
-  {{- fail (printf "settings.%s is %v, but no pod of gpuWorkers may have so many GPUs; lower it, or raise gpus or maxReplicas of a group" (index . 1) $each) }}
+  {{- fail (printf "%s is %v, but no pod of gpuWorkers may have so many GPUs; lower it, or raise gpus or maxReplicas of a group" (index . 1) $each) }}
 {{- end }}
 {{- else }}
 {{- $fitting = $root.Values.cpuWorkers.maxReplicas }}
@@ -36,8 +36,8 @@
 {{/* The settings that the chart chooses where `settings` has none. The head needs 2 GiB itself and 1 GiB for each job's driver. */}}
 {{- define "raydpo.chosenSettings" -}}
 {{- $drivers := sub (floor (divf (include "raydpo.amount" .Values.head.memory) 1073741824.0)) 2 }}
-max_running_jobs: {{ include "raydpo.fitting" (list . "num_gpus_per_worker") | int | min $drivers | max 1 }}
-max_loaded_models: {{ include "raydpo.fitting" (list . "num_gpus_per_model") | int | max 2 }}
+max_running_jobs: {{ include "raydpo.fitting" (list . "settings.num_gpus_per_worker" .Values.settings.num_gpus_per_worker) | int | min $drivers | max 1 }}
+max_loaded_models: {{ include "raydpo.fitting" (list . "settings.num_gpus_per_model" .Values.settings.num_gpus_per_model) | int | max 2 }}
 model_idle_seconds: 1800
 log_format: json
 {{- end -}}
