@@ -129,6 +129,16 @@ def test_as_many_jobs_and_models_as_fit_run_at_a_time(
     assert settings["model_idle_seconds"] == 1800  # otherwise a model that nobody asks would keep its GPUs
 
 
+@pytest.mark.parametrize(("memory", "warns"), [("8Gi", True), ("64Gi", False)])
+def test_the_notes_say_if_the_head_is_too_small_for_the_jobs(
+    chart: helm_python.Chart, minimal: dict[str, Any], memory: str, warns: bool
+) -> None:
+    values = minimal | {"settings": {"max_running_jobs": 50}, "head": {"memory": memory}}
+    notes = chart.render(values, name="prod", namespace="ml")["raydpo/templates/NOTES.txt"]
+    assert "At most 50 jobs run" in notes
+    assert ("The head has memory for 6 of them" in notes) is warns
+
+
 def test_the_chart_takes_the_settings_that_it_does_not_make_itself(chart: helm_python.Chart) -> None:
     schema = chart.schema
     assert schema is not None

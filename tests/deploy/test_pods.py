@@ -161,7 +161,7 @@ def test_ray_keeps_its_state_where_the_values_say(render: Render, minimal: dict[
 
     assert state(minimal) is None
     redis = state(VARIANTS["state in Redis"])
-    assert redis["redisAddress"] == "redis:6379"
+    assert redis["redisAddress"] == "rediss://redis:6379"
     assert redis["redisPassword"] == {"valueFrom": {"secretKeyRef": {"name": "redis", "key": "redis-password"}}}
     assert redis["redisUsername"] == {"valueFrom": {"secretKeyRef": {"name": "redis", "key": "redis-username"}}}
     assert state(VARIANTS["state in RocksDB"]) == {

@@ -13,6 +13,8 @@ from tests.deploy.variants import MINIMAL, group
 
 Render = Callable[..., list[Manifest]]
 
+EMPTY = {"name": "data", "emptyDir": {}}
+
 SENTENCES = {
     "workers below their minimum": (
         {"cpuWorkers": {"minReplicas": 5}},
@@ -65,6 +67,17 @@ SENTENCES = {
     "a mount of no volume": (
         {"head": {"pod": {"extraVolumeMounts": [{"name": "data", "mountPath": "/data"}]}}},
         "extraVolumeMounts: there is no volume data; add it to extraVolumes of the same pod",
+    ),
+    "two mounts at one place": (
+        {"head": {"pod": {"extraVolumes": [EMPTY], "extraVolumeMounts": [{"name": "data", "mountPath": "/tmp/ray/"}]}}},
+        "extraVolumeMounts: something is mounted at /tmp/ray already; choose another mountPath",
+    ),
+    "a mount over the cache of models": (
+        {
+            "hub": {"cacheClaim": "models"},
+            "pods": {"extraVolumes": [EMPTY], "extraVolumeMounts": [{"name": "data", "mountPath": "/models"}]},
+        },
+        "extraVolumeMounts: something is mounted at /models already; choose another mountPath",
     ),
     "a volume with the name of the chart's": (
         {"pods": {"extraVolumes": [{"name": "scratch", "emptyDir": {}}]}},

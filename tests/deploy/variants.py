@@ -165,7 +165,7 @@ VARIANTS: dict[str, Values] = {
         }
     },
     "state in Redis": MINIMAL
-    | {"gcs": {"backend": "redis", "redisAddress": "redis:6379", "redisSecret": "redis", "redisUser": True}},
+    | {"gcs": {"backend": "redis", "redisAddress": "rediss://redis:6379", "redisSecret": "redis", "redisUser": True}},
     "state in RocksDB": MINIMAL | {"gcs": {"backend": "rocksdb", "size": "20Gi", "storageClass": "fast"}},
     "a warm cache": MINIMAL
     | {

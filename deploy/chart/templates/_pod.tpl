@@ -81,22 +81,33 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* What each container mounts: /tmp, its only writable place, and `extraVolumeMounts`. Takes raydpo.podValues. */}}
+{{/* What a container mounts: /tmp, its only writable place, the chart's own and `extraVolumeMounts`. Takes (own items, raydpo.podValues). */}}
 {{- define "raydpo.mounts" -}}
+{{- $own := printf "- { name: scratch, mountPath: /tmp }\n%s" (index . 0) | trim }}
+{{- $paths := list }}
+{{- range fromYamlArray $own }}
+{{- $paths = append $paths .mountPath }}
+{{- end }}
 {{- $known := list "scratch" "settings" "hub" }}
-{{- range .extraVolumes }}
+{{- $pod := index . 1 }}
+{{- range $pod.extraVolumes }}
   {{- if has .name $known }}
     {{- fail (printf "extraVolumes: the name %s is the chart's own; give the volume another one" .name) }}
   {{- end }}
   {{- $known = append $known .name }}
 {{- end }}
-{{- range .extraVolumeMounts }}
+{{- range $pod.extraVolumeMounts }}
   {{- if not (has .name $known) }}
     {{- fail (printf "extraVolumeMounts: there is no volume %s; add it to extraVolumes of the same pod" .name) }}
   {{- end }}
+  {{- $path := clean .mountPath }}
+  {{- if has $path $paths }}
+    {{- fail (printf "extraVolumeMounts: something is mounted at %s already; choose another mountPath" $path) }}
+  {{- end }}
+  {{- $paths = append $paths $path }}
 {{- end -}}
-- { name: scratch, mountPath: /tmp }
-{{- with .extraVolumeMounts }}
+{{ $own }}
+{{- with $pod.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}

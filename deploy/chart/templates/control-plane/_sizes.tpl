@@ -33,10 +33,14 @@
 {{- $fitting }}
 {{- end -}}
 
-{{/* The settings that the chart chooses where `settings` has none. The head needs 2 GiB itself and 1 GiB for each job's driver. */}}
+{{/* How many jobs the head has memory for. It needs 2 GiB itself and 1 GiB for each job's driver. */}}
+{{- define "raydpo.drivers" -}}
+{{- sub (floor (divf (include "raydpo.amount" .Values.head.memory) 1073741824.0)) 2 | max 1 }}
+{{- end -}}
+
+{{/* The settings that the chart chooses where `settings` has none. */}}
 {{- define "raydpo.chosenSettings" -}}
-{{- $drivers := sub (floor (divf (include "raydpo.amount" .Values.head.memory) 1073741824.0)) 2 }}
-max_running_jobs: {{ include "raydpo.fitting" (list . "settings.num_gpus_per_worker" .Values.settings.num_gpus_per_worker) | int | min $drivers | max 1 }}
+max_running_jobs: {{ include "raydpo.fitting" (list . "settings.num_gpus_per_worker" .Values.settings.num_gpus_per_worker) | int | min (include "raydpo.drivers" . | int) | max 1 }}
 max_loaded_models: {{ include "raydpo.fitting" (list . "settings.num_gpus_per_model" .Values.settings.num_gpus_per_model) | int | max 2 }}
 model_idle_seconds: 1800
 log_format: json

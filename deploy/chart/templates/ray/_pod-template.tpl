@@ -26,13 +26,7 @@ spec:
       resources: {{- include "raydpo.resources" .values | nindent 8 }}
       securityContext: {{- include "raydpo.containerSecurity" . | nindent 8 }}
       volumeMounts:
-        {{- include "raydpo.mounts" $pod | nindent 8 }}
-        {{- if .head }}
-        {{- include "raydpo.rayLogs" . | nindent 8 }}
-        {{- end }}
-        {{- if .root.Values.hub.cacheClaim }}
-        - { name: hub, mountPath: /models }
-        {{- end }}
+        {{- include "raydpo.mounts" (list (print (include "raydpo.hubMount" .root) (.head | ternary (include "raydpo.rayLogs" .) "")) $pod) | nindent 8 }}
   volumes:
     {{- include "raydpo.volumes" (list .values.scratch $pod) | nindent 4 }}
     {{- include "raydpo.hubVolume" .root | nindent 4 }}
@@ -67,6 +61,12 @@ spec:
 {{- define "raydpo.copiesEnv" }}
 - name: RAYDPO_COPIES_BYTES
   value: {{ mulf 0.6 (include "raydpo.amount" .) | int64 | quote }}
+{{- end -}}
+
+{{- define "raydpo.hubMount" -}}
+{{- if .Values.hub.cacheClaim -}}
+- { name: hub, mountPath: /models }
+{{ end }}
 {{- end -}}
 
 {{- define "raydpo.hubVolume" -}}

@@ -37,8 +37,7 @@ template:
         resources: {{- include "raydpo.resources" (dict "cpu" "1" "memory" "4Gi") | nindent 10 }}
         securityContext: {{- include "raydpo.containerSecurity" . | nindent 10 }}
         volumeMounts:
-          {{- include "raydpo.mounts" $pod | nindent 10 }}
-          - { name: hub, mountPath: /models }
+          {{- include "raydpo.mounts" (list (include "raydpo.hubMount" .) $pod) | nindent 10 }}
     volumes:
       {{- include "raydpo.volumes" (list "4Gi" $pod) | nindent 6 }}
       {{- include "raydpo.hubVolume" . | nindent 6 }}
