@@ -109,20 +109,27 @@ VICTIMS: dict[str, Callable[[Service], object]] = {
 }
 
 
+def train(client: openai.OpenAI, **options: Any) -> Any:
+    """Runs a short job with these options of `x_raydpo`, and returns the job when it has succeeded."""
+    file = client.files.create(file=("pairs.jsonl", shop_pairs(20)), purpose="fine-tune")
+    hyperparameters: Any = {"n_epochs": 1, "batch_size": 10}
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+        extra_body={"x_raydpo": {"reference": {"source": "trainer"}} | options},
+    )
+    done = finished(client, job.id)
+    assert done.fine_tuned_model, messages(client, job.id)
+    return done
+
+
 @pytest.fixture(scope="module")
 def policies(service: Service) -> tuple[str, str, str]:
     """Returns the name of an adapter, and the name and folder of another one that has answered and was deleted."""
     with service.client() as client:
-        file = client.files.create(file=("pairs.jsonl", shop_pairs(20)), purpose="fine-tune")
-        hyperparameters: Any = {"n_epochs": 1, "batch_size": 10}
-        job = client.fine_tuning.jobs.create(
-            model="tiny",
-            training_file=file.id,
-            method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
-            extra_body={"x_raydpo": {"reference": {"source": "trainer"}}},
-        )
-        kept = finished(client, job.id).fine_tuned_model
-        assert kept, messages(client, job.id)
+        job = train(client)
+        kept = job.fine_tuned_model
         checkpoint, *_ = client.fine_tuning.jobs.checkpoints.list(job.id).data
         deleted, folder = checkpoint.fine_tuned_model_checkpoint, service.home / "storage" / "runs" / job.id
         for model in (kept, deleted):
@@ -185,11 +192,26 @@ def test_streams_of_an_adapter_end_when_it_is_deleted_and_others_go_on(
     service: Service, policies: tuple[str, str, str]
 ) -> None:
     kept, _, _ = policies
-    with clients(service, "tiny", kept, max_tokens=1500) as asking:
+    check_deletion(service, kept)
+
+
+def test_streams_of_a_policy_with_an_engine_of_its_own_end_when_it_is_deleted_and_its_engine_leaves(
+    service: Service,
+) -> None:
+    with service.client() as client:
+        policy = train(client, adapter="none").fine_tuned_model
+        client.completions.create(model=policy, prompt="a", max_tokens=1)
+    check_deletion(service, policy)
+    wait_for(lambda: len(service.processes("ray::ServeReplica")) == 1, "its engine has left", seconds=300)
+
+
+def check_deletion(service: Service, policy: str) -> None:
+    """Deletes the policy while it and its base stream answers, and asserts that only the policy's answers end."""
+    with clients(service, "tiny", policy, max_tokens=1500) as asking:
         wait_for(lambda: all(client.has_begun for client in asking), "all streams have begun")
         with service.client() as client:
-            client.models.delete(kept)
-        of_deleted = [client for client in asking if client.model == kept]
+            client.models.delete(policy)
+        of_deleted = [client for client in asking if client.model == policy]
         wait_for(lambda: all(client.ends for client in of_deleted), "all streams of the deleted one have ended")
         assert {client.ends[0][1] for client in of_deleted} == {"error event"}
     assert {end for client in asking if client.model == "tiny" for _, end in client.ends} == {"answered"}

@@ -5,6 +5,9 @@ refuses a request, the client gets an error in OpenAI's JSON form.
 
 While a control plane has unanswered requests to a model, the database holds a record of this, called a mark. A model
 with a mark is not unloaded. Marks expire, so each control plane renews its own marks.
+
+Each control plane also ends its own answers of models that were deleted. Ray Serve tells a deletion to one replica
+after the other, and not to replicas that are about to end.
 """
 
 import asyncio
@@ -43,6 +46,7 @@ POOL_SECONDS = 5  # the longest wait for one of the `max_requests` connections
 LOOK_SECONDS = 0.5  # how often a waiting request checks whether its model runs
 ASK_SECONDS = 2.0  # how often all requests that wait for a model write its row in `deployments`
 STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; a mark expires after MARK_SECONDS
+LOOP_SECONDS = 0.5  # how often marks are looked at, and answers of deleted models are ended
 LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, because the next request often follows soon
 VIEW_SECONDS = 2.0  # a request uses the last known state of Ray Serve if it is at most this old
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
@@ -99,16 +103,29 @@ class Inference:
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def run(self) -> None:
-        """Calls `mark` about every second, until cancelled. `mark` renews the records in the database by which a model
-        stays loaded while it has requests in flight."""
+        """Calls `end_deleted` and `mark` every LOOP_SECONDS, until cancelled. `mark` renews the records in the database
+        by which a model stays loaded while it has requests in flight."""
         while True:
             try:
+                await self.end_deleted()
                 await self.mark()
                 self._trouble.passed()
             except (SQLAlchemyError, OSError) as error:
-                message = "The database could not be told which models are in use; this is tried again in a second: %s"
+                message = "The database could not be told which models are in use; this is tried again soon: %s"
                 self._trouble.failed(message, error)
-            await asyncio.sleep(LEAVE_SECONDS)
+            await asyncio.sleep(LOOP_SECONDS)
+
+    async def end_deleted(self) -> None:
+        """Ends the answers under way of all models that were deleted. Their clients get an error 404, or an event with
+        this error at the end of a stream."""
+        if not (model_ids := self._upstream.model_ids):
+            return
+        async with self._store.begin() as session:
+            deleted = await models.deleted_among(session, model_ids)
+        for model_id in deleted:
+            self._recent.forget()
+            error = NotFound(f"The model '{model_id}' was deleted.", param="model", code="model_not_found")
+            self._upstream.end(model_id, error)
 
     async def mark(self) -> None:
         """Renews the records in the database that say to which models this control plane has requests in flight.
@@ -197,7 +214,7 @@ class Inference:
         stays = False
         try:
             url = f"{base_url}/{await self._ray_api.own_name(engine.app_name)}/v1/{path}"
-            answer = await self._upstream.post(url, body, engine.headers)
+            answer = await self._upstream.post(url, body, engine.headers, model_id=engine.id)
             if answer.status == 200 and streams:
                 stays = True
                 return Stream(answer, meter, lambda: self._end(engine, answer, meter, share))

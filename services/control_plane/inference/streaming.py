@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from services.control_plane.core.errors import ApiError
+from services.control_plane.core.errors import ApiError, NotFound
 from services.control_plane.inference.metering import Meter
 from services.control_plane.inference.upstream import Answer, Broken
 
@@ -39,7 +39,8 @@ class Stream(Response):
     """A response that passes a model's streamed answer on to the client, in whole lines, as they arrive.
 
     The response calls the function `end` once when the stream is over, also if the client disconnects before the first
-    line. If the model stops in the middle of its answer, an event with an error replaces the incomplete line.
+    line. If the model stops in the middle of its answer, or is deleted, an event with an error replaces the incomplete
+    line.
     """
 
     media_type = "text/event-stream"
@@ -68,8 +69,12 @@ class Stream(Response):
                 if shown := self._meter.lines(lines):
                     await send({"type": "http.response.body", "body": shown, "more_body": True})
         except Broken:
-            error = ApiError(
-                "The model stopped in the middle of its answer; send the request again.", code="model_error"
-            )
-            begun = f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
+            stopped = "The model stopped in the middle of its answer; send the request again."
+            begun = _event(ApiError(stopped, code="model_error"))
+        except NotFound as deleted:
+            begun = _event(deleted)
         await send({"type": "http.response.body", "body": begun, "more_body": False})
+
+
+def _event(error: ApiError) -> bytes:
+    return f"\n\ndata: {json.dumps(error.body())}\n\n".encode()

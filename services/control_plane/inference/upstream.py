@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from services.control_plane.core.errors import ApiError
+
 CONNECT_SECONDS = 5.0
 MOST_WAITING = 2**20  # bytes of an answer that wait for a slow client before reading from the engine pauses
 
@@ -35,10 +37,21 @@ class Upstream:
     def __init__(self, *, connections: int, silence_seconds: float, wait_seconds: float) -> None:
         self._free = asyncio.Semaphore(connections)
         self._silence, self._wait = silence_seconds, wait_seconds
+        self._open: dict[Answer, str] = {}  # the id of the model that gives each answer
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> "Answer":
+    @property
+    def model_ids(self) -> set[str]:
+        """Returns the ids of the models whose answers are under way."""
+        return set(self._open.values())
+
+    def end(self, model_id: str, error: ApiError) -> None:
+        """Ends all answers of a model that are under way. Whoever reads such an answer gets `error`."""
+        for answer in [answer for answer, whose in self._open.items() if whose == model_id]:
+            answer.end(error)
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str], *, model_id: str) -> "Answer":
         """Sends a JSON body to the engine (model server) at `url`, and returns the answer once its status and headers
-        have arrived.
+        have arrived. `model_id` is the id of the model that the client named.
 
         The caller reads the answer's body, and must close the answer. Raises Busy if no connection is free, and Broken
         if the engine does not answer.
@@ -48,13 +61,18 @@ class Upstream:
                 await self._free.acquire()
         except TimeoutError:
             raise Busy from None
-        answer = Answer(self._silence, self._free.release)
+        answer = Answer(self._silence, lambda: self._close(answer))
+        self._open[answer] = model_id
         try:
             await answer.open(url, _head(url, headers, len(body)) + body)
         except BaseException:
             answer.close()
             raise
         return answer
+
+    def _close(self, answer: "Answer") -> None:
+        del self._open[answer]
+        self._free.release()
 
 
 def _head(url: str, headers: Mapping[str, str], length: int) -> bytes:
@@ -81,7 +99,7 @@ class Answer(asyncio.Protocol):
         self._waits_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._begun = self._whole = self._paused = False
-        self._trouble: str | None = None
+        self._trouble: Exception | None = None  # what the reader gets
         self._transport: asyncio.Transport | None = None
         self.headers = {}
 
@@ -115,6 +133,16 @@ class Answer(asyncio.Protocol):
         self._on_close()
         self._on_close = _nothing
 
+    def end(self, error: ApiError) -> None:
+        """Closes the connection, so that the engine (model server) stops generating. Whoever reads the answer gets
+        `error` in place of what has not been read.
+        """
+        self._waiting.clear()
+        self._whole, self._trouble = False, error
+        if self._transport:
+            self._transport.abort()
+        self._tell()
+
     async def piece(self) -> bytes:
         """Waits for bytes of the answer's body, and returns all that have arrived since the last call. Returns b"" at
         the body's end.
@@ -143,7 +171,7 @@ class Answer(asyncio.Protocol):
     async def _wait_for(self, has: Callable[[], object]) -> None:
         while not has():
             if self._trouble:
-                raise Broken(self._trouble)
+                raise self._trouble
             self._news, self._waits_since = self._loop.create_future(), self._loop.time()
             try:
                 await self._news
@@ -196,7 +224,7 @@ class Answer(asyncio.Protocol):
         self._whole = True
 
     def _fail(self, trouble: str) -> None:
-        self._trouble = self._trouble or trouble
+        self._trouble = self._trouble or Broken(trouble)
         self._tell()
 
 

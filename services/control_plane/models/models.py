@@ -6,7 +6,7 @@ is a model.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -136,6 +136,12 @@ async def find(
             code="model_not_found",
         )
     return trained(row)
+
+
+async def deleted_among(session: AsyncSession, model_ids: Collection[str]) -> set[str]:
+    """Returns those of the ids `model_ids` that belong to deleted models, of all projects."""
+    rows = Model.__table__.c
+    return set(await session.scalars(select(rows.id).where(rows.id.in_(model_ids), rows.deleted_at.is_not(None))))
 
 
 async def hold(session: AsyncSession, settings: Settings, model_ids: Iterable[str]) -> None:

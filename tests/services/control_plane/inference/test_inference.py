@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
@@ -186,6 +187,31 @@ def test_a_deleted_adapter_is_told_to_the_engine_and_refused(
 
     until(lambda: adapter in told())
     assert {name: app["deployed_app_config"]["args"] for name, app in fake_ray.serve.items()} == before
+
+
+def test_answers_of_a_deleted_model_end_though_its_engine_was_not_told_and_others_go_on(
+    api: httpx.Client, serve: Serve, fake_ray: FakeRay, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve.reply(b"{}")
+    assert ask(api, model=adapter).status_code == 200  # it is loaded
+    monkeypatch.setattr(fake_ray, "deploy", lambda body: None)  # Ray Serve tells no replica
+    serve.stream(DELTA)
+    serve.holds = True
+    with (
+        ThreadPoolExecutor(1) as threads,
+        api.stream("POST", "/chat/completions", json=ASK | {"model": adapter, "stream": True}) as gone,
+        api.stream("POST", "/chat/completions", json=ASK | {"stream": True}),
+    ):
+        waiting = threads.submit(ask, api, model=adapter)
+        until(lambda: serve.num_open == 3)
+        api.delete(f"/models/{adapter}").raise_for_status()
+        event = json.loads(gone.read().split(b"data: ")[-1])["error"]
+        whole = waiting.result()
+        assert refusal(whole, 404) == event["message"] == f"The model '{adapter}' was deleted."
+        assert whole.json()["error"] == event
+        assert event["code"] == "model_not_found"
+        until(lambda: serve.num_open == 1)  # the base still answers
+    until(lambda: serve.num_open == 0)
 
 
 def test_an_adapter_that_was_deleted_on_the_way_does_not_exist(api: httpx.Client, serve: Serve, adapter: str) -> None:

@@ -6,21 +6,22 @@ from typing import Any
 
 import pytest
 
+from services.control_plane.core.errors import NotFound
 from services.control_plane.inference.metering import Meter
 from services.control_plane.inference.streaming import Stream, while_connected
 from services.control_plane.inference.upstream import Broken
 
 
 class Pieces:
-    """A model's answer that arrives in these pieces. None stands for a connection that breaks."""
+    """A model's answer that arrives in these pieces. An error is raised in place of a piece."""
 
-    def __init__(self, *pieces: bytes | None) -> None:
+    def __init__(self, *pieces: bytes | Exception) -> None:
         self._pieces = list(pieces)
 
     async def piece(self) -> bytes:
         piece = self._pieces.pop(0) if self._pieces else b""
-        if piece is None:
-            raise Broken("cut")
+        if isinstance(piece, Exception):
+            raise piece
         return piece
 
 
@@ -32,7 +33,9 @@ async def left() -> Any:
     return {"type": "http.disconnect"}
 
 
-def passed_on(*pieces: bytes | None, receive: Any = connected, shows_usage: bool = True) -> tuple[list[bytes], int]:
+def passed_on(
+    *pieces: bytes | Exception, receive: Any = connected, shows_usage: bool = True
+) -> tuple[list[bytes], int]:
     """Returns the bodies that a client gets, and how often the end was told."""
     sent, ends = list[dict[str, Any]](), list[int]()
 
@@ -62,11 +65,16 @@ def test_the_count_is_left_out_wherever_the_stream_is_cut_into_pieces(end: bytes
         assert b"".join(bodies) == text + done, cut
 
 
-def test_a_model_that_stops_leaves_an_error_in_place_of_the_line_it_had_begun() -> None:
-    bodies, ends = passed_on(b"data: a\n\nda", None)
+@pytest.mark.parametrize(
+    ("trouble", "code"), [(Broken("cut"), "model_error"), (NotFound("gone", code="model_not_found"), "model_not_found")]
+)
+def test_a_model_that_stops_or_is_deleted_leaves_an_error_in_place_of_the_line_it_had_begun(
+    trouble: Exception, code: str
+) -> None:
+    bodies, ends = passed_on(b"data: a\n\nda", trouble)
     assert bodies[0] == b"data: a\n\n"
     error = json.loads(bodies[1].strip().removeprefix(b"data: "))["error"]
-    assert (error["code"], len(bodies), ends) == ("model_error", 2, 1)
+    assert (error["code"], len(bodies), ends) == (code, 2, 1)
 
 
 def test_the_end_is_told_even_where_the_client_left_before_the_first_line() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from services.control_plane.core.errors import NotFound
 from services.control_plane.inference import upstream
 from services.control_plane.inference.upstream import Answer, Broken, Busy, Upstream
 
@@ -34,8 +35,8 @@ def asked(serve: Serve, use: Callable[[Upstream, str], Awaitable[Any]], **option
     return asyncio.run(asyncio.wait_for(run(), 300))
 
 
-async def post(client: Upstream, url: str) -> Answer:
-    return await client.post(url, b"{}", {"x-adapter": "ft%3Aa"})
+async def post(client: Upstream, url: str, model_id: str = "ft:a") -> Answer:
+    return await client.post(url, b"{}", {"x-adapter": "ft%3Aa"}, model_id=model_id)
 
 
 def test_the_request_is_whole_and_pieces_come_as_they_arrive() -> None:
@@ -113,6 +114,52 @@ def test_connections_are_limited_and_come_back_when_an_answer_is_closed() -> Non
             answer.close()
 
     asked(serve, use)
+
+
+def test_the_answers_of_one_model_end_with_an_error_and_others_go_on() -> None:
+    has_left = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(2)
+        writer.write(HEAD + chunk(b"one"))
+        await reader.read()  # until the client has left
+        has_left.set()
+
+    async def use(client: Upstream, url: str) -> None:
+        gone, stays = await post(client, url, "gone"), await post(client, url, "stays")
+        assert client.model_ids == {"gone", "stays"}
+        assert await gone.piece() == b"one"
+        gone.data_received(chunk(b"two"))  # it has arrived, and nobody has read it
+        client.end("gone", NotFound("deleted"))
+        with pytest.raises(NotFound, match="deleted"):
+            await gone.piece()
+        await has_left.wait()
+        gone.close()
+        assert await stays.piece() == b"one"
+        assert client.model_ids == {"stays"}
+        stays.close()
+        assert client.model_ids == set()
+
+    asked(serve, use)
+
+
+def test_an_answer_that_has_not_begun_ends_as_well() -> None:
+    has_come = asyncio.Event()
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(2)
+        has_come.set()
+        await reader.read()  # until the client has left
+
+    async def use(client: Upstream, url: str) -> None:
+        waiting = asyncio.create_task(post(client, url))
+        await has_come.wait()
+        client.end("ft:a", NotFound("deleted"))
+        with pytest.raises(NotFound, match="deleted"):
+            await waiting
+        assert client.model_ids == set()
+
+    asked(hold, use)
 
 
 def test_a_client_that_does_not_read_makes_the_server_wait(monkeypatch: pytest.MonkeyPatch) -> None:
