@@ -44,9 +44,10 @@ def test_a_generation_config_that_transformers_would_not_save_is_saved_as_loaded
 ):
     (model / "generation_config.json").write_text(json.dumps(loose))
     saved = trained(model, tokenizer, pairs, tmp_path, adapter)
-    written = json.loads((saved / "generation_config.json").read_text())
-    assert loose.items() <= written.items()
-    assert written.keys() - loose.keys() <= {"_from_model_config", "transformers_version"}
+    for folder in (saved, tmp_path / "step-000001" / "model"):  # the second is the adapter, if one was trained
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert loose.items() <= written.items()
+        assert written.keys() - loose.keys() <= {"_from_model_config", "transformers_version"}
     assert AutoModelForCausalLM.from_pretrained(saved).generation_config.to_diff_dict() == {
         **GenerationConfig.from_pretrained(model).to_diff_dict(),
         "transformers_version": written["transformers_version"],
