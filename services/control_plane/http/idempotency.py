@@ -172,10 +172,12 @@ class IdempotentRequest:
         session.info.update(project=turn.Project, now=turn.now)
 
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
-        """Returns the stored response to another send of the same request. Returns None if no such response is stored.
+        """Returns the response that was stored when the same request was sent before, with the same body. Returns None
+        if no such response is stored.
 
         `sent` is the digest of the body. `changes` is the id of the object that the request changes, None if it creates
-        one. A first send finds a response only if a retry of the request arrived before the first send itself.
+        one. For the first send of a request, the method usually returns None. The exception is a first send that was
+        delayed on the network, so that the client's retry was answered before it.
         """
         arrived = timedelta(seconds=time.monotonic() - self._began)
         values: dict[str, Any] = {

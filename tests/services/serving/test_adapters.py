@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -336,22 +335,23 @@ def test_other_clients_get_answers_while_a_replica_dies(
     qwen: Serving, folders: list[Path], likeliest: list[float]
 ) -> None:
     """Requests to the dead replica fail. The new replica attaches the adapter again, but no deleted adapter."""
-    killed = threading.Event()
+    said: list[httpx.Response] = []
+    ended = threading.Event()
 
-    def ask_on() -> list[httpx.Response]:
-        answers = []
-        while not killed.is_set() or len(answers) < 20:
+    def ask_on() -> None:
+        while not ended.is_set():
             with suppress(httpx.RemoteProtocolError):
-                answers.append(ask(qwen, "ft:dies", folders[2], max_tokens=40))
-        return answers
+                said.append(ask(qwen, "ft:dies", folders[2], max_tokens=40))
 
     with ThreadPoolExecutor(8) as threads:
         running = [threads.submit(ask_on) for _ in range(8)]
-        time.sleep(1)
+        qwen.wait(lambda _: len(said) >= 40)
         psutil.Process(next(iter(pids(qwen)))).kill()
-        time.sleep(1)
-        killed.set()
-        said = [answer for clients in running for answer in clients.result()]
+        before = len(said)
+        qwen.wait(lambda _: len(said) >= before + 120)
+        ended.set()
+        for client in running:
+            client.result()
     whole = [answer for answer in said if answer.status_code == 200]
     assert {answer.status_code for answer in said} <= {200, 500, 503}
     assert len(whole) > len(said) - 16
