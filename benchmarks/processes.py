@@ -3,10 +3,12 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
+
+import psutil
 
 PERIOD_SECONDS = 0.1
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -42,6 +44,16 @@ def machine_cpu_seconds() -> float:
     """Returns the CPU seconds that all cores have spent since the machine started, in user and kernel mode."""
     user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
     return (user + nice + system + irq + softirq) / TICKS
+
+
+def family_cpu_seconds() -> float:
+    """Returns the CPU seconds that this process and its living descendants have used, in user and kernel mode."""
+    process, seconds = psutil.Process(), 0.0
+    for member in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = member.cpu_times()
+            seconds += times.user + times.system
+    return seconds
 
 
 class Recorder:

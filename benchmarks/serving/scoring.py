@@ -1,15 +1,17 @@
-"""Compares the speed of a reference model's scores: raydpo's Ray Serve deployment against vLLM's `LLM.generate`.
+"""Compares the speed of a reference model's scores: raydpo's Ray Serve deployment and raydpo's trainer against vLLM's
+`LLM.generate`.
 
     python benchmarks/serving/scoring.py --rows 256 --mean-length 256 --repeats 3 --json results.json
 
-Both score the same pairs of random token ids with the same weights: a Llama with 11M random weights, unless `--model`
-names a folder. Each column of the table is measured in its own process, which loads an engine, warms the engine up with
-sixteen rows, scores all rows once and stops the engine. A repetition measures all columns one after the other, every
-second repetition in reverse order. The figures are medians and exclude loading. The time of raydpo includes reading the
-rows from Parquet, calls through the application's handle, and writing the sums; the time of vLLM is that of `generate`
-alone. With `--longest`, every row is one token shorter than the model's limit, because `generate` must generate a
-token. Peak memory is that of the replica's process, or of the offline process, with its engine. The benchmark runs on
-CPUs.
+All score the same pairs of random token ids with the same weights: Llamas with random weights, one for each of the
+`--sizes`, unless `--model` names a folder. Each line of the table is measured in its own process, which loads an
+engine, warms the engine up with sixteen rows, scores all rows once and stops the engine. A repetition measures all
+lines one after the other, every second repetition in reverse order. The figures are medians and exclude loading. The
+time of the deployment includes reading the rows from Parquet, calls through the application's handle, and writing the
+sums; the other times are those of `generate` or of the forward passes alone. CPU seconds are those of all processes,
+Ray's included. With `--longest`, every row is one token shorter than the model's limit, because `generate` must
+generate a token. Peak memory is that of the replica's process, or of the offline process, with its engine. The
+benchmark runs on CPUs.
 """
 
 import argparse
@@ -41,37 +43,44 @@ def main() -> None:
     if args.column:
         print("RESULT " + json.dumps(COLUMNS[args.column](args)))
         return
-    runs: dict[str, list[Figures]] = {name: [] for name in COLUMNS}
-    with tempfile.TemporaryDirectory(prefix="raydpo-bench-") as folder:
-        args.folder = Path(folder)
-        num_tokens = _prepare(args)
-        for repeat in range(args.repeats):
-            for name in COLUMNS if repeat % 2 == 0 else reversed(COLUMNS):
-                runs[name].append(_in_its_own_process(args, name, num_tokens))
-                print(f"{name}: {runs[name][-1]}", flush=True)
-        medians = {name: _median(figures) for name, figures in runs.items()}
-        for name in COLUMNS:
-            medians[name]["largest_difference"] = _largest_difference(args.folder, name)
-    print(f"\n{args.rows} rows, {num_tokens:,} tokens, {args.dtype}, {os.cpu_count()} cores")
-    _print_table(medians)
+    sizes = {str(args.model): args.model} if args.model else dict.fromkeys(args.sizes)
+    results = {}
+    for size, args.model in sizes.items():
+        with tempfile.TemporaryDirectory(prefix="raydpo-bench-") as folder:
+            args.folder = Path(folder)
+            num_tokens = _prepare(args, size)
+            results[size] = runs = _measure(args, num_tokens)
+            medians = {name: _median(figures) for name, figures in runs.items()}
+            for name in COLUMNS:
+                medians[name]["largest_difference"] = _largest_difference(args.folder, name)
+        print(f"\n{size}: {args.rows} rows, {num_tokens:,} tokens, {args.dtype}, {os.cpu_count()} cores")
+        _print_table(medians)
     if args.json:
-        names = ("rows", "mean_length", "longest", "dtype", "hidden_size", "layers")
-        arguments = {name: getattr(args, name) for name in names} | {"tokens": num_tokens}
-        args.json.write_text(json.dumps({"arguments": arguments, "medians": medians, "runs": runs}, indent=1))
+        arguments = {name: getattr(args, name) for name in ("rows", "mean_length", "longest", "dtype")}
+        args.json.write_text(json.dumps({"arguments": arguments, "runs": results}, indent=1))
+
+
+def _measure(args: argparse.Namespace, num_tokens: int) -> dict[str, list[Figures]]:
+    """Returns the figures of each repetition, by the name of the engine."""
+    runs: dict[str, list[Figures]] = {name: [] for name in COLUMNS}
+    for repeat in range(args.repeats):
+        for name in COLUMNS if repeat % 2 == 0 else reversed(COLUMNS):
+            runs[name].append(_in_its_own_process(args, name, num_tokens))
+            print(f"{name}: {runs[name][-1]}", flush=True)
+    return runs
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hidden_size = "Hidden size of the random Llama, a multiple of 64. Default: %(default)s."
+    sizes = "Random Llamas to score with, as hidden size (a multiple of 64) x layers. Default: 256x4 512x8 768x12."
     dtype = "Data type of weights and computation. Default: %(default)s."
     rows = "Number of pairs; the engine scores two rows for each pair. Default: %(default)s."
     mean_length = "Mean number of tokens of a prompt with one completion. Default: %(default)s."
     longest = "Make all rows as long as the model allows, whatever --mean-length is."
-    repeats = "Number of measurements of each column. Default: %(default)s."
-    model = "Hugging Face folder of a model with weights. Default: a random Llama."
+    repeats = "Number of measurements of each engine at each size. Default: %(default)s."
+    model = "Hugging Face folder of a model with weights. Default: random Llamas."
     parser.add_argument("--model", type=Path, help=model)
-    parser.add_argument("--hidden-size", type=int, default=256, help=hidden_size)
-    parser.add_argument("--layers", type=int, default=4, help="Layers of the random Llama. Default: %(default)s.")
+    parser.add_argument("--sizes", nargs="+", default=["256x4", "512x8", "768x12"], help=sizes)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=dtype)
     parser.add_argument("--rows", type=int, default=256, help=rows)
     parser.add_argument("--mean-length", type=int, default=256, help=mean_length)
@@ -83,8 +92,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _prepare(args: argparse.Namespace) -> int:
-    """Writes the model and the rows that all engines score.
+def _prepare(args: argparse.Namespace, size: str) -> int:
+    """Writes the rows that all engines score and, unless `args.model` is set, a model of the given size.
 
     Returns the number of tokens of the rows, in which a prompt counts once for each completion.
     """
@@ -95,7 +104,8 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.model is None:
         args.model = args.folder / "model"
         text = ["".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=10_000))]
-        make_base_model(args.model, text, hidden_size=args.hidden_size, num_layers=args.layers, vocabulary=32_000)
+        hidden_size, layers = map(int, size.split("x"))
+        make_base_model(args.model, text, hidden_size=hidden_size, num_layers=layers, vocabulary=32_000)
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     limit = config.max_position_embeddings - 1
     mean_length = limit if args.longest else args.mean_length
@@ -148,19 +158,21 @@ def _largest_difference(folder: Path, column: str) -> float:
 
 
 def _print_table(medians: dict[str, Figures]) -> None:
-    ours = medians[OURS]
-    head = ("seconds", "tokens/s", "ours is", "loaded GB", "peak GB", "sums differ")
-    print(f"{'':24}" + "".join(f"{title:>14}" for title in head))
+    ours = medians[OURS]["seconds"]
+    head = ("seconds", "tokens/s", "ours is", "CPU ms/1k tokens", "loaded GB", "peak GB", "sums differ")
+    print("| | " + " | ".join(head) + " |\n" + "|---" * (len(head) + 1) + "|")
     for name, figures in medians.items():
+        tokens = figures["tokens_per_second"] * figures["seconds"]
         cells = (
             f"{figures['seconds']:.2f}",
             f"{figures['tokens_per_second']:,.0f}",
-            f"{ours['tokens_per_second'] / figures['tokens_per_second']:.2f} x",
+            f"{figures['seconds'] / ours:.2f} x",
+            f"{1e6 * figures['cpu_seconds'] / tokens:,.0f}",
             f"{figures['loaded_bytes'] / 1e9:.2f}",
             f"{figures['peak_bytes'] / 1e9:.2f}",
             f"{figures['largest_difference']:.1e}",
         )
-        print(f"{name:24}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
