@@ -84,7 +84,7 @@ def _batches(file: Any) -> Iterator[Any]:
 def _parquet(file: io.RawIOBase) -> Iterator[Any]:
     """Yields the record batches of a Parquet file.
 
-    Texts stay dictionary-encoded, as they are in the file, so that a repeated long text is in memory only once.
+    Texts are read dictionary-encoded, so that a long text which is repeated is in memory only once in a batch.
     """
     columns = pq.ParquetFile(file).schema
     texts = [column.path for column in map(columns.column, range(len(columns))) if column.physical_type == "BYTE_ARRAY"]

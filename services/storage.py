@@ -436,7 +436,9 @@ def _download_file(filesystem: fs.FileSystem, path: str, local: Path) -> int:
             length = min(DOWNLOADED_AT_ONCE, size - start)
             data = source.read_at(length, start)
             if len(data) != length:
-                raise ShortReadError(f"{path} was sent with {len(data)} of {length} bytes from byte {start}.")
+                raise ShortReadError(
+                    f"The storage sent only {len(data)} of the {length} bytes of {path} from byte {start} on."
+                )
             os.pwrite(sink.fileno(), data, start)
 
         for _ in threads.map(copy, range(0, size, DOWNLOADED_AT_ONCE)):  # if one fails, those that wait are not made

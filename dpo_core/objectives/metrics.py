@@ -40,8 +40,8 @@ def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Ten
 
 
 def _reward_model_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns the metrics of a reward model by name. Margin and accuracy are means over all pairs of completions with
-    different ratings."""
+    """Returns the metrics of a reward model by name. Margin and accuracy are means over all pairs of completions of the
+    same prompt that have different ratings. Without such a pair, the two are left out."""
     rewards = measures.rewards
     metrics = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
     if objective.traits.num_outputs == 2:

@@ -277,8 +277,9 @@ class Settings(BaseSettings):
     max_requests: int = Field(
         default=1000,
         gt=0,
-        description="Maximum number of requests that one process answers at the same time. Open event streams, "
-        "reports from training processes and requests for `/metrics` do not count.",
+        description="Maximum number of requests that one process answers at the same time. Open streams of a job's "
+        "events, and requests for `/metrics`, `/healthz` and `/readyz`, do not count. Reports from training processes "
+        "have a limit of their own, of the same size.",
     )
     stall_seconds: float = Field(
         default=30,

@@ -314,8 +314,10 @@ def _effect(adapter: Adapter, folder: Path) -> Effect | None:
     try:
         return read_effect(folder)
     except ValueError as error:
-        remedy = "restore the file from a backup, or delete it to go without the check"
-        raise AdapterUnusable(f"The engine cannot check the adapter '{adapter.id}': {error}; {remedy}.") from None
+        remedy = "restore that file from a backup, or delete it to serve the adapter without the comparison"
+        raise AdapterUnusable(
+            f"The engine cannot compare the adapter '{adapter.id}' with what training measured: {error}; {remedy}."
+        ) from None
 
 
 def _check_numbers(adapter: Adapter, folder: Path) -> None:

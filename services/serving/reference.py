@@ -96,20 +96,18 @@ class Reference:
     def _check(self, index: int, prompt: list[int], completion: list[int]) -> None:
         config = self._engine.model_config
         num_tokens, limit, vocabulary = len(prompt) + len(completion), config.max_model_len, config.get_vocab_size()
+        row = f"Row {index} of the request, counted from 0,"
         if not prompt or not completion:
             raise ValueError(
-                f"Row {index} has {len(prompt)} prompt and {len(completion)} completion tokens; "
-                "send at least one of each."
+                f"{row} has {len(prompt)} prompt and {len(completion)} completion tokens; send at least one of each."
             )
         if num_tokens > limit:
             raise ValueError(
-                f"Row {index} has {num_tokens} tokens, but the model takes at most {limit}; "
-                "shorten or leave out the row."
+                f"{row} has {num_tokens} tokens, but the model takes at most {limit}; shorten or leave out the row."
             )
         if min(*prompt, *completion) < 0 or max(*prompt, *completion) >= vocabulary:
             raise ValueError(
-                f"Row {index} has a token id outside the vocabulary of {vocabulary} tokens; "
-                "use the model's own tokenizer."
+                f"{row} has a token id outside the vocabulary of {vocabulary} tokens; use the model's own tokenizer."
             )
 
     async def _reserve(self, num_tokens: int) -> None:

@@ -45,7 +45,8 @@ def merge(request: MergeRequest) -> MergeReport:
     """Merges the LoRA adapter that `request` names into its base model, and writes the merged model to storage. Also
     measures how much the outputs of the merged model differ from those of the base model with the adapter.
 
-    Raises ValueError if adapter and base do not fit each other.
+    Raises ValueError if the folder holds no adapter, if adapter and base do not fit each other, or if an output of the
+    merged model is NaN or infinite.
     """
     from dpo_core.models.merging import merge_and_compare
 

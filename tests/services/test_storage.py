@@ -569,7 +569,7 @@ def test_only_files_are_listed_as_files_and_have_a_version(folder: str) -> None:
             True,
         ),
         (OSError("google::cloud::Status(UNAVAILABLE: Permanent error in GetObjectMetadata: Couldn't connect)"), True),
-        (storage.ShortReadError("bucket/f was sent with 1 of 2 bytes from byte 0."), True),
+        (storage.ShortReadError("The storage sent only 1 of the 2 bytes of bucket/f from byte 0 on."), True),
         (OSError(errno.ETIMEDOUT, "Connection timed out"), True),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), True),
         (OSError("Can't load tokenizer for 'model'. Make sure that it is the correct path."), False),

@@ -19,7 +19,7 @@ def draw(frontier: Mapping[str, Any], path: Path) -> None:
 
     Each training method has a colour. Bars show the 95% intervals. A dashed line joins the points on the frontier:
     those for which no other point has a higher reward at the same or a lower KL. Exits with an error if the file's
-    format is unknown, there is no point, or matplotlib is missing.
+    format is unknown, if the frontier has no points, or if matplotlib is missing.
     """
     if path.suffix.lower() not in FORMATS:
         fail(f"{path} has no known format; give a name that ends with {', '.join(FORMATS)}.")

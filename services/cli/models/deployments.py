@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 app = typer.Typer(
-    no_args_is_help=True, help="Show and change how models are served: number of replicas, number type and so on."
+    no_args_is_help=True,
+    help="Show and change how models are served: the number of replicas, the number type (dtype) and so on.",
 )
 
 ModelId = Annotated[str, id_argument("Name of a base model or a trained policy.", "MODEL")]

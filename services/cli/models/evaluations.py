@@ -66,8 +66,9 @@ def create(
         str | None,
         typer.Option(
             help="What judges the answers: the name of a model, `implicit` (the implicit reward of the model that is "
-            "evaluated), `length` (number of words), `exact` (1 if the answer equals the row's best completion), or "
-            "`regex:PATTERN` (1 if the pattern matches). `compare`, `score` and `samples` need a judge. Default: none."
+            "evaluated), `length` (number of words), `exact` (1 if the answer, without white space at its ends, equals "
+            "the row's best completion), or `regex:PATTERN` (1 if the pattern matches). The evaluations `compare`, "
+            "`score` and `samples` need a judge; in `score`, a model that judges must be a reward model. Default: none."
         ),
     ] = None,
     criteria: Annotated[

@@ -225,10 +225,10 @@ class Reconciler:
             await self._put_off(job, attempt, error)
 
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
-        """Counts a failed try to handle the job. This task tries again a second or more later.
+        """Counts that the reconciler has failed to handle the job. The reconciler tries again a second or more later.
 
-        `attempt` is the job's current attempt (run on Ray), and `error` the error of this try. After TRIES failed tries
-        the job fails. While the database, storage or Ray are down, the number of tries is unlimited.
+        `attempt` is the job's current attempt (run on Ray), and `error` is why the reconciler failed. If it fails TRIES
+        times, the job fails, too. While the database, storage or Ray are down, the number of tries is unlimited.
         """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
         log.warning(

@@ -20,9 +20,10 @@ class Batcher(Generic[Value]):
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self, key: str) -> Value | None:
-        """Returns the value of the key, as `find` returns it. Returns None if `find` returns no value for the key.
+        """Returns the value of the key. Returns None if the key has no value.
 
-        Raises the error that `find` raises.
+        The value comes from the function `find`, which was passed to the constructor. Raises the error that `find`
+        raises.
         """
         if key not in self._asked:
             self._asked[key] = asyncio.get_running_loop().create_future()

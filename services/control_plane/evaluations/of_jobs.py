@@ -64,9 +64,10 @@ async def rows_of(store: ProjectStore, body: CreateEvaluation) -> list[dict[str,
 
 
 async def check_rows(store: ProjectStore, spec: JobSpec, *, local_files: bool = False) -> None:
-    """Raises InvalidRequest if the rows of a file do not suit the evaluation of the job that names the file.
+    """Reads the files of rows on which the evaluations that the job asks for are to run. Raises InvalidRequest if the
+    rows of such a file do not suit its evaluation.
 
-    If `local_files`, leaves out files that are not uploaded yet.
+    If `local_files`, does not read files that are still on the user's machine.
     """
     for name, evaluation in spec.evaluations.items():
         body = body_of(evaluation, spec.model)
@@ -80,7 +81,7 @@ async def check(session: AsyncSession, settings: Settings, spec: JobSpec, *, loc
     """Raises an ApiError if an evaluation that the job asks for does not suit the models that the job trains, or names
     a model or a file that cannot be used. Locks the models and files against deletion until the transaction ends.
 
-    If `local_files`, leaves out files that are not uploaded yet.
+    If `local_files`, does not look at files that are still on the user's machine.
     """
     planned_ones = {name: body_of(each, spec.model) for name, each in spec.evaluations.items()}
     for name, body in planned_ones.items():

@@ -172,12 +172,13 @@ class IdempotentRequest:
         session.info.update(project=turn.Project, now=turn.now)
 
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
-        """Returns the response that was stored when the same request was sent before, with the same body. Returns None
-        if no such response is stored.
+        """Returns the stored response to another send of the same request. Returns None if there is none, or if the
+        request must act again.
 
         `sent` is the digest of the body. `changes` is the id of the object that the request changes, None if it creates
-        one. For the first send of a request, the method usually returns None. The exception is a first send that was
-        delayed on the network, so that the client's retry was answered before it.
+        one. A retry finds the responses of the last 15 minutes. A first send finds only the response to a retry that
+        overtook it: the retry's transaction began after the first send had arrived. If another request has changed the
+        object meanwhile, a change acts again; a deletion does not.
         """
         arrived = timedelta(seconds=time.monotonic() - self._began)
         values: dict[str, Any] = {

@@ -136,7 +136,7 @@ async def confirm(session: AsyncSession, job: Job) -> None:
     """Locks the job's row. Raises Stale if the job was changed in the database after `job` was read."""
     version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
     if version != job.version:
-        raise Stale(f"another process has changed the job {job.id}: its version is {version}, not {job.version}")
+        raise Stale(f"the job {job.id} was changed after it was read: its version is {version}, not {job.version}")
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
@@ -235,7 +235,7 @@ async def move(
     )
     moved = (await session.execute(statement.returning(Job.version, Job.desired))).first()
     if moved is None:
-        raise Stale(f"another process has changed the job {job.id}, which was {job.observed} in version {job.version}")
+        raise Stale(f"the job {job.id} was changed after it was read: it was {job.observed} in version {job.version}")
     _log(session, job.id, moved.version, moved.desired, to, actor, event)
     tell(session, job.id, event, level=level)
     await webhooks.announce(session, job, to)

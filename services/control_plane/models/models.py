@@ -382,8 +382,8 @@ async def note_use(session: AsyncSession, model: NamedModel) -> None:
 
 
 def must_note_use(model: NamedModel) -> bool:
-    """Whether the use of the adapter must be recorded now, by `note_use`, because the last recorded use is missing or
-    older than ten minutes."""
+    """Whether the use of the adapter `model` must be recorded now, by `note_use`, because the last recorded use is
+    missing or older than ten minutes."""
     return model.attached_at is None or datetime.now(UTC) - model.attached_at > USE_NOTED_EVERY
 
 

@@ -56,8 +56,9 @@ class RoundDocument(TypedDict):
     evaluations: Annotated[
         dict[str, str],
         Field(
-            description="Ids of the two evaluations of the round's policy: `quality` (how good its answers are) and "
-            "`drift` (how far it is from the first policy)."
+            description="Ids of the evaluations of the round's policy: `quality` (how good its answers are) and "
+            "`drift` (how far it is from the first policy). The first policy, of round 0, has no `drift`, and no "
+            "`quality` if the judge compares answers. Empty until the evaluations are created."
         ),
     ]
     score: Annotated[
@@ -90,7 +91,7 @@ class RoundDocument(TypedDict):
 class RoundsDocument(TypedDict):
     id: Annotated[str, Field(description="The id of the rounds.")]
     object: Annotated[Literal["rounds"], Field(description="The type of this JSON object; always the same text.")]
-    created_at: Annotated[int, Field(description="When the rounds were created, in Unix seconds.")]
+    created_at: Annotated[int, Field(description="When this set of rounds was created, in Unix seconds.")]
     status: Annotated[Status, Field(description="The state of the rounds.")]
     stage: Annotated[
         Stage | None,

@@ -52,7 +52,8 @@ async def create(
     live = await session.scalar(select(func.count()).select_from(Rounds).where(LIVE)) or 0
     if live >= MOST_LIVE:
         raise OverQuota(
-            f"The project has {live} rounds that have not ended, the limit; wait until one ends, or cancel one."
+            f"The project has {live} sets of rounds that have not ended, and may have {MOST_LIVE}; "
+            "wait until one ends, or cancel one."
         )
     rounds = Rounds(
         id=f"rounds-{secrets.token_hex(12)}",

@@ -55,7 +55,7 @@ class Parameter(BaseModel):
         if self.values is not None:
             of_ranges = (self.min, self.max, self.type, self.scale)
             if of_ranges != (None, None, "float", "linear"):
-                raise ValueError("a parameter has either 'values' or a range from 'min' to 'max'; send one of the two.")
+                raise ValueError("a parameter with 'values' takes no 'min', 'max', 'type' or 'scale'; leave these out.")
             return self
         if self.min is None or self.max is None:
             raise ValueError("a parameter needs 'values', or 'min' and 'max'.")
@@ -159,8 +159,8 @@ class CreateSweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     job: dict[str, Any] = Field(
-        description="A request for a job: a body of POST /v1/fine_tuning/jobs. All trials (jobs of the sweep) are "
-        "copies of this job, but have other values of the fields in `parameters`."
+        description="A request for a job: a body of POST /v1/fine_tuning/jobs. Each trial (job of the sweep) is a "
+        "copy of this job, with the trial's own values of the fields in `parameters`."
     )
     parameters: Annotated[dict[Path, Parameter], Field(min_length=1, max_length=MOST_PARAMETERS)] = Field(
         description="The fields of the job that differ between trials (jobs of the sweep), with the values to try. A "

@@ -73,7 +73,10 @@ async def create(
         raise Forbidden(message, code="project_archived")
     live = await session.scalar(select(func.count()).select_from(Sweep).where(LIVE)) or 0
     if live >= MOST_LIVE:
-        message = f"The project has {live} sweeps that have not ended, the limit; wait until one ends, or cancel one."
+        message = (
+            f"The project has {live} sweeps that have not ended, and may have {MOST_LIVE}; "
+            "wait until one ends, or cancel one."
+        )
         raise OverQuota(message)
     specs = {
         name: body.model_dump(mode="json", exclude={"rows", "model"}, exclude_none=True)

@@ -98,8 +98,9 @@ def compare(served: Logps, trainer: Logps, *, beta: float, rounds: bool = False)
 
 
 def _margin(group: Sequence[Sequence[float]]) -> float:
-    """Returns the margin of a group (a prompt with its completions): the log-probability of its best completion minus
-    that of its worst one. `group` has a list for each completion: the log-probabilities of its tokens.
+    """Returns the margin of a group (a prompt with its completions): the log-probability of the completion that is
+    preferred most minus that of the completion that is preferred least. `group` has a list for each completion, in the
+    order of preference: the log-probabilities of the completion's tokens.
 
     For a group with one completion, returns this completion's log-probability.
     """

@@ -102,8 +102,9 @@ def _changed(response: httpx.Response) -> OSError:
 def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
     """Requests `url` with the HTTP headers `headers`, follows redirects, and yields the last response.
 
-    The content of a redirect is not read, because it may be endless. Raises InvalidUri for too many redirects, and if
-    the server refuses the request.
+    The content of a redirect is not read, because it may be endless. Raises httpx.HTTPStatusError for a status after
+    which another try may succeed: 408, 425, 429, and 500 or higher. Raises InvalidUri for every other refusal, and for
+    too many redirects.
     """
     request: httpx.Request | None = client.build_request("GET", url, headers=headers)
     for _ in range(MAX_REDIRECTS + 1):
@@ -123,5 +124,6 @@ def _check_status(url: str, response: httpx.Response) -> None:
         response.raise_for_status()
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
         raise InvalidUri(
-            f"The server of {url} answers {status} {response.reason_phrase}; check the URL and who may read it."
+            f"The request for {url} was answered with {status} {response.reason_phrase}; "
+            "check the URL and who may read it."
         )

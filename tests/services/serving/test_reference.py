@@ -113,10 +113,11 @@ def test_no_rows_no_scores(driver: Driver) -> None:
     [
         (
             rows_of((1, 1), (MODEL_LENGTH, 1)),
-            (f"Row 1 has {MODEL_LENGTH + 1} tokens, but the model takes at most {MODEL_LENGTH}"),
+            f"Row 1 of the request, counted from 0, has {MODEL_LENGTH + 1} tokens, but the model takes at most "
+            f"{MODEL_LENGTH}",
         ),
-        (([[]], [[5]]), "Row 0 has 0 prompt and 1 completion tokens"),
-        (([[5]], [[]]), "Row 0 has 1 prompt and 0 completion tokens"),
+        (([[]], [[5]]), "Row 0 of the request, counted from 0, has 0 prompt and 1 completion tokens"),
+        (([[5]], [[]]), "Row 0 of the request, counted from 0, has 1 prompt and 0 completion tokens"),
         (([[5]], [[VOCABULARY]]), f"outside the vocabulary of {VOCABULARY}"),
         (([[-1]], [[5]]), f"outside the vocabulary of {VOCABULARY}"),
         (([[5], [5]], [[5]]), "The request has 2 prompts and 1 completions"),

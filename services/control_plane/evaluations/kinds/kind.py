@@ -11,7 +11,7 @@ Found = dict[str, Any]
 
 
 class Kind(Protocol):
-    """An evaluation of a certain kind. An object of this type holds the models of one evaluation.
+    """What every kind of evaluation offers, such as `Compare`. An object holds the models of one evaluation.
 
     All items (prompts) pass through the first stage, such as answering, before any item passes through the second. Each
     stage should need one model only, because not all models may fit into the cluster at the same time.

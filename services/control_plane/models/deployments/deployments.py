@@ -246,7 +246,8 @@ async def unload(
         return
     if wish.model.pinned:
         raise InvalidRequest(
-            f"The model '{model.id}' is pinned (always loaded); first set 'pinned' of its deployment to false.",
+            f"The model '{model.id}' is pinned (always loaded), so it cannot be unloaded; set 'pinned' of its "
+            "deployment to false, then unload it.",
             param="model",
         )
     if wish.model.is_reference:

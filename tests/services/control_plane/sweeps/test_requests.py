@@ -23,7 +23,7 @@ def sweep(**more: Any) -> CreateSweep:
     ("given", "said"),
     [
         ({}, "needs 'values', or 'min' and 'max'"),
-        ({"values": [1], "min": 0}, "either 'values' or a range"),
+        ({"values": [1], "min": 0}, "a parameter with 'values' takes no 'min'"),
         ({"min": 2, "max": 1}, "'min' is 2, but it must be less than 'max', which is 1"),
         ({"min": 0, "max": 1, "scale": "log"}, "must be greater than 0"),
         ({"min": 0.5, "max": 2, "type": "int"}, "whole numbers"),

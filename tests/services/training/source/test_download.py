@@ -85,7 +85,7 @@ def test_tries_that_bring_too_little_end(web: Web) -> None:
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 204])
 def test_what_the_server_will_not_give_is_the_users_to_mend(web: Web, status: int) -> None:
     web.statuses[URL] = [status]
-    with pytest.raises(InvalidUri, match=f"rows.jsonl answers {status}"):
+    with pytest.raises(InvalidUri, match=f"rows.jsonl was answered with {status}"):
         read(web)
     assert len(web.requests) == 1
 

@@ -216,7 +216,7 @@ def test_the_webs_refusals_are_the_users_to_mend_and_its_failures_are_not(bring:
     uri = f"{web.url}/rows.jsonl"
     assert failed(bring, uri, web.url) == (
         "invalid_training_file",
-        f"The server of {uri} answers 404 Not Found; check the URL and who may read it.",
+        f"The request for {uri} was answered with 404 Not Found; check the URL and who may read it.",
     )
     assert "not public" in failed(bring, uri, "http://")[1]
     web.statuses["/rows.jsonl"] = [503] * 9
