@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import kubernetes_validate
 import yaml
 
-from tests.deploy.manifests import Manifest, one, ray_groups
+from tests.deploy.manifests import Manifest, container, labels, one, ray_groups, violations
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 PUBLIC = {"/v1", "/openapi.json", "/", "/assets"}
@@ -17,6 +18,15 @@ Render = Callable[..., list[Manifest]]
 
 def read(name: str) -> dict[str, Manifest]:
     return {each["kind"]: each for each in yaml.safe_load_all((EXAMPLES / name).read_text())}
+
+
+def test_the_pods_that_pull_the_image_ahead_are_restricted_and_pull_the_chart_s(chart: helm_python.Chart) -> None:
+    pulling = read("pre-pull.yaml")["DaemonSet"]
+    kubernetes_validate.validate(pulling, "1.37", strict=True)
+    template = pulling["spec"]["template"]
+    assert violations(template) == []
+    assert container(template)["image"].rpartition("/")[2] == chart.values["images"]["rayGpu"]
+    assert labels(template)["app"] == pulling["spec"]["selector"]["matchLabels"]["app"]
 
 
 def test_the_ingress_fits_kubernetes_and_leads_to_the_api_and_the_page_alone(

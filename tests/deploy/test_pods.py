@@ -15,35 +15,11 @@ from tests.deploy.manifests import (
     plain_environment,
     pod_templates,
     ray_groups,
+    violations,
 )
 from tests.deploy.variants import AFFINITY, NCCL, VARIANTS, group
 
 Render = Callable[..., list[Manifest]]
-
-# https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted
-VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
-
-
-def violations(template: Manifest, *others: Manifest) -> list[str]:
-    """Returns what the standard `restricted` forbids in a pod, with containers that the operator adds."""
-    spec = template["spec"]
-    found = [name for name in ("hostNetwork", "hostPID", "hostIPC") if spec.get(name)]
-    found += [str(volume) for volume in spec.get("volumes", []) if not set(volume) & VOLUMES]
-    of_pod = spec.get("securityContext", {})
-    for each in [*spec["containers"], *spec.get("initContainers", []), *others]:
-        context = {**of_pod, **each.get("securityContext", {})}
-        allowed = (
-            context.get("runAsNonRoot") is True
-            and context.get("runAsUser") != 0
-            and context.get("allowPrivilegeEscalation") is False
-            and not context.get("privileged")
-            and context.get("capabilities", {}).get("drop") == ["ALL"]
-            and set(context["capabilities"].get("add", [])) <= {"NET_BIND_SERVICE"}
-            and context.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost")
-        )
-        found += [] if allowed else [f"security context {context}"]
-        found += ["host port"] * any(port.get("hostPort") for port in each.get("ports", []))
-    return found
 
 
 def test_every_pod_is_restricted(manifests: list[Manifest]) -> None:

@@ -144,6 +144,11 @@ SCHEMA = {
     "a pull secret": ({"images": {"pullSecrets": [{"named": "x"}]}}, "pullSecrets/0"),
     "a quantity": ({"head": {"memory": "8 GB"}}, "head/memory"),
     "a GPU that Ray does not know": ({"gpuWorkers": [group("a", gpuResource="google.com/tpu")]}, "gpuResource"),
+    "half a device": (
+        {"gpuWorkers": [group("a", resources={"vpc.amazonaws.com/efa": "500m"})]},
+        "resources/vpc.amazonaws.com~1efa",
+    ),
+    "a resource that Kubernetes does not know": ({"head": {"resources": {"disk": "5Gi"}}}, "'disk'"),
     "GPUs beside the group's": ({"gpuWorkers": [group("a", resources={"nvidia.com/gpu": 1})]}, "'nvidia.com/gpu'"),
     "GPUs of the head": ({"head": {"resources": {"nvidia.com/gpu": 1}}}, "'nvidia.com/gpu'"),
     "a group's name": ({"gpuWorkers": [group("H100_big")]}, "gpuWorkers/0/name"),
