@@ -19,7 +19,7 @@ class Figures:
     def __init__(self, config: pytest.Config) -> None:
         self._began, self._cpu = time.monotonic(), machine_cpu_seconds()
         self._seconds = Counter[str]()
-        chosen = config.option.keyword or config.option.lf
+        chosen = config.option.keyword or config.getoption("lf", False)  # without a cache pytest has no lf
         self._is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -40,6 +40,12 @@ def test_all_of_it_runs_on_a_cpu_in_small(tmp_path):
         assert all(found["rows_per_second_with_reference"] > 0 for found in columns.values())
 
 
+def test_without_a_gpu_its_tests_are_skipped():
+    found = _run([str(PROGRAM), "--device=cpu", "--size=tiny", "--part=tests"], 900)
+    assert found["passed"], found
+    assert found["told"].endswith(" skipped")
+
+
 def test_what_does_not_fit_into_its_seconds_is_told_in_the_table(tmp_path):
     run, report, table = check(tmp_path, "--device=cpu", "--size=tiny", "--seconds=0")
     assert run.returncode == 1
