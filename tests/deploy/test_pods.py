@@ -101,6 +101,7 @@ def test_each_group_has_its_own_gpus_place_and_environment(render: Render) -> No
         assert container(mig["template"])["resources"][kind]["nvidia.com/mig-3g.40gb"] == 2
     assert [group["rayStartParams"]["num-gpus"] for group in (h100, spot, mig)] == ["8", "4", "2"]
     assert (h100["priority"], spot.get("priority")) == (10, None)
+    assert (h100["idleTimeoutSeconds"], spot.get("idleTimeoutSeconds")) == (1800, None)
     assert h100["template"]["spec"]["nodeSelector"] == {"gpu": "h100"}
     assert spot["template"]["spec"]["tolerations"] == [{"key": "spot", "operator": "Exists"}]
     assert NCCL.items() <= plain_environment(h100["template"]).items()

@@ -114,6 +114,7 @@ VARIANTS: dict[str, Values] = {
             group(
                 "h100",
                 priority=10,
+                idleTimeoutSeconds=1800,
                 resources={"vpc.amazonaws.com/efa": 4, "hugepages-2Mi": "5120Mi"},
                 pod={"nodeSelector": {"gpu": "h100"}, "extraEnv": NCCL, "runtimeClassName": "nvidia"},
             ),

@@ -12,8 +12,10 @@ replicas: {{ .replicas | int | max (int $.values.minReplicas) | min (int $.value
 {{- end }}
 minReplicas: {{ .values.minReplicas }}
 maxReplicas: {{ .values.maxReplicas }}
-{{- with .values.priority }}
-priority: {{ . }}
+{{- range $name := list "priority" "idleTimeoutSeconds" }}
+{{- with get $.values $name }}
+{{ $name }}: {{ . | int }}
+{{- end }}
 {{- end }}
 {{- with .values.gpus }}
 # Said here as well, because Ray's autoscaler knows no MIG by its name.
