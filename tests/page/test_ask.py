@@ -163,7 +163,8 @@ def test_a_model_without_a_chat_template_continues_the_plain_text(
     service.engine.answers["polite"] = ["Aisle four."]
     open_ask(page, service, "?a=tiny&b=polite&names=shown")
     put(page, service)
-    assert all(body["prompt"] == PROMPT for body in service.engine.bodies[-2:])
+    asked = [body["prompt"] for body in service.engine.bodies[-4:] if "prompt" in body]  # the others were chats
+    assert asked == [PROMPT] * 2
     page.get_by_role("button", name="B is better").click()
     expect(page.get_by_text("Your vote is stored")).to_be_visible()
     row = newest(api)["row"]
@@ -211,3 +212,13 @@ def test_hostile_answers_are_text_and_nothing_else(page: Page, service: Service,
     page.get_by_role("button", name="Tie", exact=True).click()
     expect(page.get_by_text("Your vote is stored")).to_be_visible()
     assert newest(api)["row"]["prompt"][-1]["content"] == MARKUP
+
+
+def test_a_model_of_the_address_that_is_gone_is_named(page: Page, service: Service) -> None:
+    open_ask(page, service, "?a=ft:tiny:gone&b=polite")
+    expect(page.get_by_label("First model")).to_have_value("ft:tiny:gone")
+    expect(page.get_by_label("First model")).to_have_accessible_description(re.compile("'ft:tiny:gone' does not exist"))
+    expect(page.get_by_label("Second model")).to_have_value("polite")
+    look_at(page, "ask-gone")
+    page.get_by_label("First model").select_option("tiny")
+    expect(page.get_by_role("alert")).to_have_count(0)

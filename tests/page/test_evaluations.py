@@ -1,6 +1,7 @@
 """The list of evaluations, and one: its results, and its items with both answers side by side."""
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -8,8 +9,10 @@ import psycopg
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.page.browsing import look_at, sign_in
+from services.control_plane.evaluations.requests import OF_ALL_KINDS, OF_JUDGE, OF_KIND
+from tests.page.browsing import look_at, open_job, sign_in, submit, wait_until_ended
 from tests.page.conftest import Service
+from tests.services.control_plane.conftest import pairs
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +100,82 @@ def test_an_evaluation_is_paused_resumed_cancelled_and_deleted(page: Page, servi
         service.engine.is_full = False
     page.goto(f"{service.url}/#/evaluations/none")
     expect(page.get_by_role("alert")).to_contain_text("There is no evaluation 'none'")
+
+
+@pytest.fixture
+def form(page: Page) -> Page:
+    sign_in(page)
+    page.get_by_role("link", name="Evaluations").click()
+    page.get_by_role("link", name="New evaluation").click()
+    expect(page.get_by_role("heading", name="New evaluation")).to_be_visible()
+    return page
+
+
+def test_an_evaluation_is_made_in_a_form(form: Page, service: Service, api: httpx.Client) -> None:
+    page = form
+    page.locator("[id='model']").select_option("tiny")
+    page.get_by_label("baseline").select_option("small")
+    prompts = 'Where is the saw?\n{"prompt": "Hi", "completions": ["Hello", "No"]}'
+    page.get_by_label("Or write the prompts here").fill(prompts)
+    page.get_by_role("button", name="Create the evaluation").click()
+    judge = page.get_by_role("group", name="Judge")
+    expect(judge).to_contain_text("An evaluation of the kind 'compare' needs the field 'judge'.")
+    expect(judge).to_be_focused()
+    look_at(page, "new-evaluation-refused")
+    page.get_by_label("type", exact=True).select_option("regex")
+    page.get_by_label("pattern").fill("^Gladly")
+    page.get_by_text("More options").click()
+    tokens = page.get_by_label("max_tokens")
+    tokens.fill("0")
+    page.keyboard.press("Enter")
+    expect(page.locator(".field", has=tokens).last).to_contain_text("greater than or equal to 1")
+    expect(tokens).to_be_focused()
+    tokens.fill("64")
+    page.keyboard.press("Tab")
+    page.reload()  # the draft stands in the address
+    expect(tokens).to_have_value("64")
+    look_at(page, "new-evaluation")
+    service.engine.is_full = True
+    try:
+        page.get_by_role("button", name="Create the evaluation").click()
+        expect(page).to_have_url(re.compile(r"#/evaluations/evaluation-\w+$"))
+        expect(page.get_by_role("heading", name="compare")).to_be_visible()
+        made = api.post(f"/x/evaluations/{page.url.rpartition('/')[2]}/cancel").json()
+    finally:
+        service.engine.is_full = False
+    request = made["request"]
+    assert (made["model"], request["baseline"], made["num_items"]) == ("tiny", "small", 2)
+    assert request["judge"].items() >= {"type": "regex", "pattern": "^Gladly"}.items()
+    assert request["sampling"]["max_tokens"] == 64
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_the_form_has_the_fields_of_each_kind(form: Page, kind: str) -> None:
+    page = form
+    page.get_by_label("kind", exact=True).select_option(kind)
+    for name in set().union(*OF_KIND.values()) | OF_ALL_KINDS:
+        has_it = name in OF_KIND[kind] | OF_ALL_KINDS
+        expect(page.locator(f"[id='{name}']")).to_have_count(int(has_it))
+
+
+def test_the_form_has_the_fields_of_each_judge(form: Page) -> None:
+    page = form
+    for judge, names in OF_JUDGE.items():
+        page.get_by_label("type", exact=True).select_option(judge)
+        for name in set().union(*OF_JUDGE.values()):
+            expect(page.locator(f"[id='judge.{name}']")).to_have_count(int(name in names))
+
+
+def test_a_job_leads_to_the_evaluation_of_its_policy(
+    page: Page, service: Service, api: httpx.Client, file_id: str
+) -> None:
+    upload = {"files": {"file": ("held-out.jsonl", pairs(11))}, "data": {"purpose": "fine-tune"}}
+    held_out = api.post("/files", **upload).json()["id"]
+    job_id = submit(api, file_id, validation_file=held_out)
+    wait_until_ended(api, job_id)
+    sign_in(page)
+    open_job(page, service.url, job_id)
+    page.get_by_role("link", name="Evaluate the policy").click()
+    policy = api.get(f"/fine_tuning/jobs/{job_id}").json()["fine_tuned_model"]
+    expect(page.locator("[id='model']")).to_have_value(policy)
+    expect(page.get_by_label("File of prompts", exact=True)).to_have_value(held_out)

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import httpx
 import psycopg
@@ -91,6 +92,7 @@ def _sweep(api: httpx.Client, file_id: str) -> str:
     return made
 
 
+DRAFT = quote(f"{MARKUP} {TURNED}")
 VIEWS = {
     "jobs": ("jobs", f"{MARKUP} {SHOWN}"),
     "job": ("jobs/{job}?log=driver", f"event {SHOWN}"),
@@ -101,9 +103,12 @@ VIEWS = {
     "ask": ("ask", "Ask two policies"),
     "models": ("models", "Models"),
     "evaluations": ("evaluations", SHOWN),
+    "new-evaluation": (f"evaluations/new?file={{file}}&model={DRAFT}&rows={DRAFT}", SHOWN),
     "evaluation": ("evaluations/{evaluation}", SHOWN),
+    "new-rounds": (f"rounds/new?file={{file}}&model={DRAFT}&rows={DRAFT}", SHOWN),
     "all-rounds": ("rounds", SHOWN),
     "rounds": ("rounds/{rounds}", SHOWN),
+    "new-sweep": (f"sweeps/new?job.training_file={{file}}&job.model={DRAFT}&vary={DRAFT}", SHOWN),
     "sweeps": ("sweeps", SHOWN),
     "sweep": ("sweeps/{sweep}", SHOWN),
     "keys": ("admin/keys", f"<i onclick=alert(4)> {SHOWN}"),

@@ -213,10 +213,22 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, service: Service, ap
     look_at(page, "hostile")
 
 
-def test_what_is_not_there_is_said_in_words(page: Page, service: Service) -> None:
+@pytest.mark.parametrize("view", ["jobs", "data", "evaluations", "rounds", "sweeps", "models"])
+def test_a_link_to_what_was_deleted_leads_to_the_list(page: Page, service: Service, view: str) -> None:
     sign_in(page)
     expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
-    page.goto(f"{service.url}/#/jobs/ftjob-none")
-    expect(page.get_by_role("alert")).to_contain_text("ftjob-none")
+    page.goto(f"{service.url}/#/{view}/none-such")
+    gone = page.get_by_role("alert")
+    expect(gone).to_contain_text("none-such")
+    expect(gone).to_contain_text("What this link leads to was deleted, or it never existed.")
+    if view == "jobs":
+        look_at(page, "job-gone")
+    gone.get_by_role("link", name=f"See all {view}").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(view.title())
+
+
+def test_a_view_that_is_not_there_is_said_in_words(page: Page, service: Service) -> None:
+    sign_in(page)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
     page.goto(f"{service.url}/#/nowhere")
     expect(page.get_by_text("There is no such view.")).to_be_visible()

@@ -162,3 +162,35 @@ def test_rounds_are_paused_resumed_cancelled_and_deleted(page: Page, service: Se
         service.engine.is_full = False
     page.goto(f"{service.url}/#/rounds/{made}")
     expect(page.get_by_role("alert")).to_contain_text(f"There are no rounds '{made}'")
+
+
+def test_rounds_are_made_in_a_form(page: Page, service: Service, api: httpx.Client, file_id: str) -> None:
+    sign_in(page)
+    page.get_by_role("navigation", name="Views").get_by_role("link", name="Rounds").click()
+    page.get_by_role("link", name="New rounds").click()
+    page.locator("[id='model']").select_option("tiny")
+    page.get_by_label("num_rounds").fill("2")
+    page.locator("[id='file']").select_option(file_id)
+    page.locator("[id='judge.type']").select_option("regex")
+    page.locator("[id='judge.pattern']").fill("^Gladly")
+    page.locator("[id='selection.type']").select_option("rso")
+    page.get_by_label("num_accepted").fill("3")
+    beta = page.locator("[id='job.method.dpo.hyperparameters.beta']")
+    beta.fill("5")
+    page.get_by_role("button", name="Create the rounds").click()
+    expect(page.locator(".field", has=beta)).to_contain_text("beta is 5.0; it must be greater than 0 and at most 2.")
+    expect(beta).to_be_focused()
+    look_at(page, "new-rounds")
+    beta.fill("0.2")
+    service.engine.is_full = True
+    try:
+        page.keyboard.press("Enter")
+        expect(page).to_have_url(re.compile(r"#/rounds/rounds-\w+$"))
+        expect(page.get_by_role("heading", name="Rounds")).to_be_visible()
+        request = api.post(f"/x/rounds/{page.url.rpartition('/')[2]}/cancel").json()["request"]
+    finally:
+        service.engine.is_full = False
+    assert (request["model"], request["file"], request["num_rounds"]) == ("tiny", file_id, 2)
+    assert request["judge"].items() >= {"type": "regex", "pattern": "^Gladly"}.items()
+    assert request["selection"].items() >= {"type": "rso", "num_accepted": 3}.items()
+    assert request["job"] == {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}}}

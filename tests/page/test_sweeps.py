@@ -169,3 +169,64 @@ def test_a_sweep_is_cancelled_with_its_jobs_and_deleted_after_questions(
     expect(page.get_by_role("row").filter(has_text=made)).to_have_count(0)
     page.goto(f"{service.url}/#/sweeps/none")
     expect(page.get_by_role("alert")).to_contain_text("There is no sweep 'none'")
+
+
+def vary(page: Page, name: str, values: str) -> None:
+    """Chooses an option that the trials differ in, and its values, by the keyboard."""
+    page.get_by_label("Option", exact=True).select_option(label=name)
+    page.get_by_role("button", name="Vary this option").focus()
+    page.keyboard.press("Enter")
+    field = page.get_by_role("group", name=name, exact=True).get_by_label("values")
+    expect(field).to_be_focused()
+    page.keyboard.type(values)
+    page.keyboard.press("Tab")
+
+
+def test_a_sweep_is_made_in_a_form(page: Page, service: Service, api: httpx.Client, file_id: str) -> None:
+    sign_in(page)
+    page.get_by_role("link", name="Sweeps").click()
+    page.get_by_role("link", name="New sweep").click()
+    page.locator("[id='job.training_file']").select_option(file_id)
+    page.locator("[id='job.model']").select_option("tiny")
+    expect(page.get_by_role("region", name="Plan")).to_contain_text(re.compile("The job|There is no plan"))
+    page.get_by_label("validation_share").fill("0.2")
+    vary(page, "method.type", "dpo, ipo")
+    vary(page, "beta", "0.05, 0.2")
+    vary(page, "seed", "1")
+    page.get_by_role("button", name="Do not vary seed").click()
+    name = page.locator("[id='metric.name']")
+    name.fill("eval/los")
+    page.keyboard.press("Enter")
+    expect(page.locator(".field", has=name)).to_contain_text("Did you mean 'eval/loss'?")
+    expect(name).to_be_focused()
+    name.fill("eval/loss")
+    page.keyboard.press("Tab")
+    page.reload()  # the draft stands in the address
+    expect(page.get_by_role("group", name="beta", exact=True).get_by_label("values")).to_have_value("0.05, 0.2")
+    look_at(page, "new-sweep")
+    page.get_by_role("button", name="Create the sweep").click()
+    expect(page).to_have_url(re.compile(r"#/sweeps/sweep-\w+$"))
+    expect(page.get_by_role("heading", name="Sweep", exact=True)).to_be_visible()
+    made = api.post(f"/x/sweeps/{page.url.rpartition('/')[2]}/cancel").json()
+    assert made["num_trials"] == 4
+    request = made["request"]
+    values = {path: parameter["values"] for path, parameter in request["parameters"].items()}
+    assert values == {"method.type": ["dpo", "ipo"], BETA: [0.05, 0.2]}
+    assert (request["metric"]["name"], request["job"]["training_file"]) == ("eval/loss", file_id)
+
+
+def test_a_sweep_that_draws_values_has_ranges(page: Page, service: Service, file_id: str) -> None:
+    sign_in(page)
+    page.goto(f"{service.url}/#/sweeps/new?job.training_file={file_id}&job.model=tiny")
+    page.get_by_role("button", name="Create the sweep").click()
+    expect(page.locator(".field", has=page.get_by_label("Option", exact=True))).to_contain_text("at least 1 item")
+    vary(page, "beta", "")
+    beta = page.get_by_role("group", name="beta", exact=True)
+    expect(beta.get_by_label("min", exact=True)).to_have_count(0)
+    page.locator("[id='search.type']").select_option("random")
+    beta.get_by_label("min", exact=True).fill("0.5")
+    beta.get_by_label("max", exact=True).fill("0.1")
+    page.locator("[id='search.num_trials']").fill("4")
+    page.keyboard.press("Enter")
+    expect(beta).to_contain_text("'min' is 0.5, but it must be less than 'max'")
+    expect(beta).to_be_focused()

@@ -34,6 +34,9 @@ export type Sweep = Documents["SweepDocument"];
 export type Trial = Documents["TrialDocument"];
 export type Frontier = Documents["FrontierDocument"];
 export type FrontierPoint = Documents["FrontierPoint"];
+export type CreateEvaluation = Documents["CreateEvaluation"];
+export type CreateRounds = Documents["CreateRounds"];
+export type CreateSweep = Documents["CreateSweep"];
 export type Plan = Documents["PlanDocument"];
 
 type Token = Documents["TokenDocument"];

@@ -13,10 +13,13 @@ import { Admin } from "../views/admin/admin";
 import { Ask } from "../views/ask/ask";
 import { Evaluation } from "../views/evaluations/evaluation";
 import { Evaluations } from "../views/evaluations/evaluations";
+import { NewEvaluation } from "../views/evaluations/new-evaluation";
 import { Model } from "../views/models/model";
 import { Models } from "../views/models/models";
 import { AllRounds } from "../views/rounds/all-rounds";
+import { NewRounds } from "../views/rounds/new-rounds";
 import { Rounds } from "../views/rounds/rounds";
+import { NewSweep } from "../views/sweeps/new-sweep";
 import { Sweep } from "../views/sweeps/sweep";
 import { Sweeps } from "../views/sweeps/sweeps";
 import { visible } from "../parts/words/words";
@@ -35,10 +38,18 @@ const VIEWS: View[] = [
   {
     name: "evaluations",
     title: "Evaluations",
-    show: ([id]) => (id ? <Evaluation key={id} id={id} /> : <Evaluations />),
+    show: ([id]) => (id === "new" ? <NewEvaluation /> : id ? <Evaluation key={id} id={id} /> : <Evaluations />),
   },
-  { name: "rounds", title: "Rounds", show: ([id]) => (id ? <Rounds key={id} id={id} /> : <AllRounds />) },
-  { name: "sweeps", title: "Sweeps", show: ([id]) => (id ? <Sweep key={id} id={id} /> : <Sweeps />) },
+  {
+    name: "rounds",
+    title: "Rounds",
+    show: ([id]) => (id === "new" ? <NewRounds /> : id ? <Rounds key={id} id={id} /> : <AllRounds />),
+  },
+  {
+    name: "sweeps",
+    title: "Sweeps",
+    show: ([id]) => (id === "new" ? <NewSweep /> : id ? <Sweep key={id} id={id} /> : <Sweeps />),
+  },
   { name: "admin", title: "Admin", show: (rest) => <Admin rest={rest} /> },
 ];
 

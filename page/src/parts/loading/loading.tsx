@@ -1,6 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { Failure } from "../../api/client";
+import { href } from "../route/route";
 import { forget, isSignedIn } from "../session/session";
 import { visible } from "../words/words";
 
@@ -44,21 +45,39 @@ export function useFresh({ isLoading, failure, again }: Loaded<unknown>, lives =
   }, [waits]);
 }
 
+interface ShowProps<Value> {
+  of: Loaded<Value>;
+  list?: string; // the view that lists such values, for a reader whose link leads to none
+  children: (value: Value) => ComponentChildren;
+}
+
 /** Shows a loaded value; before that, that it is being loaded, or why it could not be. */
-export function Show<Value>({ of, children }: { of: Loaded<Value>; children: (value: Value) => ComponentChildren }) {
+export function Show<Value>({ of, list, children }: ShowProps<Value>) {
   return (
     <>
-      {of.failure && <FailureNote failure={of.failure} again={of.again} />}
+      {of.failure && <FailureNote failure={of.failure} again={of.again} list={list} />}
       {of.value !== undefined ? children(of.value) : !of.failure && <p class="note">Loading…</p>}
     </>
   );
 }
 
-export function FailureNote({ failure, again }: { failure: Failure; again?: () => void }) {
+interface NoteProps {
+  failure: Failure;
+  again?: () => void;
+  list?: string;
+}
+
+export function FailureNote({ failure, again, list }: NoteProps) {
+  const isGone = failure.status === 404 && list !== undefined;
   return (
     <div class="failure" role="alert">
-      <p>{visible(failure.message)}</p>
-      {failure.status === 401 && isSignedIn.value ? (
+      <p>
+        {isGone && "What this link leads to was deleted, or it never existed. "}
+        {visible(failure.message)}
+      </p>
+      {isGone ? (
+        <a href={href(list)}>See all {list}</a>
+      ) : failure.status === 401 && isSignedIn.value ? (
         <button onClick={() => forget()}>Sign in again</button>
       ) : (
         again && <button onClick={again}>Try again</button>

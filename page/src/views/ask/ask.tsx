@@ -4,6 +4,7 @@ import { api, ask, Failure, type FeedbackCount, type Model } from "../../api/cli
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { NoModels } from "../../parts/no-models/no-models";
 import { route, setQuery } from "../../parts/route/route";
+import { visible } from "../../parts/words/words";
 import { Answers } from "./answers";
 import { Round } from "./round";
 import { Vote, type Voted } from "./vote";
@@ -42,10 +43,9 @@ async function countVotes(signal: AbortSignal): Promise<FeedbackCount[]> {
 
 /** The newest policy and its base, unless the address names others. */
 function chosen(models: Model[], query: URLSearchParams): [string, string] {
-  const named = (name: string) => models.find((model) => model.id === query.get(name))?.id;
   const first = models.find((model) => model.x_raydpo.job) ?? models[0]!;
   const second = models.find((model) => model.id === first.x_raydpo.root && model !== first) ?? models[1] ?? first;
-  return [named("a") ?? first.id, named("b") ?? second.id];
+  return [query.get("a") || first.id, query.get("b") || second.id];
 }
 
 function Asking({ models, onCount }: { models: Model[]; onCount: () => void }) {
@@ -207,10 +207,17 @@ interface ChoiceProps {
 
 function Choice({ label, name, models, value }: ChoiceProps) {
   const groups = { "Trained policies": true, "Base models": false };
+  const isListed = models.some((model) => model.id === value);
   return (
     <div>
       <label for={name}>{label}</label>
-      <select id={name} value={value} onChange={(event) => setQuery({ [name]: event.currentTarget.value }, { replaces: true })}>
+      <select
+        id={name}
+        value={value}
+        aria-describedby={isListed ? undefined : `about-${name}`}
+        onChange={(event) => setQuery({ [name]: event.currentTarget.value }, { replaces: true })}
+      >
+        {!isListed && <option value={value}>{visible(value)}</option>}
         {Object.entries(groups).map(([title, isTrained]) => {
           const group = models.filter((model) => Boolean(model.x_raydpo.job) === isTrained);
           return (
@@ -224,8 +231,20 @@ function Choice({ label, name, models, value }: ChoiceProps) {
           );
         })}
       </select>
+      <div id={`about-${name}`}>{!isListed && <Unlisted key={value} id={value} />}</div>
     </div>
   );
+}
+
+/** Says why the model that the address names is not offered. Of many models only the first are listed. */
+function Unlisted({ id }: { id: string }) {
+  const { value, failure } = useLoaded(
+    (signal) => ask(api.GET("/v1/models/{model_id}", { params: { path: { model_id: id } }, signal })),
+    [id],
+  );
+  if (failure) return <FailureNote failure={failure} />;
+  if (!value || value.x_raydpo.kind === "policy") return null;
+  return <p class="bad">The model {visible(id)} is a reward model, which writes no answers. Choose another one.</p>;
 }
 
 interface AmountProps {

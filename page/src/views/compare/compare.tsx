@@ -39,7 +39,7 @@ export function Compare() {
           Choose at least two jobs in the <a href={href("jobs", { chosen: ids.join(",") })}>list of jobs</a>.
         </p>
       ) : (
-        <Show of={runs}>{(value) => <Runs runs={value} range={range} />}</Show>
+        <Show of={runs} list="jobs">{(value) => <Runs runs={value} range={range} />}</Show>
       )}
     </>
   );

@@ -8,7 +8,7 @@ import { Seen } from "./seen";
 
 /** One file: what its check found, its rows, and what a model would see of them. */
 export function File({ id }: { id: string }) {
-  return <Show of={useFile(id)}>{(file) => <Known file={file} />}</Show>;
+  return <Show of={useFile(id)} list="data">{(file) => <Known file={file} />}</Show>;
 }
 
 function Known({ file }: { file: TrainingFile }) {

@@ -11,7 +11,7 @@ import { resultsOf } from "./results";
 export function Evaluation({ id }: { id: string }) {
   const loaded = useEvaluation(id);
   return (
-    <Show of={loaded}>
+    <Show of={loaded} list="evaluations">
       {(found) => (
         <>
           <Heading evaluation={found} again={loaded.again} />

@@ -15,6 +15,9 @@ export function Evaluations() {
     <>
       <div class="heading">
         <h1>Evaluations</h1>
+        <a class="button main" href={href(["evaluations", "new"])}>
+          New evaluation
+        </a>
       </div>
       <Show of={loaded}>
         {(page) => (
@@ -39,7 +42,7 @@ function Nothing() {
   return (
     <p class="note">
       An evaluation tells whether a model answers better than another, and how far training has moved it. There are no
-      evaluations here. <code>raydpo evaluations create</code> makes one.
+      evaluations here. <a href={href(["evaluations", "new"])}>Make the first one</a>.
     </p>
   );
 }

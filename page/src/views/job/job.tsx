@@ -28,7 +28,7 @@ export function Job({ id }: { id: string }) {
   }, [range.from, range.to]);
 
   const job = feed.job.value;
-  if (feed.failure.value && !job) return <FailureNote failure={feed.failure.value} />;
+  if (feed.failure.value && !job) return <FailureNote failure={feed.failure.value} list="jobs" />;
   if (!job) return <p class="note">Loading…</p>;
   return (
     <>
@@ -68,6 +68,7 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
     feed.wish(what).catch((error) => setFailure(Failure.of(error)));
   };
   const { waits_for, progress } = job.x_raydpo;
+  const isReward = String(job.method.type).startsWith("reward_");
   return (
     <>
       <div class="heading">
@@ -77,9 +78,14 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
         </div>
         <Status of={job.status} />
         <div class="acts">
-          {job.fine_tuned_model && !String(job.method.type).startsWith("reward_") && (
+          {job.fine_tuned_model && !isReward && (
             <a class="button main" href={href("ask", { a: job.fine_tuned_model, b: job.model })}>
               Ask the policy
+            </a>
+          )}
+          {job.fine_tuned_model && (
+            <a class="button" href={href(["evaluations", "new"], evaluationOf(job, isReward))}>
+              Evaluate the {isReward ? "reward model" : "policy"}
             </a>
           )}
           <a class="button" href={href(["jobs", "new"], { again: job.id })}>
@@ -117,6 +123,13 @@ function Heading({ job, feed }: { job: JobObject; feed: Feed }) {
     </>
   );
 }
+
+/** A reward model writes no answers, so it is asked which ones it prefers. Rows for validation were not learned. */
+const evaluationOf = ({ fine_tuned_model, validation_file }: JobObject, isReward: boolean) => ({
+  model: fine_tuned_model,
+  kind: isReward ? "preferences" : null,
+  file: validation_file,
+});
 
 /** Deletes the job after a question, with its models if the reader wants that, and leads to the list of jobs. */
 function Delete({ job, onFailure }: { job: JobObject; onFailure: (failure?: Failure) => void }) {

@@ -15,7 +15,7 @@ export function Model({ id }: { id: string }) {
   const loaded = useLoaded((signal) => loadRow(id, signal), [id]);
   useFresh(loaded);
   return (
-    <Show of={loaded}>
+    <Show of={loaded} list="models">
       {({ model, deployment, trouble }) => (
         <>
           <Heading model={model} deployment={deployment} again={loaded.again} />

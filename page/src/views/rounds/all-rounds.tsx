@@ -16,6 +16,9 @@ export function AllRounds() {
     <>
       <div class="heading">
         <h1>Rounds</h1>
+        <a class="button main" href={href(["rounds", "new"])}>
+          New rounds
+        </a>
       </div>
       <Show of={loaded}>
         {(page) => (
@@ -40,7 +43,7 @@ function Nothing() {
   return (
     <p class="note">
       In a round, a model writes answers, a judge scores them, and a job trains the model on the better and the worse ones.
-      There are no rounds here. <code>raydpo rounds create</code> makes some.
+      There are no rounds here. <a href={href(["rounds", "new"])}>Make the first ones</a>.
     </p>
   );
 }

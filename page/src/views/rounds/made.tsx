@@ -63,5 +63,9 @@ export function Made({ rounds }: { rounds: Round[] }) {
 }
 
 function Judged({ id }: { id: string }) {
-  return <Show of={useEvaluation(id)}>{(evaluation) => <Items evaluation={evaluation} />}</Show>;
+  return (
+    <Show of={useEvaluation(id)} list="evaluations">
+      {(evaluation) => <Items evaluation={evaluation} />}
+    </Show>
+  );
 }

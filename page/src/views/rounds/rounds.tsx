@@ -31,7 +31,7 @@ export function Rounds({ id }: { id: string }) {
   const loaded = useLoaded((signal) => retrieve(id, signal), [id]);
   useFresh(loaded, !loaded.value || !hasEnded(loaded.value.status));
   return (
-    <Show of={loaded}>
+    <Show of={loaded} list="rounds">
       {(found) => (
         <>
           <Heading rounds={found} again={loaded.again} />

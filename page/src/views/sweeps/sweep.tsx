@@ -18,7 +18,7 @@ export function Sweep({ id }: { id: string }) {
   const loaded = useLoaded((signal) => load(id, signal), [id]);
   useFresh(loaded, !loaded.value || !hasEnded(loaded.value.sweep.status));
   return (
-    <Show of={loaded}>
+    <Show of={loaded} list="sweeps">
       {({ sweep, trials, frontier }) => {
         const names = shortNames(Object.keys(sweep.request.parameters as object));
         return (

@@ -15,6 +15,9 @@ export function Sweeps() {
     <>
       <div class="heading">
         <h1>Sweeps</h1>
+        <a class="button main" href={href(["sweeps", "new"])}>
+          New sweep
+        </a>
       </div>
       <Show of={loaded}>
         {(page) => (
@@ -39,7 +42,7 @@ function Nothing() {
   return (
     <p class="note">
       A sweep tries several values of a job's options, and shows which trained the best model. There are no sweeps here.{" "}
-      <code>raydpo sweeps create</code> makes one.
+      <a href={href(["sweeps", "new"])}>Make the first one</a>.
     </p>
   );
 }

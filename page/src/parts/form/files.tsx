@@ -1,33 +1,33 @@
-import type { Option, TrainingFile } from "../../api/client";
-import { Findings, useFile } from "../../parts/file-report/file-report";
-import { Show, type Loaded } from "../../parts/loading/loading";
-import { href } from "../../parts/route/route";
-import { Drop, ROWS } from "../../parts/upload/drop";
-import { count, moment, visible } from "../../parts/words/words";
-import { change, Field, OptionField, valueOf } from "./field";
+import { createContext, type ComponentChildren } from "preact";
+import { useContext } from "preact/hooks";
+import { api, ask, type TrainingFile } from "../../api/client";
+import { Findings, useFile } from "../file-report/file-report";
+import { Show, useLoaded, type Loaded } from "../loading/loading";
+import { href } from "../route/route";
+import { Drop } from "../upload/drop";
+import { count, moment, visible } from "../words/words";
+import { change, Field, valueOf } from "./field";
+
+const MOST = 100;
+
+/** The files that the fields of a form offer. */
+export const Files = createContext<Loaded<TrainingFile[]>>({ isLoading: true, again: () => undefined });
+
+export const useFiles = () => useLoaded(list, []);
+
+async function list(signal: AbortSignal): Promise<TrainingFile[]> {
+  return (await ask(api.GET("/v1/files", { params: { query: { purpose: "fine-tune", limit: MOST } }, signal }))).data;
+}
 
 interface Props {
-  files: Loaded<TrainingFile[]>;
-  share: Option | undefined;
+  path: string;
+  label: string;
+  hint?: ComponentChildren;
 }
 
-export function Data({ files, share }: Props) {
-  return (
-    <fieldset class="panel">
-      <legend>Data</legend>
-      <File path="training_file" label="Training file" files={files} hint={ROWS} />
-      <File
-        path="validation_file"
-        label="Validation file"
-        files={files}
-        hint="The model is evaluated on these rows at every checkpoint and never learns from them. You may leave it out."
-      />
-      {share && !valueOf("validation_file") && <OptionField path="x_raydpo.validation_share" option={share} />}
-    </fieldset>
-  );
-}
-
-function File({ path, label, files, hint }: { path: string; label: string; files: Loaded<TrainingFile[]>; hint?: string }) {
+/** A field for a file of the project: one that is there, or a new one. What the service found in its rows is shown. */
+export function FileField({ path, label, hint }: Props) {
+  const files = useContext(Files);
   const id = valueOf(path);
   const listed = files.value ?? [];
   const isListed = !id || listed.some((file) => file.id === id);
@@ -36,7 +36,7 @@ function File({ path, label, files, hint }: { path: string; label: string; files
       <Field path={path} label={label} hint={hint}>
         {(attributes) => (
           <select {...attributes} value={id} onChange={(event) => change(path, event.currentTarget.value)}>
-            <option value="">{listed.length ? "none chosen" : "the project has no files yet"}</option>
+            <option value="">{files.value?.length === 0 ? "the project has no files yet" : "none chosen"}</option>
             {!isListed && <option value={id}>{id}</option>}
             {listed.map((file) => (
               <option key={file.id} value={file.id}>

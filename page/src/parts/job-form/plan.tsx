@@ -1,10 +1,11 @@
 import { useEffect, useState } from "preact/hooks";
-import { api, ask, type Failure, type Plan as PlanObject } from "../../api/client";
-import { Fact } from "../../parts/fact/fact";
-import { useLoaded } from "../../parts/loading/loading";
-import { bytes, visible, whole } from "../../parts/words/words";
-import { textOf, type Body } from "./draft";
-import { change } from "./field";
+import { api, ask, Failure, type Plan as PlanObject } from "../../api/client";
+import { Fact } from "../fact/fact";
+import { textOf } from "../form/draft";
+import { change } from "../form/field";
+import { useLoaded } from "../loading/loading";
+import { bytes, visible, whole } from "../words/words";
+import type { Body } from "./draft";
 
 const SETTLE_MS = 400;
 const UNPLANNED = ["model_unreadable", "model_unplannable"]; // such a job may still run
@@ -15,8 +16,8 @@ export interface Planned {
   unplanned?: Failure;
 }
 
-/** Asks for the plan of the job once its writer has not changed it for a moment. */
-export function usePlan(body: Body): Planned {
+/** Asks for the plan of the job once its writer has not changed it for a moment. The job stands in the draft below `at`. */
+export function usePlan(body: Body, at: string): Planned {
   const now = JSON.stringify(body);
   const [settled, setSettled] = useState(now);
   useEffect(() => {
@@ -27,26 +28,36 @@ export function usePlan(body: Body): Planned {
   if (settled !== now) return {};
   const { value, failure } = loaded;
   if (!failure) return { plan: value };
-  return UNPLANNED.includes(failure.code ?? "") ? { unplanned: failure } : { refusal: failure };
+  if (UNPLANNED.includes(failure.code ?? "")) return { unplanned: failure };
+  const { message, status, param, code } = failure;
+  return { refusal: new Failure(message, status, param && at + param, code) };
 }
 
+const isReady = ({ model, training_file, x_raydpo }: Body) => Boolean(model && (training_file || x_raydpo?.dataset));
+
 async function load(body: Body, signal: AbortSignal): Promise<PlanObject | undefined> {
-  if (!body.model || !(body.training_file || body.x_raydpo?.dataset)) return undefined;
+  if (!isReady(body)) return undefined;
   return ask(api.POST("/v1/x/plans", { body, signal }));
 }
 
-export function Plan({ of, isReady }: { of: Planned; isReady: boolean }) {
+interface Props {
+  of: Planned;
+  body: Body;
+  at: string; // as above
+}
+
+export function Plan({ of, body, at }: Props) {
   return (
     <section class="panel" aria-label="Plan">
       <h2>Plan</h2>
-      <div role="status">{inWords(of, isReady)}</div>
-      {of.plan && <Figures plan={of.plan} />}
+      <div role="status">{inWords(of, isReady(body))}</div>
+      {of.plan && <Figures plan={of.plan} at={at} />}
     </section>
   );
 }
 
-function inWords({ plan, refusal, unplanned }: Planned, isReady: boolean) {
-  if (!isReady) return <p class="note">Choose a model and a training file, and see here what the job needs.</p>;
+function inWords({ plan, refusal, unplanned }: Planned, isWhole: boolean) {
+  if (!isWhole) return <p class="note">Choose a model and a training file, and see here what the job needs.</p>;
   if (refusal) return <p class="bad">The service would refuse this job: {visible(refusal.message)}</p>;
   if (unplanned) return <p class="note">There is no plan, but the job may run. {visible(unplanned.message)}</p>;
   if (!plan) return <p class="note">Planning…</p>;
@@ -60,7 +71,7 @@ function inWords({ plan, refusal, unplanned }: Planned, isReady: boolean) {
   );
 }
 
-function Figures({ plan }: { plan: PlanObject }) {
+function Figures({ plan, at }: { plan: PlanObject; at: string }) {
   const parts = Object.entries(plan.parts).filter(([, size]) => size > 0);
   const facts: [string, string | null][] = [
     ["Steps", plan.steps === null ? null : whole(plan.steps)],
@@ -73,7 +84,7 @@ function Figures({ plan }: { plan: PlanObject }) {
       {plan.changes.map((each) => (
         <p key={each.field}>
           {visible(each.message)}{" "}
-          <button type="button" onClick={() => change(each.field, textOf(each.value))}>
+          <button type="button" onClick={() => change(at + each.field, textOf(each.value))}>
             Set {each.field.split(".").at(-1)} to {textOf(each.value)}
           </button>
         </p>

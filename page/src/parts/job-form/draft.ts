@@ -1,12 +1,11 @@
-/** A job that is being written. It stands in the address, each field under the path that errors of the API name:
- * `model`, `method.dpo.hyperparameters.beta`, `x_raydpo.adapter.r`. */
+/** A job that is being written. The paths of its fields are those that errors of the API name: `model`,
+ * `method.dpo.hyperparameters.beta`, `x_raydpo.adapter.r`. */
 
 import type { components } from "../../api/schema";
 import type { Job, Method, Option } from "../../api/client";
+import { parsed, set, textOf, type Draft, type Values } from "../form/draft";
 
 export type Body = components["schemas"]["CreateJob"];
-export type Draft = Record<string, string>;
-type Values = Record<string, unknown>;
 
 const TEXTS = new Set(["model", "training_file", "validation_file", "suffix", "x_raydpo.dataset", "x_raydpo.reference.model"]);
 const FIELDS = new Set([...TEXTS, "seed", "metadata", "method", "integrations", "x_raydpo"]);
@@ -19,30 +18,10 @@ export function bodyOf(draft: Draft): Body {
     const isOfOther = names[0] === "method" && names.length > 2 && names[1] !== draft["method.type"];
     const isOfNoAdapter = path.startsWith("x_raydpo.adapter.") && draft["x_raydpo.adapter"] === "none";
     if (!FIELDS.has(names[0]!) || isOfOther || isOfNoAdapter) continue;
-    set(body, names, valueOf(path, text));
+    set(body, names, TEXTS.has(path) ? text : parsed(text));
   }
   return body as unknown as Body;
 }
-
-function set(values: Values, [name, ...rest]: string[], value: unknown) {
-  if (!rest.length) {
-    values[name!] ??= value; // an adapter's options stand in place of its name
-    return;
-  }
-  if (typeof values[name!] !== "object") values[name!] = Object.create(null);
-  set(values[name!] as Values, rest, value);
-}
-
-function valueOf(path: string, text: string): unknown {
-  if (TEXTS.has(path)) return text;
-  try {
-    return JSON.parse(text);
-  } catch {
-    return text;
-  }
-}
-
-export const textOf = (value: unknown) => (typeof value === "string" ? value : JSON.stringify(value));
 
 /** Returns the draft of the same job again. Options that have their default are left out. */
 export function draftOf(job: Job, methods: Method[], options: Record<string, Option>): Draft {
