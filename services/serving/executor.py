@@ -18,20 +18,17 @@ class LoraOnCpus(PunicaWrapperCPU):  # type: ignore[misc]
     with that adapter if a request to any adapter is computed in the same step. vLLM's kernels for GPUs skip -1.
     """
 
-    def add_shrink(
-        self,
-        y: tuple[torch.Tensor, ...],
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        scale: float,
-        **kwargs: Any,
-    ) -> None:
-        """Multiplies `x` (tokens, inputs) with the matrices A of the tokens' adapters. Writes each product into a part
-        of `y` (tokens, rank): zeros for tokens without an adapter, so that their outputs stay as they are."""
-        super().add_shrink(y, x, lora_a_stacked, scale, **kwargs)
-        if not self.no_lora:
-            for part in y:
-                part[self.token_lora_indices < 0] = 0
+    def add_lora_linear(self, y: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Adds to `y` (tokens, outputs), the outputs of a linear layer, what each token's adapter adds to them.
+
+        The outputs of tokens without an adapter stay the same bits, even if an adapter's weights are not finite.
+        """
+        without = self.token_lora_indices < 0
+        if without.all():
+            return
+        outputs = y[without]
+        super().add_lora_linear(y, *args, **kwargs)
+        y[without] = outputs
 
 
 class ExecutorOnCpus(UniProcExecutor):  # type: ignore[misc]

@@ -31,19 +31,32 @@ def test_nothing_is_compiled_from_the_moment_the_executor_begins(monkeypatch: py
     assert len(compiled) == 1
 
 
+def step(lora: LoraOnCpus, adapters: list[int], *, is_prefill: bool) -> None:
+    """Begins a step whose tokens belong to these adapters (0: to the base model). Adapter 2 is in the last slot."""
+    mapping = SimpleNamespace(index_mapping=tuple(adapters), prompt_mapping=tuple(adapters), is_prefill=is_prefill)
+    lora.update_metadata(mapping, [1, 2], 2, 32)
+
+
+@pytest.mark.parametrize("is_prefill", [True, False], ids=["prompts", "answers"])
 @pytest.mark.parametrize("others", [[], [1], [2, 1]], ids=["alone", "beside the first", "beside both"])
-def test_tokens_of_the_base_model_are_left_alone_beside_those_of_adapters(others: list[int]) -> None:
-    """Adapter 2 is in the last slot, which vLLM's own class takes for the base model's tokens."""
+@pytest.mark.parametrize("number", [1.0, float("nan")], ids=["finite", "not finite"])
+def test_tokens_of_the_base_model_keep_their_bits_beside_those_of_adapters(
+    others: list[int], is_prefill: bool, number: float
+) -> None:
+    """vLLM's own class takes adapter 2, whose weights are multiplied with `number`, for the base model's tokens."""
     lora = LoraOnCpus(max_num_batched_tokens=16, max_batches=16, device="cpu")
     adapters = [0, *others, 0]
-    mapping = SimpleNamespace(index_mapping=tuple(adapters), prompt_mapping=tuple(adapters), is_prefill=True)
-    lora.update_metadata(mapping, [1, 2], 2, 32)
+    step(lora, [0, 0], is_prefill=True)
+    step(lora, adapters, is_prefill=is_prefill)
     torch.manual_seed(0)
     a, b = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 6, 4)
+    a[1], b[1] = a[1] * number, b[1] * number
     x, y = torch.randn(len(adapters), 8), torch.randn(len(adapters), 6)
-    expected = [
-        row + (b[it - 1, 0] @ (a[it - 1, 0] @ token) if it else 0)
-        for it, token, row in zip(adapters, x, y, strict=True)
-    ]
+    before = y.clone()
     lora.add_lora_linear(y, x, (a,), (b,), 1.0, (6,))
-    assert torch.allclose(y, torch.stack(expected), atol=1e-5)
+    for it, token, row, found in zip(adapters, x, before, y, strict=True):
+        if it:
+            expected = row + b[it - 1, 0] @ (a[it - 1, 0] @ token)
+            assert torch.allclose(found, expected, atol=1e-5, equal_nan=True)
+        else:
+            assert torch.equal(found, row)
