@@ -79,6 +79,16 @@ def test_a_job_is_made_of_a_file_with_bad_rows(new_job: Page, api: httpx.Client,
     assert request["validation_file"].startswith("file-")
 
 
+def test_enter_submits_the_job_also_while_a_file_is_refused(new_job: Page, api: httpx.Client, file_id: str) -> None:
+    page = new_job
+    page.get_by_label("Training file", exact=True).select_option(file_id)
+    drop(page, "new validation file", "held out.jsonl", pairs(11) + NO_PAIR + b"\n")
+    expect(page.get_by_role("button", name="Send it again")).to_be_visible()
+    page.get_by_label("Name").fill("entered")
+    page.keyboard.press("Enter")
+    assert request_of(page, api)["suffix"] == "entered"
+
+
 def test_every_option_of_every_method_is_explained(new_job: Page, api: httpx.Client) -> None:
     page = new_job
     for method in api.get("/x/methods").json()["data"][:4]:

@@ -78,9 +78,15 @@ export function FailureNote({ failure, again, list }: NoteProps) {
       {isGone ? (
         <a href={href(list)}>See all {list}</a>
       ) : failure.status === 401 && isSignedIn.value ? (
-        <button onClick={() => forget()}>Sign in again</button>
+        <button type="button" onClick={() => forget()}>
+          Sign in again
+        </button>
       ) : (
-        again && <button onClick={again}>Try again</button>
+        again && (
+          <button type="button" onClick={again}>
+            Try again
+          </button>
+        )
       )}
     </div>
   );

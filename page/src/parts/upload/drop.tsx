@@ -100,7 +100,9 @@ function Refused({ file, failure, again }: RefusedProps) {
       <FailureNote failure={failure} again={isForRows ? undefined : again} />
       {isForRows && (
         <div class="acts">
-          <button onClick={() => again(LENIENT)}>Send it again, without the rows that cannot be used</button>
+          <button type="button" onClick={() => again(LENIENT)}>
+            Send it again, without the rows that cannot be used
+          </button>
           <small>At most half of the rows may be left out.</small>
         </div>
       )}
