@@ -80,6 +80,12 @@ def test_weights_are_saved_and_the_commands_for_them_shown(
     assert b"adapter_model.safetensors" in (tmp_path / "weights.tar").read_bytes()
 
 
+def test_a_model_leads_to_its_evaluation(page: Page, service: Service, policy: str) -> None:
+    open_model(page, service, policy)
+    page.get_by_role("link", name="Evaluate", exact=True).click()
+    expect(page.locator("[id='model']")).to_have_value(policy)
+
+
 def test_a_model_is_shared_and_no_longer(page: Page, service: Service, api: httpx.Client, policy: str) -> None:
     guest = new_project(api, "guests of the page")
     open_model(page, service, policy)

@@ -56,6 +56,7 @@ function Heading({ model, deployment, again }: HeadingProps) {
     }
   }
 
+  const isReward = model.x_raydpo.kind === "reward"; // it writes no answers
   return (
     <>
       <div class="heading">
@@ -65,11 +66,14 @@ function Heading({ model, deployment, again }: HeadingProps) {
         </div>
         <div class="acts">
           <Acts of={deployment} onChange={again} />
-          {model.x_raydpo.kind === "policy" && (
+          {!isReward && (
             <a class="button" href={href("ask", { a: model.id })}>
               Ask
             </a>
           )}
+          <a class="button" href={href(["evaluations", "new"], { model: model.id, kind: isReward ? "preferences" : null })}>
+            Evaluate
+          </a>
           {model.x_raydpo.job && (
             <AskFirst act="Delete the model" question="Delete this model?" refusal="Keep it" onAgree={remove}>
               <p>Its weights are removed, for projects that share it as well. The job stays.</p>
