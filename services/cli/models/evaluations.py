@@ -2,6 +2,7 @@
 policies.
 """
 
+import csv
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -191,11 +192,31 @@ list_command(
 
 
 @api_command(app)
-def show(client: "OpenAI", evaluation_id: EvaluationId, as_json: AsJson = False) -> None:
+def show(
+    client: "OpenAI",
+    evaluation_id: EvaluationId,
+    as_json: AsJson = False,
+    form: Annotated[
+        Literal["table", "csv"],
+        typer.Option(
+            "--format",
+            help="Format of the output: a table for people, or CSV for spreadsheets. The CSV has the results only, in "
+            "the columns `name`, `value`, `low` and `high`.",
+        ),
+    ] = "table",
+) -> None:
     """Show the state of an evaluation, and its results with their 95% intervals."""
+    if as_json and form == "csv":
+        fail("the output is JSON or CSV; leave out --json or --format csv.")
     found: Any = client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)
     if as_json:
         out.print_json(data=found)
+    elif form == "csv":
+        if found["results"] is None:
+            fail(f"the evaluation {evaluation_id} has no results: it is {_state(found)}.")
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["name", "value", "low", "high"])
+        writer.writerows([".".join(path), *numbers] for path, *numbers in flat(found["results"]))
     else:
         print_evaluation(found)
 
@@ -255,18 +276,28 @@ def print_evaluation(item: Item) -> None:
     print_rows(["", "", "95% interval"], [*rows, *result_rows(item["results"] or {})])
 
 
-def result_rows(results: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str, str]]:
+def result_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yields the name, the value and the 95% interval of each result of an evaluation, as texts.
 
-    The names begin with `where`. A result that is null is left out. The text of the interval is empty for a result
-    without an interval.
+    A result that is null is left out. The text of the interval is empty for a result without an interval.
+    """
+    for path, value, low, high in flat(results):
+        form = "{:.1%}" if path[-1] in SHARES else "{:.4g}"
+        if value is not None:
+            text = value if isinstance(value, str) else form.format(value)
+            interval = "" if low is None else f"{form} to {form}".format(low, high)
+            yield " ".join(path).replace("_", " "), text, interval
+
+
+def flat(results: Mapping[str, Any], *where: str) -> Iterator[tuple[tuple[str, ...], Any, Any, Any]]:
+    """Yields each result of an evaluation as its path in `results`, its value, and the two ends of its 95% interval.
+    The ends are None for a result without an interval. The paths begin with `where`.
     """
     for name, value in results.items():
-        label = f"{where} {name}".strip().replace("_", " ")
-        form = "{:.1%}" if name in SHARES else "{:.4g}"
-        if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
-            yield label, form.format(value["value"]), f"{form} to {form}".format(value["low"], value["high"])
-        elif isinstance(value, dict):
-            yield from result_rows(value, label)
-        elif value is not None:
-            yield label, value if isinstance(value, str) else form.format(value), ""
+        path = (*where, name)
+        if not isinstance(value, dict):
+            yield path, value, None, None
+        elif value.keys() == {"value", "low", "high"}:
+            yield path, value["value"], value["low"], value["high"]
+        else:
+            yield from flat(value, *path)

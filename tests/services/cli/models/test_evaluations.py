@@ -57,6 +57,13 @@ def test_two_models_are_compared_on_a_file_and_the_results_printed(raydpo: Calla
     assert rows["answers model mean tokens"][0] == "3"
     assert raydpo("show", evaluation_id).splitlines() == lines
     assert json.loads(raydpo("show", evaluation_id, "--json"))["results"]["num_wins"] == 4
+    results = {
+        row["name"]: row for row in csv.DictReader(io.StringIO(raydpo("show", evaluation_id, "--format", "csv")))
+    }
+    assert results["win_rate"] == {"name": "win_rate", "value": "1.0", "low": "1.0", "high": "1.0"}
+    mean_tokens = {"name": "answers.model.mean_tokens", "value": "3.0", "low": "", "high": ""}
+    assert results["answers.model.mean_tokens"] == mean_tokens
+    assert "leave out --json" in raydpo("show", evaluation_id, "--json", "--format", "csv", status=1)
     assert raydpo("list").split("\t")[0] == evaluation_id
     table = list(csv.DictReader(io.StringIO(raydpo("items", evaluation_id, "--format", "csv"))))
     assert [row["found.outcome"] for row in table] == ["win"] * 4
@@ -69,6 +76,7 @@ def test_an_evaluation_is_paused_and_resumed(raydpo: Callable[..., str], file: s
     evaluation_id = raydpo("create", "score", "--model", POLICY, "--judge", "length", "--file", file).strip()
     assert raydpo("pause", evaluation_id) == f"paused {evaluation_id}\n"
     assert "paused" in raydpo("show", evaluation_id)
+    assert "has no results: it is paused" in raydpo("show", evaluation_id, "--format", "csv", status=1)
     assert raydpo("resume", evaluation_id) == f"resumed {evaluation_id}\n"
     assert "only a paused evaluation can be resumed" in raydpo("resume", evaluation_id, status=1)
 
