@@ -74,7 +74,7 @@ def test_a_job_with_a_served_reference_goes_through_with_chat_between_its_pause_
 
 
 @pytest.mark.long
-def test_three_models_that_are_asked_at_once_take_turns_on_two_gpus() -> None:
+def test_three_models_that_are_asked_at_once_and_in_turn_all_answer_on_two_gpus() -> None:
     names = ("first", "second", "third")
     two = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 2}', "RAYDPO_MAX_LOADED_MODELS": "2"}
     with (
@@ -84,8 +84,18 @@ def test_three_models_that_are_asked_at_once_take_turns_on_two_gpus() -> None:
         service.client() as client,
         ThreadPoolExecutor(len(names)) as threads,
     ):
-        assert all(count > 0 for count in threads.map(lambda name: chat(client, name), names))
+        answers = [threads.submit(chat, client, name) for name in names]
+        wait_for(lambda: "another model to be idle: 2 of at most 2 models are loaded" in str(waits(client)), "it waits")
+        assert all(answer.result() > 0 for answer in answers)
+        for name in names:
+            assert chat(client, name) > 0
         assert len(service.processes("ray::ServeReplica")) <= 2
+
+
+def waits(client: openai.OpenAI) -> list[str | None]:
+    """Returns what each model waits for, as its deployment says."""
+    deployments: Any = client.get("/x/deployments", cast_to=object)
+    return [each["waits_for"] for each in deployments["data"]]
 
 
 @pytest.mark.parametrize("seconds", [20, pytest.param(360, marks=pytest.mark.long)])

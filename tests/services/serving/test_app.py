@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +107,37 @@ def test_new_settings_replace_the_replicas_and_cut_no_answer(serving: Serving, m
     serving.wait(lambda apps: "changed" not in apps)
 
 
+@pytest.mark.long
+@pytest.mark.ray
+def test_a_replica_is_added_while_one_has_more_requests_than_its_target(serving: Serving, model_folder: Path) -> None:
+    engine = {"replicas": {"min": 1, "max": 2, "target_ongoing_requests": 1}}
+    given = {"app_name": "grows", "model_id": "grows", "source": str(model_folder), "dtype": "float32"}
+    serving.deploy(given | {"engine": engine})
+    apps = serving.wait(lambda apps: apps["grows"]["status"] == "RUNNING")
+    assert len(apps["grows"]["deployments"]["policy"]["replicas"]) == 1
+    url, has_grown = f"{serving.route('grows')}/v1/completions", threading.Event()
+    body = {"model": "grows", "prompt": "fox", "max_tokens": 200, "ignore_eos": True}
+
+    def ask_on() -> None:
+        while not has_grown.is_set():
+            httpx.post(url, json=body, timeout=600).raise_for_status()
+
+    def has_two(apps: dict[str, Any]) -> bool:
+        replicas = apps["grows"]["deployments"]["policy"]["replicas"]
+        return [replica["state"] for replica in replicas] == ["RUNNING"] * 2
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask_on) for _ in range(8)]
+        try:
+            serving.wait(has_two)
+        finally:
+            has_grown.set()
+        for client in asking:
+            client.result()
+    serving.remove("grows")
+    serving.wait(lambda apps: "grows" not in apps)
+
+
 @pytest.mark.ray
 def test_an_engine_tells_its_load(serving: Serving, client: OpenAI) -> None:
     client.completions.create(model=POLICY["model_id"], prompt="fox", max_tokens=7, extra_body={"ignore_eos": True})
@@ -113,6 +146,21 @@ def test_an_engine_tells_its_load(serving: Serving, client: OpenAI) -> None:
     assert load["first_tokens"] >= 1
     assert 0 < load["first_token_seconds"] < 60 * load["first_tokens"]
     assert (load["requests_running"], load["requests_waiting"]) == (0, 0)
+
+
+@pytest.mark.ray
+def test_an_engine_stops_when_the_client_of_a_stream_leaves(serving: Serving) -> None:
+    """By this a control plane ends the answers of deleted models."""
+    before = load_of(serving, "policy-1")["tokens"]
+    url, long = f"{serving.route('policy-1')}/v1/completions", {"max_tokens": 200, "ignore_eos": True, "n": 1000}
+    body = {"model": POLICY["model_id"], "prompt": "fox", "stream": True, **long}
+    with httpx.stream("POST", url, json=body, timeout=600) as answer:
+        next(answer.iter_raw())
+    deadline = time.monotonic() + 300
+    while (load := load_of(serving, "policy-1"))["requests_running"] or load["requests_waiting"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert load["tokens"] - before < 1000 * 200 / 2
 
 
 @pytest.mark.ray
