@@ -554,7 +554,7 @@ class Succeeded(Contract):
 
 class Failed(Contract):
     """The last report of an attempt (one run of a job) that failed for a reason that another attempt cannot fix. `code`
-    identifies the kind of error, `message` is for the user, and `param` names the wrong field of the job, if any."""
+    identifies the kind of error, `message` is for the user, and `param` names the invalid field of the job, if any."""
 
     kind: Literal["failed"] = "failed"
     code: Text

@@ -77,8 +77,8 @@ def make_packs(
     unless it has only one group. `seed` decides the dropout of the adapter. If the model is sharded, every rank gets
     the same number of packs, and some may be empty.
 
-    Some groups may be outlines (groups without their token ids). `load_ids` returns, for a list of outlines, the groups
-    with their ids, and is called if this rank computes any outlines. `load_ids` may be None if no group is an outline.
+    Some groups may be outlines (groups without their token ids). The function `load_ids` takes the outlines among this
+    rank's groups, and returns the groups with their ids. It may be None if no group is an outline.
     """
     indices, stand_in = _plan(scorer, groups, max_tokens_per_pack), _stand_in(scorer)
     if load_ids is not None:

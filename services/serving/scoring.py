@@ -34,7 +34,7 @@ Score = Callable[[Sequence[EncodedGroup]], Awaitable[list[list[list[float]]]]]
 
 
 class Refusal(Exception):
-    """Raised if the rows of a request cannot be scored. The message is for the user, `param` names the wrong field of
+    """Raised if the rows of a request cannot be scored. The message is for the user, `param` names the invalid field of
     the request, and `status` is the HTTP status of the answer."""
 
     def __init__(self, message: str, *, param: str = "rows", status: int = 400) -> None:

@@ -103,7 +103,7 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
     """Checks the rows of the validation file at `uri` and turns them into tokens, in the same way as the rows of the
     training file. Returns the prepared data. No rows of this file are held out.
 
-    If the file cannot be used, raises JobFailed, which names `validation_file` as the wrong field.
+    If the file cannot be used, raises JobFailed, which names `validation_file` as the invalid field.
     """
     alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **dict(spec.validation_reading)}
     try:

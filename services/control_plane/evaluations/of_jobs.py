@@ -29,7 +29,7 @@ def evaluations_of(given: object, model: str) -> dict[str, dict[str, Any]]:
     request, and `model` the model that the job starts from, which comparisons have as their default baseline.
 
     Each is the body of POST /v1/x/evaluations without `model`, and `of`: whether the job's policy is evaluated, or all
-    its checkpoints. Raises InvalidRequest, which names the wrong field.
+    its checkpoints. Raises InvalidRequest, which names the invalid field.
     """
     if given is None:
         return {}

@@ -83,7 +83,7 @@ class Vote:
 def vote_of(body: CreateFeedback) -> Vote:
     """Returns the vote in the body, turned into a row of training data.
 
-    Raises InvalidRequest, which names the wrong field, if the body does not have exactly one vote, if the number of
+    Raises InvalidRequest, which names the invalid field, if the body does not have exactly one vote, if the number of
     completions does not fit the vote, or if a training file cannot have such a row.
     """
     name = _vote_name(body)

@@ -28,7 +28,7 @@ Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=25
 def reading(extension: Mapping[str, Any]) -> Reading:
     """Returns the options for reading a file's rows that `extension`, the field `x_raydpo` of a request, holds.
 
-    Raises InvalidRequest, which names the wrong field.
+    Raises InvalidRequest, which names the invalid field.
     """
     return Reading(columns=_columns(extension.get("columns", {})), invalid_rows=_invalid_rows(extension))
 
@@ -68,7 +68,7 @@ class CheckDataset(BaseModel):
     def config(self) -> TrainConfig:
         """Returns a training config with the options of this body, all of which influence how rows are encoded.
 
-        Raises InvalidRequest, which names the wrong field.
+        Raises InvalidRequest, which names the invalid field.
         """
         given = self.model_dump(include={"max_length", "truncation"}, exclude_none=True)
         if given and self.model is None:
@@ -119,7 +119,7 @@ class CreateFile(BaseModel):
     def reading(self) -> Reading:
         """Returns the options for reading the file's rows that the field `x_raydpo` of this body holds.
 
-        Raises InvalidRequest, which names the wrong field.
+        Raises InvalidRequest, which names the invalid field.
         """
         extension = self.x_raydpo or {}
         refuse_unknown(extension, READING, "x_raydpo")

@@ -30,7 +30,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
-    """Returns `value` as the type `kind`, checked by pydantic. Raises InvalidRequest, which names the wrong field.
+    """Returns `value` as the type `kind`, checked by pydantic. Raises InvalidRequest, which names the invalid field.
 
     Error messages name a field by its path in the request's body. The path normally begins with `where`, the path of
     `value`. Fields of `value` that stand elsewhere in the body are in `paths`, which maps their names to their whole

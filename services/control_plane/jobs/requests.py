@@ -131,7 +131,7 @@ class CreateJob(BaseModel):
 
     def spec(self) -> JobSpec:
         """Returns the complete description of the job that the body asks for. Raises InvalidRequest, which names the
-        wrong field."""
+        invalid field."""
         if self.validation_file and self.validation_file == self.training_file:
             message = (
                 f"validation_file and training_file are both {self.training_file}; "
@@ -179,7 +179,7 @@ class CreateJob(BaseModel):
         """Returns the values that the body has for the adapter, the precision, the quantization and the maximum length.
 
         The value `auto` means that the service chooses. The result also holds the names of those fields of the body
-        that compare checkpoints, such as `best_metric`. Raises InvalidRequest, which names the wrong field.
+        that compare checkpoints, such as `best_metric`. Raises InvalidRequest, which names the invalid field.
         """
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
@@ -285,7 +285,7 @@ def train_config(
 
     `kind` is the training method, `where` the path of its hyperparameters for error messages, and `extension` the field
     `x_raydpo`. `seed` is the seed of the job. The value `auto` means the same as leaving an option out. Raises
-    InvalidRequest, which names the wrong field.
+    InvalidRequest, which names the invalid field.
     """
     objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
     refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)

@@ -65,8 +65,8 @@ async def _read(
 
 
 async def check(session: AsyncSession, settings: Settings, ray_api: RayApi, spec: RoundsSpec) -> None:
-    """Checks that the first round can be done as `spec` describes it. Raises ApiError, which names the wrong field, if
-    the round cannot be done.
+    """Checks that the first round can be done as `spec` describes it. Raises ApiError, which names the invalid field,
+    if the round cannot be done.
     """
     sampling = await samples.of(session, settings, spec.samples_of(spec.model, 1))
     if sampling.grader.is_asked and spec.selection.type == "rso":

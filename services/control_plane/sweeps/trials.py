@@ -37,8 +37,8 @@ def job_of(sweep: CreateSweep, values: Values) -> tuple[JobSpec, Asked]:
     Returns two values:
 
     - the complete description of the job
-    - the options of the job for which the service may choose a value, such as the adapter, as the sweep's request has
-      them
+    - those options for which the service chooses a value if the request gives none, such as the adapter: the values
+      that the sweep's request gives, before the service chooses any
 
     Raises InvalidRequest, which names the field and the trial's values, if the job is not valid.
     """
