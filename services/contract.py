@@ -300,6 +300,7 @@ class Weights(Contract):
     adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
     precision: Precision = "float32"  # with both values, trained weights have float32 masters
     quantization: Quantization | None = None  # of the frozen base model of an adapter
+    on_experts: bool = False  # whether the adapter is on the experts of a mixture of experts
 
 
 Policy = Literal["last", "best"]

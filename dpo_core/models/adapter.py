@@ -19,11 +19,11 @@ from dpo_core.config import Lora
 from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
+from dpo_core.plan.adapters import ROUTERS
 
 BEFORE_NF4 = "fingerprint_before_nf4"  # attribute of a quantized model: its fingerprint before it was quantized
 BASE = "base_model.json"  # the file beside an adapter that identifies its base
 SAMPLED = 64  # how many numbers of each weight are in a fingerprint
-ROUTERS = {"gate", "shared_expert_gate"}  # names of routers, besides those that contain "router"
 
 
 def attach(

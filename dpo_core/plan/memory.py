@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf, prod
 from typing import Any
 
+from dpo_core.plan.adapters import adapted_weights, in_experts
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
 from dpo_core.plan.quantization import count_quantized
 from dpo_core.plan.rules import PACK_SHARE, choose_pack, fewest_shards, logits_bytes, most_logits_bytes, most_tokens
@@ -181,14 +182,14 @@ def count_trained(model: Shapes, run: Run) -> int:
     parameters of the model if there is no adapter."""
     if run.adapter is None:
         return model.numbers
-    return run.adapter * sum(_factors(name, *model.weights[name]) for name in _adapted(model, run))
+    return run.adapter * sum(_factors(name, *model.weights[name]) for name in adapted_weights(model, run.targets))
 
 
 def _factors(name: str, rows: int, columns: int) -> int:
     """Returns the number of parameters that an adapter of rank 1 has on the weight called `name`, a matrix of `rows` x
     `columns`. An expert's first two weights (gate and up) share one adapter of twice the rank, because PEFT treats the
     two as one weight."""
-    is_fused = ".experts." in name and not name.removesuffix(".weight").endswith(("down_proj", "w2"))
+    is_fused = in_experts(name) and not name.removesuffix(".weight").endswith(("down_proj", "w2"))
     return (1 + is_fused) * rows + columns
 
 
@@ -198,16 +199,8 @@ def _folded_of_layer(model: Shapes, run: Run) -> int:
 
     In each forward pass, PEFT adds the adapter to a copy of the experts' weights. Autograd keeps this copy.
     """
-    experts = [name for name in _adapted(model, run) if ".experts." in name] if run.adapter else []
+    experts = filter(in_experts, adapted_weights(model, run.targets)) if run.adapter else []
     return sum(prod(model.weights[name]) for name in experts) * run.itemsize // model.number("num_hidden_layers")
-
-
-def _adapted(model: Shapes, run: Run) -> list[str]:
-    parts = {name: name.removesuffix(".weight").rpartition(".")[2] for name in model.weights}
-    # Where the files have the experts stacked, as those of gpt-oss and Llama 4, PEFT puts no adapter on them.
-    linear = [name for name, shape in model.weights.items() if len(shape) == 2 and in_layer(name)]
-    chosen = [name for name in linear if "router" not in name and parts[name] != "gate"]
-    return [name for name in chosen if run.targets is None or parts[name] in run.targets]
 
 
 def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
@@ -233,10 +226,10 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
     if model.caps_attention:  # scores behind tanh and probabilities of each head, and keys repeated for each query head
         scores = heads * (rows.prompt + rows.completion - 1) * (FLOAT32 + (size if size == FLOAT32 else 2 * size))
         attention = size * 4 * queries + scores
-    routed = _routed(model)
-    kinds = {re.sub(r"\.\d+(?=\.)", "", name) for name in _adapted(model, run)}
-    adapters = (run.adapter or 0) * sum(routed if ".experts." in kind else 1 for kind in kinds)
-    dropped = sum(model.weights[name][1] for name in _adapted(model, run)) // layers * (size + 1) if run.dropout else 0
+    routed, adapted = _routed(model), adapted_weights(model, run.targets)
+    kinds = {re.sub(r"\.\d+(?=\.)", "", name) for name in adapted}
+    adapters = (run.adapter or 0) * sum(routed if in_experts(kind) else 1 for kind in kinds)
+    dropped = sum(model.weights[name][1] for name in adapted) // layers * (size + 1) if run.dropout else 0
     probabilities = FLOAT32 * (_num_experts(model) + _balanced(model, run))
     mlp = size * (4 * _intermediate(model) + 2 * routed * hidden) + probabilities
     return norms + attention + mlp + size * adapters + dropped
@@ -260,7 +253,7 @@ def _num_experts(model: Shapes) -> int:
 
 def _routed(model: Shapes) -> int:
     """Returns the number of experts that compute each token; 0 for a model without experts."""
-    has_experts = any(".experts." in name for name in model.weights)
+    has_experts = any(map(in_experts, model.weights))
     return model.number("num_experts_per_tok", "num_experts_per_token", "moe_topk") if has_experts else 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
+from dpo_core.config import Lora
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes
 from dpo_core.plan.memory import Memory, count_trained, settle
 from dpo_core.plan.quantization import is_quantizable
@@ -17,7 +18,7 @@ CHANGES: dict[str, Sequence[Any]] = {  # options that may make a run fit, in the
     "max_tokens_per_pack": ["max_length"],
     "precision": ["bfloat16"],
     "sharding": ["full"],
-    "adapter": [32],
+    "adapter": [Lora().r],
     "quantization": ["nf4"],
     "num_workers": [2**power for power in range(1, 11)],
 }
@@ -55,13 +56,16 @@ def plan(
     room: int | None = None,
     settable: Collection[str] = tuple(CHANGES),
     most_workers: float = inf,
+    merged_rank: int | None = None,
 ) -> Plan:
     """Returns the plan of a training run: its memory, disk space and steps, whether it fits into memory, and what would
     make it fit.
 
     `model`, `run` and `rows` describe the model, the options, and the size of the training data. `room` is the memory
     of a worker's device in bytes, None if unknown. `settable` names the options that the plan may propose to change.
-    `most_workers` is the number of workers for which there are devices.
+    `most_workers` is the number of workers for which there are devices. `merged_rank` is the rank of the adapter that
+    the run starts from and merges into its base, None if there is none; the plan may propose to train this adapter, but
+    not a new one.
     """
     settled, shards, held = settle(model, run, rows, room)
     saved = count_trained(model, run) * (run.itemsize + FLOAT32 * (2 if run.itemsize == FLOAT32 else 3))
@@ -69,7 +73,10 @@ def plan(
     fits = None if room is None else held.total <= FILLED * room
     changes: tuple[Change, ...] = ()
     if room is not None and not fits:
-        changes = _changes(model, run, rows, room, _offered(model, run, settable, most_workers))
+        offered = _offered(model, run, settable, most_workers)
+        if merged_rank:
+            offered = [(name, merged_rank if name == "adapter" else value) for name, value in offered]
+        changes = _changes(model, run, rows, room, offered, keeps_adapter=merged_rank is not None)
     return Plan(settled, shards, held, saved, steps, run.n_epochs * rows.groups * rows.tokens, fits, changes)
 
 
@@ -87,9 +94,12 @@ def _offered(model: Shapes, run: Run, settable: Collection[str], most_workers: f
     return [each for each in offered if each[0] != "num_workers" or run.num_workers < each[1] <= most_workers]
 
 
-def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[tuple[str, Any]]) -> tuple[Change, ...]:
+def _changes(
+    model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[tuple[str, Any]], *, keeps_adapter: bool
+) -> tuple[Change, ...]:
     """Returns changes of the run's options, taken from `offered`, that make the run fit into `room` bytes per worker.
-    `rows` has the size of the training data.
+    `rows` has the size of the training data. `keeps_adapter` says that an adapter in `offered` is not a new one, but
+    the one from which the run starts.
 
     If one change is enough, returns the first such change. If it takes several, returns a set of changes of which none
     is superfluous. Returns an empty tuple if even all changes together are not enough.
@@ -114,8 +124,15 @@ def _changes(model: Shapes, run: Run, rows: Rows, room: int, offered: Sequence[t
             fewer = {key: value for key, value in found.items() if key != name}
             found = fewer if fits(fewer) else found
     end = f"each worker then needs at most {in_gb(total(found))} of memory instead of {in_gb(total({}))}"
-    given = {name: {"r": value} if name == "adapter" else value for name, value in found.items()}
+    given = {name: _as_given(name, value, keeps_adapter=keeps_adapter) for name, value in found.items()}
     return tuple(Change(name, value, f"Set {name} to {json.dumps(value)}; {end}.") for name, value in given.items())
+
+
+def _as_given(name: str, value: Any, *, keeps_adapter: bool) -> Any:
+    """Returns the value of a change in the form in which the user gives it. `name` is the option that changes."""
+    if name != "adapter":
+        return value
+    return "auto" if keeps_adapter else {"r": value}
 
 
 def _together(offered: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -8,11 +8,11 @@ weights in the safetensors files. NF4 compresses only linear layers, so it leave
 from math import prod
 
 from dpo_core.options import InvalidOption
+from dpo_core.plan.adapters import ROUTERS
 from dpo_core.plan.inputs import Shapes, in_layer
 
 # Model types whose layers multiply by weights of a class of their own, or whose layers transformers does not name.
 WITHOUT_LINEARS = {"gpt2", "openai-gpt", "falcon", "ctrl", "biogpt", "bert"}
-ROUTERS = ("gate", "shared_expert_gate")
 IN_GROUPS = "wo_a"  # of DeepSeek V4: its products are of groups of inputs, in a class of its own
 
 

@@ -14,6 +14,7 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.interfaces import supports_lora
 from vllm.platforms import current_platform
@@ -103,12 +104,21 @@ class Engine(VLLMEngine):  # type: ignore[misc]
         model_config, scheduler = vllm_engine_config.model_config, vllm_engine_config.scheduler_config
         if scheduler.enable_chunked_prefill:
             scheduler.long_prefill_token_threshold = min(MOST_SCORED_TOKENS, model_config.max_model_len)
-        if vllm_engine_config.lora_config and supports_lora(get_model_cls(model_config)):
+        if vllm_engine_config.lora_config and takes_adapters(model_config):
             # Without this list vLLM would also adapt the head, and then could not compute log-probabilities of prompts.
             vllm_engine_config.lora_config.target_modules = linear_layers(model_config.hf_config)
         else:
             vllm_engine_config.lora_config = None  # otherwise vLLM would refuse to start
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
+def takes_adapters(config: ModelConfig) -> bool:
+    """Whether vLLM can attach adapters to the model on this platform.
+
+    On CPUs it cannot attach any to a mixture of experts: an engine with adapters computes experts with a kernel for
+    GPUs, and dies at the first request.
+    """
+    return supports_lora(get_model_cls(config)) and not (current_platform.is_cpu() and config.is_moe)
 
 
 class EngineOnCpus(Engine):

@@ -403,6 +403,9 @@ class Model(Owned, Base):
     root: Mapped[str]  # base model's name
     base_source: Mapped[str | None]  # source of an adapter's base model; None: the model holds all weights
     adapter: Mapped[dict[str, Any] | None]  # an adapter's options
+    on_experts: Mapped[bool] = mapped_column(
+        server_default="false"
+    )  # whether the adapter is on the experts of a mixture of experts
     num_outputs: Mapped[int] = mapped_column(
         server_default="0"
     )  # outputs of a reward model's head; 0: the model is no reward model

@@ -57,7 +57,8 @@ async def admit(
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
-    spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
+    decided = weights.decide(asked, model, settings)
+    spec = spec.model_copy(update={"weights": await weights.placed(decided, model)})
     combinations.check(Combination(spec, asked, model, reference))
     await _check_quantization(spec, model)
     spec = await _within_positions(spec, asked, model, reference)

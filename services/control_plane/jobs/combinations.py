@@ -54,6 +54,12 @@ class Combination:
     def quantized(self) -> bool:
         return self.spec.weights.quantization is not None
 
+    @property
+    def adapter_on_experts(self) -> Lora | None:
+        """Returns the options of the adapter that the job trains, if the adapter is on the experts of a mixture of
+        experts. Otherwise returns None."""
+        return self.spec.weights.adapter if self.spec.weights.on_experts else None
+
     def compares(self, name: str) -> bool:
         """Whether the request sets the field `name`, such as `best_metric`, which compares checkpoints on validation
         data, but the job has no such data.
@@ -74,6 +80,7 @@ class Rule(NamedTuple):
     is_broken: Callable[[Combination], bool]
 
 
+OUTSIDE = "or send target_modules outside the experts, such as q_proj, k_proj, v_proj and o_proj"
 VALIDATE = "send a validation_file or x_raydpo.validation_share as well, or leave the field out"
 RULES = (
     Rule(
@@ -101,6 +108,18 @@ RULES = (
             and given.start.adapter is not None
             and given.start.num_outputs < given.num_outputs
         ),
+    ),
+    Rule(
+        "x_raydpo.adapter.dropout",
+        "dropout in an adapter on the experts of a mixture of experts",
+        f"leave x_raydpo.adapter.dropout out, {OUTSIDE}",
+        lambda given: given.adapter_on_experts is not None and given.adapter_on_experts.dropout > 0,
+    ),
+    Rule(
+        "x_raydpo.adapter.use_dora",
+        "DoRA on the experts of a mixture of experts",
+        f"leave x_raydpo.adapter.use_dora out, {OUTSIDE}",
+        lambda given: given.adapter_on_experts is not None and given.adapter_on_experts.use_dora,
     ),
     Rule(
         "x_raydpo.reference.model",

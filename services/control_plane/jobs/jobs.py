@@ -104,10 +104,9 @@ async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, 
     Returns '' if the engine of the base model will answer for the adapter. Also returns '' if the job trains no adapter
     or a reward model.
     """
-    adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
-    if adapter is None or is_reward_model:  # a reward model does not answer
+    if spec.config.objective.traits.num_outputs:  # a reward model does not answer
         return ""
-    why = await engines.why_merged_on(session, settings, start, adapter, spec.weights.quantization)
+    why = await engines.why_merged_on(session, settings, start, spec.weights)
     return f"; the policy will be merged into its base and answer from an engine of its own: {why}" if why else ""
 
 

@@ -1,9 +1,11 @@
-"""Decides for a new job whether it trains all weights or an adapter, and in which precision."""
+"""Decides for a new job whether it trains all weights or an adapter, on which layers, and in which precision."""
 
 from dpo_core.config import Lora
+from dpo_core.plan.adapters import adapts_experts
 from services.contract import Precision, Weights
 from services.control_plane.jobs.combinations import Asked
 from services.control_plane.models.models import NamedModel
+from services.control_plane.models.shapes import NoShapes, model_shapes
 from services.control_plane.settings import Settings
 
 
@@ -35,6 +37,23 @@ def _precision(asked: Asked, settings: Settings) -> Precision:
     if asked.precision != "auto":
         return asked.precision
     return "bfloat16" if settings.num_gpus_per_worker else "float32"
+
+
+async def placed(weights: Weights, start: NamedModel) -> Weights:
+    """Returns the weights with the field `on_experts`: whether their adapter is on the experts of a mixture of experts.
+
+    `start` is the model that the job starts from. If the shapes of its base model's weights cannot be read on this
+    machine, the field is that of `start`.
+    """
+    adapter = weights.adapter
+    if adapter is None:
+        return weights
+    targets = None if adapter.target_modules == "all-linear" else adapter.target_modules
+    try:
+        on_experts = adapts_experts(await model_shapes(start), targets)
+    except NoShapes:
+        on_experts = start.on_experts
+    return weights.model_copy(update={"on_experts": on_experts})
 
 
 def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) -> str:

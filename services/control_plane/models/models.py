@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.checkpoint_selection import best, evaluations
 from dpo_core.config import Lora, Quantization
-from services.contract import JobSpec
+from services.contract import JobSpec, Weights
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.core.store import owns, page
 from services.control_plane.core.tables import (
@@ -57,6 +57,7 @@ class NamedModel:
     base_source: str | None = None  # source of an adapter's base model; None: the model holds all weights
     adapter: Lora | None = None  # the options of an adapter; None: the model is no adapter
     quantization: Quantization | None = None  # of the base model, when the adapter was trained on it
+    on_experts: bool = False  # whether the adapter is on the experts of a mixture of experts
     num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
     attached_at: datetime | None = None  # when the adapter was last recorded in use on the engine of its base
 
@@ -82,8 +83,7 @@ def bases(settings: Settings) -> list[NamedModel]:
 
 
 def trained(row: Model) -> NamedModel:
-    options = dict(row.adapter or {})
-    quantization = options.pop("quantization", None)
+    options = row.adapter or {}
     return NamedModel(
         row.id,
         row.source,
@@ -91,8 +91,9 @@ def trained(row: Model) -> NamedModel:
         row.created_at,
         row.job_id,
         base_source=row.base_source,
-        adapter=Lora(**options) if options else None,
-        quantization=quantization,
+        adapter=Weights.model_validate({"adapter": options or None}).adapter,
+        quantization=options.get("quantization"),
+        on_experts=row.on_experts,
         num_outputs=row.num_outputs,
         attached_at=row.attached_at,
     )
@@ -171,6 +172,7 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
         root=job.model_root,
         base_source=adapter and (job.base_source or job.model_source),
         adapter=adapter and {**asdict(adapter), "quantization": spec.weights.quantization},
+        on_experts=spec.weights.on_experts,
         num_outputs=spec.config.objective.traits.num_outputs,
         job_id=job.id,
         project_id=job.project_id,

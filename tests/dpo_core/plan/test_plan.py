@@ -8,7 +8,7 @@ import pytest
 from dpo_core.config import TrainConfig
 from dpo_core.plan.inputs import Rows, Run, Shapes
 from dpo_core.plan.memory import settle
-from dpo_core.plan.plan import CHANGES, FILLED, plan
+from dpo_core.plan.plan import CHANGES, FILLED, in_gb, plan
 from dpo_core.plan.sizes import NAMES, SIZES, llama
 from dpo_core.training.trainer import train
 
@@ -67,6 +67,13 @@ def test_only_fields_that_may_be_set_are_offered():
     assert found.changes[0].message.startswith("Set num_workers to 4; each worker then needs ")
 
 
+def test_a_run_that_merges_an_adapter_is_offered_to_train_this_adapter():
+    found = plan(MODEL, RUN, ROWS, 80 * GB, merged_rank=8)
+    assert [(offer.field, offer.value) for offer in found.changes] == [("adapter", "auto")]
+    needed = in_gb(plan(MODEL, replace(RUN, adapter=8), ROWS, 80 * GB).memory.total)
+    assert found.changes[0].message.startswith(f'Set adapter to "auto"; each worker then needs at most {needed} of')
+
+
 def test_a_base_in_nf4_is_not_split_over_workers():
     alone = plan(MODEL, replace(RUN, adapter=32, quantized=True), ROWS, 80 * GB)
     several = plan(MODEL, replace(RUN, adapter=32, quantized=True, num_workers=8), ROWS, 8 * GB)
@@ -117,7 +124,8 @@ def test_a_token_keeps_activations_of_its_own_experts_only():
     def activations(experts: int, adapter: int | None) -> int:
         names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in range(experts)]
         weights = {**MODEL.weights, **dict.fromkeys(names, (64, 4096))}
-        mixed = Shapes({**MODEL.config, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, weights)
+        mixture = {"model_type": "mixtral", "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        mixed = Shapes({**MODEL.config, **mixture}, weights)
         return plan(
             mixed, replace(RUN, adapter=adapter, num_workers=8, activation_checkpointing="off"), ROWS
         ).memory.activations

@@ -20,8 +20,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from dpo_core.config import Lora
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import BASE, fingerprint
 from dpo_core.models.adapter_folder import EFFECT, WEIGHTS, is_adapter
@@ -91,9 +92,11 @@ def ask_base(serving: Serving) -> httpx.Response:
     return complete(serving, {"model": "qwen"}, {})
 
 
-def complete(serving: Serving, change: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+def complete(
+    serving: Serving, change: dict[str, Any], headers: dict[str, str], app_name: str = "qwen"
+) -> httpx.Response:
     body = {"prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "temperature": 0} | change
-    return httpx.post(f"{serving.route('qwen')}/v1/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{serving.route(app_name)}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def logp(answer: httpx.Response) -> float:
@@ -291,6 +294,31 @@ def test_fifty_first_requests_at_once_all_get_an_answer(
     with ThreadPoolExecutor(50) as threads:
         answers = list(threads.map(lambda _: ask(qwen, "ft:fifty", folders[0]), range(50)))
     assert [logp(answer) for answer in answers] == pytest.approx([likeliest[0]] * 50, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixture(serving: Serving, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Serves a mixture of experts that is to attach adapters, and returns its folder."""
+    folder = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(1)
+    MixtralForCausalLM(MixtralConfig(**SIZES, head_dim=32, num_local_experts=4)).save_pretrained(folder)
+    load_tokenizer(model_folder).save_pretrained(folder)
+    serving.deploy(
+        {"app_name": "mixture", "model_id": "mixture", "engine": LORA, "source": str(folder), "dtype": "float32"}
+    )
+    serving.wait(lambda apps: apps["mixture"]["status"] == "RUNNING")
+    yield folder
+    serving.remove("mixture")
+
+
+def test_on_cpus_a_mixture_of_experts_answers_and_attaches_no_adapters(
+    serving: Serving, mixture: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(mixture, tmp_path / "adapter", adapter=Lora(r=4, target_modules=("q_proj",)))
+    assert logp(complete(serving, {"model": "mixture"}, {}, "mixture")) == pytest.approx(forward(mixture), abs=1e-4)
+    refused = complete(serving, {"model": "ft:1"}, headers_of("ft:1", folder), "mixture")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_unusable")
+    assert refused.json()["error"]["message"].endswith("takes no adapters; set the mode of its deployment to 'merged'.")
 
 
 def stream(serving: Serving, adapter_id: str, folder: Path, answered: Counter[int], errors: dict[int, str]) -> None:

@@ -36,7 +36,7 @@ async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, 
         if file is not None:
             check = model_check.check_of(file, model, spec.config, settings, await store.store.instance())
             counted = await side_jobs.known(check)
-        return plans.plan_object(spec, shapes, file, counted, await ray_api.nodes(), settings)
+        return plans.plan_object(spec, model, shapes, file, counted, await ray_api.nodes(), settings)
     except NoShapes as error:
         raise InvalidRequest(
             f"The plan needs the model's files, which cannot be read: {error}", param="model", code="model_unreadable"

@@ -131,16 +131,38 @@ def most_workers(nodes: Sequence[Node], settings: Settings) -> float:
     return num_gpus // settings.num_gpus_per_worker
 
 
-def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None, workers: float) -> Plan:
+def _plan(
+    spec: JobSpec,
+    start: NamedModel,
+    shapes: Shapes,
+    rows: Rows,
+    nodes: Sequence[Node],
+    settings: Settings,
+    *,
+    room: int | None,
+) -> Plan:
     """Returns the plan of the job: its need for memory compared with `room`, and changes of options that make the job
     fit.
 
-    `shapes` are the shapes of the model's weights, and `run` and `rows` describe the job's options and training rows.
-    `room` is the number of bytes that a worker has, None if unknown. `workers` is the number of workers for which there
-    are GPUs. With CPUs, a larger number of workers is not among the changes, because workers share a machine's memory.
+    `spec` is the job's description, and `start` the model that the job starts from. `shapes` are the shapes of its
+    weights, and `rows` describes the training rows. `nodes` are the machines of the Ray cluster. `room` is the number
+    of bytes that a worker has, None if unknown.
+
+    Changes that the service would refuse are left out. With CPUs, a larger number of workers is left out, too, because
+    workers share a machine's memory.
     """
-    settable = [name for name in SETTABLE if name != "num_workers" or run.device == "cuda"]
-    return plan(shapes, run, rows, room, settable, workers)
+    run = run_of(spec, rows, nodes, settings)
+    others = {"num_workers"} if run.device == "cpu" else set[str]()
+    others |= {"quantization"} if spec.reference_source == "serve" else set()
+    return plan(
+        shapes,
+        run,
+        rows,
+        room,
+        [name for name in SETTABLE if name not in others],
+        most_workers(nodes, settings),
+        merged_rank=start.adapter.r if start.adapter and spec.weights.adapter is None else None,
+    )
 
 
 async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, ray_api: RayApi) -> None:
@@ -152,8 +174,7 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
         nodes = await ray_api.nodes()
         room = most_of(nodes, settings)
         rows, _ = rows_of(None, None, spec)
-        workers = most_workers(nodes, settings)
-        found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room, workers) if room else None
+        found = _plan(spec, model, shapes, rows, nodes, settings, room=room) if room else None
     except ValueError:
         return  # no plan is possible; the job itself reports the error of the model
     # A model with a `text_config` is loaded in part only, so the plan would be too high.
@@ -217,6 +238,7 @@ def _explain_wait(asked: int, workers: float, nodes: Sequence[Node], settings: S
 
 def plan_object(
     spec: JobSpec,
+    model: NamedModel,
     shapes: Shapes,
     file: File | None,
     counted: SideJobResult | None,
@@ -225,13 +247,14 @@ def plan_object(
 ) -> dict[str, Any]:
     """Returns the API's JSON object of a job's plan: whether the job fits, its memory in parts, and changes that help.
 
-    `shapes` are the shapes of the model's weights. `file` is the uploaded training file, and `counted` the result of a
-    check that counted its tokens; each may be None. `nodes` are the machines of the Ray cluster.
+    `model` is the model that the job starts from, and `shapes` are the shapes of its weights. `file` is the uploaded
+    training file, and `counted` the result of a check that counted its tokens; each may be None. `nodes` are the
+    machines of the Ray cluster.
     """
     rows, how = rows_of(file, counted, spec)
     room = room_of(nodes, settings, spec.num_workers)
     workers = most_workers(nodes, settings)
-    found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room, workers)
+    found = _plan(spec, model, shapes, rows, nodes, settings, room=room)
     waits = spec.num_workers > workers
     held = asdict(found.memory)
     notes = [f"Rows: {how}."]

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.config import Lora, Quantization
-from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter
+from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter, Weights
 from services.control_plane.core.tables import Model
 from services.control_plane.models.deployments import settings as deployment_settings
 from services.control_plane.models.models import NamedModel, base_of, trained
@@ -58,7 +58,9 @@ async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel
         return Engine(model.id, model)
     base = await base_of(session, settings, model)
     own = await deployment_settings.of(session, settings, {model.id, base.id})
-    if why := why_merged(model.adapter, model.quantization, own[model.id].mode, own[base.id]):
+    if why := why_merged(
+        model.adapter, model.quantization, own[model.id].mode, own[base.id], on_experts=model.on_experts
+    ):
         return Engine(model.id, model, why_merged=why)
     return Engine(model.id, base, Adapter(id=model.id, source=model.source))
 
@@ -87,27 +89,36 @@ async def hosts_of(session: AsyncSession, settings: Settings, model: NamedModel)
     return [model, await base_of(session, settings, trained(row))]
 
 
-async def why_merged_on(
-    session: AsyncSession, settings: Settings, start: NamedModel, adapter: Lora, quantization: Quantization | None
-) -> str | None:
+async def why_merged_on(session: AsyncSession, settings: Settings, start: NamedModel, weights: Weights) -> str | None:
     """Returns the reason why the engine (model server) of a job's base model could not answer for the adapter that the
     job trains.
 
-    Returns None if this engine could answer for the adapter. `start` is the model that the job starts from.
-    `quantization` is that of the base model during training, None for none.
+    Returns None if this engine could answer for the adapter, or if the job trains no adapter. `start` is the model that
+    the job starts from, and `weights` says what the job trains.
     """
+    if weights.adapter is None:
+        return None
     base = start.root if start.adapter else start.id
     own = (await deployment_settings.of(session, settings, {base}))[base]
-    return why_merged(adapter, quantization, own.mode, own)  # the policy inherits the mode
+    # The policy inherits the mode.
+    return why_merged(weights.adapter, weights.quantization, own.mode, own, on_experts=weights.on_experts)
 
 
-def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, base: DeploymentSettings) -> str | None:
+def why_merged(
+    adapter: Lora,
+    quantization: Quantization | None,
+    mode: Mode,
+    base: DeploymentSettings,
+    *,
+    on_experts: bool = False,
+) -> str | None:
     """Returns the reason why an adapter must be merged into its base model and have an engine (a model server) of its
     own.
 
     Returns None if the engine of the base model can answer for the adapter as well. `quantization` is that of the base
     model during training, None for none. `mode` is a setting of the adapter's deployment, which can ask for the merge
-    (`merged`), and `base` holds the settings of the base model's deployment.
+    (`merged`), and `base` holds the settings of the base model's deployment. `on_experts` says whether the adapter is
+    on the experts of a mixture of experts.
     """
     if mode == "merged":
         return "the mode of its deployment is 'merged'"
@@ -117,6 +128,8 @@ def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, bas
         return f"its rank is {adapter.r}, but its base model takes at most {base.max_lora_rank} (max_lora_rank)"
     if adapter.use_dora:
         return "it uses DoRA"
+    if on_experts:
+        return "it is on the experts of a mixture of experts"
     if quantization:
         return f"its base model is in {quantization.upper()}"
     return None

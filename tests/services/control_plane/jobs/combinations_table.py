@@ -33,6 +33,7 @@ def trained(kind: str, **fields: Any) -> NamedModel:
 ADAPTED: dict[str, Any] = {"base_source": "/nowhere/tiny", "adapter": Lora(r=8, alpha=16)}
 MODELS = {
     "base": NamedModel("tiny", "/nowhere/tiny", "tiny", STARTED_AT),
+    "mixture": NamedModel("mixture", "/nowhere/mixture", "mixture", STARTED_AT),
     "whole": trained("whole"),
     "adapter": trained("adapter", **ADAPTED),
     "nf4-adapter": trained("nf4-adapter", **ADAPTED, quantization="nf4"),
@@ -71,6 +72,7 @@ OF_REWARDS = {"method": {"type": "reward_bradley_terry"}}
 EVALUATED = {"validation_share": 0.1}
 CHOICES = (
     _start("from a base model", "base"),
+    _start("from a mixture of experts", "mixture"),
     _start("from a policy of all weights", "whole"),
     _start("from an adapter", "adapter"),
     _start("from an adapter on a base in NF4", "nf4-adapter"),
@@ -87,6 +89,7 @@ CHOICES = (
     _objective("reward_bradley_terry", "`reward_bradley_terry`"),
     _objective("reward_gaussian", "`reward_gaussian`"),
     _x("adapter", "a new LoRA", {"r": 4}),
+    _x("adapter", "a new LoRA with dropout", {"r": 4, "dropout": 0.1}),
     _x("adapter", "a new DoRA", {"r": 4, "use_dora": True}),
     _x("adapter", "`adapter: none`", "none"),
     _x("precision", "`float32`", "float32"),
@@ -140,7 +143,9 @@ def broken(body: Body, settings: Settings) -> int | None:
     asked, start, spec = request.asked(), _named(body["model"]), request.spec()
     needs_reference = spec.config.objective.traits.needs_reference
     reference = _named(spec.reference_model or body["model"]) if needs_reference else None
-    spec = spec.model_copy(update={"weights": decide(asked, start, settings)})
+    weights = decide(asked, start, settings)
+    on_experts = weights.adapter is not None and start == MODELS["mixture"]
+    spec = spec.model_copy(update={"weights": weights.model_copy(update={"on_experts": on_experts})})
     given = Combination(spec, asked, start, reference)
     return next((number for number, rule in enumerate(RULES) if rule.is_broken(given)), None)
 
@@ -252,16 +257,23 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__metadata__", ())
 
 
+ON_EXPERTS = "on the experts of a mixture, as by default"
+
+
 def _unattached() -> list[str]:
     base = DeploymentSettings()
     cases = {
         "DoRA": (Lora(use_dora=True), None, base),
         "on a base in NF4": (Lora(), "nf4", base),
+        ON_EXPERTS: (Lora(), None, base),
         f"of a rank above `max_lora_rank`, which is {base.max_lora_rank}": (Lora(r=base.max_lora_rank + 1), None, base),
         "on a base with `max_lora_rank` 0": (Lora(), None, DeploymentSettings(max_lora_rank=0)),
         "on a base with the mode `merged`": (Lora(), None, DeploymentSettings(mode="merged")),
     }
-    reasons = {words: why_merged(lora, bits, own.mode, own) for words, (lora, bits, own) in cases.items()}
+    reasons = {
+        words: why_merged(lora, bits, own.mode, own, on_experts=words == ON_EXPERTS)
+        for words, (lora, bits, own) in cases.items()
+    }
     return [f"| {words} | {reason} |" for words, reason in reasons.items()]
 
 

@@ -11,6 +11,7 @@ import pytest
 from dpo_core.methods import METHODS
 from dpo_core.options import OBJECTIVES
 from services.control_plane.jobs.combinations import RULES
+from services.control_plane.settings import BaseModel, Settings
 from tests.public_sets import PUBLIC_SETS, PublicSet
 from tests.services.control_plane.jobs.combinations_table import (
     CHOICES,
@@ -23,9 +24,17 @@ from tests.services.control_plane.jobs.combinations_table import (
     page,
     plain_settings,
 )
+from tests.services.headers import SMALL, write_model
 
 SETTINGS = plain_settings()
 CELLS = {pair: broken(body_of(*(CHOICES[each] for each in pair)), SETTINGS) for pair in PAIRS}
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Returns settings with a second base model: a mixture of experts, whose weights can be read."""
+    mixture = write_model(tmp_path_factory.mktemp("models") / "mixture", SMALL, experts=1, model_type="mixtral")
+    return offline.model_copy(update={"models": offline.models | {"mixture": BaseModel(source=str(mixture))}})
 
 
 def upload(client: openai.OpenAI, rows: bytes) -> str:
@@ -54,7 +63,7 @@ def held_out(client: openai.OpenAI, files: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def answer(api: httpx.Client, insert_models: Any, files: dict[str, str], held_out: dict[str, str]) -> Iterator[Any]:
-    insert_models(*(model for name, model in MODELS.items() if name != "base"))
+    insert_models(*(model for model in MODELS.values() if model.job_id is not None))
 
     def ask(body: dict[str, Any]) -> httpx.Response:
         kind = OBJECTIVES[body["method"]["type"]]().traits.learns_from[0]

@@ -3,6 +3,8 @@
 There is no cluster.
 """
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -11,26 +13,39 @@ import pytest
 from dpo_core.config import Lora
 from services.contract import Weights
 from services.control_plane.jobs.combinations import Asked
-from services.control_plane.jobs.weights import decide
+from services.control_plane.jobs.weights import decide, placed
 from services.control_plane.models.models import STARTED_AT, NamedModel
 from services.control_plane.settings import BaseModel, Settings
+from tests.services.headers import SMALL, write_model
 
 LORA = {"type": "lora", "r": 32, "alpha": 64.0, "dropout": 0.0, "target_modules": "all-linear"}
 PLAIN = {"use_rslora": False, "use_dora": False}
 DPO, SIMPO = ({"type": kind} for kind in ("dpo", "simpo"))
+MERGED = (
+    "; the policy will be merged into its base and answer from an engine of its own: "
+    "it is on the experts of a mixture of experts"
+)
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Returns settings with another base model: a mixture of experts, whose weights can be read."""
+    mixture = write_model(tmp_path_factory.mktemp("models") / "mixture", SMALL, experts=4, model_type="mixtral")
+    return offline.model_copy(update={"models": offline.models | {"mixture": BaseModel(source=str(mixture))}})
 
 
 @pytest.fixture(scope="module")
 def trained(insert_models: Any) -> dict[str, str]:
     """Adds models to the database, and returns their names by kind.
 
-    The kinds are: all weights, an adapter on them, an adapter on the base model, and two reward models.
+    The kinds are: all weights, an adapter on them, two adapters on the base model, and two reward models.
     """
     adapted: dict[str, Any] = {"adapter": Lora(r=8, alpha=16)}
     kinds: dict[str, dict[str, Any]] = {
         "whole": {},
         "on-whole": {"base_source": "/runs/whole", **adapted},
         "adapter": {"base_source": "/nowhere/tiny", **adapted},
+        "of-queries": {"base_source": "/nowhere/tiny", "adapter": Lora(target_modules=("q_proj",))},
         "reward": {"num_outputs": 1},
         "gaussian": {"num_outputs": 2},
     }
@@ -46,6 +61,13 @@ def create(client: openai.OpenAI, file: str, model: str = "tiny", method: Any = 
     return client.fine_tuning.jobs.create(
         model=model, training_file=file, method=method, extra_body={"x_raydpo": extension}
     )
+
+
+def copied(job: Any) -> dict[str, Any]:
+    """Returns the arguments of the client that create the job again."""
+    request = job.to_dict()["x_raydpo"]["request"]
+    extension = request.pop("x_raydpo")
+    return {**request, "extra_body": {"x_raydpo": extension}}
 
 
 def told(client: openai.OpenAI, job_id: str) -> str:
@@ -76,6 +98,37 @@ def test_what_is_trained_is_shown_and_told(
     assert shown["reference"] == {"source": "auto", "model": "tiny"}
     assert told(client, job.id) == f"{event}; the reference model is tiny as it is before the first step"
     client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_job_tells_that_vllm_cannot_attach_its_adapter_on_experts(client: openai.OpenAI, training_file: str) -> None:
+    for extension, is_merged in (({}, True), ({"adapter": {"target_modules": ["q_proj"]}}, False)):
+        job = create(client, training_file, "mixture", **extension)
+        assert told(client, job.id).endswith(MERGED) == is_merged
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    ("weights", "start", "on_experts"),
+    [
+        (Weights(adapter=Lora()), "mixture", True),
+        (Weights(adapter=Lora(target_modules=("down_proj",))), "mixture", False),
+        (Weights(adapter=Lora(target_modules=("up_proj",))), "mixture", True),
+        (Weights(), "mixture", False),
+        (Weights(adapter=Lora()), "unreadable", False),
+        (Weights(adapter=Lora()), "unreadable, on experts", True),
+    ],
+)
+def test_whether_an_adapter_is_on_experts_is_known_from_the_files_of_its_base(
+    settings: Settings, weights: Weights, start: str, on_experts: bool
+) -> None:
+    mixture = NamedModel("mixture", settings.models["mixture"].source, "mixture", STARTED_AT)
+    unreadable = NamedModel("away", "/nowhere", "away", STARTED_AT)
+    starts = {
+        "mixture": mixture,
+        "unreadable": unreadable,
+        "unreadable, on experts": replace(unreadable, on_experts=True),
+    }
+    assert asyncio.run(placed(weights, starts[start])) == weights.model_copy(update={"on_experts": on_experts})
 
 
 def test_a_job_without_a_reference_names_none(client: openai.OpenAI, training_file: str) -> None:
@@ -117,6 +170,17 @@ def test_another_model_is_the_reference(client: openai.OpenAI, training_file: st
     with pytest.raises(openai.BadRequestError, match="is used by the job"):
         client.models.delete(trained["whole"])
     client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize("start", ["adapter", "of-queries"])
+def test_a_job_that_goes_on_with_an_adapter_is_created_again_from_its_request(
+    client: openai.OpenAI, training_file: str, trained: dict[str, str], start: str
+) -> None:
+    job = create(client, training_file, model=trained[start])
+    again = client.fine_tuning.jobs.create(**copied(job))
+    assert again.to_dict()["x_raydpo"]["adapter"] == job.to_dict()["x_raydpo"]["adapter"]
+    for each in (job, again):
+        client.fine_tuning.jobs.cancel(each.id)
 
 
 @pytest.mark.parametrize(

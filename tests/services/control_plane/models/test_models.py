@@ -1,12 +1,19 @@
 """Tests /v1/models, and completions without a cluster. The models' files are on S3."""
 
+import asyncio
 from collections.abc import Iterator
 
 import openai
 import psycopg
 import pytest
 
+from dpo_core.config import Lora, TrainConfig
 from services import storage
+from services.contract import JobSpec, Weights
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Job
+from services.control_plane.models import models
+from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import pairs
 from tests.services.control_plane.test_cleanup import sweep
@@ -58,6 +65,29 @@ def train(rows: psycopg.Connection, settings: Settings, job_id: str) -> list[str
             checkpoint,
         )
     return names
+
+
+def test_an_adapter_is_found_as_its_job_trained_it(
+    client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    (name, _) = train(rows, settings, "ftjob-adapter")
+    adapter = Lora(r=8, target_modules=("q_proj", "w1"))
+    weights = Weights(adapter=adapter, quantization="nf4", on_experts=True)
+    spec = JobSpec(model="tiny", training_file="file-1", config=TrainConfig(), weights=weights)
+    rows.execute("UPDATE jobs SET spec = %s WHERE id = 'ftjob-adapter'", [spec.model_dump_json()])
+
+    async def added() -> NamedModel:
+        store = Store(settings.database_url)
+        try:
+            async with store.begin() as session:
+                await models.add(session, f"{name}:b", "s3://b", await session.get_one(Job, "ftjob-adapter"))
+                return await models.find(session, settings, f"{name}:b")
+        finally:
+            await store.close()
+
+    found = asyncio.run(added())
+    assert (found.adapter, found.quantization, found.on_experts, found.base_source) == (adapter, "nf4", True, "/m")
+    cancel(rows, "ftjob-adapter")
 
 
 def cancel(rows: psycopg.Connection, job_id: str) -> None:

@@ -1,22 +1,26 @@
 """Tests /v1/x/plans and the memory checks of new jobs. A stand-in for Ray reports machines of any size."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from dpo_core.config import Lora
 from dpo_core.plan.inputs import Shapes
 from dpo_core.plan.sizes import llama
 from services.contract import JobSpec, SideJobResult
 from services.control_plane.jobs.plans import plans
+from services.control_plane.models.models import STARTED_AT, NamedModel
 from services.control_plane.ray_api import Node
 from services.control_plane.settings import BaseModel, Settings
 from tests.services.control_plane.conftest import FakeRay, pairs
 from tests.services.headers import LARGE, SMALL, write_model
 
 GB = 10**9
+START = NamedModel("large", "/nowhere", "large", STARTED_AT)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +204,7 @@ def test_workers_for_which_there_are_no_gpus_do_not_fit_and_are_not_advised(sett
     def plan(num_gpus: int, size: int, settings: Settings, num_workers: int = 2) -> dict[str, Any]:
         nodes = [Node(64 * GB, (size,) * num_gpus)]
         asked = spec.model_copy(update={"num_workers": num_workers})
-        return plans.plan_object(asked, shapes, None, None, nodes, settings)
+        return plans.plan_object(asked, START, shapes, None, None, nodes, settings)
 
     assert plan(2, 80 * GB, on_gpus)["fits"] is True
     alone = plan(1, 80 * GB, on_gpus)
@@ -214,6 +218,27 @@ def test_workers_for_which_there_are_no_gpus_do_not_fit_and_are_not_advised(sett
     assert "num_workers" not in str(plan(1, 5 * GB, on_gpus, num_workers=1)["changes"])
 
 
+def test_a_job_that_merges_its_adapter_is_advised_to_train_it_and_not_a_new_one(settings):
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": 1})
+    spec = JobSpec.model_validate({"model": "ft:large", "training_file": "file-1", "config": {}})
+    start = replace(START, base_source="/nowhere", adapter=Lora(r=8))
+    nodes = [Node(64 * GB, (12 * GB,))]
+    for model, value in ((START, {"r": 32}), (start, "auto")):
+        found = plans.plan_object(spec, model, Shapes(LARGE, llama(LARGE).weights), None, None, nodes, on_gpus)
+        assert ("x_raydpo.adapter", value) in [(each["field"], each["value"]) for each in found["changes"]]
+
+
+@pytest.mark.parametrize(("source", "is_advised"), [("auto", True), ("trainer", True), ("serve", False)])
+def test_nf4_is_not_advised_where_vllm_is_to_score_the_reference(settings, source, is_advised):
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": 1})
+    asked = {"weights": {"adapter": {}, "precision": "bfloat16"}, "reference_source": source}
+    spec = JobSpec.model_validate({"model": "large", "training_file": "file-1", "config": {}, **asked})
+    shapes, nodes = Shapes(LARGE, llama(LARGE).weights), [Node(64 * GB, (int(3.6 * GB),))]
+    found = plans.plan_object(spec, START, shapes, None, None, nodes, on_gpus)
+    assert found["fits"] is False
+    assert ("x_raydpo.quantization" in [each["field"] for each in found["changes"]]) == is_advised
+
+
 @pytest.mark.parametrize(
     ("gpus", "needed", "has"), [(0, 1, "no GPU"), (1, 2, "1 of the 2 GPUs that each worker needs")]
 )
@@ -221,7 +246,7 @@ def test_a_cluster_without_gpus_for_one_worker_is_no_advice_to_ask_for_fewer_wor
     on_gpus = settings.model_copy(update={"num_gpus_per_worker": needed})
     spec = JobSpec.model_validate({"model": "large", "training_file": "file-1", "config": {}})
     nodes = [Node(64 * GB, (80 * GB,) * gpus)]
-    found = plans.plan_object(spec, Shapes(LARGE, llama(LARGE).weights), None, None, nodes, on_gpus)
+    found = plans.plan_object(spec, START, Shapes(LARGE, llama(LARGE).weights), None, None, nodes, on_gpus)
     assert (found["fits"], found["changes"]) == (False, [])
     assert found["notes"][-1] == f"The cluster now has {has}, so the job would wait; ask the operator for more GPUs."
     assert "Ray does not report" not in str(found["notes"])

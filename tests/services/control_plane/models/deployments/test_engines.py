@@ -110,6 +110,11 @@ def test_what_cannot_be_attached_is_merged(
     assert (found.loaded == model) == (found.adapter is None) == (why is not None)
 
 
+def test_an_adapter_on_experts_is_merged(settings: Settings) -> None:
+    model = adapter_on(settings.models["tiny"].source, on_experts=True)
+    assert engine(settings, model) == Engine("ft:1", model, why_merged="it is on the experts of a mixture of experts")
+
+
 def test_the_reference_of_a_job_that_goes_on_from_an_adapter_is_scored_with_it_by_the_engine_of_the_base(
     settings: Settings,
 ) -> None:
