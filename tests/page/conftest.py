@@ -83,6 +83,7 @@ class PageRay(LivelyRay):
             "grad_norm": 2 - margin / 3,
             "lr": 1e-5 * (1 - step / 200),
             "tokens_per_second": 2150 + 100 * waves,
+            "hfu": 0.31 + waves,
         }
         held_out = {"eval/loss": told["loss"] + 0.05, "eval/rewards/margins": margin - 0.1}
         return told | (held_out if step % 10 == 0 else {})

@@ -1,12 +1,15 @@
 """Signing in, the list of jobs, and a job that is followed while it runs."""
 
+import json
 import math
 import re
 
 import httpx
+import psycopg
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from services import storage
 from tests.page.browsing import look_at, open_job, sign_in, submit, wait_until_ended
 from tests.page.conftest import Service
 from tests.services.control_plane.conftest import API_KEY
@@ -77,12 +80,42 @@ def test_a_running_job_is_followed_through_a_restart_of_the_service(
         [re.compile(f"^((Warning|Error): )?{re.escape(message)}$") for message in messages(api, job_id)]
     )
     expect(page.get_by_text("The chosen answers have become less likely")).to_be_visible()
-    expect(page.get_by_role("code").filter(has_text=job_id.removeprefix("ftjob-")).first).to_be_visible()
+    policy = api.get(f"/fine_tuning/jobs/{job_id}").json()["fine_tuned_model"]
+    expect(page.get_by_role("link", name=policy, exact=True)).to_have_attribute("href", re.compile("^#/models/"))
     look_at(page, "job")
     page.get_by_role("link", name="Ask the policy").click()
-    expect(page.get_by_label("First model")).to_have_value(
-        api.get(f"/fine_tuning/jobs/{job_id}").json()["fine_tuned_model"]
-    )
+    expect(page.get_by_label("First model")).to_have_value(policy)
+
+
+def test_a_job_leads_to_its_models_and_to_its_evaluations(
+    page: Page, service: Service, api: httpx.Client, file_id: str, database_url: str
+) -> None:
+    """No engine here answers the evaluation, so what it finds is written into the database."""
+    asked = {"better_answers": {"kind": "compare", "judge": {"type": "length"}, "file": file_id}}
+    service.engine.is_full = True
+    try:
+        job_id = submit(api, file_id, x_raydpo={"evaluations": asked})
+        wait_until_ended(api, job_id)
+        sign_in(page)
+        open_job(page, service.url, job_id)
+        evaluations = page.locator("section", has=page.get_by_role("heading", name="Evaluations"))
+        expect(evaluations.get_by_text("running")).to_be_visible()
+        (told,) = api.get(f"/fine_tuning/jobs/{job_id}").json()["x_raydpo"]["evaluations"]
+        results = json.dumps({"win_rate": {"value": 0.75, "low": 0.5, "high": 0.875}})
+        with psycopg.connect(database_url, autocommit=True) as rows:
+            ends = "state = 'succeeded', finished_at = now(), results = %s, waits_for = NULL"
+            rows.execute(f"UPDATE evaluations SET {ends} WHERE id = %s", (results, told["id"]))
+        expect(evaluations).to_contain_text("win rate 75.0 % (50.0 % to 87.5 %)")
+    finally:
+        service.engine.is_full = False
+    expect(page.get_by_role("figure", name="Use of the hardware: first worker from 3")).to_be_visible()
+    look_at(page, "job-evaluations")
+    evaluations.get_by_role("link", name="better_answers").click()
+    expect(page).to_have_url(re.compile(f"#/evaluations/{told['id']}$"))
+    open_job(page, service.url, job_id)
+    checkpoint = api.get(f"/fine_tuning/jobs/{job_id}/checkpoints").json()["data"][0]["fine_tuned_model_checkpoint"]
+    page.get_by_role("link", name=checkpoint, exact=True).click()
+    expect(page.get_by_role("heading", name=checkpoint, exact=True)).to_be_visible()
 
 
 def test_a_reward_model_is_not_asked(page: Page, service: Service, api: httpx.Client, file_id: str) -> None:
@@ -131,6 +164,30 @@ def test_a_range_of_steps_stands_in_the_address(page: Page, service: Service, ap
     expect(loss).to_have_attribute("aria-label", re.compile("20 points, steps 11 to 30$"))
     page.get_by_role("button", name="All steps").click()
     expect(loss).to_have_attribute("aria-label", re.compile("80 points, steps 1 to 80$"))
+
+
+def test_the_place_in_a_log_stands_in_the_address(page: Page, service: Service, api: httpx.Client) -> None:
+    job_id = api.get("/fine_tuning/jobs?status=succeeded").json()["data"][0]["id"]
+    folder = storage.join(service.storage_url, "runs", job_id, "logs", "1", "driver")
+    log = "".join(f"line {number}\n" for number in range(2500))
+    storage.write_bytes(storage.join(folder, "000000000000.log"), log.encode())
+    sign_in(page)
+    open_job(page, service.url, job_id, "?log=driver")
+    lines = page.get_by_label("Lines of the log")
+    expect(lines).to_have_text(re.compile("^line 0\n.*line 999$", re.DOTALL))
+    page.get_by_role("link", name="Further lines").click()
+    further = re.compile("^line 1000\n.*line 1999$", re.DOTALL)
+    expect(lines).to_have_text(further)
+    page.reload()
+    expect(lines).to_have_text(further)
+    look_at(page, "job-log")
+    page.get_by_role("link", name="Further lines").click()
+    expect(lines).to_have_text(re.compile("^line 2000\n.*line 2499$", re.DOTALL))
+    expect(page.get_by_role("link", name="Further lines")).to_have_count(0)
+    page.go_back()
+    expect(lines).to_have_text(further)
+    page.get_by_role("link", name="First lines").click()
+    expect(lines).to_have_text(re.compile("^line 0\n", re.DOTALL))
 
 
 def test_a_long_job_is_drawn_in_buckets_and_a_part_of_it_step_by_step(

@@ -40,6 +40,12 @@ export const CHARTS: Chart[] = [
   { title: "Rewards", lines: [["rewards_chosen", "chosen", 3], ["rewards_rejected", "rejected", 2]] },
   { title: "KL from the reference", unit: "nats", lines: [["kl", "training", 1], ["eval/kl", "validation", 2]] },
   { title: "Throughput", unit: "tokens a second", lines: [["tokens_per_second", "all workers", 5]] },
+  {
+    title: "Use of the hardware",
+    unit: "share of its rate in a large matrix product",
+    show: percent,
+    lines: [["hfu", "first worker", 5]],
+  },
   { title: "Norm of the gradient", lines: [["grad_norm", "before clipping", 4]] },
   { title: "Learning rate", lines: [["learning_rate", "of the step", 4]] },
 ];

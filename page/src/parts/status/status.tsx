@@ -6,7 +6,7 @@ export type JobStatus = Job["status"];
 export const hasEnded = (status: JobStatus) => ["succeeded", "failed", "cancelled"].includes(status);
 
 /** Where a job is, or a trial or an evaluation. */
-export function Status({ of }: { of: JobStatus | "training" | "evaluating" | "stopped" }) {
+export function Status({ of }: { of: JobStatus | "training" | "evaluating" | "stopped" | "waiting" }) {
   return <span class={`status ${of}`}>{of}</span>;
 }
 

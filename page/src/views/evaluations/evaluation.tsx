@@ -6,7 +6,7 @@ import { href } from "../../parts/route/route";
 import { judgeText } from "../../parts/items/judge";
 import { count, moment, percent, zone } from "../../parts/words/words";
 import { WorkHeading, type Wish } from "../../parts/work/work";
-import { resultsOf } from "./results";
+import { resultsOf } from "../../parts/results/results";
 
 export function Evaluation({ id }: { id: string }) {
   const loaded = useEvaluation(id);

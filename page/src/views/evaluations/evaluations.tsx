@@ -3,7 +3,7 @@ import { Show, useFresh, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { hasEnded, Status } from "../../parts/status/status";
 import { moment, percent, visible, zone } from "../../parts/words/words";
-import { mainResult } from "./results";
+import { mainResult } from "../../parts/results/results";
 
 const PAGE = 25;
 

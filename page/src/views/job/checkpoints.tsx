@@ -36,7 +36,9 @@ function Model({ name, base, what, more }: { name: string; base: string; what: s
     <div class="model">
       <div>
         <h3>{what}</h3>
-        <code>{name}</code>
+        <a class="id" href={href(["models", name])}>
+          {name}
+        </a>
         {more && <small> {more}</small>}
       </div>
       <div class="acts">

@@ -10,6 +10,7 @@ import { hasEnded, ProgressLine, Status } from "../../parts/status/status";
 import { moment, visible, whole, zone } from "../../parts/words/words";
 import { Checkpoints } from "./checkpoints";
 import { Curves } from "./curves";
+import { Evaluations } from "./evaluations";
 import { Events } from "./events";
 import { Feed } from "./feed";
 import { Logs } from "./logs";
@@ -43,6 +44,7 @@ export function Job({ id }: { id: string }) {
         </div>
         <div>
           <Checkpoints job={job} checkpoints={feed.checkpoints.value} />
+          <Evaluations job={job} look={() => void feed.look().catch(() => undefined)} />
           <Events feed={feed} />
         </div>
       </div>

@@ -1,10 +1,10 @@
-import { useState } from "preact/hooks";
 import { api, ask } from "../../api/client";
 import { Show, useLoaded } from "../../parts/loading/loading";
-import { route, setQuery } from "../../parts/route/route";
+import { href, route, setQuery } from "../../parts/route/route";
 import { visible } from "../../parts/words/words";
 
 const LINES = 1000;
+const CLOSED = { log: null, attempt: null, after: null };
 
 /** What the processes of an attempt printed. It is read when the reader opens it. */
 export function Logs({ id }: { id: string }) {
@@ -14,7 +14,7 @@ export function Logs({ id }: { id: string }) {
       class="panel"
       open={isOpen}
       onToggle={(event) => {
-        if (event.currentTarget.open !== isOpen) setQuery({ log: isOpen ? null : "driver" }, { replaces: true });
+        if (event.currentTarget.open !== isOpen) setQuery(isOpen ? CLOSED : { log: "driver" }, { replaces: true });
       }}
     >
       <summary>Logs of attempts</summary>
@@ -24,20 +24,18 @@ export function Logs({ id }: { id: string }) {
 }
 
 function Log({ id }: { id: string }) {
-  const { query } = route.value;
+  const { path, query } = route.value;
   const source = query.get("log") ?? "driver";
   const attempt = Number(query.get("attempt")) || undefined;
-  const [after, setAfter] = useState(0);
+  const after = Number(query.get("after")) || 0; // the byte at which the first line begins
   const loaded = useLoaded((signal) => read(id, { source, attempt, after, limit: LINES }, signal), [
     id,
     source,
     attempt,
     after,
   ]);
-  const choose = (name: string, value: string) => {
-    setAfter(0);
-    setQuery({ [name]: value }, { replaces: true });
-  };
+  const choose = (name: string, value: string) => setQuery({ [name]: value, after: null }, { replaces: true });
+  const at = (next: number | null) => href(path, { ...Object.fromEntries(query), after: next });
   return (
     <Show of={loaded}>
       {(log) => (
@@ -54,10 +52,10 @@ function Log({ id }: { id: string }) {
           ) : (
             <p class="note">There are no lines. They come a few seconds after a process prints them.</p>
           )}
-          <div class="acts">
-            {after > 0 && <button onClick={() => setAfter(0)}>First lines</button>}
-            {log.has_more && <button onClick={() => setAfter(log.next)}>Further lines</button>}
-          </div>
+          <nav class="pages" aria-label="Pages of the log">
+            {after > 0 && <a href={at(null)}>First lines</a>}
+            {log.has_more && <a href={at(log.next)}>Further lines</a>}
+          </nav>
         </>
       )}
     </Show>

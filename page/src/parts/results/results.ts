@@ -1,7 +1,7 @@
 /** The results of evaluations in words: as `raydpo evaluations show` prints them. */
 
 import type { Evaluation } from "../../api/client";
-import { figure, percent } from "../../parts/words/words";
+import { figure, percent } from "../words/words";
 
 const SHARES = [
   "win_rate",
