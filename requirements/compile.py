@@ -16,6 +16,7 @@ SETS = {
     "cpu": [*EVERYTHING, "--extra=cpu", f"--override={HERE / 'cpu-overrides.txt'}", *TORCH_CPU],
     "gpu": [*EVERYTHING, "--extra=gpu"],
     "control-plane": [],
+    "lm-eval": ["--extra=lm-eval", f"--constraint={HERE / 'control-plane.txt'}"],
 }
 
 environment = {name: value for name, value in os.environ.items() if name != "UV_FIND_LINKS"}

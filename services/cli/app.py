@@ -14,7 +14,7 @@ import typer
 from services.cli.client import default_home, fail
 from services.cli.files import data, feedback, files
 from services.cli.jobs import jobs, methods, plan, sweeps
-from services.cli.models import chat, deployments, evaluations, models, rewards, rounds
+from services.cli.models import chat, deployments, evaluations, lm_eval, models, rewards, rounds
 from services.cli.service import settings
 from services.cli.tenants import audit, keys, projects, usage, webhooks
 
@@ -35,6 +35,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(projects.app, name="projects")
 app.add_typer(webhooks.app, name="webhooks")
 chat.register(app)
+lm_eval.register(evaluations.app)
 rewards.register(app)
 methods.register(app)
 settings.register(app)

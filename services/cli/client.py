@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import APIStatusError, OpenAI
     from openai.types import FileObject
 
 ONE_REQUEST_BYTES = 512 * 2**20  # the largest file that a service accepts in one request by default
@@ -154,14 +154,19 @@ def one_line_errors(client: "OpenAI") -> Iterator[None]:
     try:
         yield
     except APIStatusError as error:
-        body = error.body if isinstance(error.body, dict) else {}
-        fail(str(body.get("message") or error.message))
+        fail(message_of(error))
     except APIConnectionError:
         fail(f"nothing answers at {client.base_url}; start the service with `raydpo up`, or set --url.")
     except BrokenPipeError:
         raise  # the program at the other end of the pipe has ended; click then exits without a message
     except OSError as error:
         fail(str(error))
+
+
+def message_of(error: "APIStatusError") -> str:
+    """Returns the service's own message about a request that it refused, if its answer has one."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error.message)
 
 
 def fail(message: str) -> NoReturn:

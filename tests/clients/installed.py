@@ -1,6 +1,7 @@
-"""Installs OpenAI's published clients, each once, into a folder outside of the repository."""
+"""Installs OpenAI's published clients and lm_eval, each once, into a folder outside of the repository."""
 
 import fcntl
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,18 @@ def python(version: str) -> Path:
             _run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
             _run("uv", "pip", "install", "--quiet", "--python", str(interpreter), f"openai=={version}")
     return interpreter
+
+
+def lm_eval() -> Path:
+    """Installs the pinned set `requirements/lm-eval.txt`, if it is missing, and returns the folder of its programs."""
+    pins = Path(__file__).parents[2] / "requirements" / "lm-eval.txt"
+    folder = CACHE / f"lm-eval-{hashlib.sha256(pins.read_bytes()).hexdigest()[:12]}"
+    with _lacking(folder) as lacking:
+        if lacking:
+            python = str(folder / "bin" / "python")
+            _run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
+            _run("uv", "pip", "install", "--quiet", "--no-deps", "--python", python, "--requirement", str(pins))
+    return folder / "bin"
 
 
 def node_modules(version: str) -> Path:

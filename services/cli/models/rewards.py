@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 from rich.status import Status
 
-from services.cli.client import api_command, err, fail, safe
+from services.cli.client import api_command, err, fail, message_of, safe
 from services.cli.models.reward_summary import Summary
 from services.cli.reading import Columns, roles_of
 
@@ -256,7 +256,7 @@ def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _
                 return _ask(client, asked, chunk[:half], voice) + _ask(client, asked, chunk[half:], voice)
             if error.status_code not in (429, 503) or time.monotonic() > deadline:
                 fail(_at_line(error, chunk))
-            voice.say(_message(error))
+            voice.say(message_of(error))
             time.sleep(float(error.response.headers.get("retry-after") or 1))
 
 
@@ -266,15 +266,10 @@ def _result(answer: Mapping[str, Any], task: Task, each: Mapping[str, Any]) -> d
     return {**place, **compared, "winner": each["winner"], "completions": each["completions"]}
 
 
-def _message(error: "APIStatusError") -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    return str(body.get("message") or error.message)
-
-
 def _at_line(error: "APIStatusError", chunk: Sequence[Task]) -> str:
     """Returns the message of an error with which the API answered the request for the tasks in `chunk`. The message
     names a row by its line in the file, not by its index in the request."""
-    message, rows = _message(error), (error.param or "").split(".")
+    message, rows = message_of(error), (error.param or "").split(".")
     if len(rows) < 2 or rows[0] != "rows":
         return message
     row, line = f"rows.{rows[1]}", f"Line {chunk[int(rows[1])].line}"
