@@ -112,13 +112,13 @@ RULES = (
     Rule(
         "x_raydpo.adapter.dropout",
         "dropout in an adapter on the experts of a mixture of experts",
-        f"leave x_raydpo.adapter.dropout out, {OUTSIDE}",
+        f"send 0 as x_raydpo.adapter.dropout, {OUTSIDE}",
         lambda given: given.adapter_on_experts is not None and given.adapter_on_experts.dropout > 0,
     ),
     Rule(
         "x_raydpo.adapter.use_dora",
         "DoRA on the experts of a mixture of experts",
-        f"leave x_raydpo.adapter.use_dora out, {OUTSIDE}",
+        f"send false as x_raydpo.adapter.use_dora, {OUTSIDE}",
         lambda given: given.adapter_on_experts is not None and given.adapter_on_experts.use_dora,
     ),
     Rule(

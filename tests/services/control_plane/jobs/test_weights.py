@@ -29,9 +29,13 @@ MERGED = (
 
 @pytest.fixture(scope="module")
 def settings(offline: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Returns settings with another base model: a mixture of experts, whose weights can be read."""
-    mixture = write_model(tmp_path_factory.mktemp("models") / "mixture", SMALL, experts=4, model_type="mixtral")
-    return offline.model_copy(update={"models": offline.models | {"mixture": BaseModel(source=str(mixture))}})
+    """Returns settings with two names for another base model: a mixture of experts, whose weights can be read."""
+    source = str(write_model(tmp_path_factory.mktemp("models") / "mixture", SMALL, experts=4, model_type="mixtral"))
+    models = {
+        "mixture": BaseModel(source=source),
+        "dropping": BaseModel(source=source, adapter=Lora(dropout=0.1)),
+    }
+    return offline.model_copy(update={"models": offline.models | models})
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,13 @@ def test_a_job_tells_that_vllm_cannot_attach_its_adapter_on_experts(client: open
         job = create(client, training_file, "mixture", **extension)
         assert told(client, job.id).endswith(MERGED) == is_merged
         client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_remedy_helps_also_if_the_settings_of_the_base_say_dropout(client: openai.OpenAI, training_file: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"; send 0 as x_raydpo\.adapter\.dropout, or send target_modules"):
+        create(client, training_file, "dropping")
+    for adapter in ({"dropout": 0}, {"dropout": 0.1, "target_modules": ["q_proj"]}):
+        client.fine_tuning.jobs.cancel(create(client, training_file, "dropping", adapter=adapter).id)
 
 
 @pytest.mark.parametrize(
