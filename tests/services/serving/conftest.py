@@ -168,7 +168,10 @@ def serving(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, adapte
     token = home / "token"
     token.write_text(secrets.token_hex(32))
     try:
-        serving = Serving(start_ray(home, token, say=print), token.read_text(), {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or Ray would kill replicas for what others' tests take
+            head = start_ray(home, token, say=print)
+        serving = Serving(head, token.read_text(), {})
         serving.deploy(POLICY | {"engine": LORA, "source": model_folder.as_uri(), "dtype": "float32"})
         serving.deploy(PLAIN | {"source": str(adapter_folder), "dtype": "float32"})
         serving.wait(lambda apps: all(app["status"] == "RUNNING" for app in apps.values()))

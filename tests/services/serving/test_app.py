@@ -76,25 +76,42 @@ def load_of(serving: Serving, app_name: str) -> dict[str, Any]:
     return dict(answer.json())
 
 
+def replicas_of(app: dict[str, Any]) -> set[str]:
+    return {replica["replica_id"] for replica in app["deployments"]["policy"]["replicas"]}
+
+
+def keep_asking(url: str, replaced: threading.Event) -> None:
+    """Sends one request after another until `replaced` is set. All of them must be answered in full."""
+    body = {"model": "changed", "prompt": "fox", "max_tokens": 100, "ignore_eos": True, "n": 64}
+    while not replaced.is_set():
+        answer = httpx.post(url, json=body, timeout=1500)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 64 * 100
+
+
 @pytest.mark.ray
 def test_new_settings_replace_the_replicas_and_cut_no_answer(serving: Serving, model_folder: Path) -> None:
     given = {"app_name": "changed", "model_id": "changed", "source": str(model_folder), "dtype": "float32"}
     serving.deploy(given)
-    serving.wait(lambda apps: apps["changed"]["status"] == "RUNNING")
+    old = replicas_of(serving.wait(lambda apps: apps["changed"]["status"] == "RUNNING")["changed"])
     url, long = f"{serving.route('changed')}/v1/completions", {"model": "changed", "prompt": "fox", "max_tokens": 200}
+    replaced = threading.Event()
+
+    def is_replaced(app: dict[str, Any]) -> bool:
+        return app["status"] == "RUNNING" and len(replicas_of(app) - old) == len(replicas_of(app)) == 2
+
     with ThreadPoolExecutor(12) as pool:
-        body = long | {"ignore_eos": True, "n": 64}
-        answers = [pool.submit(httpx.post, url, json=body, timeout=600) for _ in range(12)]
-        while not load_of(serving, "changed")["requests_running"]:
-            assert not answers[-1].done(), answers[-1].result().text
-        engine = {"replicas": 2, "tool_call_parser": "hermes", "prefix_caching": False}
-        serving.deploy(given | {"max_model_len": 128, "engine": engine})
-        serving.wait(lambda apps: apps["changed"]["status"] == "DEPLOYING")
-        assert not all(answer.done() for answer in answers)
-        for answer in answers:
-            assert answer.result().raise_for_status().json()["usage"]["completion_tokens"] == 64 * 200
-    apps = serving.wait(lambda apps: apps["changed"]["status"] == "RUNNING")
-    assert len(apps["changed"]["deployments"]["policy"]["replicas"]) == 2
+        asking = [pool.submit(keep_asking, url, replaced) for _ in range(12)]
+        try:
+            while not load_of(serving, "changed")["requests_running"]:
+                assert not any(each.done() for each in asking)
+            engine = {"replicas": 2, "tool_call_parser": "hermes", "prefix_caching": False}
+            serving.deploy(given | {"max_model_len": 128, "engine": engine})
+            serving.wait(lambda apps: is_replaced(apps["changed"]))
+        finally:
+            replaced.set()
+        for each in asking:
+            each.result()
     refused = httpx.post(url, json=long, timeout=60)
     assert refused.status_code == 400
     assert "128" in refused.text
