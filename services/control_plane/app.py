@@ -178,6 +178,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await sender.close()
+        await evaluation_runner.close()
         await ray_api.close()
         await store.close()
 

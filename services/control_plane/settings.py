@@ -69,6 +69,31 @@ class BaseModel(pydantic.BaseModel):
     deployment: DeploymentSettings = DeploymentSettings()  # how it is served; models trained from it inherit most
 
 
+def _api_url(url: str) -> str:
+    if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", url):
+        raise ValueError(
+            "the URL must be the base URL of an OpenAI-compatible API, such as https://host/v1, without credentials "
+            "and query; put a key into api_key"
+        )
+    return _issuer(url).rstrip("/").removesuffix("/chat/completions")
+
+
+def _header_key(key: SecretStr) -> SecretStr:
+    if not re.fullmatch("[!-~]+", key.get_secret_value()):
+        raise ValueError("the key must be letters, digits and signs of ASCII, without spaces and line ends")
+    return key
+
+
+class JudgeAddress(pydantic.BaseModel):
+    """A judge of evaluations outside of the service: the model `model` of the OpenAI-compatible API with the base URL
+    `url`. The service sends `api_key` as a bearer token."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    url: Annotated[str, AfterValidator(_api_url)]
+    model: str = Field(min_length=1)
+    api_key: Annotated[SecretStr, AfterValidator(_header_key)] | None = None
+
+
 Scope = Literal["read", "write", "inference", "admin"]  # a kind of permission
 
 
@@ -244,6 +269,13 @@ class Settings(BaseSettings):
         "adapter that jobs train if they do not choose one) and `deployment` (how the model is served, "
         "[fields](../use/deployments.md#settings)).",
     )
+    judges: dict[ModelName, JudgeAddress] = Field(
+        default_factory=dict,
+        description="[Judges of evaluations](../use/evaluations.md#judges-at-an-address) outside of the service, by "
+        "name. A value is a table with `url` (base URL of an OpenAI-compatible API, such as `https://host/v1`), "
+        "`model` (the model's name there) and, if the API needs one, `api_key`. A name must not be that of a base "
+        "model. The variable adds to the file, so the keys can be in the variable alone.",
+    )
     organization: str = Field(
         default="raydpo",
         pattern=r"^[A-Za-z0-9_-]+$",
@@ -403,6 +435,12 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _names_are_of_one_judge(self) -> Self:
+        if both := sorted(self.judges.keys() & self.models.keys()):
+            raise ValueError(f"judges and models both have the name {both[0]!r}; rename the judge")
+        return self
+
     @classmethod
     def variable(cls, name: str) -> str:
         """Returns the name of the environment variable that sets the setting `name`: `RAYDPO_API_KEY` for `api_key`,
@@ -413,11 +451,12 @@ class Settings(BaseSettings):
     @classmethod
     def secret_variables(cls) -> set[str]:
         """Returns the names of the environment variables that hold secrets, such as `RAYDPO_API_KEY`. `DATABASE_URL`
-        and `DATABASE_DIRECT_URL` are among them, because these URLs may hold a password.
+        and `DATABASE_DIRECT_URL` are among them, because these URLs may hold a password, and `RAYDPO_JUDGES`, because
+        judges may have API keys.
         """
         types = {name: (field.annotation, *get_args(field.annotation)) for name, field in cls.model_fields.items()}
         secret = [name for name, known in types.items() if SecretStr in known]
-        return {cls.variable(name) for name in ("database_url", "database_direct_url", *secret)}
+        return {cls.variable(name) for name in ("database_url", "database_direct_url", "judges", *secret)}
 
     @property
     def oidc_audiences(self) -> list[str]:

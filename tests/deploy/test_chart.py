@@ -173,7 +173,11 @@ def without_prose(schema: Any, definitions: dict[str, Any]) -> Any:
 
 
 def is_as_strict(schema: Any, other: Any) -> bool:
-    """Whether a schema demands all that another one does."""
+    """Whether a schema demands all that another one does. The schema `false` refuses everything, such as a key that
+    must be in a Secret.
+    """
+    if schema is False:
+        return True
     if isinstance(other, dict):
         return all(key in schema and is_as_strict(schema[key], value) for key, value in other.items())
     return bool(schema == other)

@@ -159,6 +159,14 @@ SCHEMA = {
     "a GPU and a half": ({"settings": {"num_gpus_per_model": 1.5}}, "settings/num_gpus_per_model"),
     "a number type": ({"settings": {"dtype": "fp8"}}, "settings/dtype"),
     "an issuer without an audience": ({"settings": {"oidc_issuer": "https://issuer.example"}}, "/settings"),
+    "a judge's key outside of a Secret": (
+        {"settings": {"judges": {"j": {"url": "https://host/v1", "model": "m", "api_key": "sk-1"}}}},
+        "settings/judges/j/api_key",
+    ),
+    "a judge's address with a query": (
+        {"settings": {"judges": {"j": {"url": "https://host/v1?key=1", "model": "m"}}}},
+        "settings/judges/j/url",
+    ),
     "roles without an issuer": ({"settings": {"oidc_roles": []}}, "oidc_issuer"),
     "a field of a deployment": (
         {"models": {"a": {"source": "org/a", "deployment": {"gpus": 2}}}},

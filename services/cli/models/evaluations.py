@@ -66,17 +66,18 @@ def create(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="What judges the answers: the name of a model, `implicit` (the implicit reward of the model that is "
-            "evaluated), `length` (number of words), `exact` (1 if the answer, without white space at its ends, equals "
-            "the row's best completion), or `regex:PATTERN` (1 if the pattern matches). The evaluations `compare`, "
-            "`score` and `samples` need a judge; in `score`, a model that judges must be a reward model. Default: none."
+            help="What judges the answers: the name of a model or of a judge that the operator offers, `implicit` "
+            "(the implicit reward of the model that is evaluated), `length` (number of words), `exact` (1 if the "
+            "answer, without white space at its ends, equals the row's best completion), or `regex:PATTERN` (1 if the "
+            "pattern matches). The evaluations `compare`, `score` and `samples` need a judge; in `score`, a model that "
+            "judges must be a reward model. Default: none."
         ),
     ] = None,
     criteria: Annotated[
         str | None,
         typer.Option(
-            help="Criteria, in words, by which the judge decides which answer is better. Only for a judge that is a "
-            "policy or a base model. Default: the service's criteria."
+            help="Criteria, in words, by which the judge decides which answer is better. Only for a judge that is "
+            "asked, not for a reward model or a rule. Default: the service's criteria."
         ),
     ] = None,
     reference: Annotated[

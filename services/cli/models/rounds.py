@@ -59,16 +59,16 @@ def create(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="What scores the answers: the name of a model, `implicit` (the newest policy's implicit reward), "
-            "`length` (number of words), `exact` (1 if the answer equals the row's best completion), or "
-            "`regex:PATTERN` (1 if the pattern matches). Default: the judge of --config."
+            help="What scores the answers: the name of a model or of a judge that the operator offers, `implicit` (the "
+            "newest policy's implicit reward), `length` (number of words), `exact` (1 if the answer equals the "
+            "row's best completion), or `regex:PATTERN` (1 if the pattern matches). Default: the judge of --config."
         ),
     ] = None,
     criteria: Annotated[
         str | None,
         typer.Option(
-            help="Criteria, in words, by which the judge decides which answer is better. Only for a judge that is a "
-            "policy or a base model. Default: the service's criteria."
+            help="Criteria, in words, by which the judge decides which answer is better. Only for a judge that is "
+            "asked, not for a reward model or a rule. Default: the service's criteria."
         ),
     ] = None,
     num_rounds: Annotated[int | None, typer.Option(help="Maximum number of rounds. Default: 3.", min=1)] = None,

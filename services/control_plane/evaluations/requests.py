@@ -43,17 +43,17 @@ class Judge(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["model", "implicit"] | Rule = Field(
-        description="`model` asks a model that this service serves. `implicit` takes a policy's implicit reward. The "
-        "other types are rules: `regex` gives 1 to an answer in which `pattern` matches, else 0; `length` gives the "
-        "number of words of the answer; `exact` gives 1 to an answer that equals the best completion of the prompt's "
-        "row, else 0."
+        description="`model` asks a model that this service serves, or one at an address that the operator set. "
+        "`implicit` takes a policy's implicit reward. The other types are rules: `regex` gives 1 to an answer in which "
+        "`pattern` matches, else 0; `length` gives the number of words of the answer; `exact` gives 1 to an answer "
+        "that equals the best completion of the prompt's row, else 0."
     )
     model: Text | None = Field(
         default=None,
         description="Name of the model that judges. For the type `model`: a reward model, which scores answers; or a "
-        "policy or base model, which is asked which of two answers is better (only in evaluations of the kinds "
-        "`compare` and `samples`). For the type `implicit`: the policy whose implicit reward counts; default: the "
-        "model that is evaluated.",
+        "policy, a base model or a judge from the operator's setting `judges`, which is asked which of two answers is "
+        "better (only in evaluations of the kinds `compare` and `samples`). For the type `implicit`: the policy whose "
+        "implicit reward counts; default: the model that is evaluated.",
     )
     reference: Text | None = Field(
         default=None,
@@ -67,7 +67,7 @@ class Judge(BaseModel):
     )
     criteria: Annotated[str, Field(max_length=4000)] | None = Field(
         default=None,
-        description="Criteria by which a policy or a base model as judge decides which answer is better, in words. "
+        description="Criteria by which a judge that is asked decides which answer is better, in words. "
         "Default: the service's criteria. A reward model takes no criteria.",
     )
     pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(

@@ -15,6 +15,7 @@ from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.core.tables import Evaluation, Key
 from services.control_plane.evaluations import evaluations, work
 from services.control_plane.evaluations.evaluations import Ended, lease_of
+from services.control_plane.evaluations.kinds import addresses
 from services.control_plane.evaluations.kinds.asking import Models
 from services.control_plane.evaluations.requests import Spec
 from services.control_plane.evaluations.work import Work, kind_of
@@ -45,6 +46,10 @@ class EvaluationRunner:
         self._store, self._settings = store, settings
         self._inference, self._scoring = inference, scoring
         self._usage, self._token_limits = usage, token_limits
+        self._http = addresses.client()
+
+    async def close(self) -> None:
+        await self._http.aclose()
 
     def lease_of(self, evaluation: Evaluation) -> str:
         return lease_of(evaluation.id)
@@ -74,7 +79,7 @@ class EvaluationRunner:
             async with store.look() as session:
                 kind = await kind_of(session, self._settings, spec)
             limit = await self._tokens_per_minute(evaluation.key_id)
-            models = Models(self._inference, self._scoring, partial(self._meter, evaluation, limit))
+            models = Models(self._inference, self._scoring, self._http, partial(self._meter, evaluation, limit))
             await Work(self._store, evaluation, kind, models, partial(self._admit, evaluation, limit)).run()
         except Ended:
             pass

@@ -146,11 +146,14 @@ async def deleted_among(session: AsyncSession, model_ids: Collection[str]) -> se
 
 
 async def hold(session: AsyncSession, settings: Settings, model_ids: Iterable[str]) -> None:
-    """Locks the models with the ids `model_ids`, so that none of them can be deleted before this transaction ends.
+    """Locks the models with the ids `model_ids`, so that none of them can be deleted before this transaction ends. The
+    names of judges at addresses, which the settings hold, may be among the ids; nobody can delete these.
 
-    Raises NotFound if one of them does not exist.
+    Raises NotFound if one of the models does not exist.
     """
-    for model_id in sorted(set(model_ids)):  # in one order, so that no two transactions wait for each other
+    for model_id in sorted(
+        set(model_ids) - settings.judges.keys()
+    ):  # in one order, so that no two transactions wait for each other
         await find(session, settings, model_id, hold=True)
 
 

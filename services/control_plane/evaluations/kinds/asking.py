@@ -1,14 +1,19 @@
 """Asks models for answers, verdicts, log-probabilities and rewards, on behalf of an evaluation."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
+
+import httpx
 
 from dpo_core.data.groups import Group
 from dpo_core.data.messages import Text
 from services.contract import Scored, TokenGroup, storable
 from services.control_plane.core.errors import ApiError
+from services.control_plane.evaluations.kinds import addresses
+from services.control_plane.evaluations.kinds.addresses import Address
 from services.control_plane.evaluations.requests import Sampling
 from services.control_plane.evaluations.rows import said
 from services.control_plane.inference.inference import Inference
@@ -27,11 +32,13 @@ WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 class Models:
     """Sends an evaluation's requests to models, through the same code that sends clients' requests.
 
-    `meter_of` returns, for a model's id, the meter that counts the model's tokens.
+    `http` sends requests to judges at addresses outside of the service. `meter_of` returns, for a model's id, the meter
+    that counts the model's tokens.
     """
 
     inference: Inference
     scoring: Scoring
+    http: httpx.AsyncClient
     meter_of: Callable[[str], Meter]
     vocabularies: dict[str, str] = field(default_factory=dict)  # digests, by the names of applications
 
@@ -90,20 +97,25 @@ class Models:
             self.vocabularies[model.app_name] = scored.vocabulary
         return self.vocabularies[model.app_name]
 
-    async def choose(self, model: NamedModel, question: str, choices: tuple[str, ...]) -> str:
-        """Returns the one of `choices` with which the model answers the question, at temperature 0.
+    async def choose(self, judge: NamedModel | Address, question: str, choices: tuple[str, ...]) -> str:
+        """Returns the one of `choices` with which the judge answers the question, at temperature 0.
 
-        vLLM is told to allow only these choices as the answer.
+        vLLM is told to allow only these choices as the answer. A judge at an address answers freely, so the choice is
+        looked for in its answer. Raises ApiError if the answer names no choice, or several.
         """
-        group = Group([{"role": "user", "content": question}], (), 1, template_arguments=WITHOUT_THOUGHTS)
-        options = {"max_tokens": 16, "temperature": 0, "structured_outputs": {"choice": choices}}
-        answer = await self._complete(model, group, options)
-        text = str(answer["choices"][0]["message"]["content"] or "").strip()
-        if text not in choices:
+        if isinstance(judge, Address):
+            answer = await self._complete_at(judge, question)
+        else:
+            group = Group([{"role": "user", "content": question}], (), 1, template_arguments=WITHOUT_THOUGHTS)
+            options = {"max_tokens": 16, "temperature": 0, "structured_outputs": {"choice": choices}}
+            answer = await self._complete(judge, group, options)
+        text = str((answer["choices"][0].get("message") or {}).get("content") or "").strip()
+        choice = chosen(text, choices)
+        if choice is None:
             allowed = " or ".join(map(repr, choices))
-            message = f"The judge '{model.id}' answered {text!r:.80}, but it had to answer {allowed}"
+            message = f"The judge '{judge.id}' answered {text!r:.80}, but it had to answer {allowed}"
             raise ApiError(f"{message}; name another model in 'judge'.", code="model_error")
-        return text
+        return choice
 
     async def rewards(self, judge: Judge, group: Group) -> list[Judged]:
         """Returns the reward that the models of `judge` give to each completion of the group (a prompt with
@@ -125,13 +137,34 @@ class Models:
             path, asked["messages"] = "chat/completions", group.prompt
             more = {"tools": group.tools, "chat_template_kwargs": group.template_arguments}
             asked |= {name: value for name, value in more.items() if value}
-        answer = await self.inference.ask(model, path, json.dumps(asked).encode(), self.meter_of(model.id))
-        try:
-            parsed = json.loads(answer)
-            _ = parsed["choices"][0]["finish_reason"], parsed["usage"]["completion_tokens"]
-            return parsed
-        except (ValueError, LookupError, TypeError):
-            raise ApiError(f"The model '{model.id}' returned no answer that can be read.", code="model_error") from None
+        return _read(model, await self.inference.ask(model, path, json.dumps(asked).encode(), self.meter_of(model.id)))
+
+    async def _complete_at(self, judge: Address, question: str) -> Any:
+        """Sends the question to the judge at an address, and returns the JSON of the response."""
+        answer, meter = await addresses.ask(self.http, judge, question), self.meter_of(judge.id)
+        meter.whole(answer)
+        meter.end(0)  # seconds: the answer took no accelerator of the service
+        return _read(judge, answer)
+
+
+def _read(model: NamedModel | Address, answer: bytes) -> Any:
+    try:
+        parsed = json.loads(answer)
+        _ = parsed["choices"][0]["finish_reason"], parsed["usage"]["completion_tokens"]
+        return parsed
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ApiError(f"The model '{model.id}' returned no answer that can be read.", code="model_error") from None
+
+
+def chosen(text: str, choices: Collection[str]) -> str | None:
+    """Returns the one of `choices`, which are words or whole numbers, that `text` names. Returns None if it names none,
+    or several.
+
+    Thoughts before the answer do not count, and `8/10` names 8.
+    """
+    answer = re.sub(r"(?<=\d) ?/ ?10\b", "", text.rpartition("</think>")[2])
+    named = set(re.findall(r"\w+(?:[.,'’]\w+)*", answer)) & set(choices)
+    return named.pop() if len(named) == 1 else None
 
 
 def _options(sampling: Sampling, number: int) -> dict[str, Any]:

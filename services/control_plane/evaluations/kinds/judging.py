@@ -1,6 +1,7 @@
 """Judges the answers of models: which of two answers is better, or what score an answer gets.
 
-A judge is a model that is asked, a reward model, the implicit reward of a policy, or a rule.
+A judge is a model that is asked, of this service or at an address that the operator set, a reward model, the implicit
+reward of a policy, or a rule.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dpo_core.data.groups import Group
 from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.evaluations import rules
+from services.control_plane.evaluations.kinds.addresses import Address
 from services.control_plane.evaluations.kinds.asking import Models, completion_of
 from services.control_plane.evaluations.requests import Judge
 from services.control_plane.evaluations.rows import conversation, text_of
@@ -53,13 +55,13 @@ Reply with one letter: A if answer A is better, B if answer B is better, C if ne
 class Grader:
     """A judge of answers, which is one of three kinds.
 
-    If `asked` is set, the judge is a model that is asked which of two answers is better. If `rewarding` is set, the
-    judge is a reward model, or the implicit reward of a policy. If `asked` and `rewarding` are None, the judge is a
-    rule.
+    If `asked` is set, the judge is a model that is asked which of two answers is better. If
+    `rewarding` is set, the judge is a reward model, or the implicit reward of a policy. If `asked` and `rewarding` are
+    None, the judge is a rule.
     """
 
     judge: Judge
-    asked: NamedModel | None = None
+    asked: NamedModel | Address | None = None
     rewarding: RewardJudge | None = None  # a reward model, or a policy with its reference
 
     @property
@@ -143,13 +145,23 @@ async def grader_of(session: AsyncSession, settings: Settings, judge: Judge, *, 
         return Grader(judge, rewarding=await _implicit(session, settings, judge, judge.model or of))
     if judge.model is None:
         return Grader(judge)
-    model = await models.find(session, settings, judge.model, param="judge.model")
+    if judge.model in settings.judges:
+        return Grader(judge, asked=Address(judge.model, settings.judges[judge.model]))
+    model = await _find(session, settings, judge.model)
     if not model.num_outputs:
         return Grader(judge, asked=model)
     if judge.criteria is not None:
         message = f"The model '{model.id}' is a reward model, which reads no criteria; leave the field 'criteria' out."
         raise InvalidRequest(message, param="judge.criteria")
     return Grader(judge, rewarding=RewardJudge(model))
+
+
+async def _find(session: AsyncSession, settings: Settings, name: str) -> NamedModel:
+    try:
+        return await models.find(session, settings, name, param="judge.model")
+    except NotFound as error:
+        outside = f" Judges at addresses: {', '.join(settings.judges)}." if settings.judges else ""
+        raise NotFound(error.message + outside, param=error.param, code=error.code) from None
 
 
 async def _implicit(session: AsyncSession, settings: Settings, judge: Judge, policy: str) -> RewardJudge:

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_core.data.groups import Group
 from services.control_plane.core.errors import ApiError
-from services.control_plane.evaluations.kinds.asking import Models, completion_of
+from services.control_plane.evaluations.kinds.asking import Models, chosen, completion_of
 from services.control_plane.evaluations.requests import Sampling
 from services.control_plane.models.models import STARTED_AT, NamedModel
 
@@ -28,7 +28,8 @@ class Gateway:
 
 def models_of(gateway: Any) -> Models:
     scoring: Any = None
-    return Models(gateway, scoring, lambda model_id: None)  # type: ignore[arg-type, return-value]
+    http: Any = None
+    return Models(gateway, scoring, http, lambda model_id: None)  # type: ignore[arg-type, return-value]
 
 
 def answered(message: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -63,10 +64,32 @@ def test_an_answer_that_cannot_be_read_is_an_error_of_the_model(answer: object) 
         asyncio.run(models_of(Gateway(answer)).answer(MODEL, CHAT, Sampling(), 0))
 
 
-@pytest.mark.parametrize("text", ["", "D", "A is better"])
+@pytest.mark.parametrize("text", ["", "D", "A or B"])
 def test_a_judge_that_gives_no_choice_is_an_error_of_the_model(text: str) -> None:
     with pytest.raises(ApiError, match="but it had to answer"):
         asyncio.run(models_of(Gateway(answered({"content": text}))).choose(MODEL, "?", ("A", "B")))
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("B", "B"),
+        ("**B**.", "B"),
+        ("Answer B is better; B is kind.", "B"),
+        ("<think>A? No.</think>\n\nB", "B"),
+        ("A is as good as B", None),
+        ("BA", None),
+        ("b", None),
+        ("8", "8"),
+        ("Score: 8/10.", "8"),
+        ("10 / 10", "10"),
+        ("8.5", None),
+        ("8 or 10", None),
+        ("11", None),
+    ],
+)
+def test_a_choice_is_found_in_an_answer_in_words(text: str, choice: str | None) -> None:
+    assert chosen(text, ("A", "B", "8", "10")) == choice
 
 
 def test_a_judge_does_not_think_before_its_verdict() -> None:
