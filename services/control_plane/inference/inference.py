@@ -49,6 +49,7 @@ STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; a mark e
 LOOP_SECONDS = 0.5  # how often marks are looked at, and answers of deleted models are ended
 LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, because the next request often follows soon
 VIEW_SECONDS = 2.0  # a request uses the last known state of Ray Serve if it is at most this old
+OF_A_REPLICA = "x-request-id"  # Ray Serve's proxy adds this header to a replica's answers, not to its own status 500
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
 
 
@@ -219,6 +220,8 @@ class Inference:
                 stays = True
                 return Stream(answer, meter, lambda: self._end(engine, answer, meter, share))
             content = await answer.body()
+            if answer.status == 500 and OF_A_REPLICA not in answer.headers:
+                raise Broken("its replica died")
             if answer.status != 200:
                 raise self._refusal(engine, answer.status, content)
             meter.whole(content)

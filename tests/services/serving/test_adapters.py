@@ -382,6 +382,7 @@ def test_other_clients_get_answers_while_a_replica_dies(
             client.result()
     whole = [answer for answer in said if answer.status_code == 200]
     assert {answer.status_code for answer in said} <= {200, 500, 503}
+    assert all(("x-request-id" in answer.headers) == (answer.status_code != 500) for answer in said)
     assert len(whole) > len(said) - 16
     firsts = [answer.json()["choices"][0]["logprobs"]["token_logprobs"][0] for answer in whole]
     assert firsts == pytest.approx([likeliest[2]] * len(whole), abs=1e-4)

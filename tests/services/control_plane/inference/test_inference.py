@@ -50,7 +50,8 @@ class Serve(threading.Thread):
         self.started = threading.Event()
 
     def reply(self, body: bytes, *, status: int = 200, kind: str = "application/json", more: str = "") -> None:
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n{more}\r\n"
+        head = f"HTTP/1.1 {status} X\r\nx-request-id: a\r\ncontent-type: {kind}\r\n"
+        head += f"content-length: {len(body)}\r\n{more}\r\n"
         self.answer, self.holds = head.encode() + body, False
 
     def stream(self, body: bytes) -> None:
@@ -239,6 +240,7 @@ def test_a_replica_that_dies_is_a_503_to_be_sent_again(api: httpx.Client, serve:
     for died, said in (
         (b"", "did not answer"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", "stopped while it"),
+        (b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 21\r\n\r\nInternal Server Error", "stopped while it"),
     ):
         serve.answer = died
         answer = ask(api)
