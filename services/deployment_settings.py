@@ -38,9 +38,14 @@ class Replicas(BaseModel):
     each replica has about `target_ongoing_requests` requests at a time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    min: Annotated[int, Field(ge=1, le=1000)] = 1
-    max: Annotated[int, Field(ge=1, le=1000)] = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0, le=1000)] = 32  # per replica; more requests add replicas
+    min: int = Field(default=1, ge=1, le=1000, description="Minimum number of replicas while the model is loaded.")
+    max: int = Field(default=1, ge=1, le=1000, description="Maximum number of replicas.")
+    target_ongoing_requests: float = Field(
+        default=32,
+        gt=0,
+        le=1000,
+        description="Number of requests that each replica has at a time. If each has more, Ray Serve adds replicas.",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -61,27 +66,81 @@ class EngineSettings(BaseModel):
     as the number of replicas and the limits for LoRA adapters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    replicas: Annotated[Replicas, BeforeValidator(_as_range)] = Replicas()
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None  # share of each GPU's memory
-    quantization: Quantization | None = None  # of the weights, while they are loaded
-    tool_call_parser: ToolCallParser | None = None  # reads tool calls from the model's answers
-    reasoning_parser: ReasoningParser | None = None  # parts the model's reasoning from its answers
-    prefix_caching: bool = True
-    max_lora_rank: LoraRank = 32  # largest rank of adapters that the engine attaches; 0: it attaches none
-    max_loras: Annotated[int, Field(ge=1, le=1000)] = 4  # most adapters in one step; requests for others wait
-    max_cpu_loras: Annotated[int, Field(ge=1, le=100_000)] = 64  # most adapters that stay attached
+    replicas: Annotated[Replicas, BeforeValidator(_as_range)] = Field(
+        default=Replicas(),
+        description="How many replicas (copies) of the model answer requests. Ray Serve adapts the number to the load.",
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Share of each GPU's memory that the engine uses. Default: 0.85."
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="How vLLM quantizes the weights while it loads them, on GPUs. Default: it does not. A model whose "
+        "files are quantized needs no setting.",
+    )
+    tool_call_parser: ToolCallParser | None = Field(
+        default=None,
+        description="vLLM's name of the parser that finds tool calls in the model's answers. Default: none.",
+    )
+    reasoning_parser: ReasoningParser | None = Field(
+        default=None,
+        description="vLLM's name of the parser that separates the model's reasoning from its answers. Default: none.",
+    )
+    prefix_caching: bool = Field(
+        default=True, description="Whether the engine keeps what it has computed of prompts that begin alike."
+    )
+    max_lora_rank: LoraRank = Field(
+        default=32, description="Largest rank of adapters that the engine attaches. With 0 it attaches none."
+    )
+    max_loras: int = Field(
+        default=4,
+        ge=1,
+        le=1000,
+        description="Maximum number of adapters in one step of the engine. Requests for further adapters wait. The "
+        "engine reserves memory for as many adapters of the largest rank.",
+    )
+    max_cpu_loras: int = Field(
+        default=64,
+        ge=1,
+        le=100_000,
+        description="Maximum number of adapters that stay attached, in the CPU's memory. Those that were unused for "
+        "longest leave first.",
+    )
 
 
 class DeploymentSettings(EngineSettings):
     """Holds all settings of a model's deployment: the settings of its engine, and those by which the control plane
     decides when and how to load the model, such as `pinned` and `idle_seconds`."""
 
-    mode: Mode = "auto"  # of an adapter: attached to its base's engine if it can be (auto), or merged into its base
-    pinned: bool = False  # whether the model is loaded without a request, and never evicted
-    idle_seconds: Annotated[float, Field(gt=0)] | None = None  # how long an unused model stays loaded
-    dtype: Dtype | None = None
-    num_gpus: Annotated[float, Field(ge=0, le=1024)] | None = None  # of a replica: a share below 1, or tensor parallel
-    max_model_len: Annotated[int, Field(ge=1, lt=2**31)] | None = None  # most tokens of a prompt and its answer
+    mode: Mode = Field(
+        default="auto",
+        description="How an adapter is served: `auto` attaches it to the engine of its base model if that is possible, "
+        "`merged` merges it into its base model, in an engine of its own.",
+    )
+    pinned: bool = Field(
+        default=False, description="Whether the model is loaded without a request, and never unloaded for others."
+    )
+    idle_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Seconds that the model stays loaded while nobody uses it. Default: the service's setting "
+        "`model_idle_seconds`.",
+    )
+    dtype: Dtype | None = Field(
+        default=None,
+        description="Number type in which the model computes; `auto` takes that of the model's files. Default: the "
+        "service's setting `dtype`; without it, `bfloat16` on GPUs and `float32` on CPUs.",
+    )
+    num_gpus: Annotated[float, Field(ge=0, le=1024)] | None = Field(
+        default=None,
+        description="Number of GPUs of each replica: a share below 1, or a whole number, over which the model is "
+        "divided (tensor parallelism). With 0 it is served on CPUs. Default: the service's setting "
+        "`num_gpus_per_model`.",
+    )
+    max_model_len: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+        default=None,
+        description="Maximum number of tokens of a prompt and its answer. Default: what the model supports, or what "
+        "fits into the memory.",
+    )
 
     @field_validator("num_gpus")
     @classmethod

@@ -8,6 +8,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from services import storage
+from services.control_plane.models.deployments.checks import OF_REWARD_MODELS
+from services.deployment_settings import DeploymentSettings
 from tests.page.browsing import look_at, sign_in, submit, wait_until_ended
 from tests.page.conftest import Service
 from tests.services.control_plane.conftest import api_of, new_key, new_project
@@ -66,6 +68,70 @@ def test_an_adapter_is_loaded_on_the_engine_of_its_base(page: Page, service: Ser
     expect(page.get_by_text("A base model is the operator's.")).to_be_visible()
     page.get_by_role("button", name="Unload").click()
     expect(page.locator(".heading .status")).to_have_text("unloaded")
+
+
+def test_the_settings_of_a_model_are_chosen_in_a_form(page: Page, service: Service, api: httpx.Client) -> None:
+    open_model(page, service, "polite")
+    page.get_by_role("link", name="Change the settings").click()
+    expect(page.get_by_role("heading", name="How it is served")).to_be_visible()
+    expect(page.locator("[id='mode']")).to_have_count(0)  # of adapters only
+    page.get_by_text("More options").click()
+    for name, field in DeploymentSettings.model_fields.items():
+        if name != "mode":
+            words = str(field.description).replace("`", "")
+            place = page.locator(".field, fieldset", has_text=words)
+            expect(place.last).to_be_visible()
+    page.get_by_label("tool_call_parser").select_option("hermes")
+    page.get_by_label("max_cpu_loras").fill("2")
+    page.keyboard.press("Enter")
+    refused = page.locator(".field", has=page.get_by_label("max_cpu_loras"))
+    expect(refused).to_contain_text("max_cpu_loras is 2, less than max_loras, which is 4")
+    expect(page.get_by_label("max_cpu_loras")).to_be_focused()
+    look_at(page, "model-settings")
+    page.get_by_label("max_cpu_loras").fill("8")
+    page.get_by_label("prefix_caching").select_option("false")
+    page.get_by_role("button", name="Store the settings").click()
+    expect(page.get_by_role("heading", name="polite", exact=True)).to_be_visible()
+    expect(page.get_by_text("hermes chosen")).to_be_visible()
+    chosen = {"tool_call_parser": "hermes", "max_cpu_loras": 8, "prefix_caching": False}
+    assert api.get("/x/deployments/polite").json()["chosen"] == chosen
+    page.get_by_role("link", name="Change the settings").click()
+    expect(page.get_by_label("max_cpu_loras")).to_have_value("8")
+    page.get_by_role("link", name="All defaults").click()
+    expect(page.get_by_label("max_cpu_loras")).to_have_value("")
+    page.get_by_role("button", name="Store the settings").click()
+    expect(page.get_by_role("heading", name="polite", exact=True)).to_be_visible()
+    assert api.get("/x/deployments/polite").json()["chosen"] == {}
+
+
+def test_an_adapter_has_settings_of_its_own_once_it_is_merged(
+    page: Page, service: Service, api: httpx.Client, policy: str
+) -> None:
+    open_model(page, service, policy)
+    page.get_by_role("link", name="Change the settings").click()
+    expect(page.get_by_label("mode")).to_be_visible()
+    expect(page.get_by_label("dtype")).to_have_count(0)
+    look_at(page, "adapter-settings")
+    page.get_by_label("mode").select_option("merged")
+    page.get_by_label("dtype").select_option("bfloat16")
+    page.get_by_label("max", exact=True).fill("2")
+    page.get_by_role("button", name="Store the settings").click()
+    expect(page.get_by_role("heading", name=policy, exact=True)).to_be_visible()
+    chosen = {"mode": "merged", "dtype": "bfloat16", "replicas": {"max": 2}}
+    assert api.get(f"/x/deployments/{policy}").json()["chosen"] == chosen
+    api.delete(f"/x/deployments/{policy}")
+
+
+def test_a_reward_model_has_only_the_settings_that_are_of_use(
+    page: Page, service: Service, api: httpx.Client, file_id: str
+) -> None:
+    job_id = submit(api, file_id, method={"type": "reward_bradley_terry"})
+    wait_until_ended(api, job_id)
+    model = api.get(f"/fine_tuning/jobs/{job_id}").json()["fine_tuned_model"]
+    open_model(page, service, model)
+    page.get_by_role("link", name="Change the settings").click()
+    for name in DeploymentSettings.model_fields:
+        expect(page.locator(f"[id='{name}']")).to_have_count(int(name in OF_REWARD_MODELS))
 
 
 def test_weights_are_saved_and_the_commands_for_them_shown(

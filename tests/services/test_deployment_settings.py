@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from services.contract import Deployment
 from services.deployment_settings import DeploymentSettings, EngineSettings, Replicas
@@ -46,3 +46,9 @@ def test_a_later_release_may_have_more_settings() -> None:
     read = Deployment.model_validate(given | {"engine": {"replicas": {"min": 2, "max": 4, "new": 1}, "newer": 1}})
     assert read.engine.replicas == Replicas(min=2, max=4)
     assert read.model_copy(update={"num_gpus": 2.0}).most_gpus == 8
+
+
+@pytest.mark.parametrize("settings", [DeploymentSettings, Replicas])
+def test_every_setting_is_explained(settings: type[BaseModel]) -> None:
+    """The OpenAPI document, and so the page, shows these words."""
+    assert [name for name, field in settings.model_fields.items() if not field.description] == []

@@ -12,6 +12,7 @@ export type Metrics = Documents["MetricsDocument"];
 export type Column = Documents["Column"];
 export type Model = Documents["ModelDocument"];
 export type Deployment = Documents["DeploymentDocument"];
+export type DeploymentSettings = Documents["DeploymentSettings"];
 export type Permission = Documents["PermissionDocument"];
 export type Key = Documents["KeyDocument"];
 export type NewKey = Documents["NewKeyDocument"];

@@ -16,6 +16,7 @@ import { Evaluations } from "../views/evaluations/evaluations";
 import { NewEvaluation } from "../views/evaluations/new-evaluation";
 import { Model } from "../views/models/model";
 import { Models } from "../views/models/models";
+import { Settings } from "../views/models/settings";
 import { AllRounds } from "../views/rounds/all-rounds";
 import { NewRounds } from "../views/rounds/new-rounds";
 import { Rounds } from "../views/rounds/rounds";
@@ -34,7 +35,7 @@ const VIEWS: View[] = [
   { name: "jobs", title: "Jobs", show: ([id]) => showJobs(id) },
   { name: "data", title: "Data", show: ([id]) => (id ? <File key={id} id={id} /> : <Data />) },
   { name: "ask", title: "Ask", show: () => <Ask /> },
-  { name: "models", title: "Models", show: ([id]) => (id ? <Model key={id} id={id} /> : <Models />) },
+  { name: "models", title: "Models", show: ([id, part]) => showModels(id, part) },
   {
     name: "evaluations",
     title: "Evaluations",
@@ -52,6 +53,11 @@ const VIEWS: View[] = [
   },
   { name: "admin", title: "Admin", show: (rest) => <Admin rest={rest} /> },
 ];
+
+function showModels(id?: string, part?: string) {
+  if (!id) return <Models />;
+  return part === "settings" ? <Settings key={id} id={id} /> : <Model key={id} id={id} />;
+}
 
 function showJobs(id?: string) {
   if (id === "new") return <NewJob />;

@@ -122,6 +122,7 @@ function Panel({ title, of, draft, uses }: Props & { title: string }) {
 /** The rarer options. They are open if one of them is set or refused, so that no setting is hidden. */
 function Further({ title, of, draft, uses }: Props & { title: string }) {
   const refusal = useContext(Refusal);
+  if (!of.some(({ path }) => isUsed(path, draft, uses))) return null;
   const set = [...Object.keys(draft), refusal?.param ?? ""];
   const isOpen = of.some(({ path }) => set.some((each) => each === path || each.startsWith(`${path}.`)));
   return (

@@ -58,14 +58,15 @@ interface Props {
   models: string[];
   refusal?: Failure; // what the service has said of the draft before it is sent
   act: string; // what the button says
-  path: string; // of the request
+  method?: string; // of the request
+  path: string;
   body: unknown;
   aside?: ComponentChildren;
   children: ComponentChildren;
 }
 
 /** A form that describes new work, and beside it the button that makes it, and the request that this sends. */
-export function Making({ sending, models, refusal, act, path, body, aside, children }: Props) {
+export function Making({ sending, models, refusal, act, method = "POST", path, body, aside, children }: Props) {
   const { failure, isSending, send } = sending;
   const files = useFiles();
   return (
@@ -83,20 +84,20 @@ export function Making({ sending, models, refusal, act, path, body, aside, child
           <button class="main" disabled={isSending}>
             {isSending ? "Sending…" : act}
           </button>
-          <Request path={path} body={body} />
+          <Request method={method} path={path} body={body} />
         </div>
       </form>
     </Refusal.Provider>
   );
 }
 
-function Request({ path, body }: { path: string; body: unknown }) {
+function Request({ method, path, body }: { method: string; path: string; body: unknown }) {
   return (
     <section class="panel" aria-label="Request">
       <h2>Request</h2>
       <p class="hint">What the form sends. A program may send the same.</p>
       <pre class="log" tabIndex={0} aria-label="The request as JSON">
-        POST {path}
+        {method} {path}
         {"\n\n"}
         {visible(JSON.stringify(body, undefined, 2))}
       </pre>

@@ -8,6 +8,7 @@ import { href } from "../../parts/route/route";
 import { moment } from "../../parts/words/words";
 import { loadRow } from "./load";
 import { whatIs } from "./models";
+import { toSettings } from "./settings";
 import { Sharing } from "./sharing";
 import { Acts, State } from "./state";
 
@@ -23,7 +24,7 @@ export function Model({ id }: { id: string }) {
           <div class="columns">
             <div>
               <Facts model={model} />
-              {deployment && <Settings of={deployment} />}
+              {deployment && <Served of={deployment} />}
             </div>
             <div>
               <Weights model={model} />
@@ -111,8 +112,9 @@ function Facts({ model }: { model: ModelObject }) {
   );
 }
 
-/** How the model is served. `raydpo deployments set` changes it. */
-function Settings({ of: { settings, chosen, attached_to } }: { of: Deployment }) {
+/** How the model is served, and the way to change that. */
+function Served({ of }: { of: Deployment }) {
+  const { settings, chosen, attached_to } = of;
   return (
     <section class="panel">
       <h2>How it is served</h2>
@@ -128,9 +130,9 @@ function Settings({ of: { settings, chosen, attached_to } }: { of: Deployment })
           </Fact>
         ))}
       </dl>
-      <p class="hint">
-        <code>raydpo deployments set MODEL FIELD=VALUE</code> changes these settings.
-      </p>
+      <a class="button" href={toSettings(of)}>
+        Change the settings
+      </a>
     </section>
   );
 }
