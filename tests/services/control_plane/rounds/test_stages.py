@@ -67,6 +67,23 @@ def test_two_rounds_train_each_policy_on_rows_of_the_one_before(
     assert len(seeds) == 2
 
 
+def test_rejection_sampling_tells_how_many_answers_it_tried_and_pairs_those_that_it_accepted(api: httpx.Client) -> None:
+    """An answer that has a word less than the longest one is accepted with the probability exp(-1 / 0.01), so never.
+    Each pass over the answers that are left accepts only the longest one, which is the last: 8 tries, and then 7."""
+    made = created(api, num_samples=8, selection={"type": "rso", "beta": 0.01, "num_accepted": 2})
+    file = reached(api, made["id"], 1, "file")
+    told = look(api, made["id"])["rounds"][1]["rows"]
+    assert (told["num_prompts"], told["num_answers"]) == (12, 12 * 8)
+    assert (told["num_tried"], told["num_accepted"]) == (12 * (8 + 7), 12 * 2)
+    assert (told["num_ties"], told["num_duplicates"], told["num_repeated_rows"], told["num_rows"]) == (0, 0, 0, 12)
+    rows = [json.loads(line) for line in api.get(f"/files/{file}/content").text.splitlines()]
+    longest = [f"good answer {number}{' very' * 7}" for number in range(12)]
+    assert [row["chosen"][0]["content"] for row in rows] == longest
+    assert [row["rejected"][0]["content"] for row in rows] == [text.removesuffix(" very") for text in longest]
+    assert {(row["score_chosen"], row["score_rejected"]) for row in rows} == {(10, 9)}
+    api.post(f"/x/rounds/{made['id']}/cancel")
+
+
 def test_a_driver_that_is_killed_in_the_second_round_costs_an_attempt_of_its_job_and_nothing_else(
     api: httpx.Client, fake_ray: FakeRay, train: Train
 ) -> None:
