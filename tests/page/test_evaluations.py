@@ -77,6 +77,43 @@ def test_an_evaluation_shows_its_results_and_both_answers(page: Page, service: S
     expect(page.get_by_role("article")).to_have_count(10)
 
 
+def end(database_url: str, evaluation_id: str, results: dict[str, Any], found: dict[str, Any]) -> None:
+    """Ends an evaluation, in whose database rows it writes these results, and what each item found."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        ends = "state = 'succeeded', finished_at = now(), num_completed = num_items, waits_for = NULL, results = %s"
+        connection.execute(f"UPDATE evaluations SET {ends} WHERE id = %s", (json.dumps(results), evaluation_id))
+        items = "UPDATE evaluation_items SET stage = 2, found = %s, error = NULL WHERE evaluation_id = %s"
+        connection.execute(items, (json.dumps(found), evaluation_id))
+
+
+def test_preferences_show_the_completions_that_were_compared(
+    page: Page, service: Service, api: httpx.Client, database_url: str
+) -> None:
+    rows = [{"prompt": "Where is the saw?", "completions": ["Gladly, <b>aisle 3</b>.", "Look for it."]}]
+    body = {"kind": "preferences", "model": "tiny", "reference": "small", "beta": 0.1, "rows": rows}
+    made = api.post("/x/evaluations", json=body).json()
+    end(database_url, made["id"], {"accuracy": RESULTS["win_rate"]}, {"rewards": [0.25, 0.5], "is_right": False})
+    sign_in(page)
+    page.goto(f"{service.url}/#/evaluations/{made['id']}")
+    item = page.get_by_role("article", name="Line 1", exact=True)
+    expect(item).to_contain_text("completion 1 (preferred)Gladly, <b>aisle 3</b>.")
+    expect(item).to_contain_text("completion 2 Look for it.")
+    expect(item).to_contain_text("rewards 0.25, 0.5")
+
+
+def test_the_list_shows_the_mean_score_of_samples(
+    page: Page, service: Service, api: httpx.Client, database_url: str
+) -> None:
+    made = api.post(
+        "/x/evaluations", json={"kind": "samples", "model": "tiny", "judge": {"type": "length"}, "rows": ROWS}
+    )
+    score = {"value": 4.5, "low": 4.25, "high": 5}
+    end(database_url, made.json()["id"], {"score": score, "best": score}, {})
+    sign_in(page)
+    page.goto(f"{service.url}/#/evaluations")
+    expect(page.get_by_role("row").filter(has_text=made.json()["id"])).to_contain_text("score 4.5 (4.25 to 5)")
+
+
 def test_an_evaluation_is_paused_resumed_cancelled_and_deleted(page: Page, service: Service, api: httpx.Client) -> None:
     service.engine.is_full = True
     try:

@@ -101,6 +101,13 @@ class EvaluationItemDocument(TypedDict):
         Field(description="The state of the item. `waiting` means that the service has not finished the item yet."),
     ]
     prompt: Annotated[Any, Field(description="The prompt of the item: a text, or a list of chat messages.")]
+    completions: Annotated[
+        list[Any],
+        Field(
+            description="The completions of the item's row, the best one first; each is a text, or a list of chat "
+            "messages. Empty if the row has none. Answers of models stand in `found`."
+        ),
+    ]
     found: Annotated[
         dict[str, Any],
         Field(

@@ -61,6 +61,7 @@ def item_object(row: EvaluationItem, num_stages: int) -> dict[str, Any]:
         "line": row.row["line"],
         "status": "failed" if row.error else "completed" if row.stage == num_stages else "waiting",
         "prompt": row.row["prompt"],
+        "completions": row.row["completions"],
         "found": found,
         "error": row.error,
     }

@@ -100,6 +100,9 @@ function Item({ item, evaluation }: { item: EvaluationItem; evaluation: Evaluati
         {found.baseline_answer && (
           <Answered model={baseline ?? "baseline"} answer={found.baseline_answer} isBetter={found.outcome === "loss"} />
         )}
+        {(item.completions as Said[]).map((said, at) => (
+          <Completion key={at} number={at + 1} said={said} isPreferred={evaluation.kind === "preferences" && at === 0} />
+        ))}
       </div>
       <Figures found={found} />
     </article>
@@ -135,6 +138,24 @@ function Answered({ model, answer, isBetter }: AnsweredProps) {
       <div class="said">{visible(answer.text)}</div>
       {!answer.text && <p class="note">The model wrote nothing.</p>}
       {!answer.is_finished && <p class="hint">Cut off after {whole(answer.num_tokens)} tokens.</p>}
+    </div>
+  );
+}
+
+interface CompletionProps {
+  number: number;
+  said: Said;
+  isPreferred: boolean; // by people
+}
+
+/** A completion of the item's row. */
+function Completion({ number, said, isPreferred }: CompletionProps) {
+  return (
+    <div class={isPreferred ? "best" : undefined}>
+      <h4>
+        completion {number} {isPreferred && "(preferred)"}
+      </h4>
+      <div class="said">{textOf(said, true)}</div>
     </div>
   );
 }

@@ -15,6 +15,7 @@ const SHARES = [
 const MAIN: Record<string, string> = {
   compare: "win_rate",
   score: "score",
+  samples: "score",
   preferences: "accuracy",
   drift: "kl_per_sequence",
 };

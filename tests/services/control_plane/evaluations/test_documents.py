@@ -8,7 +8,7 @@ from services.control_plane.core.tables import EvaluationItem
 from services.control_plane.evaluations.documents import EvaluationDocument, EvaluationItemDocument
 from services.control_plane.evaluations.responses import evaluation_object, item_object
 from tests.services.control_plane.documented import check
-from tests.services.control_plane.evaluations.test_responses import NOW, evaluation
+from tests.services.control_plane.evaluations.test_responses import NOW, evaluation, row_of
 
 ERROR = {"code": "model_error", "message": "The model stopped.", "param": None}
 
@@ -33,5 +33,5 @@ def test_an_item_is_as_described_whatever_its_prompt_and_its_end() -> None:
         ("Why?", 1, {"code": None, "message": "The model stopped."}),
     ):
         found = {"verdicts": ["first", "first"]} if stage else {}
-        row = EvaluationItem(number=3, row={"line": 4, "prompt": prompt}, stage=stage, found=found, error=error)
+        row = EvaluationItem(number=3, row=row_of(prompt, prompt), stage=stage, found=found, error=error)
         check(EvaluationItemDocument, item_object(row, num_stages=2))

@@ -30,6 +30,10 @@ def evaluation(**values: object) -> Evaluation:
     return row
 
 
+def row_of(prompt: object, *completions: object) -> dict[str, object]:
+    return {"line": 4, "prompt": prompt, "completions": list(completions)}
+
+
 def test_an_evaluation_ends_when_the_rest_takes_as_long_as_the_work_so_far() -> None:
     now = datetime.now(UTC)
     told = responses.evaluation_object(evaluation(num_stages_done=5, started_at=now - timedelta(seconds=100)))
@@ -46,7 +50,7 @@ def test_an_evaluation_that_has_not_begun_or_has_ended_has_no_estimate() -> None
 
 def test_an_item_hides_what_one_stage_leaves_to_the_next() -> None:
     found = {"scored": {"groups": []}, "verdicts": ["first", "neither"]}
-    row = EvaluationItem(number=3, row={"line": 4, "prompt": "Why?"}, stage=1, found=found)
+    row = EvaluationItem(number=3, row=row_of("Why?"), stage=1, found=found)
     told = responses.item_object(row, num_stages=2)
     assert (told["id"], told["line"], told["status"]) == ("3", 4, "waiting")
     assert told["found"] == {"verdicts": ["first", "neither"], "outcome": "tie"}

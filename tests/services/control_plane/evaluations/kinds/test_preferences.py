@@ -43,6 +43,7 @@ def test_its_rewards_are_those_that_clients_get(api: httpx.Client, model: str) -
     evaluation = api.get("/x/evaluations").json()["data"][0]
     items = api.get(f"/x/evaluations/{evaluation['id']}/items").json()["data"]
     rewards = [[each["reward"] for each in row["completions"]] for row in asked]
+    assert [{name: item[name] for name in ("prompt", "completions")} for item in items] == ROWS
     assert [item["found"]["rewards"] for item in items] == [pytest.approx(row, abs=1e-6) for row in rewards]
     assert found["accuracy"]["value"] == sum(row[0] > max(row[1:]) for row in rewards) / 4
     margins = [row[0] - sum(row[1:]) / len(row[1:]) for row in rewards]
