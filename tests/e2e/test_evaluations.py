@@ -4,10 +4,12 @@ import json
 import time
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from tests.e2e.conftest import Service, wait_for
+from tests.e2e.test_kills import engine
 from tests.e2e.test_rewards import HELD_OUT, measured, trained
 from tests.e2e.test_service import messages
 
@@ -30,8 +32,12 @@ def evaluated(client: openai.OpenAI, **body: Any) -> dict[str, Any]:
         made = client.get(f"/x/evaluations/{made['id']}", cast_to=object)
     assert made["status"] == "succeeded", made
     assert made["num_failed"] == 0
-    items: Any = client.get(f"/x/evaluations/{made['id']}/items", cast_to=object)
-    return {**made["results"], "items": [item["found"] for item in items["data"]]}
+    return {**made["results"], "items": [item["found"] for item in items_of(client, made["id"])]}
+
+
+def items_of(client: openai.OpenAI, evaluation_id: str) -> list[dict[str, Any]]:
+    content = client.get(f"/x/evaluations/{evaluation_id}/content", cast_to=httpx.Response).content
+    return list(map(json.loads, content.splitlines()))
 
 
 def test_a_served_model_judges_in_both_orders_and_mirrored_if_the_models_are_swapped(
@@ -72,23 +78,43 @@ def test_preferences_are_those_of_the_rewards_that_clients_get(client: openai.Op
     assert found["accuracy"]["value"] == sum(chosen > rejected for chosen, rejected in rewards) / len(rows)
 
 
-def test_an_evaluation_goes_on_after_a_kill_of_the_service(service: Service, policy: str) -> None:
-    body = {"kind": "score", "model": policy, "judge": {"type": "length"}, "rows": PROMPTS * 40}
+def test_an_evaluation_goes_on_after_kills_of_the_engine_and_of_the_service(service: Service, policy: str) -> None:
+    rows, num_before = PROMPTS * 40, 32
+    sampling = {"max_tokens": 256}
+    body = {"kind": "score", "model": policy, "judge": {"type": "length"}, "rows": rows, "sampling": sampling}
 
-    def look(client: openai.OpenAI, evaluation_id: str) -> Any:
-        return client.get(f"/x/evaluations/{evaluation_id}", cast_to=object)
+    def look(client: openai.OpenAI) -> Any:
+        return client.get(f"/x/evaluations/{made['id']}", cast_to=object)
+
+    def answers(client: openai.OpenAI) -> dict[str, Any]:
+        items = items_of(client, made["id"])
+        return {item["id"]: item["found"]["answer"] for item in items if "answer" in item["found"]}
+
+    def num_requests(client: openai.OpenAI) -> int:
+        usage: Any = client.get("/x/usage?group_by=model", cast_to=object)
+        return sum(each["num_requests"] for each in usage["data"] if each["id"] == policy)
 
     with service.client() as client:
         made: Any = client.post("/x/evaluations", body=body, cast_to=object)
-        wait_for(lambda: look(client, made["id"])["progress"] > 0.1, "the evaluation begins")
+        wait_for(lambda: len(answers(client)) >= num_before, "the evaluation begins")
+        before = answers(client)
+        engine(service, "tiny").kill()
     service.kill()
     service.start()
     with service.client() as client:
-        before = look(client, made["id"])
-        assert 0.1 < before["progress"] < 1
-        wait_for(lambda: look(client, made["id"])["status"] == "succeeded", "the evaluation ends", seconds=600)
-        after = look(client, made["id"])
-    assert (after["num_completed"], after["num_failed"]) == (len(PROMPTS) * 40, 0)
+        num_counted, kept = num_requests(client), answers(client)
+        assert before.items() <= kept.items()
+        assert len(kept) < len(rows)
+        wait_for(lambda: look(client)["status"] == "succeeded", "the evaluation ends")
+        after = look(client)
+        assert (after["num_completed"], after["num_failed"]) == (len(rows), 0)
+        assert kept.items() <= answers(client).items()
+        # Seeds make a repeated answer equal the first one, so the number of requests shows that none was repeated.
+        missing = len(rows) - len(kept)
+        num_asked = wait_for(
+            lambda: (asked := num_requests(client) - num_counted) >= missing and asked, "all are counted"
+        )
+        assert num_asked < missing + num_before
 
 
 def test_a_rule_scores_answers_of_a_file(client: openai.OpenAI, policy: str) -> None:

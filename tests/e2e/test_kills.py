@@ -78,14 +78,16 @@ class Client(threading.Thread):
         return any(end == "answered" and at > moment for at, end in list(self.ends))
 
 
-def replica(service: Service) -> psutil.Process:
-    (found,) = service.processes("ray::ServeReplica")
-    return found
+def replica(service: Service, model: str = "") -> psutil.Process:
+    """Returns the process of the only replica; if `model` is given, of the only one of this base model."""
+    found = service.processes("ray::ServeReplica")
+    (replica,) = [each for each in found if f"-{model}" in " ".join(each.cmdline())]
+    return replica
 
 
-def engine(service: Service) -> psutil.Process:
+def engine(service: Service, model: str = "") -> psutil.Process:
     """Returns the process of the engine: a fork that the replica had made, so the first one since its request."""
-    serves = replica(service)
+    serves = replica(service, model)
     (client,) = [each for each in serves.children() if "multiprocessing.spawn" in " ".join(each.cmdline())]
     forks = [each for each in serves.parent().children() if "services.forkserver.server" in each.cmdline()]  # type: ignore[union-attr]
     return min((each for each in forks if each.create_time() >= client.create_time()), key=psutil.Process.create_time)
