@@ -70,13 +70,13 @@ def create(
             "(the implicit reward of the model that is evaluated), `length` (number of words), `exact` (1 if the "
             "answer, without white space at its ends, equals the row's best completion), or `regex:PATTERN` (1 if the "
             "pattern matches). The evaluations `compare`, `score` and `samples` need a judge; in `score`, a model that "
-            "judges must be a reward model. Default: none."
+            "is no reward model gives grades from 1 to 10. Default: none."
         ),
     ] = None,
     criteria: Annotated[
         str | None,
         typer.Option(
-            help="Criteria, in words, by which the judge decides which answer is better. Only for a judge that is "
+            help="Criteria, in words, by which the judge decides how good an answer is. Only for a judge that is "
             "asked, not for a reward model or a rule. Default: the service's criteria."
         ),
     ] = None,

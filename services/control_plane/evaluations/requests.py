@@ -52,8 +52,8 @@ class Judge(BaseModel):
         default=None,
         description="Name of the model that judges. For the type `model`: a reward model, which scores answers; or a "
         "policy, a base model or a judge from the operator's setting `judges`, which is asked which of two answers is "
-        "better (only in evaluations of the kinds `compare` and `samples`). For the type `implicit`: the policy whose "
-        "implicit reward counts; default: the model that is evaluated.",
+        "better, or in evaluations of the kind `score` for a grade from 1 to 10. For the type `implicit`: the policy "
+        "whose implicit reward counts; default: the model that is evaluated.",
     )
     reference: Text | None = Field(
         default=None,
@@ -67,7 +67,7 @@ class Judge(BaseModel):
     )
     criteria: Annotated[str, Field(max_length=4000)] | None = Field(
         default=None,
-        description="Criteria by which a judge that is asked decides which answer is better, in words. "
+        description="Criteria by which a judge that is asked decides how good an answer is, in words. "
         "Default: the service's criteria. A reward model takes no criteria.",
     )
     pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(

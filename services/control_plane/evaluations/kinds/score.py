@@ -1,5 +1,5 @@
 """Evaluates how good a model's answers are: a reward model, the implicit reward of a policy, or a rule gives each
-answer a score.
+answer a score, or a model that is asked gives each a grade from 1 to 10.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.data.groups import Group
-from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.evaluations import statistics
 from services.control_plane.evaluations.kinds.asking import Models
 from services.control_plane.evaluations.kinds.compare import answers_in_numbers
@@ -23,7 +22,7 @@ from services.control_plane.settings import Settings
 @dataclass(frozen=True)
 class Score:
     """An evaluation of how good a model's answers are. The object holds the model that writes the answers, and the
-    judge that scores them: a reward model, the implicit reward of a policy, or a rule.
+    judge that scores them.
     """
 
     spec: Spec
@@ -50,12 +49,8 @@ class Score:
 async def of(session: AsyncSession, settings: Settings, spec: Spec) -> Score:
     """Returns the model and the judge of its answers that `spec` describes.
 
-    Raises NotFound for a model that does not exist, and InvalidRequest for a judge that gives no scores.
+    Raises NotFound for a model that does not exist, and InvalidRequest for one that cannot write answers or judge.
     """
     model = await writer_of(session, settings, spec.model, param="model")
     assert spec.judge is not None
-    grader = await grader_of(session, settings, spec.judge, of=model.id)
-    if grader.is_asked:
-        message = f"The judge '{spec.judge.model}' is no reward model, so it gives no scores; name a reward model."
-        raise InvalidRequest(message, param="judge.model")
-    return Score(spec, model, grader)
+    return Score(spec, model, await grader_of(session, settings, spec.judge, of=model.id))

@@ -33,6 +33,7 @@ class Engines:
     answers to a prompt, each has one word more than the one before.
 
     Every judge is given by its name: `first` always prefers the first answer, `fair` the good one, `long` the long one.
+    All of them grade a good answer with 9, and others with the word count of the answer.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,9 @@ class Engines:
         prompt = body.get("prompt") or body["messages"][-1]["content"]
         if any(text in prompt for text in self.refusing):
             return 400, {"error": {"message": "I do not take this."}}
-        text = self._verdict(model, prompt) if "structured_outputs" in body else self._text(model, prompt)
+        choices = body.get("structured_outputs", {}).get("choice")
+        text = self._verdict(model, prompt) if choices else self._text(model, prompt)
+        text = self._grade(prompt) if choices and "10" in choices else text
         texts = [f"{text}{' very' * i}" for i in range(body.get("n", 1))]
         usage = {"prompt_tokens": 10, "completion_tokens": sum(len(each.split()) for each in texts)}
         return 200, {"choices": [self._choice(body, i, each) for i, each in enumerate(texts)], "usage": usage}
@@ -118,6 +121,10 @@ class Engines:
         if model == "first" or ("good" in first and "good" not in second):
             return "A"
         return "B" if "good" in second and "good" not in first else "C"
+
+    def _grade(self, question: str) -> str:
+        answer = question.partition("<answer>\n")[2].partition("\n</answer>")[0]
+        return "9" if "good" in answer else str(len(answer.split()))
 
     def counts(self) -> Counter[str]:
         return Counter(model for model, _ in self.asked)

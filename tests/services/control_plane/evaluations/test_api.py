@@ -66,7 +66,6 @@ pytestmark = pytest.mark.usefixtures("policy")
             "less than or equal to 2",
         ),
         ({**SCORE, "baseline": "tiny"}, "baseline", "unknown_parameter", "kind 'score' has no field 'baseline'"),
-        ({**SCORE, "judge": FAIR}, "judge.model", "invalid_value", "is no reward model"),
         ({**SCORE, "model": REWARD_MODEL}, "model", "invalid_value", "cannot write answers"),
         (
             {**COMPARE, "judge": {"type": "model", "model": REWARD_MODEL, "criteria": "Be kind."}},

@@ -23,7 +23,7 @@ KNOWN = {"model", "messages", "temperature", "max_completion_tokens", "response_
 
 
 class OpenAi:
-    """The API of another company. Prefers the answer with the word `good`, in a sentence."""
+    """The API of another company. Prefers the answer with the word `good`, or grades an answer, in a sentence."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -66,6 +66,8 @@ class OpenAi:
         return 200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
 
     def verdict(self, question: str) -> str:
+        if "<answer>" in question:
+            return "8/10" if "good" in question.partition("<answer>")[2] else "3/10"
         is_good = ["good" in question.partition(f"<answer_{side}>")[2].partition("</answer_")[0] for side in "ab"]
         return "C" if is_good[0] == is_good[1] else "A" if is_good[0] else "B"
 
@@ -108,6 +110,13 @@ def test_a_judge_at_an_address_compares_and_no_engine_is_loaded_for_it(
     assert len(outside.bodies) == 12
     assert {(body["model"], body["temperature"]) for body in outside.bodies} == {("gpt-9", 0)}
     assert all("Prefer {brevity}." in body["messages"][0]["content"] for body in outside.bodies)
+
+
+@pytest.mark.usefixtures("policy")
+def test_a_judge_at_an_address_grades_each_answer(api: httpx.Client, outside: OpenAi) -> None:
+    found = results(api, kind="score", model=POLICY, judge=OUTSIDE, rows=chats(3))
+    assert found["score"] == {"value": 8, "low": 8, "high": 8}
+    assert results(api, kind="score", model="tiny", judge=OUTSIDE, rows=chats(3))["score"]["value"] == 3
 
 
 @pytest.mark.usefixtures("policy")

@@ -43,7 +43,6 @@ def models(api: httpx.Client, job_id: str) -> list[str]:
         ({"file": "file-0"}, "dpo", "file", "file_not_found"),
         ({"kind": "compare", "baseline": "nobody"}, "dpo", "baseline", "model_not_found"),
         ({"judge": {"type": "model", "model": "nobody"}}, "dpo", "judge.model", "model_not_found"),
-        ({"judge": {"type": "model", "model": "fair"}}, "dpo", "judge.model", "invalid_value"),
         ({"judge": {"type": "implicit"}}, "simpo", "judge.reference", "missing_required_parameter"),
         ({"kind": "preferences", "judge": None, "file": PAIRS}, "orpo", "reference", "missing_required_parameter"),
         ({"kind": "drift", "judge": None}, "simpo", "reference", "missing_required_parameter"),
