@@ -1,6 +1,8 @@
 """Keys, projects, usage and the audit log, as an admin sees them."""
 
+import json
 import re
+from collections.abc import Iterator
 
 import httpx
 import psycopg
@@ -10,8 +12,21 @@ from playwright.sync_api import Locator, Page, expect
 from tests.page.browsing import look_at, sign_in
 from tests.page.conftest import Service
 from tests.services.control_plane.conftest import api_of, new_key, new_project
+from tests.services.receiver import Behaviour, Receiver
+from tests.services.web import running
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with running(Receiver()) as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def more_settings(receiver: Receiver) -> dict[str, str]:
+    return {"RAYDPO_WEBHOOK_URLS": json.dumps(["https://", receiver.url])}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +127,41 @@ def test_a_project_is_made_limited_and_archived(page: Page, api: httpx.Client) -
     page.get_by_role("dialog").get_by_role("button", name="Delete the project").click()
     expect(row(page, "research <b>")).to_be_visible()
     expect(page.get_by_text("by hand")).to_have_count(0)
+
+
+def test_a_webhook_is_made_tested_and_deleted(
+    page: Page, service: Service, api: httpx.Client, receiver: Receiver
+) -> None:
+    receiver.paths["/chat"] = Behaviour(statuses=[202])
+    open_part(page, "Webhooks")
+    expect(page.get_by_text("There are no webhooks.")).to_be_visible()
+    page.get_by_label("Name", exact=True).fill("chat <b>")
+    page.get_by_label("URL").fill("http://hooks.example.com/")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("webhook_urls")
+    page.get_by_label("URL").fill(f"{receiver.url}/chat")
+    page.get_by_role("checkbox", name="fine_tuning.job.cancelled").uncheck()
+    page.get_by_role("button", name="Make the webhook").click()
+    secret = page.get_by_label("This is the only time that it is shown.")
+    expect(secret).to_be_focused()
+    value = secret.input_value()
+    assert value.startswith("whsec_")
+    made = row(page, "chat <b>")
+    expect(made).to_contain_text("fine_tuning.job.succeeded")
+    expect(made).not_to_contain_text("cancelled")
+    made.get_by_role("button", name="Test").click()
+    expect(made).to_contain_text("It answered with status 202.")
+    assert json.loads(receiver.at("/chat")[0].body)["data"]["id"] == "ftjob-test"
+    look_at(page, "webhooks")
+    page.get_by_role("button", name="Done").click()
+    assert value not in page.content()
+    page.reload()
+    expect(made).to_be_visible()
+    assert value not in page.content()
+    made.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog", name="Delete the webhook chat <b>?").get_by_role("button", name="Delete").click()
+    expect(page.get_by_text("There are no webhooks.")).to_be_visible()
+    assert api.get("/webhook_endpoints").json()["data"] == []
 
 
 def test_usage_is_summed_by_day_model_and_key(page: Page, used: str) -> None:

@@ -1,7 +1,9 @@
 """The list of evaluations, and one: its results, and its items with both answers side by side."""
 
+import csv
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -52,7 +54,9 @@ def evaluation_id(api: httpx.Client, database_url: str) -> str:
     return str(made["id"])
 
 
-def test_an_evaluation_shows_its_results_and_both_answers(page: Page, service: Service, evaluation_id: str) -> None:
+def test_an_evaluation_shows_its_results_and_both_answers(
+    page: Page, service: Service, evaluation_id: str, tmp_path: Path
+) -> None:
     sign_in(page)
     page.get_by_role("link", name="Evaluations").click()
     row = page.get_by_role("row").filter(has_text=evaluation_id)
@@ -75,6 +79,14 @@ def test_an_evaluation_shows_its_results_and_both_answers(page: Page, service: S
     expect(page.get_by_role("article")).to_have_count(2)
     page.get_by_role("link", name="First items").click()
     expect(page.get_by_role("article")).to_have_count(10)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as CSV").click()
+    assert download.value.suggested_filename == f"{evaluation_id}.csv"
+    download.value.save_as(tmp_path / "items.csv")
+    with (tmp_path / "items.csv").open(newline="") as file:
+        items = list(csv.DictReader(file))
+    assert len(items) == len(ROWS)
+    assert items[0]["found.answer.text"] == "Gladly, <b>aisle 3</b>."
 
 
 def end(database_url: str, evaluation_id: str, results: dict[str, Any], found: dict[str, Any]) -> None:

@@ -3,12 +3,14 @@
 Only the responses of create and rotate_secret contain the secret with which messages are signed.
 """
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
 from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypedDict
 
+from services.control_plane.core.documents import Page, answers
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.responses import deleted, listing, seconds
 from services.control_plane.core.store import page
@@ -75,12 +77,63 @@ class SendTest(BaseModel):
     event_type: EventType
 
 
-@router.get("/webhook_event_types")
+class StateDocument(TypedDict):
+    """What raydpo adds to the JSON object of a webhook endpoint: when an answer 410 disabled it, in Unix seconds."""
+
+    disabled_at: int | None
+
+
+class WebhookDocument(TypedDict):
+    """The JSON object of a webhook endpoint."""
+
+    id: str
+    object: Literal["webhook_endpoint"]
+    created_at: int
+    updated_at: int
+    name: str
+    url: str
+    event_types: list[str]
+    signing_secret_hint: str
+    x_raydpo: StateDocument
+
+
+class NewWebhookDocument(WebhookDocument):
+    """The JSON object of a webhook endpoint that is new, or whose secret is, with the secret that signs messages."""
+
+    signing_secret: str
+
+
+class EventTypesDocument(TypedDict):
+    """The list of the types of messages."""
+
+    object: Literal["list"]
+    data: list[str]
+
+
+class TestDocument(TypedDict):
+    """The result of a test message: the HTTP status with which the endpoint answered."""
+
+    object: Literal["webhook_endpoint.test"]
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: Literal[True]
+
+
+class DeletedWebhookDocument(TypedDict):
+    """The response to a request that deletes a webhook endpoint."""
+
+    id: str
+    object: Literal["webhook_endpoint.deleted"]
+    deleted: Literal[True]
+
+
+@router.get("/webhook_event_types", responses=answers(EventTypesDocument))
 async def event_types() -> dict[str, Any]:
     return {"object": "list", "data": webhooks.EVENT_TYPES}
 
 
-@router.post("/webhook_endpoints")
+@router.post("/webhook_endpoints", responses=answers(NewWebhookDocument))
 async def create(idempotent: IdempotentPart, settings: SettingsPart, body: CreateWebhook) -> Response:
     webhooks.check_url(body.url, settings)
 
@@ -90,7 +143,7 @@ async def create(idempotent: IdempotentPart, settings: SettingsPart, body: Creat
     return await idempotent.act(add)
 
 
-@router.get("/webhook_endpoints")
+@router.get("/webhook_endpoints", responses=answers(Page[WebhookDocument]))
 async def list_endpoints(store: StorePart, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """Lists the project's webhook endpoints, newest first."""
     async with store.look() as session:
@@ -99,13 +152,13 @@ async def list_endpoints(store: StorePart, after: str | None = None, limit: Limi
     return listing([_webhook_object(row) for row in rows], more)
 
 
-@router.get("/webhook_endpoints/{endpoint_id}")
+@router.get("/webhook_endpoints/{endpoint_id}", responses=answers(WebhookDocument))
 async def retrieve(store: StorePart, endpoint_id: str) -> dict[str, Any]:
     async with store.look() as session:
         return _webhook_object(await webhooks.find(session, endpoint_id))
 
 
-@router.post("/webhook_endpoints/{endpoint_id}")
+@router.post("/webhook_endpoints/{endpoint_id}", responses=answers(WebhookDocument))
 async def update(idempotent: IdempotentPart, settings: SettingsPart, endpoint_id: str, body: UpdateWebhook) -> Response:
     values = body.model_dump(exclude_unset=True)
     if "url" in values:
@@ -117,7 +170,7 @@ async def update(idempotent: IdempotentPart, settings: SettingsPart, endpoint_id
     return await idempotent.act(change, changes=endpoint_id)
 
 
-@router.delete("/webhook_endpoints/{endpoint_id}")
+@router.delete("/webhook_endpoints/{endpoint_id}", responses=answers(DeletedWebhookDocument))
 async def delete(idempotent: IdempotentPart, endpoint_id: str) -> Response:
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await webhooks.remove(session, endpoint_id)
@@ -126,7 +179,7 @@ async def delete(idempotent: IdempotentPart, endpoint_id: str) -> Response:
     return await idempotent.act(remove, changes=endpoint_id)
 
 
-@router.post("/webhook_endpoints/{endpoint_id}/rotate_secret")
+@router.post("/webhook_endpoints/{endpoint_id}/rotate_secret", responses=answers(NewWebhookDocument))
 async def rotate_secret(idempotent: IdempotentPart, endpoint_id: str, body: RotateSecret | None = None) -> Response:
     keep_old = body is not None and body.keep_old_secret_active_for_24_hours
 
@@ -136,7 +189,7 @@ async def rotate_secret(idempotent: IdempotentPart, endpoint_id: str, body: Rota
     return await idempotent.act(rotate, changes=endpoint_id)
 
 
-@router.post("/webhook_endpoints/{endpoint_id}/test")
+@router.post("/webhook_endpoints/{endpoint_id}/test", responses=answers(TestDocument))
 async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: SendTest) -> dict[str, Any]:
     """Sends a test message to the endpoint now. A resent request sends the message again."""
     async with store.begin() as session:

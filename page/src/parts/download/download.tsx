@@ -3,8 +3,21 @@ import { bearer, Failure } from "../../api/client";
 import { FailureNote } from "../loading/loading";
 import { bytes } from "../words/words";
 
-/** A button that saves the weights of a model. The key goes in a header, so a plain link would not do. */
+/** A button that saves the weights of a model. */
 export function Download({ model }: { model: string }) {
+  const path = `/v1/models/${encodeURIComponent(model)}/content`;
+  return <Save path={path} file={`${model.replaceAll(":", "-")}.tar`} words="Download" label={`Download ${model}`} />;
+}
+
+interface Props {
+  path: string; // of what is saved, at the service
+  file: string; // the name of the file
+  words: string;
+  label?: string; // for screen readers, if the words do not say what is saved
+}
+
+/** A button that saves what the service has at a path. The key goes in a header, so a plain link would not do. */
+export function Save({ path, file, words, label }: Props) {
   const [received, setReceived] = useState<number>();
   const [failure, setFailure] = useState<Failure>();
   const isBusy = received !== undefined;
@@ -13,7 +26,7 @@ export function Download({ model }: { model: string }) {
     setFailure(undefined);
     setReceived(0);
     try {
-      save(await weightsOf(model, setReceived), `${model.replaceAll(":", "-")}.tar`);
+      save(await contentOf(path, setReceived), file);
     } catch (error) {
       setFailure(Failure.of(error));
     }
@@ -22,17 +35,17 @@ export function Download({ model }: { model: string }) {
 
   return (
     <div>
-      <button onClick={start} disabled={isBusy} aria-label={`Download ${model}`}>
-        {isBusy ? `${bytes(received)} so far` : "Download"}
+      <button onClick={start} disabled={isBusy} aria-label={label}>
+        {isBusy ? `${bytes(received)} so far` : words}
       </button>
       {failure && <FailureNote failure={failure} again={start} />}
     </div>
   );
 }
 
-async function weightsOf(model: string, received: (numBytes: number) => void): Promise<Blob> {
+async function contentOf(path: string, received: (numBytes: number) => void): Promise<Blob> {
   const headers = { authorization: await bearer() };
-  const answer = await fetch(`/v1/models/${encodeURIComponent(model)}/content`, { headers });
+  const answer = await fetch(path, { headers });
   if (!answer.ok) throw Failure.answered(answer.status, await answer.json().catch(() => undefined));
   let numBytes = 0;
   const counting = new TransformStream<Uint8Array, Uint8Array>({

@@ -1,4 +1,5 @@
 import { api, ask, type Evaluation, type EvaluationItem } from "../../api/client";
+import { Save } from "../download/download";
 import { Show, useFresh, useLoaded, type Loaded } from "../loading/loading";
 import { href, route } from "../route/route";
 import { hasEnded } from "../status/status";
@@ -48,6 +49,11 @@ export function Items({ evaluation }: { evaluation: Evaluation }) {
     <section aria-label="Items">
       <div class="heading">
         <h2>Items</h2>
+        <Save
+          path={`/v1/x/evaluations/${encodeURIComponent(evaluation.id)}/content?format=csv`}
+          file={`${evaluation.id}.csv`}
+          words="Download as CSV"
+        />
       </div>
       <Show of={loaded}>
         {(page) => (

@@ -5,10 +5,12 @@ import { Keys } from "./keys";
 import { Project } from "./project";
 import { Projects } from "./projects";
 import { Usage } from "./usage";
+import { Webhooks } from "./webhooks";
 
 const PARTS: { name: string; title: string; show: (id?: string) => JSX.Element }[] = [
   { name: "keys", title: "Keys", show: () => <Keys /> },
   { name: "projects", title: "Projects", show: (id) => (id ? <Project key={id} id={id} /> : <Projects />) },
+  { name: "webhooks", title: "Webhooks", show: () => <Webhooks /> },
   { name: "usage", title: "Usage", show: () => <Usage /> },
   { name: "audit", title: "Audit", show: () => <Audit /> },
 ];

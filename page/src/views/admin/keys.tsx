@@ -5,7 +5,7 @@ import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { href, route } from "../../parts/route/route";
 import { moment, visible, zone } from "../../parts/words/words";
 import { loadProjects } from "./load";
-import { MakeKey, Secret } from "./new-key";
+import { MakeKey, NewSecret } from "./new-key";
 
 const PAGE = 25;
 
@@ -35,7 +35,7 @@ export function Keys() {
       <div class="heading">
         <h1>Keys</h1>
       </div>
-      {made && <Secret key={made.id} made={made} onDone={() => setMade(undefined)} />}
+      {made && <NewSecret key={made.id} made={made} onDone={() => setMade(undefined)} />}
       {failure && <FailureNote failure={failure} />}
       <Show of={keys}>
         {(page) => (

@@ -1,7 +1,8 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useState } from "preact/hooks";
 import { api, ask, Failure, type Key, type NewKey, type Project } from "../../api/client";
 import { FailureNote } from "../../parts/loading/loading";
 import { visible } from "../../parts/words/words";
+import { Secret } from "./secret";
 
 const DAY = 86_400;
 const SCOPES: Record<Key["scopes"][number], string> = {
@@ -12,40 +13,14 @@ const SCOPES: Record<Key["scopes"][number], string> = {
 };
 const USUAL = ["read", "write", "inference"];
 
-/** The text of a new key, which is shown here and nowhere else. */
-export function Secret({ made, onDone }: { made: NewKey; onDone: () => void }) {
-  const field = useRef<HTMLInputElement>(null);
-  const [said, setSaid] = useState("");
-  useEffect(() => field.current?.focus(), []);
-
-  async function copy() {
-    field.current!.select();
-    try {
-      await navigator.clipboard.writeText(made.value!);
-      setSaid("The key is copied.");
-    } catch {
-      setSaid("The browser does not let the page copy. The key is selected: press Ctrl and C."); // only on https
-    }
-  }
-
+/** The text of a new key. It is missing if the request was sent again, because the first answer was lost. */
+export function NewSecret({ made, onDone }: { made: NewKey; onDone: () => void }) {
+  const title = `The key ${visible(made.name)}`;
+  if (made.value !== null) return <Secret title={title} what="key" value={made.value} onDone={onDone} />;
   return (
-    <section class="panel" aria-label="The new key">
-      <h2>The key {visible(made.name)}</h2>
-      {made.value === null ? (
-        <p class="bad">The answer with the key was lost. Revoke this key, and make another one.</p>
-      ) : (
-        <>
-          <label for="secret">This is the only time that it is shown. Copy it to where it is needed.</label>
-          <input id="secret" ref={field} readOnly value={made.value} class="id" onFocus={(event) => event.currentTarget.select()} />
-          <div class="acts">
-            <button class="main" onClick={copy}>
-              Copy
-            </button>
-            <button onClick={onDone}>Done</button>
-            <span role="status">{said}</span>
-          </div>
-        </>
-      )}
+    <section class="panel">
+      <h2>{title}</h2>
+      <p class="bad">The answer with the key was lost. Revoke this key, and make another one.</p>
     </section>
   );
 }

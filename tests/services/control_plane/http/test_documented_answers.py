@@ -145,6 +145,18 @@ def test_signing_in(api: httpx.Client) -> None:
     assert check("get", "/x/sign-in", api.get("/x/sign-in"))["oidc"] is None
 
 
+def test_webhooks(api: httpx.Client) -> None:
+    types = check("get", "/webhook_event_types", api.get("/webhook_event_types"))["data"]
+    body = {"name": "documented", "url": "https://example.com/", "event_types": types}
+    path = f"/webhook_endpoints/{check('post', '/webhook_endpoints', api.post('/webhook_endpoints', json=body))['id']}"
+    route = "/webhook_endpoints/{endpoint_id}"
+    assert check("get", "/webhook_endpoints", api.get("/webhook_endpoints"))["data"]
+    check("get", route, api.get(path))
+    check("post", route, api.post(path, json={"name": "changed"}))
+    check("post", f"{route}/rotate_secret", api.post(f"{path}/rotate_secret"))
+    check("delete", route, api.delete(path))
+
+
 def test_keys_usage_and_the_audit_log(api: httpx.Client, settings: Settings) -> None:
     key = check("post", "/x/keys", api.post("/x/keys", json={"name": "documented"}))
     assert check("get", "/x/keys", api.get("/x/keys"))["data"]
