@@ -97,8 +97,8 @@ def test_the_control_plane_reads_every_variable_and_the_file(
     sources = values.get("models", {}).items()
     given = {name: {"source": each} if isinstance(each, str) else each for name, each in sources}
     assert {name: model.model_dump(exclude_unset=True) for name, model in settings.models.items()} == given
-    chosen = values.get("settings", {})
-    assert {name: getattr(settings, name) for name in chosen} == chosen
+    chosen, read = values.get("settings", {}), settings.model_dump(mode="json", exclude_unset=True)
+    assert {name: read[name] for name in chosen} == chosen
     assert settings.storage_url == values["storage"]["url"]
     groups = one(manifests, "RayCluster")["spec"]["workerGroupSpecs"]
     cpus = [float(container(group["template"])["resources"]["limits"]["cpu"]) for group in groups]

@@ -108,6 +108,14 @@ def test_each_group_has_its_own_gpus_place_and_environment(render: Render) -> No
     assert not NCCL.keys() & plain_environment(spot["template"]).keys()
 
 
+def test_a_group_without_an_idle_time_of_its_own_has_that_of_the_cluster(
+    render: Render, minimal: dict[str, Any]
+) -> None:
+    spec = one(render(minimal | {"ray": {"idleTimeoutSeconds": 3600}}), "RayCluster")["spec"]
+    assert spec["autoscalerOptions"]["idleTimeoutSeconds"] == 3600
+    assert not [group for group in spec["workerGroupSpecs"] if "idleTimeoutSeconds" in group]
+
+
 def test_kueue_finds_its_queue_on_the_cluster(render: Render) -> None:
     metadata = one(render(VARIANTS["queued by Kueue"]), "RayCluster")["metadata"]
     assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "ml"

@@ -31,6 +31,12 @@ FULL: Values = {
         "dataset_uris": ["https://", "gs://bucket/rows/"],
         "webhook_urls": ["https://", "http://hooks.example.svc:8080/"],
         "max_upload_bytes": 2**34,
+        "judges": {"gpt-5.1": {"url": "https://api.example.com/v1", "model": "gpt-5.1"}},
+        "project_deployments": {"max_replicas": 4, "max_gpus": 2.5, "pinned": True},
+        "oidc_issuer": "https://login.example.com",
+        "oidc_audience": "raydpo",
+        "oidc_roles_claim": "groups",
+        "oidc_roles": [{"value": "ml", "project": "ml", "scopes": ["read", "write"]}],
     },
     "observability": {
         "serviceMonitor": True,
