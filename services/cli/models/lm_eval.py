@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
@@ -63,7 +64,8 @@ def register(app: typer.Typer) -> None:
         """
         program = _program()
         _wait_for_an_answer(client, model, is_chat=tokenizer is None)
-        unfinished = output / f"{quote(model, safe='')}.unfinished"
+        service = sha256(str(client.base_url).encode()).hexdigest()[:8]  # another one has other answers of this name
+        unfinished = output / f"{quote(model, safe='')}.{service}.unfinished"
         command = [program, "run", *_model_options(client, model, tokenizer), "--tasks", tasks]
         command += ["--output_path", str(output), "--log_samples", "--use_cache", str(unfinished), *(options or [])]
         ended = subprocess.run(command, env=os.environ | {"OPENAI_API_KEY": client.api_key})

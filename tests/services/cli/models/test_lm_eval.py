@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -181,7 +182,23 @@ def test_a_failure_of_lm_eval_is_one_of_the_command_and_keeps_the_answers(model,
     assert failed.exit_code == 1
     assert "lm_eval ended with status 1." in failed.stderr
     assert "need --tokenizer" in failed.stderr
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a%2Fb.unfinished_rank0.db"]
+    (kept,) = (tmp_path / "out").iterdir()
+    assert re.fullmatch(r"a%2Fb\.[0-9a-f]{8}\.unfinished_rank0\.db", kept.name)
+
+
+def test_the_answers_of_one_service_are_not_continued_with_those_of_another(
+    model, program, evaluations, tmp_path, monkeypatch
+):
+    command = ("lm-eval", "tiny", "--tasks", "x", "--output", "out")
+    evaluations(*command, "--", "broken")
+    (kept,) = (tmp_path / "out").iterdir()
+    kept.write_text("answers of the first service")
+    with running(Model()) as other:
+        monkeypatch.setenv("RAYDPO_URL", f"http://127.0.0.1:{other.server_port}/v1")
+        assert evaluations(*command).exit_code == 0
+    assert kept.read_text() == "answers of the first service"
+    arguments, _ = program()
+    assert arguments[arguments.index("--use_cache") + 1] not in str(kept)
 
 
 @pytest.mark.long
@@ -194,12 +211,14 @@ def test_after_a_kill_the_real_lm_eval_asks_only_what_is_left(model, tmp_path, m
     raydpo = str(Path(sys.executable).with_name("raydpo"))
     command = [raydpo, "evaluations", "lm-eval", "tiny", "--tasks", "questions", "--output", str(tmp_path / "out")]
     command += ["--", "--include_path", str(tmp_path / "tasks")]
-    unfinished = tmp_path / "out" / "tiny.unfinished_rank0.db"
+
+    def unfinished():
+        return list((tmp_path / "out").glob("tiny.*.unfinished_rank0.db"))
 
     def num_kept():
-        if not unfinished.exists():
+        if not unfinished():
             return 0
-        with closing(sqlite3.connect(unfinished)) as database:
+        with closing(sqlite3.connect(unfinished()[0])) as database:
             try:
                 return database.execute("SELECT count(*) FROM unnamed").fetchone()[0]
             except sqlite3.OperationalError:
@@ -219,4 +238,4 @@ def test_after_a_kill_the_real_lm_eval_asks_only_what_is_left(model, tmp_path, m
     assert sum(question != "?" for _, _, question in model.asked) == 40 - 11
     (results,) = (tmp_path / "out" / "tiny").glob("results_*.json")
     assert json.loads(results.read_text())["results"]["questions"]["exact_match,none"] == 0.75
-    assert not unfinished.exists()
+    assert unfinished() == []
