@@ -3,8 +3,10 @@
 No engine of this service is loaded for such a judge.
 """
 
+import asyncio
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -17,6 +19,7 @@ from services.control_plane.settings import JudgeAddress
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
+MOST_RETRIES, LONGEST_WAIT_SECONDS = 4, 20.0  # of a request that the address answers with 429, and before each retry
 MOST_CONNECTIONS = 32  # of one control plane, to all addresses together; further requests wait
 REFUSES_THE_KEY, REFUSES_THE_QUESTION = (401, 403), (400, 413, 422)  # statuses of answers
 
@@ -51,12 +54,30 @@ async def ask(http: httpx.AsyncClient, judge: Address, question: str) -> bytes:
     if place.api_key is not None:
         headers["authorization"] = f"Bearer {place.api_key.get_secret_value()}"
     try:
-        answer = await http.post(f"{place.url}/chat/completions", content=json.dumps(body).encode(), headers=headers)
+        answer = await _post(http, f"{place.url}/chat/completions", json.dumps(body).encode(), headers)
     except httpx.HTTPError as error:
         raise _unavailable(judge, f"did not answer ({type(error).__name__})", str(error)) from None
     if answer.status_code != HTTPStatus.OK:
         raise _refusal(judge, answer)
     return answer.content
+
+
+async def _post(http: httpx.AsyncClient, url: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
+    """Sends the request, and sends it again after answers with the status 429, at most MOST_RETRIES times.
+
+    Waits as long as `retry-after` says. Returns the answer 429 at once if that is more than LONGEST_WAIT_SECONDS.
+    """
+    answer = await http.post(url, content=body, headers=headers)
+    for number in range(MOST_RETRIES):
+        try:
+            seconds = float(answer.headers.get("retry-after", ""))
+        except ValueError:  # it is missing, or a date
+            seconds = 2.0**number
+        if answer.status_code != HTTPStatus.TOO_MANY_REQUESTS or not seconds <= LONGEST_WAIT_SECONDS:
+            break
+        await asyncio.sleep(seconds)
+        answer = await http.post(url, content=body, headers=headers)
+    return answer
 
 
 def _refusal(judge: Address, answer: httpx.Response) -> ApiError:

@@ -26,6 +26,7 @@ from services.control_plane.rewards.scoring import Scoring
 WITHOUT_THOUGHTS: dict[str, object] = {"enable_thinking": False}  # templates of models that do not think ignore it
 # Where a request has no value, vLLM takes the one of the model's own config, which may exclude tokens.
 WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+AS_VERDICT = r"""\b(?i:answer|verdict|choice)(?: is)? LETTER\b|\bLETTER(?=[.:,;)\]}*"'`”’](?!\w)|\s*$)"""
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,30 @@ class Models:
 def _read(model: NamedModel | Address, answer: bytes) -> Any:
     try:
         parsed = json.loads(answer)
-        _ = parsed["choices"][0]["finish_reason"], parsed["usage"]["completion_tokens"]
-        return parsed
+        choice = parsed["choices"][0]
+        _ = choice["finish_reason"], parsed["usage"]["completion_tokens"]
     except (ValueError, LookupError, TypeError, RecursionError):
         raise ApiError(f"The model '{model.id}' returned no answer that can be read.", code="model_error") from None
+    if not isinstance(choice.get("message") or {}, dict):
+        unreadable = f"The model '{model.id}' returned no answer that can be read: its 'message' is not an object."
+        raise ApiError(unreadable, code="model_error")
+    return parsed
 
 
 def chosen(text: str, choices: Collection[str]) -> str | None:
-    """Returns the one of `choices`, which are words or whole numbers, that `text` names. Returns None if it names none,
-    or several.
+    """Returns the one of `choices`, which are capital letters or whole numbers, that `text` names. Returns None if it
+    names none, or several.
 
-    Thoughts before the answer do not count, and `8/10` names 8.
+    Thoughts before the answer do not count, and `8/10` names 8. A letter may be a word, as in "A tie". So it counts
+    only at the end of a line, before a mark such as `.` or `**`, or after the word answer, verdict or choice.
     """
     answer = re.sub(r"(?<=\d) ?/ ?10\b", "", text.rpartition("</think>")[2])
     named = set(re.findall(r"\w+(?:[.,'’]\w+)*", answer)) & set(choices)
-    return named.pop() if len(named) == 1 else None
+    if len(named) != 1:
+        return None
+    choice = named.pop()
+    is_meant = choice.isdigit() or re.search(AS_VERDICT.replace("LETTER", choice), answer, re.MULTILINE)
+    return choice if is_meant else None
 
 
 def _options(sampling: Sampling, number: int) -> dict[str, Any]:

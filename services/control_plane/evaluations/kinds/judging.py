@@ -5,9 +5,9 @@ reward of a policy, or a rule.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -24,6 +24,7 @@ from services.control_plane.rewards.judges import Judge as RewardJudge
 from services.control_plane.rewards.judges import judge_of
 from services.control_plane.settings import Settings
 
+Result = TypeVar("Result")
 Side = Literal["first", "second", "neither"]
 
 CHOICES: dict[str, Side] = {"A": "first", "B": "second", "C": "neither"}
@@ -116,9 +117,8 @@ class Grader:
         swapped. Any other judge gives one verdict.
         """
         if self.is_asked:
-            there, back = await asyncio.gather(
-                self._ask(models, group, first, second), self._ask(models, group, second, first)
-            )
+            orders = ((first, second), (second, first))
+            there, back = await together(self._ask(models, group, *order) for order in orders)
             return [there, MIRRORED[back]]
         scores = [await self.score(models, group, text) for text in (first, second)]
         return ["neither" if scores[0] == scores[1] else "first" if scores[0] > scores[1] else "second"]
@@ -132,6 +132,19 @@ class Grader:
             second=second,
         )
         return CHOICES[await models.choose(self.asked, question, tuple(CHOICES))]
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Runs the coroutines at the same time, and returns their results in order.
+
+    If one fails, cancels the others, so that nothing is asked in vain, and raises the first error.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in coroutines]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def agreed(verdicts: list[Side]) -> Side:

@@ -5,7 +5,6 @@ samples as training data when a user asks it to improve a policy in rounds (repe
 answers).
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -20,7 +19,7 @@ from services.control_plane.evaluations import statistics
 from services.control_plane.evaluations.kinds import rewarding
 from services.control_plane.evaluations.kinds.asking import Models
 from services.control_plane.evaluations.kinds.compare import OUTCOMES, answers_in_numbers
-from services.control_plane.evaluations.kinds.judging import Grader, agreed, answered, grader_of, writer_of
+from services.control_plane.evaluations.kinds.judging import Grader, agreed, answered, grader_of, together, writer_of
 from services.control_plane.evaluations.kinds.kind import Found
 from services.control_plane.evaluations.requests import MOST_SAMPLES_TO_COMPARE, Spec
 from services.control_plane.models.models import NamedModel
@@ -72,7 +71,7 @@ class Samples:
         """
         pairs = list(combinations(range(len(texts)), 2))
         different = [(i, j) for i, j in pairs if texts[i] != texts[j]]
-        verdicts = await asyncio.gather(*(self.grader.compare(models, group, texts[i], texts[j]) for i, j in different))
+        verdicts = await together(self.grader.compare(models, group, texts[i], texts[j]) for i, j in different)
         won = dict(zip(different, (OUTCOMES[agreed(each)] for each in verdicts), strict=True))
         wins = [0.0] * len(texts)
         for i, j in pairs:

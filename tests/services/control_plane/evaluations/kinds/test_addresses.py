@@ -2,6 +2,7 @@
 that it does not know, and answers freely."""
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from pydantic import SecretStr
 
 from services.control_plane.core.errors import ApiError, InvalidRequest, Unavailable
-from services.control_plane.evaluations.kinds.addresses import Address, ask, client
+from services.control_plane.evaluations.kinds.addresses import MOST_CONNECTIONS, MOST_RETRIES, Address, ask, client
 from services.control_plane.settings import JudgeAddress, Settings
 from tests.services.control_plane.evaluations.conftest import POLICY, Engines, chats, created, ended, results, until
 
@@ -27,20 +28,25 @@ class OpenAi:
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
-        self.key = KEY
+        self.key, self.retry_after = KEY, "0"
         self.failures: list[tuple[int, str]] = []  # the statuses and messages of the next answers
+        self.is_open = threading.Event()  # while it is not set, answers without an error wait
         outside = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 status, answer = outside.answer(self.path, self.headers["authorization"], body)
+                if status == 200:
+                    outside.is_open.wait()
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                self.send_header("retry-after", outside.retry_after)
+                with contextlib.suppress(OSError):  # the client has left
+                    self.end_headers()
+                    self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None:
                 return
@@ -89,7 +95,8 @@ def settings(settings: Settings, outside: OpenAi) -> Settings:
 def fresh(outside: OpenAi) -> None:
     outside.bodies.clear()
     outside.failures.clear()
-    outside.key = KEY
+    outside.is_open.set()
+    outside.key, outside.retry_after = KEY, "0"
 
 
 def place(outside: OpenAi, **more: Any) -> JudgeAddress:
@@ -187,11 +194,37 @@ def test_a_judge_at_an_address_is_no_model(api: httpx.Client) -> None:
 def test_each_failure_is_told_without_the_key(
     outside: OpenAi, caplog: pytest.LogCaptureFixture, status: int, kind: type[ApiError], told: str
 ) -> None:
-    outside.failures[:] = [(status, f"Bad {KEY}.")]
+    outside.failures[:] = [(status, f"Bad {KEY}.")] * (1 + MOST_RETRIES)
     error = asyncio.run(failure(Address("j", place(outside))))
+    assert len(outside.failures) == (0 if status == 429 else MOST_RETRIES)
     assert type(error) is kind
     assert told in error.message
     assert KEY not in error.message + caplog.text
+
+
+def test_a_429_is_sent_again_unless_the_address_wants_a_long_wait(outside: OpenAi) -> None:
+    async def asked() -> bytes:
+        async with client() as http:
+            return await ask(http, Address("j", place(outside)), "?")
+
+    outside.failures[:] = [(429, "Slow down.")] * MOST_RETRIES
+    assert json.loads(asyncio.run(asked()))["usage"]["total_tokens"] == 105
+    outside.failures[:], outside.retry_after = [(429, "Slow down.")] * 2, "3600"
+    assert "the status 429" in asyncio.run(failure(Address("j", place(outside)))).message
+    assert len(outside.failures) == 1
+
+
+@pytest.mark.usefixtures("policy")
+def test_when_one_request_of_an_item_fails_the_others_are_not_sent(api: httpx.Client, outside: OpenAi) -> None:
+    outside.failures[:] = [(400, "I do not take this.")]
+    outside.is_open.clear()
+    body = {"kind": "samples", "model": POLICY, "judge": OUTSIDE, "num_samples": 8, "rows": chats(1)}
+    try:
+        assert ended(api, created(api, **body)["id"])["num_failed"] == 1
+    finally:
+        outside.is_open.set()
+    results(api, kind="score", model=POLICY, judge=OUTSIDE, rows=chats(1))  # behind all that wait for a connection
+    assert len(outside.bodies) <= MOST_CONNECTIONS + 1 < 8 * 7 - 1
 
 
 def test_an_address_where_nobody_listens_or_that_wants_a_key_cannot_be_asked(outside: OpenAi) -> None:

@@ -64,6 +64,13 @@ def test_an_answer_that_cannot_be_read_is_an_error_of_the_model(answer: object) 
         asyncio.run(models_of(Gateway(answer)).answer(MODEL, CHAT, Sampling(), 0))
 
 
+def test_a_message_that_is_a_text_is_an_error_of_the_model_that_says_so() -> None:
+    models = models_of(Gateway({"choices": [{"message": "A", "finish_reason": "stop"}], "usage": USAGE}))
+    with pytest.raises(ApiError, match="no answer that can be read: its 'message' is not an object") as failed:
+        asyncio.run(models.choose(MODEL, "?", ("A", "B")))
+    assert failed.value.code == "model_error"
+
+
 @pytest.mark.parametrize("text", ["", "D", "A or B"])
 def test_a_judge_that_gives_no_choice_is_an_error_of_the_model(text: str) -> None:
     with pytest.raises(ApiError, match="but it had to answer"):
@@ -77,6 +84,19 @@ def test_a_judge_that_gives_no_choice_is_an_error_of_the_model(text: str) -> Non
         ("**B**.", "B"),
         ("Answer B is better; B is kind.", "B"),
         ("<think>A? No.</think>\n\nB", "B"),
+        ("A", "A"),
+        ("(A) is better.", "A"),
+        ("**Verdict: A** because it is kind", "A"),
+        ("Verdict: A\n\nIt is kind.", "A"),
+        ("My answer is A because it is kind", "A"),
+        ("`A`", "A"),
+        ("\\boxed{A}", "A"),
+        ("A: it is kind", "A"),
+        ("A more direct answer comes from the second assistant.", None),
+        ("A clear tie.", None),
+        ("Verdict: A clear tie.", None),
+        ('"A clear tie"', None),
+        ("A look at A's words", None),
         ("A is as good as B", None),
         ("BA", None),
         ("b", None),

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from dpo_core.data.groups import Group
-from services.control_plane.evaluations.kinds.judging import Grader, agreed
+from services.control_plane.core.errors import NotFound
+from services.control_plane.evaluations.kinds.judging import Grader, agreed, together
 from services.control_plane.evaluations.requests import Judge
 from services.control_plane.models.models import STARTED_AT, NamedModel
 
@@ -50,3 +51,22 @@ def test_orders_that_disagree_are_a_tie(letters: str, verdicts: list[str], outco
 def test_a_rule_compares_scores_once(first: str, verdict: str) -> None:
     asked: Any = Asked()
     assert asyncio.run(Grader(Judge(type="exact")).compare(asked, GROUP, first, "No.")) == [verdict]
+
+
+def test_the_first_error_cancels_what_runs_beside_it_and_is_raised_itself() -> None:
+    cancelled = list[int]()
+
+    async def waits(number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(number)
+            raise
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise NotFound("gone")
+
+    with pytest.raises(NotFound, match="gone"):
+        asyncio.run(together([waits(1), fails(), waits(2)]))
+    assert cancelled == [1, 2]
