@@ -208,6 +208,25 @@ def test_a_long_job_is_drawn_in_buckets_and_a_part_of_it_step_by_step(
     expect(loss).to_have_attribute("aria-label", re.compile("80 points, steps 30,001 to 30,080$"))
 
 
+def test_the_curves_mark_where_an_attempt_went_on(
+    page: Page, service: Service, api: httpx.Client, file_id: str
+) -> None:
+    job_id = submit(api, file_id)
+    sign_in(page)
+    open_job(page, service.url, job_id)
+    loss, status = page.get_by_role("figure", name="Loss"), page.locator(".heading .status")
+    expect(loss).to_be_visible()
+    page.get_by_role("button", name="Pause").click()
+    expect(status).to_have_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    wait_until_ended(api, job_id)
+    events = api.get(f"/fine_tuning/jobs/{job_id}/events", params={"type": "message", "limit": 100}).json()["data"]
+    second, first = (event["data"] for event in events if "resumed_from" in (event["data"] or {}))
+    assert (first, second["attempt"]) == ({"attempt": 1, "resumed_from": 0}, 2)
+    expect(loss).to_have_attribute("aria-label", re.compile(f"; attempt 2 from step {second['resumed_from'] + 1}$"))
+    look_at(page, "job-resumed")
+
+
 def test_a_job_is_paused_resumed_and_cancelled_by_keyboard(
     page: Page, service: Service, api: httpx.Client, file_id: str
 ) -> None:

@@ -256,7 +256,8 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await session.execute(
                 update(Job).where(Job.id == attempt.job_id).values(training=report.model_dump(mode="json"))
             )
-            await _tell_reported(session, attempt, event, _started(report))
+            data = {"attempt": attempt.number, "resumed_from": report.resumed_from}
+            await _tell_reported(session, attempt, event, _started(report), data=data)
         case StepMetrics():
             await _set_progress(session, attempt, "training", report.step, report.total_steps, event.created_at)
             data = _step_data(report)

@@ -17,12 +17,18 @@ export interface Line {
   raw?: (number | null)[]; // before smoothing, drawn behind
 }
 
+export interface Mark {
+  step: number; // the mark is drawn after this step
+  label: string;
+}
+
 interface Props {
   title: string;
   unit?: string;
   steps: number[];
   across?: string; // what a step is called, such as "round"
   lines: Line[];
+  marks?: Mark[];
   show?: (value: number) => string;
   onZoom?: (from: number, to: number) => void;
   smoothing?: number; // the share of a point that comes from the points before it, below 1
@@ -41,6 +47,7 @@ export function Curve({
   steps,
   across = "step",
   lines: given,
+  marks = [],
   show = figure,
   onZoom,
   smoothing = 0,
@@ -53,6 +60,8 @@ export function Curve({
   const chart = useRef<uPlot | null>(null);
   const latest = useRef(lines);
   latest.current = lines;
+  const marked = useRef(marks);
+  marked.current = marks;
   const zoom = useRef(onZoom);
   zoom.current = onZoom;
   const cursor = useSignal<number | null>(null);
@@ -64,7 +73,7 @@ export function Curve({
     const options = optionsOf(lines, element.clientWidth, show, isLogarithmic);
     if (isLabelled) options.padding = [null, LABEL_WIDTH, null, null];
     options.hooks = {
-      draw: isLabelled ? [(self) => writeLabels(self, latest.current)] : [],
+      draw: [(self) => drawMarks(self, marked.current), ...(isLabelled ? [(self: uPlot) => writeLabels(self, latest.current)] : [])],
       setCursor: [(self) => (cursor.value = self.cursor.idx ?? null)],
       setSelect: [
         (self) => {
@@ -91,10 +100,11 @@ export function Curve({
   useEffect(() => {
     if (chart.current) drawSoon(chart.current, data);
   }, [steps, ...lines.map((line) => line.values)]);
+  useEffect(() => chart.current?.redraw(false), [JSON.stringify(marks)]);
 
   const at = cursor.value;
   return (
-    <figure class="curve" aria-label={`${title}: ${summary(lines, steps, across, show)}`}>
+    <figure class="curve" aria-label={`${title}: ${summary(lines, steps, marks, across, show)}`}>
       <figcaption>
         <h3>
           {title} {unit && <small>{unit}</small>}{" "}
@@ -140,14 +150,37 @@ function valueAt(line: Line, at: number | null, show: (value: number) => string)
   return value == null ? "–" : show(value);
 }
 
-function summary(lines: Line[], steps: number[], across: string, show: (value: number) => string): string {
+function summary(lines: Line[], steps: number[], marks: Mark[], across: string, show: (value: number) => string): string {
   if (!steps.length) return `no ${across}s yet`;
   const told = lines.map((line) => {
     const known = line.values.filter((value) => value != null);
     return known.length ? `${line.label} from ${show(known[0]!)} to ${show(known.at(-1)!)}` : `${line.label} has none`;
   });
   const points = count(steps.length, "point");
-  return `${told.join(", ")}; ${points}, ${across}s ${whole(steps[0]!)} to ${whole(steps.at(-1)!)}`;
+  const marked = marks.map(({ step, label }) => `; ${label} from ${across} ${whole(step + 1)}`).join("");
+  return `${told.join(", ")}; ${points}, ${across}s ${whole(steps[0]!)} to ${whole(steps.at(-1)!)}${marked}`;
+}
+
+/** Draws a dashed line after the step of each mark that is in sight, with the mark's label at its top. */
+function drawMarks(chart: uPlot, marks: Mark[]) {
+  const { ctx, bbox, scales } = chart;
+  const scale = devicePixelRatio;
+  ctx.save();
+  ctx.strokeStyle = ctx.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--faint").trim();
+  ctx.font = `${11 * scale}px system-ui, sans-serif`;
+  ctx.textAlign = "left";
+  ctx.textBaseline = "top";
+  ctx.setLineDash([4 * scale, 4 * scale]);
+  for (const { step, label } of marks) {
+    if (step < scales.x!.min! || step > scales.x!.max!) continue;
+    const x = chart.valToPos(step + 0.5, "x", true);
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+    ctx.fillText(label, x + 4 * scale, bbox.top);
+  }
+  ctx.restore();
 }
 
 const LABEL_WIDTH = 86;

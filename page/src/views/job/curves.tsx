@@ -1,5 +1,5 @@
-import type { Job } from "../../api/client";
-import { Curve, type Line } from "../../parts/curve/curve";
+import type { Job, JobEvent } from "../../api/client";
+import { Curve, type Line, type Mark } from "../../parts/curve/curve";
 import { looks, Steps, zoom } from "../../parts/curve/steps";
 import { CHARTS, isSparse, type Chart } from "../../parts/series/charts";
 import type { Range, Series } from "../../parts/series/series";
@@ -15,19 +15,35 @@ function linesOf(series: Series, chart: Chart): Line[] {
   });
 }
 
-export function Curves({ job, series, range }: { job: Job; series: Series; range: Range }) {
+/** Where attempts (runs of the job) went on from a checkpoint. */
+function marksOf(messages: JobEvent[]): Mark[] {
+  return messages.flatMap(({ data }) => {
+    if (typeof data?.resumed_from !== "number" || !data.resumed_from) return [];
+    return [{ step: data.resumed_from, label: `attempt ${data.attempt}` }];
+  });
+}
+
+interface Props {
+  job: Job;
+  series: Series;
+  range: Range;
+  messages: JobEvent[];
+}
+
+export function Curves({ job, series, range, messages }: Props) {
   const charts = CHARTS.map((chart) => ({ chart, lines: linesOf(series, chart) })).filter(({ lines }) => lines.length);
   if (!charts.length) {
     const words = hasEnded(job.status) ? "The job took no step." : "Curves appear with the first step.";
     return <p class="note">{words}</p>;
   }
+  const marks = marksOf(messages);
   return (
     <section aria-label="Curves">
       <Steps steps={series.steps} bucketSteps={series.bucketSteps} range={range} />
       <Fall series={series} />
       <div class="curves">
         {charts.map(({ chart, lines }) => (
-          <Curve key={chart.title} {...chart} lines={lines} steps={series.steps} onZoom={zoom} {...looks()} />
+          <Curve key={chart.title} {...chart} lines={lines} marks={marks} steps={series.steps} onZoom={zoom} {...looks()} />
         ))}
       </div>
     </section>

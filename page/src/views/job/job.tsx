@@ -36,7 +36,7 @@ export function Job({ id }: { id: string }) {
       <Heading job={job} feed={feed} />
       {feed.failure.value && <FailureNote failure={feed.failure.value} />}
       <OffLine isOnLine={feed.isOnLine} />
-      <Curves job={job} series={feed.series.value} range={range} />
+      <Curves job={job} series={feed.series.value} range={range} messages={feed.messages.value} />
       <div class="columns">
         <div>
           <Facts job={job} />
