@@ -24,7 +24,8 @@ class RetryLater:
     """ASGI middleware that asks clients to send their request again while the vLLM engine is dead.
 
     While the engine is dead, clients get status 503 with the header `retry-after` in place of any answer with status
-    500 or above. All other answers pass unchanged, and so does the rest of a stream that has begun.
+    500 or above. The error's type is `engine_died`, by which the control plane tells a dead engine from a busy one. All
+    other answers pass unchanged, and so does the rest of a stream that has begun.
     """
 
     def __init__(self, app: ASGIApp, *, engine: Engine) -> None:
@@ -37,7 +38,7 @@ class RetryLater:
             nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] >= 500 and self._engine.errored:
                 replaced = True
-                error = {"message": MESSAGE, "type": "server_error", "param": None, "code": "model_unavailable"}
+                error = {"message": MESSAGE, "type": "engine_died", "param": None, "code": "model_unavailable"}
                 headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
                 await JSONResponse({"error": error}, 503, headers)(scope, receive, send)
             elif not replaced:

@@ -3,7 +3,7 @@ keys `message`, `type`, `param` and `code`.
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409
-  TooLarge 413 · RangeNotSatisfiable 416 · RateLimited, OverQuota 429 · Unavailable 503
+  TooLarge 413 · RangeNotSatisfiable 416 · RateLimited, OverQuota 429 · Unavailable, ReplicaDied 503
 """
 
 import math
@@ -138,3 +138,7 @@ class Unavailable(ApiError):
     def __init__(self, message: str, *, retry_after: int, code: str | None = None) -> None:
         super().__init__(message, code=code)
         self.headers = {"retry-after": str(retry_after)}
+
+
+class ReplicaDied(Unavailable):
+    """Answers 503: a model's replica or its engine died while it answered, perhaps because of the request."""

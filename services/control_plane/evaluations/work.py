@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.core.errors import ApiError, NotFound, RateLimited, Unavailable
+from services.control_plane.core.errors import ApiError, NotFound, RateLimited, ReplicaDied, Unavailable
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Evaluation, EvaluationItem
 from services.control_plane.evaluations import evaluations
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ITEMS_AT_ONCE = 8  # of one evaluation
 MOST_TRIES = 5  # the most tries of one stage of an item; a wait for a model does not count as a try
+MOST_DEATHS = 10  # the most tries of one stage of an item if each ends with the death of a model's replica or engine
 RETRY_SECONDS = 2.0  # after the first failed try; doubles with each further one
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 15.0, 600.0  # after a model was not available; doubles while none is
 LOOK_SECONDS = 1.0  # how often an evaluation looks for items that are due, if none is being worked on
@@ -62,6 +63,7 @@ class Work:
         self._admit = admit
         self._num_pauses = 0  # in a row
         self._pause = 0.0
+        self._at_once = ITEMS_AT_ONCE  # 1 after a replica died, so that one item does not use up the tries of others
 
     async def run(self) -> None:
         """Works on the items (prompts) of the evaluation until each has failed or passed through all stages, and ends
@@ -86,8 +88,8 @@ class Work:
         await self._conclude()
 
     async def _take(self, busy: dict[int, asyncio.Task[None]]) -> bool:
-        """Begins to work on further items (prompts) of the evaluation, until ITEMS_AT_ONCE are in `busy`. Returns False
-        if no item is left.
+        """Begins to work on further items (prompts) of the evaluation, until ITEMS_AT_ONCE are in `busy`, or only
+        one after a model's replica died. Returns False if no item is left.
 
         `busy` holds the tasks of items under way, by item number. While the work waits for a model, begins nothing
         until the items in `busy` are done and the wait is over. Raises Ended if the user has paused the evaluation and
@@ -96,14 +98,14 @@ class Work:
         if self._pause and not busy:
             await asyncio.sleep(self._pause)
             self._pause = 0.0
-        if self._pause or len(busy) >= ITEMS_AT_ONCE:
+        if self._pause or len(busy) >= self._at_once:
             return True
         async with self._store.begin() as session:
             if not await evaluations.is_running(session, self._evaluation.id):
                 if not busy:
                     raise Ended
                 return True
-            items = await evaluations.next_items(session, self._evaluation, list(busy), ITEMS_AT_ONCE - len(busy))
+            items = await evaluations.next_items(session, self._evaluation, list(busy), self._at_once - len(busy))
             is_left = bool(items or busy) or await evaluations.num_waiting(session, self._evaluation) > 0
         for item in items:
             busy[item.number] = asyncio.create_task(self._advance(item))
@@ -116,8 +118,14 @@ class Work:
         try:
             self._admit()
             found = await self._kind.work(item.stage, item.number, group_of(item.row), item.found, self._models)
+        except ReplicaDied as error:
+            self._at_once = 1
+            if item.num_tries + 1 >= MOST_DEATHS:
+                await self._fail(item, error)
+            else:
+                await self._wait(item, error, num_tries=item.num_tries + 1)
         except (Unavailable, RateLimited) as error:
-            await self._wait(item, error)
+            await self._wait(item, error, num_tries=item.num_tries)
         except (NotFound, SQLAlchemyError):  # a model was deleted; the database does not answer
             raise
         except Exception as error:  # an error with one item must not stop the others
@@ -127,11 +135,12 @@ class Work:
         else:
             async with self._store.begin() as session:
                 await evaluations.store_stage(session, self._evaluation, item, found)
-            self._num_pauses = 0
+            self._num_pauses, self._at_once = 0, ITEMS_AT_ONCE
 
-    async def _wait(self, item: EvaluationItem, error: Unavailable | RateLimited) -> None:
+    async def _wait(self, item: EvaluationItem, error: Unavailable | RateLimited, *, num_tries: int) -> None:
         """Makes the evaluation wait, because a model is not available, or because the evaluation's API key may use no
-        more tokens in this minute. `item` is the item (prompt) whose work failed with `error`.
+        more tokens in this minute. `item` is the item (prompt) whose work failed with `error`, and `num_tries` the
+        number of tries of its stage (such as answering) that count as failed so far.
 
         If no item has made progress for STALLED_SECONDS, all unfinished items fail.
         """
@@ -144,7 +153,7 @@ class Work:
                 await evaluations.fail_waiting(session, self._evaluation, "evaluation_stalled", message)
                 return
             await evaluations.wait_for(session, self._evaluation, error.message)
-            await evaluations.put_off(session, item, self._pause, num_tries=item.num_tries)
+            await evaluations.put_off(session, item, self._pause, num_tries=num_tries)
 
     async def _retry(self, item: EvaluationItem, error: Exception) -> None:
         """Marks the item (a prompt) as failed after an error, or plans another try of its stage (such as answering).
@@ -153,13 +162,17 @@ class Work:
         tries.
         """
         is_refused = isinstance(error, ApiError) and error.status < 500
+        if is_refused or item.num_tries + 1 >= MOST_TRIES:
+            await self._fail(item, error)
+            return
         async with self._store.begin() as session:
-            if is_refused or item.num_tries + 1 >= MOST_TRIES:
-                code = error.code if isinstance(error, ApiError) else None
-                await evaluations.store_failure(session, self._evaluation, item, code, str(error))
-            else:
-                seconds = RETRY_SECONDS * 2**item.num_tries
-                await evaluations.put_off(session, item, seconds, num_tries=item.num_tries + 1)
+            seconds = RETRY_SECONDS * 2**item.num_tries
+            await evaluations.put_off(session, item, seconds, num_tries=item.num_tries + 1)
+
+    async def _fail(self, item: EvaluationItem, error: Exception) -> None:
+        code = error.code if isinstance(error, ApiError) else None
+        async with self._store.begin() as session:
+            await evaluations.store_failure(session, self._evaluation, item, code, str(error))
 
     async def _conclude(self) -> None:
         async with self._store.begin() as session:

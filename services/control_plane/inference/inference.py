@@ -23,7 +23,7 @@ from fastapi import Response
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
+from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, ReplicaDied, TooLarge, Unavailable
 from services.control_plane.core.log_setup import Trouble
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.inference.metering import Meter
@@ -221,7 +221,8 @@ class Inference:
                 return Stream(answer, meter, lambda: self._end(engine, answer, meter, share))
             content = await answer.body()
             if answer.status == 500 and OF_A_REPLICA not in answer.headers:
-                raise Broken("its replica died")
+                log.warning("The replica of the model %s died while it answered", engine.id)
+                raise self._unavailable(engine, "stopped while it answered, because its replica died", ReplicaDied)
             if answer.status != 200:
                 raise self._refusal(engine, answer.status, content)
             meter.whole(content)
@@ -319,8 +320,8 @@ class Inference:
                 use.change(-1, time.monotonic())
         return entered
 
-    def _unavailable(self, engine: Engine, trouble: str) -> Unavailable:
-        return Unavailable(
+    def _unavailable(self, engine: Engine, trouble: str, kind: type[Unavailable] = Unavailable) -> Unavailable:
+        return kind(
             f"The model '{engine.id}' {trouble}. Try again in {RETRY_AFTER_SECONDS} seconds.",
             retry_after=RETRY_AFTER_SECONDS,
             code="model_unavailable",
@@ -347,5 +348,6 @@ class Inference:
         if refusal := REFUSALS.get(status):
             return refusal(message, param=param, code="invalid_value")
         if status in (429, 503):
-            return self._unavailable(engine, f"cannot answer now: {message.removesuffix('.')}")
+            kind = ReplicaDied if error.get("type") == "engine_died" else Unavailable
+            return self._unavailable(engine, f"cannot answer now: {message.removesuffix('.')}", kind)
         return ApiError(f"The model '{engine.id}' failed: {message}", code="model_error")

@@ -39,7 +39,7 @@ def get(path: str, *, errored: bool) -> httpx.Response:
 def test_an_error_of_a_dead_engine_becomes_a_503_that_clients_retry(status: int) -> None:
     got = get(f"/{status}", errored=True)
     error: dict[str, Any] = got.json()["error"]
-    assert (got.status_code, got.headers["retry-after"], error["code"]) == (503, "5", "model_unavailable")
+    assert (got.status_code, got.headers["retry-after"], error["type"]) == (503, "5", "engine_died")
     assert "send the request again" in error["message"]
 
 

@@ -40,18 +40,26 @@ class Engines:
         self.asked: list[tuple[str, dict[str, Any]]] = []  # models and bodies
         self.failing: Counter[str] = Counter()  # how many requests to a model fail from now on
         self.refusing: set[str] = set()  # texts that a model refuses
+        self.killing: set[str] = set()  # texts that kill the replica of a model
+        self.ends_engines = False  # whether they end the replica's engine, which the replica tells, and not the replica
         self.endings: dict[str, str] = {}  # what models add to their answers
+        self.beside: list[
+            int
+        ] = []  # how many requests for completions were under way when each arrived, itself included
         self.is_away = False  # whether all answers are that the model cannot be asked now
         self.delay = 0.0
+        self._under_way, self._lock = 0, threading.Lock()
         self._words: dict[str, int] = {}
         engines = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                status, answer = engines.score(self.path, body) if "/score/" in self.path else engines.answer(body)
-                data = json.dumps(answer).encode()
+                status, answer = engines.score(self.path, body) if "/score/" in self.path else engines.count(body)
+                data = b"Internal Server Error" if answer is None else json.dumps(answer).encode()
                 self.send_response(status)
+                if answer is not None:
+                    self.send_header("x-request-id", "a")
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
@@ -63,7 +71,21 @@ class Engines:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}).start()
 
-    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def count(self, body: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
+        """Returns what `answer` does, and counts the requests that are under way."""
+        with self._lock:
+            self._under_way += 1
+            self.beside.append(self._under_way)
+        try:
+            return self.answer(body)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
+        """Returns the status and the body of the answer. Without a body, it is the one of Ray Serve's proxy in place of
+        a replica that has died.
+        """
         model = body["model"]
         self.asked.append((model, body))
         time.sleep(self.delay)
@@ -75,6 +97,8 @@ class Engines:
         prompt = body.get("prompt") or body["messages"][-1]["content"]
         if any(text in prompt for text in self.refusing):
             return 400, {"error": {"message": "I do not take this."}}
+        if any(text in prompt for text in self.killing):
+            return (503, {"error": {"message": "Dead.", "type": "engine_died"}}) if self.ends_engines else (500, None)
         choices = body.get("structured_outputs", {}).get("choice")
         text = self._verdict(model, prompt) if choices else self._text(model, prompt)
         text = self._grade(prompt) if choices and "10" in choices else text
@@ -141,10 +165,12 @@ def engines() -> Iterator[Engines]:
 @pytest.fixture(autouse=True)
 def calm(engines: Engines) -> None:
     engines.asked.clear()
+    engines.beside.clear()
     engines.failing.clear()
     engines.refusing.clear()
+    engines.killing.clear()
     engines.endings.clear()
-    engines.delay, engines.is_away = 0.0, False
+    engines.delay, engines.is_away, engines.ends_engines = 0.0, False, False
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +187,7 @@ def settings(offline: Settings, fake_ray: FakeRay, engines: Engines) -> Iterator
         patch.setattr(work, "LOOK_SECONDS", 0.05)
         patch.setattr(work, "RETRY_SECONDS", 0.05)
         patch.setattr(work, "PAUSE_SECONDS", 0.1)
+        patch.setattr(work, "LONGEST_PAUSE_SECONDS", 0.5)
         patch.setattr("services.control_plane.tenants.usage.FLUSH_SECONDS", 0.1)
         yield offline.model_copy(update=urls | {"models": models})
 

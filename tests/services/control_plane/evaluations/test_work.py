@@ -52,6 +52,30 @@ def test_it_waits_for_models_as_long_as_it_takes_and_says_so(api: httpx.Client, 
     assert (found["status"], found["num_completed"], found["waits_for"]) == ("succeeded", 6, None)
 
 
+@pytest.mark.parametrize(("ends_engines", "told"), [(False, "because its replica died"), (True, "Dead")])
+def test_an_item_that_kills_replicas_fails_after_ten_and_fails_no_other(
+    api: httpx.Client, engines: Engines, ends_engines: bool, told: str
+) -> None:
+    engines.killing.add("Question 2")
+    engines.ends_engines = ends_engines
+    found = ended(api, created(api, **COMPARE)["id"])
+    assert (found["status"], found["num_completed"], found["num_failed"]) == ("succeeded", 5, 1)
+    items = api.get(f"/x/evaluations/{found['id']}/items").json()["data"]
+    assert items[2]["error"]["code"] == "model_unavailable"
+    assert told in items[2]["error"]["message"]
+    assert engines.counts()[POLICY] == 5 + work.MOST_DEATHS
+
+
+def test_after_a_death_items_are_tried_one_at_a_time(
+    api: httpx.Client, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "MOST_DEATHS", 3)
+    engines.killing.add("Question")
+    found = ended(api, created(api, **SCORE)["id"])
+    assert (found["status"], found["num_failed"]) == ("failed", 3)
+    assert engines.beside[3:] == [1] * 6
+
+
 def test_items_fail_if_nothing_was_finished_for_a_day(
     api: httpx.Client, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:

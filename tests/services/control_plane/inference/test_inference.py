@@ -240,12 +240,17 @@ def test_a_replica_that_dies_is_a_503_to_be_sent_again(api: httpx.Client, serve:
     for died, said in (
         (b"", "did not answer"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", "stopped while it"),
-        (b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 21\r\n\r\nInternal Server Error", "stopped while it"),
+        (
+            b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 21\r\n\r\nInternal Server Error",
+            "stopped while it answered, because its replica died",
+        ),
     ):
         serve.answer = died
         answer = ask(api)
         assert f"The model 'tiny' {said}" in refusal(answer, 503)
         assert answer.headers["retry-after"] == "15"
+    serve.reply(b'{"error": {"message": "Dead.", "type": "engine_died"}}', status=503)
+    assert "The model 'tiny' cannot answer now: Dead. Try again" in refusal(ask(api), 503)
     serve.reply(b"no gzip", more="content-encoding: gzip\r\n")
     assert "stopped while it answered" in refusal(ask(api), 503)
 
