@@ -23,6 +23,10 @@ OUTSIDE = {"type": "model", "model": "outside"}
 KNOWN = {"model", "messages", "temperature", "max_completion_tokens", "response_format", "seed"}
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # connections that wait for their thread; with the usual 5, the others come seconds later
+
+
 class OpenAi:
     """The API of another company. Prefers the answer with the word `good`, or grades an answer, in a sentence."""
 
@@ -51,7 +55,7 @@ class OpenAi:
             def log_message(self, *_: Any) -> None:
                 return
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}).start()
 
