@@ -105,7 +105,8 @@ class Work:
                 if not busy:
                     raise Ended
                 return True
-            items = await evaluations.next_items(session, self._evaluation, list(busy), self._at_once - len(busy))
+            room = max(0, self._at_once - len(busy))  # a replica may have died since the look above
+            items = await evaluations.next_items(session, self._evaluation, list(busy), room)
             is_left = bool(items or busy) or await evaluations.num_waiting(session, self._evaluation) > 0
         for item in items:
             busy[item.number] = asyncio.create_task(self._advance(item))
