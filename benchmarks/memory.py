@@ -1,12 +1,14 @@
-"""Reads the peak memory of processes in bytes, which Linux reports as `VmHWM` for each process."""
+"""Reads the peak memory of processes in bytes, which Linux reports as `VmHWM` for each process, and the memory that
+PyTorch's profiler recorded."""
 
 import resource
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -45,6 +47,18 @@ def below(*titles: str) -> Iterator[int]:
         with suppress(psutil.Error):
             if any(title in " ".join(process.cmdline()) for title in titles):
                 yield process.pid
+
+
+def changes(profiled: Any) -> list[int]:
+    """Returns the bytes of every allocation, and the negative bytes of every release, in order. `profiled` is a profile
+    that torch.profiler recorded with `profile_memory`."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def most_allocated(profiled: Any) -> int:
+    """Returns the most bytes that PyTorch had allocated at the same time while `profiled` was recorded."""
+    return max(accumulate(changes(profiled)))
 
 
 class _Sampler:

@@ -18,14 +18,12 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.memory import forget_peak, peak
+from benchmarks.memory import forget_peak, most_allocated, peak
 from benchmarks.rows import dialogues, encode, save_model
 
 MAX_TOKENS_PER_PACK = 4096
@@ -104,13 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         steps = train(config, policy, tokenizer, batches, total_steps=len(batches), checkpoint_dir=folder)
         next(steps), next(steps)
         steps.close()
-    return figures | {"tensors, MB": _most_allocated(profiled) / 1e6} | sizes
-
-
-def _most_allocated(profiled: Any) -> int:
-    """Returns the most bytes that PyTorch had allocated at the same time while it was profiled."""
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return figures | {"tensors, MB": most_allocated(profiled) / 1e6} | sizes
 
 
 def _in_its_own_process(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, float]:

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,6 +98,8 @@ def _work(case: Case, rank: int, folder: Path, repeats: int) -> Figures:
     import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
 
+    from benchmarks.memory import most_allocated
+
     if case.workers > 1:
         dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=case.workers)
     seconds, operations = _train(case, repeats)
@@ -106,8 +107,7 @@ def _work(case: Case, rank: int, folder: Path, repeats: int) -> Figures:
     for _ in range(3):  # on a loaded machine about one measurement in forty is off, by up to a copy of the weights
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             _train(replace(case, rows=case.batch_size), repeats=1)
-        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-        peaks.append(max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))))
+        peaks.append(most_allocated(profiled))
     return {
         "cpu_seconds": statistics.median(seconds),
         "operations": operations,

@@ -31,9 +31,8 @@ class Scorer(nn.Module):
 
     If the architecture allows it, the scorer computes each prompt once for all its completions. The constructor tests
     this: it compares the results on a few tokens with those of the architecture's own forward, on a small copy of the
-    model if one can be made. If the results differ, every
-    completion follows its own copy of the prompt, and completions are computed in padded batches of similar lengths, or
-    one at a time.
+    model if one can be made. If the results differ, every completion follows its own copy of the prompt, and
+    completions are computed in padded batches of similar lengths, or one at a time.
 
     With `balances`, the scorer also measures how a mixture of experts spreads tokens over its experts. It does so only
     if the model is no reward model, its config says that training balances the experts, and the balancing loss that is

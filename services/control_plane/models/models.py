@@ -151,9 +151,8 @@ async def hold(session: AsyncSession, settings: Settings, model_ids: Iterable[st
 
     Raises NotFound if one of the models does not exist.
     """
-    for model_id in sorted(
-        set(model_ids) - settings.judges.keys()
-    ):  # in one order, so that no two transactions wait for each other
+    # In one order, so that no two transactions wait for each other.
+    for model_id in sorted(set(model_ids) - settings.judges.keys()):
         await find(session, settings, model_id, hold=True)
 
 

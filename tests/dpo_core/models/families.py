@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -21,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy, load_tokenizer, merge_adapter
+from dpo_core.plan.inputs import Shapes
 from dpo_core.policy.scorer import Scorer, score_reference
 from dpo_core.training.trainer import train
 from tests.dpo_core import conftest
@@ -64,6 +66,15 @@ def tiny(family: str) -> PreTrainedModel:
     for parameter in model.parameters():  # whatever starts at 0 would not show
         parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
     return model
+
+
+def save_tiny(family: str, folder: Path) -> Shapes:
+    """Writes a tiny model of the family to the folder, and returns the shapes of its weights, by their names in the
+    file."""
+    tiny(family).save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        weights = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return Shapes({"model_type": family}, weights)
 
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_d_state": 8}

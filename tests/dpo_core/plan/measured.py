@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.multiprocessing import start_processes
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.memory import most_allocated
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import attach
@@ -102,8 +102,7 @@ def allocated(case: Case, folder: Path) -> int:
     """Returns the most bytes that torch had allocated at the same time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         train_twice(case, folder)
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return most_allocated(profiled)
 
 
 def _measure(rank: int, case: Case, folder: str) -> None:

@@ -2,13 +2,12 @@
 
 import pytest
 from peft.utils import transformers_weight_conversion as of_peft
-from safetensors import safe_open
 
 from dpo_core.config import Lora
 from dpo_core.models.model import load_policy
 from dpo_core.plan.adapters import WITH_ADAPTABLE_EXPERTS, adapted_weights, adapts_experts
 from dpo_core.plan.inputs import Shapes
-from tests.dpo_core.models.families import FAMILIES, tiny
+from tests.dpo_core.models.families import FAMILIES, save_tiny
 
 OFTEN = {"llama", "mixtral", "qwen3_moe", "phimoe", "gpt_oss"}
 
@@ -24,11 +23,9 @@ def of_mixture(kind: str) -> Shapes:
     "family", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in FAMILIES]
 )
 def test_it_is_known_of_a_family_whether_its_experts_are_adapted(family, tmp_path):
-    tiny(family).save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        weights = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    shapes = save_tiny(family, tmp_path)
     adapted = [name for name, _ in load_policy(tmp_path, adapter=Lora(r=2)).named_parameters() if ".lora_A." in name]
-    assert adapts_experts(Shapes({"model_type": family}, weights), None) == any(".experts." in name for name in adapted)
+    assert adapts_experts(shapes, None) == any(".experts." in name for name in adapted)
 
 
 def test_the_types_with_adaptable_experts_are_those_of_the_installed_peft():

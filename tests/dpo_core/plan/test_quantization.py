@@ -3,7 +3,6 @@
 from math import prod
 
 import pytest
-from safetensors import safe_open
 
 from dpo_core.config import Lora
 from dpo_core.models.model import load_policy
@@ -11,7 +10,7 @@ from dpo_core.models.quantization import shape_of
 from dpo_core.options import InvalidOption
 from dpo_core.plan.inputs import Shapes
 from dpo_core.plan.quantization import check_quantization, quantized_weights
-from tests.dpo_core.models.families import FAMILIES, tiny
+from tests.dpo_core.models.families import FAMILIES, save_tiny
 
 OFTEN = {"llama", "mixtral", "qwen3_moe", "gpt_oss", "gpt2", "mamba", "deepseek_v3", "phi3"}
 
@@ -22,10 +21,7 @@ OFTEN = {"llama", "mixtral", "qwen3_moe", "gpt_oss", "gpt2", "mamba", "deepseek_
     "family", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in FAMILIES]
 )
 def test_a_family_is_refused_by_its_shapes_as_by_training(family, tmp_path):
-    tiny(family).save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        weights = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    shapes = Shapes({"model_type": family}, weights)
+    shapes = save_tiny(family, tmp_path)
     try:
         policy = load_policy(tmp_path, adapter=Lora(r=2), quantization="nf4")
     except InvalidOption:
@@ -35,7 +31,7 @@ def test_a_family_is_refused_by_its_shapes_as_by_training(family, tmp_path):
         return
     check_quantization(shapes)
     numbers = sum(shape_of(weight).numel() for weight in policy.parameters() if getattr(weight, "quant_state", None))
-    assert sum(prod(weights[name]) for name in quantized_weights(shapes)) == numbers
+    assert sum(prod(shapes.weights[name]) for name in quantized_weights(shapes)) == numbers
 
 
 def test_a_refusal_names_the_share_and_the_remedy():

@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MixtralConfig
 
+from benchmarks import memory
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
@@ -29,12 +30,11 @@ CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, 
 
 
 def changes(work: Callable[[], object]) -> list[int]:
-    """Returns the bytes of every allocation, and the negative bytes of every release, in order."""
+    """Returns the bytes of every allocation by `work`, and the negative bytes of every release, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = work()  # what it returns lives until here
     del kept
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return memory.changes(profiled)
 
 
 def groups_of(num_tokens: int) -> list[EncodedGroup]:

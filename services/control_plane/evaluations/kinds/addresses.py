@@ -67,16 +67,16 @@ async def _post(http: httpx.AsyncClient, url: str, body: bytes, headers: Mapping
 
     Waits as long as `retry-after` says. Returns the answer 429 at once if that is more than LONGEST_WAIT_SECONDS.
     """
-    answer = await http.post(url, content=body, headers=headers)
-    for number in range(MOST_RETRIES):
+    for number in range(MOST_RETRIES + 1):
+        answer = await http.post(url, content=body, headers=headers)
         try:
             seconds = float(answer.headers.get("retry-after", ""))
         except ValueError:  # it is missing, or a date
             seconds = 2.0**number
-        if answer.status_code != HTTPStatus.TOO_MANY_REQUESTS or not seconds <= LONGEST_WAIT_SECONDS:
+        is_late = number == MOST_RETRIES or not seconds <= LONGEST_WAIT_SECONDS
+        if answer.status_code != HTTPStatus.TOO_MANY_REQUESTS or is_late:
             break
         await asyncio.sleep(seconds)
-        answer = await http.post(url, content=body, headers=headers)
     return answer
 
 
