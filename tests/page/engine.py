@@ -5,6 +5,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored, TokenGroup
+
 LOAD = {
     "replica": "one",
     "requests_running": 1,
@@ -42,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append(body)
+        if self.path.endswith((SCORE_TEXTS, SCORE_TOKENS)):
+            self._answer(200, scored(body).model_dump_json())
+            return
         is_chat = self.path.endswith("/chat/completions")
         if self.server.is_full:
             self._answer(503, json.dumps({"error": {"message": "its queue is full"}}))
@@ -73,6 +78,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def scored(body: dict[str, Any]) -> Scored:
+    """Returns log-probabilities: of texts -0.5 for each character, which is a token, and of tokens -1."""
+    is_text = "vocabulary" not in body
+    groups = [_tokens(group) if is_text else TokenGroup(**group) for group in body["groups"]]
+    lengths = [[len(ids) for ids in group.completion_ids] for group in groups]
+    outputs = [[[length * (-0.5 if is_text else -1.0)] for length in row] for row in lengths]
+    usage = {"prompt_tokens": sum(map(sum, lengths))}
+    return Scored(groups=groups, vocabulary="one", outputs=outputs, num_tokens=lengths, usage=usage)
+
+
+def _tokens(group: dict[str, Any]) -> TokenGroup:
+    texts = [completion[-1]["content"] for completion in group["completions"]]
+    return TokenGroup(prompt_ids=[1], completion_ids=tuple([ord(sign) for sign in text] for text in texts))
 
 
 def _event(choice: dict[str, Any]) -> bytes:

@@ -146,6 +146,47 @@ def test_weights_are_saved_and_the_commands_for_them_shown(
     assert b"adapter_model.safetensors" in (tmp_path / "weights.tar").read_bytes()
 
 
+def test_a_policy_scores_answers_that_the_reader_writes(page: Page, service: Service, policy: str) -> None:
+    open_model(page, service, policy)
+    page.get_by_role("link", name="Score answers").click()
+    page.get_by_label("Prompt").fill("Where is the saw?")
+    page.get_by_role("button", name="One more answer").click()
+    for number, text in enumerate(("No.", "Aisle four, on the left.", "There."), 1):
+        page.get_by_label(f"Answer {number}").fill(text)
+    service.ray.down = True  # the models load no sooner than this is seen
+    try:
+        page.get_by_role("button", name="Score", exact=True).click()
+        expect(page.get_by_text("cannot be reached, because the Ray cluster")).to_be_visible()
+    finally:
+        service.ray.down = False
+    best = page.get_by_role("row").filter(has_text="the best one")
+    expect(best).to_contain_text("Aisle four, on the left.")
+    expect(best).to_contain_text("2.4")  # 24 characters, 0.5 nats each, beta 0.2
+    expect(best).to_contain_text("12 nats")
+    expect(page.get_by_text("Compared with tiny, β is 0.2.")).to_be_visible()
+    shares = page.locator("td[data-label=Preferred]").all_inner_texts()
+    assert sum(float(share.removesuffix(" %")) for share in shares) == pytest.approx(100, abs=0.2)
+    assert "Aisle" not in page.url
+    look_at(page, "rewards")
+    page.get_by_role("button", name="One answer less").click()
+    page.get_by_label("β").fill("0.5")
+    page.keyboard.press("Enter")
+    expect(best).to_contain_text("6")
+    expect(page.get_by_role("rowheader")).to_have_count(2)
+
+
+def test_a_base_model_scores_answers_against_a_reference_that_is_named(page: Page, service: Service) -> None:
+    open_model(page, service, "polite")
+    page.get_by_role("link", name="Score answers").click()
+    page.get_by_label("Prompt").fill("Hi")
+    page.get_by_label("Answer 1").fill("Hello!")
+    page.get_by_label("Answer 2").fill("What?")
+    page.get_by_label("Reference").select_option("tiny")
+    page.get_by_label("β").fill("1")
+    page.get_by_role("button", name="Score", exact=True).click()
+    expect(page.get_by_role("row").filter(has_text="the best one")).to_contain_text("Hello!")
+
+
 def test_a_model_leads_to_its_evaluation(page: Page, service: Service, policy: str) -> None:
     open_model(page, service, policy)
     page.get_by_role("link", name="Evaluate", exact=True).click()

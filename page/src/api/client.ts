@@ -40,6 +40,9 @@ export type FrontierPoint = Documents["FrontierPoint"];
 export type CreateEvaluation = Documents["CreateEvaluation"];
 export type CreateRounds = Documents["CreateRounds"];
 export type CreateSweep = Documents["CreateSweep"];
+export type Judged = Documents["JudgedDocument"];
+export type Rewards = Documents["RewardsList"];
+export type CreateRewards = Documents["RewardsBody"];
 export type Plan = Documents["PlanDocument"];
 
 type Token = Documents["TokenDocument"];

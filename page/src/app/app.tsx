@@ -16,6 +16,7 @@ import { Evaluations } from "../views/evaluations/evaluations";
 import { NewEvaluation } from "../views/evaluations/new-evaluation";
 import { Model } from "../views/models/model";
 import { Models } from "../views/models/models";
+import { Rewards } from "../views/models/rewards";
 import { Settings } from "../views/models/settings";
 import { AllRounds } from "../views/rounds/all-rounds";
 import { NewRounds } from "../views/rounds/new-rounds";
@@ -56,7 +57,8 @@ const VIEWS: View[] = [
 
 function showModels(id?: string, part?: string) {
   if (!id) return <Models />;
-  return part === "settings" ? <Settings key={id} id={id} /> : <Model key={id} id={id} />;
+  if (part === "settings") return <Settings key={id} id={id} />;
+  return part === "rewards" ? <Rewards key={id} id={id} /> : <Model key={id} id={id} />;
 }
 
 function showJobs(id?: string) {

@@ -10,9 +10,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from dpo_core.data.groups import Group
+from services.control_plane.core.documents import answers
 from services.control_plane.http.dependencies import SettingsPart, StorePart
 from services.control_plane.inference.api import answered, note
 from services.control_plane.inference.metering import Meter
+from services.control_plane.rewards.documents import RewardsList
 from services.control_plane.rewards.judges import Judge, judge_of
 from services.control_plane.rewards.preferences import Judged, probabilities, winner
 from services.control_plane.rewards.requests import RewardsBody, groups_of
@@ -21,7 +23,7 @@ from services.control_plane.rewards.scoring import Judgement, Scoring
 router = APIRouter()
 
 
-@router.post("/x/rewards")
+@router.post("/x/rewards", responses=answers(RewardsList))
 async def create(request: Request, store: StorePart, settings: SettingsPart, body: RewardsBody) -> Response:
     """Scores completions with a policy and its reference model, or with a reward model. The rows are not stored."""
     groups = groups_of(body)

@@ -72,6 +72,9 @@ function Heading({ model, deployment, again }: HeadingProps) {
               Ask
             </a>
           )}
+          <a class="button" href={href(["models", model.id, "rewards"])}>
+            Score answers
+          </a>
           <a class="button" href={href(["evaluations", "new"], { model: model.id, kind: isReward ? "preferences" : null })}>
             Evaluate
           </a>

@@ -1,11 +1,14 @@
 import { useEffect, useState } from "preact/hooks";
 import { api, ask, Failure, type Deployment } from "../../api/client";
 import { FailureNote } from "../../parts/loading/loading";
-import { count, duration, figure, visible } from "../../parts/words/words";
+import { clock, count, duration, figure, visible } from "../../parts/words/words";
+
+const UNUSED_SECONDS = 60; // a shorter pause is not worth a word
 
 /** Whether the model answers, what it waits for, and how busy it is. */
 export function State({ of }: { of?: Deployment }) {
   if (!of) return <span class="status">not known</span>;
+  const idleTime = idleTimeOf(of);
   return (
     <>
       <span class={`status ${of.state}`}>{of.state}</span>
@@ -13,6 +16,7 @@ export function State({ of }: { of?: Deployment }) {
       {of.waits_for && <small>waits for {visible(of.waits_for)}</small>}
       {of.error && <small class="bad">{visible(of.error)}</small>}
       {of.state === "running" && <small>{loadOf(of)}</small>}
+      {of.state === "running" && idleTime && <small>{idleTime}</small>}
     </>
   );
 }
@@ -24,6 +28,14 @@ function loadOf(of: Deployment): string {
   if (tokens_per_second !== null) parts.push(`${figure(tokens_per_second)} tokens/s`);
   if (time_to_first_token !== null) parts.push(`first token after ${shortly(time_to_first_token)}`);
   return parts.join(" · ");
+}
+
+/** How long nobody has used the engine, and when it is unloaded for that. */
+function idleTimeOf({ last_used_at, unloads_at, requests_in_flight }: Deployment): string | undefined {
+  const now = Date.now() / 1000;
+  if (requests_in_flight || last_used_at === null || now - last_used_at < UNUSED_SECONDS) return undefined;
+  const unused = `unused for ${duration(now - last_used_at)}`;
+  return unloads_at === null ? unused : `${unused} · unloaded at ${clock(unloads_at)} if nobody asks it`;
 }
 
 const shortly = (seconds: number) => (seconds < 2 ? `${Math.round(seconds * 1000)} ms` : duration(seconds));

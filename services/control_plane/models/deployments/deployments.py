@@ -9,7 +9,7 @@ model with a mark stays loaded.
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -200,6 +200,8 @@ class Status:
     error: str | None = None
     num_ready: int = 0  # replicas
     attached_to: str | None = None  # the base model whose engine an adapter is attached to
+    last_used_at: datetime | None = None  # of the engine; None: it is not requested
+    unloads_at: datetime | None = None  # when it is unloaded if nobody uses it; None: no such time is set
 
 
 async def status(
@@ -213,17 +215,24 @@ async def status(
     loaded, attached_to = engine.loaded, engine.loaded.id if engine.adapter else None
     found = await deployment_settings.of(session, settings, {model.id, loaded.id})
     own = found[loaded.id].model_copy(update={"mode": found[model.id].mode})
-    row, app = await session.get(Deployment, loaded.app_name), applications.get(loaded.app_name)
+    query = select(Deployment, _is_reference(), func.clock_timestamp()).where(Deployment.app_name == loaded.app_name)
+    row, is_reference, now = (await session.execute(query)).one_or_none() or (None, False, None)
+    app = applications.get(loaded.app_name)
     named = {"app_name": loaded.app_name, "model_id": loaded.id, "source": loaded.source}
     asked = row or Deployment(**named, num_outputs=loaded.num_outputs)
     application = _application(asked, own, settings, is_reference=False)
     chosen = await deployment_settings.chosen(session, model.id)
+    status = Status(model.id, application, own, chosen, "unloaded", attached_to=attached_to)
+    if row and now:
+        wanted = _model(row, application, own, settings, now, app, is_reference=is_reference)
+        left = wanted.seconds_left
+        unloads_at = None if left is None else now + timedelta(seconds=left)
+        status = replace(status, last_used_at=row.last_used_at, unloads_at=unloads_at)
     if app is None or app.state == "stopping":
-        state, lack = ("unloaded", None) if row is None else ("waiting", row.waits_for or "its turn to be loaded")
-        return Status(model.id, application, own, chosen, state, lack, attached_to=attached_to)
+        return replace(status, state="waiting", waits_for=row.waits_for or "its turn to be loaded") if row else status
     error = app.message if app.state == "failed" else None
     lack = row.waits_for if row else None
-    return Status(model.id, application, own, chosen, app.state, lack, error, app.num_ready, attached_to)
+    return replace(status, state=app.state, waits_for=lack, error=error, num_ready=app.num_ready)
 
 
 async def unload(

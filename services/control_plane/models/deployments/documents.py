@@ -19,3 +19,5 @@ class DeploymentDocument(TypedDict):
     requests_in_flight: int | None
     tokens_per_second: float | None
     time_to_first_token: float | None
+    last_used_at: int | None
+    unloads_at: int | None

@@ -60,8 +60,22 @@ class Model:
     def is_unused(self) -> bool:
         """Whether nobody has used the model for longer than `idle_seconds`, or STAY_SECONDS if only jobs have requested
         it. Such a model is evicted (unloaded) even if no other model needs its memory."""
-        idle_seconds = STAY_SECONDS if self.for_jobs else self.idle_seconds
-        return self.is_idle and idle_seconds is not None and self.used > idle_seconds
+        limit = self._idle_limit
+        return self.is_idle and limit is not None and self.used > limit
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the running model is evicted (unloaded) if nobody uses it. None if it is not evicted for this
+        reason: it stays, it is answering requests, or no limit of its idle time is set."""
+        limit = self._idle_limit
+        if self.state != "running" or self.stays or self.answers or limit is None:
+            return None
+        until_idle = 0.0 if self.answered else STAY_SECONDS - self.held
+        return max(0.0, until_idle, limit - self.used)
+
+    @property
+    def _idle_limit(self) -> float | None:
+        return STAY_SECONDS if self.for_jobs else self.idle_seconds
 
     def is_awaited(self, wait_seconds: float) -> bool:
         """Whether this model, which is not loaded yet, must still be loaded. There are two possible reasons:

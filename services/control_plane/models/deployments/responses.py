@@ -27,4 +27,6 @@ def deployment_object(status: Status, load: Load | None) -> dict[str, Any]:
         "requests_in_flight": load and load.requests_in_flight,
         "tokens_per_second": load and round(load.tokens_per_second, 3),
         "time_to_first_token": load and load.time_to_first_token,
+        "last_used_at": status.last_used_at and int(status.last_used_at.timestamp()),
+        "unloads_at": status.unloads_at and int(status.unloads_at.timestamp()),
     }

@@ -340,3 +340,27 @@ def test_one_that_failed_is_forgotten_for_the_next_request_but_not_for_an_attemp
         assert await cluster.place() == {"b"}
 
     tell(story)
+
+
+def test_the_status_tells_when_a_model_was_used_and_when_it_leaves(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        settings = cluster.settings.model_copy(update={"model_idle_seconds": 600.0})
+
+        async def times(model: NamedModel) -> tuple[datetime | None, datetime | None]:
+            async with cluster.store.begin() as session:
+                status = await deployments.status(session, settings, cluster.loaded, model)
+            return status.last_used_at, status.unloads_at
+
+        assert await times(A) == (None, None)
+        await cluster.use(A)
+        await cluster.place()
+        await cluster.place()
+        assert await cluster.enter(A)
+        assert (await times(A))[1] is None  # it is answering
+        await cluster.leave(A)
+        used_at, unloads_at = await times(A)
+        assert used_at is not None
+        assert unloads_at is not None
+        assert abs((unloads_at - used_at).total_seconds() - 600) < 1
+
+    tell(story)

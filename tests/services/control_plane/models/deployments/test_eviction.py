@@ -55,6 +55,18 @@ def test_an_idle_model_stays_while_nobody_waits_or_as_long_as_the_settings_say()
     assert decide([young, busy], TWO).forget == set()
 
 
+def test_the_seconds_that_an_unused_model_has_left_end_when_it_is_evicted() -> None:
+    fresh = replace(IDLE, answered=False, held=20, used=590, idle_seconds=600)
+    scored = replace(IDLE, for_jobs=True)
+    for one, left in ((replace(IDLE, used=100, idle_seconds=600), 500), (fresh, STAY_SECONDS - 20), (scored, 40)):
+        assert one.seconds_left == left
+        for after, is_evicted in ((left - 1, False), (left + 1, True)):
+            later = replace(one, held=one.held + after, used=one.used + after)
+            assert (one.app_name in decide([later], TWO).forget) is is_evicted
+    for one in (IDLE, BUSY, LOADING, WAITING, REFERENCE, replace(PINNED, idle_seconds=600)):
+        assert one.seconds_left is None
+
+
 def test_a_model_that_only_jobs_requested_leaves_after_them_and_is_not_loaded_without_them() -> None:
     scored = replace(IDLE, for_jobs=True, used=STAY_SECONDS + 1)
     assert decide([scored], TWO).forget == {"idle"}
