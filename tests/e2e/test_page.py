@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
+from demo.rows import Shop
 from tests.e2e.conftest import Service
 from tests.e2e.test_service import shop_pairs
 from tests.page.browsing import chromium, sign_in, tab
@@ -37,6 +38,37 @@ def vote(page: Page, number: int) -> None:
     expect(page.get_by_text("Your vote is stored")).to_be_visible()
 
 
+def read_as_the_model_does(page: Page) -> None:
+    """Looks at the rows of the new job's file as the model's tokenizer reads them, with the learned part marked."""
+    draft = page.url
+    page.get_by_role("link", name="Data", exact=True).click()
+    page.get_by_role("link", name="pairs.jsonl").first.click()
+    page.get_by_label("Model").select_option("tiny")
+    expect(page.get_by_text("60 of 60 groups would be learned")).to_be_visible(timeout=ENDS_MS)
+    row = page.get_by_role("article", name="Line 1 as the model reads it")
+    prompt, chosen, rejected = next(Shop(num_things=8, num_held_out=8).pairs(60))
+    for side, answer in enumerate((chosen, rejected)):
+        words = row.locator(".words").nth(side)
+        expect(words).to_contain_text(prompt)
+        expect(words.locator("mark")).to_contain_text(answer)
+        expect(words.locator("mark")).not_to_contain_text(prompt)
+    page.goto(draft)
+
+
+def score(page: Page, job_id: str) -> None:
+    """Scores two answers with the policy of a job, which learned to prefer polite ones."""
+    prompt, chosen, rejected = next(Shop(num_things=8, num_held_out=8).pairs(60))
+    page.goto(page.url.partition("#")[0] + f"#/jobs/{job_id}")
+    page.locator("a[href*='#/models/']").filter(has_text="ft:").first.click()
+    page.get_by_role("link", name="Score answers").click()
+    page.get_by_label("Prompt").fill(prompt)
+    for number, answer in enumerate((rejected, chosen), 1):
+        page.get_by_label(f"Answer {number}").fill(answer)
+    page.get_by_role("button", name="Score", exact=True).click()
+    best = page.get_by_role("row").filter(has_text="the best one")
+    expect(best).to_contain_text(chosen, timeout=ENDS_MS)
+
+
 def test_a_user_of_the_page_trains_a_policy_asks_it_and_trains_on_the_votes(service: Service, tmp_path: Path) -> None:
     """The first job survives a restart of the control plane, which the page follows."""
     good, bad = tmp_path / "pairs.jsonl", tmp_path / "bad.jsonl"
@@ -54,6 +86,7 @@ def test_a_user_of_the_page_trains_a_policy_asks_it_and_trains_on_the_votes(serv
         page.get_by_label("batch_size", exact=True).fill("4")
         page.keyboard.press("Tab")
         expect(page.get_by_role("region", name="Plan")).to_contain_text("750")
+        read_as_the_model_does(page)
         first = submit(page)
         expect(page.get_by_role("figure", name="Loss")).to_be_visible(timeout=ENDS_MS)
         service.kill()
@@ -79,3 +112,4 @@ def test_a_user_of_the_page_trains_a_policy_asks_it_and_trains_on_the_votes(serv
             page.get_by_role("checkbox", name=f"Compare {job_id}").check()
         page.get_by_role("link", name="Compare 2 jobs").click()
         expect(page.get_by_role("figure", name="Loss")).to_be_visible()
+        score(page, first)
