@@ -1,4 +1,4 @@
-"""The `raydpo webhooks` commands: manage the URLs that the service calls when a job of the user's own project ends."""
+"""The `raydpo webhooks` commands: manage the URLs that the service calls when a job or an evaluation ends."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,10 @@ from services.cli.lists import list_command
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="Manage the URLs that the service calls when a job of your project ends.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Manage the URLs that the service calls when a job or an evaluation of your project ends.",
+)
 
 # The commands name the API's path, because older OpenAI clients have no methods for webhook endpoints.
 PATH = "/webhook_endpoints"

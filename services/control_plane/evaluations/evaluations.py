@@ -37,6 +37,7 @@ from services.control_plane.core.store import now, project_of
 from services.control_plane.core.tables import EVALUATION_ENDS, Evaluation, EvaluationItem, Rounds
 from services.control_plane.evaluations.requests import Spec
 from services.control_plane.tenants import projects
+from services.control_plane.webhooks import webhooks
 
 MOST_LIVE = 100  # the most evaluations of a project that have not ended
 MOST_FAILED = 0.1  # the share of an evaluation's items without which rounds and sweeps still trust its results
@@ -357,13 +358,17 @@ async def fail(session: AsyncSession, evaluation_id: str, error: ApiError) -> No
 
 
 async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: Any) -> bool:
-    """Ends the evaluation in the state `state`, and sets the columns that `values` names. Returns True if this call
-    ended the evaluation.
+    """Ends the evaluation in the state `state`, and sets the columns that `values` names. Also adds messages for the
+    webhooks of its project. Returns True if this call ended the evaluation.
 
     Returns False, and changes nothing, if the evaluation had ended already.
     """
     ending = {"state": state, "finished_at": func.clock_timestamp(), "waits_for": None}
-    return await _set(session, evaluation_id, LIVE, ending | values)
+    if not await _set(session, evaluation_id, LIVE, ending | values):
+        return False
+    project_id = await session.scalar(select(Evaluation.project_id).where(Evaluation.id == evaluation_id))
+    await webhooks.announce(session, str(project_id), webhooks.EVALUATION_EVENTS[state], evaluation_id)
+    return True
 
 
 async def _set(

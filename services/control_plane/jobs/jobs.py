@@ -237,7 +237,8 @@ async def move(
         raise Stale(f"the job {job.id} was changed after it was read: it was {job.observed} in version {job.version}")
     _log(session, job.id, moved.version, moved.desired, to, actor, event)
     tell(session, job.id, event, level=level)
-    await webhooks.announce(session, job, to)
+    if to in TERMINAL:
+        await webhooks.announce(session, job.project_id, webhooks.JOB_EVENTS[to], job.id)
 
 
 WAIT_FOR = text(

@@ -1,4 +1,4 @@
-"""The routes for webhook endpoints, the URLs to which the service sends messages about jobs.
+"""The routes for webhook endpoints, the URLs to which the service sends messages about jobs and evaluations.
 
 Only the responses of create and rotate_secret contain the secret with which messages are signed.
 """
@@ -43,8 +43,8 @@ EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lamb
 
 
 class CreateWebhook(BaseModel):
-    """The JSON body of POST /v1/webhook_endpoints, which registers a URL for messages about jobs: a name, the URL, and
-    the types of messages.
+    """The JSON body of POST /v1/webhook_endpoints, which registers a URL for messages about jobs and evaluations: a
+    name, the URL, and the types of messages.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -195,7 +195,7 @@ async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: Sen
     async with store.begin() as session:
         endpoint = await webhooks.find(session, endpoint_id)
     try:
-        status = await sender.send(endpoint, webhooks.event(body.event_type, "ftjob-test"))
+        status = await sender.send(endpoint, webhooks.event(body.event_type, webhooks.sample_id(body.event_type)))
     except Unreachable as error:
         raise InvalidRequest(
             f"The webhook endpoint could not be reached: {error}; check its URL and its server.",

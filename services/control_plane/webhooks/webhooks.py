@@ -1,7 +1,8 @@
-"""Manages a project's webhook endpoints (URLs of users), and writes and signs the messages about the project's jobs.
+"""Manages a project's webhook endpoints (URLs of users), and writes and signs the messages which say that a job or an
+evaluation of the project has ended.
 
-The transaction that ends a job writes the messages to the table `outbox`, so a message is sent if and only if the job
-ended. The module `outbox` sends the messages.
+The transaction that ends it writes the messages to the table `outbox`, so a message is sent if and only if the job or
+the evaluation ended. The module `outbox` sends the messages.
 """
 
 import base64
@@ -21,13 +22,16 @@ from standardwebhooks import Webhook
 from services import outbound
 from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.store import now, project_of
-from services.control_plane.core.tables import TERMINAL, Job, Outbound, WebhookEndpoint
+from services.control_plane.core.tables import EVALUATION_ENDS, TERMINAL, Outbound, WebhookEndpoint
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import projects
 from services.uri import InvalidUri, check
 
 SETTING = "webhook_urls"
-EVENT_TYPES = tuple(f"fine_tuning.job.{state}" for state in TERMINAL)
+JOB_EVENTS = {state: f"fine_tuning.job.{state}" for state in TERMINAL}
+EVALUATION_EVENTS = {state: f"eval.run.{state}" for state in EVALUATION_ENDS} | {"cancelled": "eval.run.canceled"}
+"""The types of messages, as OpenAI names them, by the state in which a job or an evaluation ends."""
+EVENT_TYPES = (*JOB_EVENTS.values(), *EVALUATION_EVENTS.values())
 MAX_ENDPOINTS = 100  # the most endpoints of a project; the transaction that ends a job writes a row for each endpoint
 OLD_SECRET_KEPT = timedelta(hours=24)
 
@@ -119,37 +123,40 @@ def _new_secret() -> str:
 # --- messages ------------------------------------------------------------------------------
 
 
-async def announce(session: AsyncSession, job: Job, to: str) -> None:
-    """Writes messages which say that the job has ended, if `to` is a state that ends a job. Each of the project's
-    endpoints (users' URLs) that wants such messages gets one.
+async def announce(session: AsyncSession, project_id: str, event_type: str, of: str) -> None:
+    """Writes messages which say that a job or an evaluation has ended. `event_type` says how it ended, and `of` is its
+    id. Each of the project's endpoints (users' URLs) that wants messages of this type gets one.
 
     The messages go into the outbox, the table of messages to send.
     """
-    if to not in TERMINAL:
-        return
-    body = event(f"fine_tuning.job.{to}", job.id)
+    body = event(event_type, of)
     message = (WebhookEndpoint.id, literal(body["id"]), literal(body, JSONB), literal(0))
     messages = select(*message).where(
-        WebhookEndpoint.project_id == job.project_id,
+        WebhookEndpoint.project_id == project_id,
         WebhookEndpoint.deleted_at.is_(None),
         WebhookEndpoint.disabled_at.is_(None),
-        literal(body["type"]) == any_(WebhookEndpoint.event_types),
+        literal(event_type) == any_(WebhookEndpoint.event_types),
     )
     columns = ["endpoint_id", "event_id", "body", "num_sends"]
     await session.execute(insert(Outbound).from_select(columns, messages))
 
 
-def event(event_type: str, job_id: str) -> dict[str, Any]:
-    """Returns the body of a webhook message about a job, with a new id and the current time. `event_type` is, for
-    example, `fine_tuning.job.succeeded`.
+def event(event_type: str, of: str) -> dict[str, Any]:
+    """Returns the body of a webhook message, with a new id and the current time. `event_type` is, for example,
+    `fine_tuning.job.succeeded`, and `of` the id of the job or the evaluation.
     """
     return {
         "id": f"evt_{secrets.token_hex(12)}",
         "object": "event",
         "created_at": int(time.time()),
         "type": event_type,
-        "data": {"id": job_id},
+        "data": {"id": of},
     }
+
+
+def sample_id(event_type: str) -> str:
+    """Returns the id that a test message of this type names. Nothing has this id."""
+    return "ftjob-test" if event_type in JOB_EVENTS.values() else "eval-test"
 
 
 def signed(endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:

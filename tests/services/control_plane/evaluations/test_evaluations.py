@@ -130,3 +130,23 @@ def test_a_project_is_archived_only_when_its_evaluations_have_ended(
         assert (refused.status_code, "1 evaluations that have not ended" in refused.text) == (400, True)
         leaving.post(f"/x/evaluations/{made['id']}/cancel")
     assert api.post(f"/x/projects/{project}/archive").status_code == 200
+
+
+def test_the_end_of_an_evaluation_is_told_to_the_webhooks_that_asked_once(
+    api: httpx.Client, settings: Settings, engines: Engines
+) -> None:
+    types = ["eval.run.succeeded", "eval.run.canceled"]
+    hook = {"name": "ends", "url": "https://localhost:9/", "event_types": types}  # nobody answers there
+    answer = api.post("/webhook_endpoints", json=hook)
+    assert answer.status_code == 200, answer.text
+    done = created(api, **SCORE)
+    until(lambda: api.get(f"/x/evaluations/{done['id']}").json()["status"] == "succeeded")
+    engines.is_away = True
+    stopped = created(api, **SCORE)
+    for _ in range(2):
+        api.post(f"/x/evaluations/{stopped['id']}/cancel")
+    query = "SELECT body ->> 'type', body -> 'data' ->> 'id' FROM outbox WHERE endpoint_id = %s ORDER BY due_at"
+    with psycopg.connect(settings.database_url) as connection:
+        told = connection.execute(query, (answer.json()["id"],)).fetchall()
+    assert sorted(told) == sorted(zip(types, (done["id"], stopped["id"]), strict=True))
+    api.delete(f"/webhook_endpoints/{answer.json()['id']}")

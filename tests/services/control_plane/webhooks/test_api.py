@@ -29,7 +29,8 @@ def strict(base_url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.mark.slow
 def test_the_life_of_an_endpoint(strict: openai.OpenAI, receiver: Receiver) -> None:
-    assert strict.webhooks.event_types.list().data == [SUCCEEDED, FAILED, CANCELLED]
+    of_evaluations = ["eval.run.succeeded", "eval.run.failed", "eval.run.canceled"]
+    assert strict.webhooks.event_types.list().data == [SUCCEEDED, FAILED, CANCELLED, *of_evaluations]
     made = strict.webhooks.create(name="ours", url=f"{receiver.url}/ours", event_types=[FAILED, SUCCEEDED, FAILED])
     assert made.signing_secret.startswith("whsec_")
     assert made.signing_secret_hint == f"whsec_…{made.signing_secret[-4:]}"
