@@ -77,9 +77,9 @@ def _work(
 ) -> Succeeded | Failed | Paused:
     keep_logs(spec.run_uri, spec.attempt, f"worker-{dist.get_rank()}")
     device = ray.train.torch.get_device()
-    torch.set_num_threads(_num_threads())
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    torch.set_num_threads(least_of_all(_num_threads(), device))
     report = reporter.report.remote if dist.get_rank() == 0 else logger.info
     rows = Rows(reader, partial(retry_while_unavailable, what="reading the data", report=report))
     num_groups = num_places(data, spec.config.seed)
@@ -348,8 +348,8 @@ def _scratch(spec: AttemptSpec) -> Iterator[Path]:
 
 
 def _num_threads() -> int:
-    """Returns the number of CPU threads for this worker: its share of the node's cores. Ray itself would set one
-    thread, for the one CPU that a worker reserves.
+    """Returns how many CPU threads this worker may use: its share of the node's cores. Ray itself would set one thread,
+    for the one CPU that a worker reserves.
 
     The number of the node's cores is the smaller of two numbers: the CPUs that Ray counts, and the cores of the
     machine. Ray may count fewer CPUs, because a container may have fewer CPUs than its machine. The machine may have
@@ -359,3 +359,15 @@ def _num_threads() -> int:
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
     num_workers: int = ray.train.get_context().get_local_world_size()
     return max(1, min(os.cpu_count() or 1, int(logical)) // num_workers)
+
+
+def least_of_all(num_threads: int, device: torch.device) -> int:
+    """Returns the smallest number of CPU threads that a worker of the job may use. All workers must call this.
+
+    All use this number, because the bits of a sum depend on the number of threads. So a job computes the same if its
+    workers are distributed among nodes in another way, as long as the smallest number stays. More threads of one worker
+    would not make steps faster, because each step ends with the slowest worker.
+    """
+    least = torch.tensor(num_threads, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
