@@ -36,7 +36,9 @@ class Service:
         name = address.rpartition("/")[2]
         self.database = Proxy(f"{socket}/.s.PGSQL.5432", host=network.host)
         self.storage_url = s3.new_folder()
-        self._ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._token = secrets.token_hex()
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token, "RAY_USAGE_STATS_ENABLED": "0"}
+        self.ray_environment = own | NOTICE_CUTS | s3.environment  # of Ray's nodes, and of who connects to them
         self._database_url = f"postgresql://postgres:@{network.host}:{self.database.port}/{name}"
         self.nodes: dict[str, Machine] = {}
         (folder / "gcs").mkdir()
@@ -65,7 +67,7 @@ class Service:
         machine.spawn(
             *("sh", "-c", RESTARTS, "sh", "ray", "start", *shared, *options),
             log=self._folder / f"{machine.name}.log",
-            environment=self._ray | NOTICE_CUTS | self.s3.environment | settings,
+            environment=self.ray_environment | settings,
         )
 
     def processes(self, word: str) -> list[psutil.Process]:
@@ -86,7 +88,7 @@ class Service:
             "DATABASE_URL": self._database_url,
             "RAYDPO_STORAGE_URL": self.storage_url,
             "RAYDPO_API_KEY": KEY,
-            "RAYDPO_RAY_TOKEN": self._ray["RAY_AUTH_TOKEN"],
+            "RAYDPO_RAY_TOKEN": self._token,
             "RAYDPO_ADVERTISED_URL": self.url,
             "RAYDPO_HOME": "/tmp/raydpo",
             "RAYDPO_LOG_FORMAT": "json",
