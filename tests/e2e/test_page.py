@@ -14,6 +14,7 @@ from tests.page.browsing import chromium, sign_in, tab
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long]
 
+FIRST_ROW = next(Shop(num_things=8, num_held_out=8).pairs(1))  # of `shop_pairs`
 ENDS_MS = 900_000  # a guard against hanging, on a machine that is busy
 
 
@@ -46,7 +47,7 @@ def read_as_the_model_does(page: Page) -> None:
     page.get_by_label("Model").select_option("tiny")
     expect(page.get_by_text("60 of 60 groups would be learned")).to_be_visible(timeout=ENDS_MS)
     row = page.get_by_role("article", name="Line 1 as the model reads it")
-    prompt, chosen, rejected = next(Shop(num_things=8, num_held_out=8).pairs(60))
+    prompt, chosen, rejected = FIRST_ROW
     for side, answer in enumerate((chosen, rejected)):
         words = row.locator(".words").nth(side)
         expect(words).to_contain_text(prompt)
@@ -57,7 +58,7 @@ def read_as_the_model_does(page: Page) -> None:
 
 def score(page: Page, job_id: str) -> None:
     """Scores two answers with the policy of a job, which learned to prefer polite ones."""
-    prompt, chosen, rejected = next(Shop(num_things=8, num_held_out=8).pairs(60))
+    prompt, chosen, rejected = FIRST_ROW
     page.goto(page.url.partition("#")[0] + f"#/jobs/{job_id}")
     page.locator("a[href*='#/models/']").filter(has_text="ft:").first.click()
     page.get_by_role("link", name="Score answers").click()

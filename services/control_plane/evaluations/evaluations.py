@@ -364,19 +364,21 @@ async def _end(session: AsyncSession, evaluation_id: str, state: str, **values: 
     Returns False, and changes nothing, if the evaluation had ended already.
     """
     ending = {"state": state, "finished_at": func.clock_timestamp(), "waits_for": None}
-    if not await _set(session, evaluation_id, LIVE, ending | values):
+    project_id = await _set(session, evaluation_id, LIVE, ending | values)
+    if project_id is None:
         return False
-    project_id = await session.scalar(select(Evaluation.project_id).where(Evaluation.id == evaluation_id))
-    await webhooks.announce(session, str(project_id), webhooks.EVALUATION_EVENTS[state], evaluation_id)
+    await webhooks.announce(session, project_id, webhooks.EVALUATION_EVENTS[state], evaluation_id)
     return True
 
 
 async def _set(
     session: AsyncSession, evaluation_id: str, condition: ColumnElement[bool] | TextClause, values: dict[str, Any]
-) -> bool:
-    """Sets the columns that `values` names in the evaluation's row, if `condition` holds for the row. Returns whether
-    the condition holds.
+) -> str | None:
+    """Sets the columns that `values` names in the evaluation's row, if `condition` holds for the row. Returns the
+    id of the evaluation's project, or None if the condition does not hold.
     """
     changed = update(Evaluation).where(Evaluation.id == evaluation_id, condition).values(**values)
-    statement = changed.returning(Evaluation.id).execution_options(synchronize_session=False)
-    return await session.scalar(statement) is not None
+    project_id: str | None = await session.scalar(
+        changed.returning(Evaluation.project_id).execution_options(synchronize_session=False)
+    )
+    return project_id

@@ -32,7 +32,7 @@ JOB_EVENTS = {state: f"fine_tuning.job.{state}" for state in TERMINAL}
 EVALUATION_EVENTS = {state: f"eval.run.{state}" for state in EVALUATION_ENDS} | {"cancelled": "eval.run.canceled"}
 """The types of messages, as OpenAI names them, by the state in which a job or an evaluation ends."""
 EVENT_TYPES = (*JOB_EVENTS.values(), *EVALUATION_EVENTS.values())
-MAX_ENDPOINTS = 100  # the most endpoints of a project; the transaction that ends a job writes a row for each endpoint
+MAX_ENDPOINTS = 100  # the most endpoints of a project; the end of a job or an evaluation writes a row for each
 OLD_SECRET_KEPT = timedelta(hours=24)
 
 

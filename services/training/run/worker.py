@@ -22,6 +22,7 @@ from dpo_core.checkpoint_selection import Evaluation, best, stalls
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_tokenizer
 from dpo_core.training.checkpoint import DamagedCheckpoint, read_manifest, verify
+from dpo_core.training.ranks import all_reduce_min
 from dpo_core.training.trainer import StepResult, train
 from services import storage
 from services.contract import (
@@ -79,7 +80,7 @@ def _work(
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_num_threads(least_of_all(_num_threads(), device))
+    torch.set_num_threads(_num_threads(device))
     report = reporter.report.remote if dist.get_rank() == 0 else logger.info
     rows = Rows(reader, partial(retry_while_unavailable, what="reading the data", report=report))
     num_groups = num_places(data, spec.config.seed)
@@ -347,9 +348,13 @@ def _scratch(spec: AttemptSpec) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _num_threads() -> int:
-    """Returns how many CPU threads this worker may use: its share of the node's cores. Ray itself would set one thread,
-    for the one CPU that a worker reserves.
+def _num_threads(device: torch.device) -> int:
+    """Returns the number of CPU threads of each worker: the smallest share of a node's cores that a worker of the job
+    has. Ray itself would set one thread, for the one CPU that a worker reserves. All workers must call this.
+
+    All workers use this number, because the bits of a sum depend on the number of threads. So a job computes the same
+    if its workers are distributed among nodes in another way, as long as the smallest share stays. More threads of one
+    worker would not make steps faster, because each step ends with the slowest worker.
 
     The number of the node's cores is the smaller of two numbers: the CPUs that Ray counts, and the cores of the
     machine. Ray may count fewer CPUs, because a container may have fewer CPUs than its machine. The machine may have
@@ -358,16 +363,4 @@ def _num_threads() -> int:
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
     num_workers: int = ray.train.get_context().get_local_world_size()
-    return max(1, min(os.cpu_count() or 1, int(logical)) // num_workers)
-
-
-def least_of_all(num_threads: int, device: torch.device) -> int:
-    """Returns the smallest number of CPU threads that a worker of the job may use. All workers must call this.
-
-    All use this number, because the bits of a sum depend on the number of threads. So a job computes the same if its
-    workers are distributed among nodes in another way, as long as the smallest number stays. More threads of one worker
-    would not make steps faster, because each step ends with the slowest worker.
-    """
-    least = torch.tensor(num_threads, device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
+    return all_reduce_min(max(1, min(os.cpu_count() or 1, int(logical)) // num_workers), device)

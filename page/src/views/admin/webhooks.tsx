@@ -7,7 +7,8 @@ import { Secret } from "./secret";
 
 const MOST = 100; // that a project may have
 
-/** The webhook endpoints of the project, to which the service tells the ends of jobs and evaluations, and the form that makes one. */
+/** The webhook endpoints of the project, to which the service tells the ends of jobs and evaluations, and the form for
+ * a new one. */
 export function Webhooks() {
   const loaded = useLoaded(load, []);
   const [made, setMade] = useState<NewWebhook>();
@@ -46,8 +47,8 @@ export function Webhooks() {
               <Table webhooks={webhooks} remove={remove} />
             ) : (
               <p class="note">
-                There are no webhooks. The service sends a message to each one when a job or an evaluation of your project ends, signed with a
-                secret that only the two of them know.
+                There are no webhooks. The service sends a message to each one when a job or an evaluation of your project
+                ends, signed with a secret that only the two of them know.
               </p>
             )}
             <Make

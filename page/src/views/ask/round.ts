@@ -3,8 +3,7 @@
 import { signal } from "@preact/signals";
 import { ask, messagesOf, textOf, type Form, type Question } from "../../api/answer";
 import { Failure } from "../../api/client";
-
-const AGAIN_MS = 3000;
+import { whenLoaded } from "../../api/waiting";
 
 export class Answer {
   text = signal("");
@@ -28,27 +27,27 @@ export class Answer {
 
   /** Asks until the model has answered. A model that is being loaded is asked again. */
   async run(question: Question, leaving: AbortSignal): Promise<void> {
-    while (!leaving.aborted) {
-      try {
-        await this.read(question, leaving);
-        this.state.value = "complete";
-        return;
-      } catch (error) {
-        if (leaving.aborted) break;
-        const failure = Failure.of(error);
-        this.failure.value = failure;
-        if (failure.status === 400 && this.form.value === "messages" && /chat template/i.test(failure.message)) {
-          this.form.value = "text";
-        } else if (failure.status === 503 && this.state.value === "waiting") {
-          await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
-        } else {
-          this.state.value = "failed";
-          return;
-        }
-      }
+    try {
+      await whenLoaded(() => this.readInItsForm(question, leaving), leaving, (why) => (this.failure.value = why));
+      this.state.value = "complete";
+    } catch (error) {
+      this.failure.value = leaving.aborted
+        ? new Failure("You have stopped this answer. Ask again for a whole one.")
+        : Failure.of(error);
+      this.state.value = "failed";
     }
-    this.state.value = "failed";
-    this.failure.value = new Failure("You have stopped this answer. Ask again for a whole one.");
+  }
+
+  /** Reads the answer. A model without a chat template continues the plain text. */
+  private async readInItsForm(question: Question, leaving: AbortSignal) {
+    try {
+      await this.read(question, leaving);
+    } catch (error) {
+      const { status, message } = Failure.of(error);
+      if (status !== 400 || this.form.value === "text" || !/chat template/i.test(message)) throw error;
+      this.form.value = "text";
+      await this.read(question, leaving);
+    }
   }
 
   private async read(question: Question, leaving: AbortSignal) {

@@ -1,10 +1,10 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { api, ask, Failure, type CreateRewards, type Judged, type Model, type Rewards as Found } from "../../api/client";
+import { whenLoaded } from "../../api/waiting";
 import { FailureNote, Show, useLoaded } from "../../parts/loading/loading";
 import { href } from "../../parts/route/route";
 import { figure, percent, visible, whole } from "../../parts/words/words";
 
-const AGAIN_MS = 3000;
 const MOST_ANSWERS = 64; // of one prompt, as the API takes them
 
 /** Scores answers that the reader writes: which one the model prefers, and by how much. The texts stay in the tab. */
@@ -194,27 +194,16 @@ function useAsking() {
     const { signal } = (leaving.current = new AbortController());
     setFailure(undefined);
     setRunning(true);
-    const found = await untilAnswered(body, signal);
-    setRunning(false);
-    return found;
-  }
-
-  async function untilAnswered(body: CreateRewards, signal: AbortSignal): Promise<Found | undefined> {
-    while (!signal.aborted) {
-      try {
-        const found = await ask(api.POST("/v1/x/rewards", { body, signal }));
-        setFailure(undefined);
-        return found;
-      } catch (error) {
-        if (signal.aborted) break;
-        const failure = Failure.of(error);
-        setFailure(failure);
-        if (failure.status !== 503) return undefined;
-        await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
-      }
+    try {
+      const found = await whenLoaded(() => ask(api.POST("/v1/x/rewards", { body, signal })), signal, setFailure);
+      setFailure(undefined);
+      return found;
+    } catch (error) {
+      setFailure(signal.aborted ? undefined : Failure.of(error));
+      return undefined;
+    } finally {
+      setRunning(false);
     }
-    setFailure(undefined);
-    return undefined;
   }
 
   return { failure, isRunning, run, stop: () => leaving.current?.abort() };

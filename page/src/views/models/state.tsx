@@ -30,7 +30,7 @@ function loadOf(of: Deployment): string {
   return parts.join(" · ");
 }
 
-/** How long nobody has used the engine, and when it is unloaded for that. */
+/** How long nobody has used the engine, and when it is unloaded if that goes on. */
 function idleTimeOf({ last_used_at, unloads_at, requests_in_flight }: Deployment): string | undefined {
   const now = Date.now() / 1000;
   if (requests_in_flight || last_used_at === null || now - last_used_at < UNUSED_SECONDS) return undefined;

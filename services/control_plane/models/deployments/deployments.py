@@ -224,8 +224,7 @@ async def status(
     chosen = await deployment_settings.chosen(session, model.id)
     status = Status(model.id, application, own, chosen, "unloaded", attached_to=attached_to)
     if row and now:
-        wanted = _model(row, application, own, settings, now, app, is_reference=is_reference)
-        left = wanted.seconds_left
+        left = _model(row, application, own, settings, now, app, is_reference=is_reference).seconds_left
         unloads_at = None if left is None else now + timedelta(seconds=left)
         status = replace(status, last_used_at=row.last_used_at, unloads_at=unloads_at)
     if app is None or app.state == "stopping":

@@ -1,14 +1,10 @@
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.multiprocessing import start_processes
 
 from dpo_core.checkpoint_selection import Evaluation
 from dpo_core.config import EarlyStop, Optim, TrainConfig
@@ -30,14 +26,12 @@ from services.training.run.worker import (
     explain_end,
     failure_of,
     held_out,
-    least_of_all,
     newest_checkpoint,
     starts_at_ln2,
     step_of_policy,
 )
 from tests.dpo_core.conftest import build_groups, build_mixture, build_tokenizer
 
-CPU = torch.device("cpu")
 MakeSpec = Callable[..., AttemptSpec]
 LN2 = math.log(2)
 
@@ -195,15 +189,3 @@ def test_demonstrations_are_trained_as_they_were_encoded_and_evaluated_alike(
 
 def test_without_held_out_groups_nothing_is_evaluated() -> None:
     assert held_out(None, read_numbered) is None
-
-
-def agree(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    Path(folder, str(rank)).write_text(str(least_of_all((3, 2)[rank], CPU)))
-    os._exit(0)  # the threads of gloo do not end by themselves
-
-
-@pytest.mark.slow
-def test_all_workers_use_the_threads_of_the_one_that_has_fewest(tmp_path: Path) -> None:
-    start_processes(agree, (str(tmp_path),), nprocs=2, start_method="fork")
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2", "2"]
