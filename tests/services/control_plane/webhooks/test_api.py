@@ -60,7 +60,7 @@ def test_a_test_tells_what_the_endpoint_answers(strict: openai.OpenAI, receiver:
     sent = receiver.at("/tested")
     assert len({message.headers["webhook-id"] for message in sent}) == 4
     event = strict.webhooks.unwrap(sent[0].body, sent[0].headers, secret=made.signing_secret)
-    assert (event.type, event.object) == (FAILED, "event")
+    assert (event.type, event.object, event.data.id) == (FAILED, "event", "ftjob-test")
     assert not receiver.at("/elsewhere")  # a redirect is not followed
     assert not any("cookie" in message.headers for message in sent)
     assert strict.webhooks.retrieve(made.id).to_dict()["x_raydpo"] == {"disabled_at": None}
